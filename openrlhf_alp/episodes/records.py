@@ -15,7 +15,7 @@ Text is made from ids for people, rewards and the finder of code blocks. It neve
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
 
