@@ -1,0 +1,92 @@
+"""Bearer keys: on by default, generated when none is given, never a published default."""
+
+import hmac
+import ipaddress
+import secrets
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from fastapi import Security
+from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
+
+from services.common.errors import ApiError, ConfigError
+
+_bearer = HTTPBearer(auto_error=False)
+_MIN_KEY_CHARS = 8
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ApiKey:
+    """A bearer key and whether the service made it up itself (then it has to be shown once)."""
+
+    value: str
+    generated: bool
+
+    def __repr__(self) -> str:
+        return f"ApiKey(generated={self.generated})"
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a bind to `host` is reachable from this machine only."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def resolve_api_key(configured: str | None, *, host: str, flag: str) -> ApiKey:
+    """Return the configured key, or a generated one when the service is on loopback.
+
+    Args:
+        configured: the operator's key, or None.
+        host: address the service binds to.
+        flag: name of the flag that sets this key, for the message.
+
+    Raises:
+        ConfigError: no key with a bind that other machines can reach, or a key of fewer than 8
+            characters or with characters outside printable ASCII.
+    """
+    if configured is not None:
+        sendable = configured.isascii() and configured.isprintable()
+        if len(configured) < _MIN_KEY_CHARS or not (
+            configured.isascii() and configured.isprintable()
+        ):
+            raise ConfigError(
+                f"{flag} must have at least {_MIN_KEY_CHARS} printable ASCII characters. "
+                'Fix: generate one with: python -c "import secrets; print(secrets.token_urlsafe())"'
+            )
+        return ApiKey(value=configured, generated=False)
+    if not is_loopback(host):
+        raise ConfigError(
+            f"Refusing to bind {host}: other machines can reach it and no key is configured. "
+            f"Fix: set {flag}, or bind --host 127.0.0.1."
+        )
+    return ApiKey(value=secrets.token_urlsafe(32), generated=True)
+
+
+def require_key(*accepted: str) -> Callable[..., None]:
+    """A FastAPI dependency that lets a request pass only with one of the `accepted` bearer keys.
+
+    The comparison takes the same time for every wrong key. Answers 401 otherwise.
+    """
+    expected = [key.encode() for key in accepted]
+
+    def check(
+        credentials: HTTPAuthorizationCredentials | None = Security(_bearer),  # noqa: B008
+    ) -> None:
+        given = credentials.credentials.encode() if credentials is not None else b""
+        matches = [hmac.compare_digest(given, key) for key in expected]
+        if any(matches):
+            return
+        raise ApiError(
+            401,
+            "unauthorized",
+            "The bearer key is missing." if credentials is None else "The bearer key is wrong.",
+            fix="Send 'Authorization: Bearer <key>' with the key given at start.",
+            field="Authorization",
+            headers={"WWW-Authenticate": "Bearer"},
+        )
+
+    return check

@@ -1,0 +1,112 @@
+"""Run an ASGI app under uvicorn: port 0, a file with the bound URL, and a clean stop."""
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import socket
+from collections.abc import Generator
+from pathlib import Path
+
+import uvicorn
+from starlette.types import ASGIApp
+
+from services.common.errors import ConfigError
+
+logger = logging.getLogger(__name__)
+
+
+def bind_socket(host: str, port: int) -> socket.socket:
+    """Bind `host:port` (port 0: any free one) before anything slow is started.
+
+    Raises:
+        ConfigError: the address is taken or is not one of this machine.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    sock = socket.socket(family, socket.SOCK_STREAM)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        sock.bind((host, port))
+    except OSError as error:
+        sock.close()
+        raise ConfigError(
+            f"Cannot bind {host}:{port}: {error.strerror or error}. "
+            "Fix: stop what holds it, choose another --port, or --port 0 for any free one."
+        ) from error
+    return sock
+
+
+def bound_url(sock: socket.socket) -> str:
+    """`http://host:port` of a bound socket, with brackets around an IPv6 address."""
+    host, port = sock.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def write_url_file(path: Path, url: str) -> None:
+    """Write `url` so that a reader sees the whole line or no file at all."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    partial.write_text(url + "\n", encoding="utf-8")
+    partial.replace(path)
+
+
+class _Server(uvicorn.Server):
+    """uvicorn that returns after a graceful stop instead of raising the signal again.
+
+    The caller's own cleanup then runs, and the exit status says success.
+    """
+
+    url_file: Path | None = None
+    url: str = ""
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets=sockets)
+        if self.started and not self.should_exit:
+            if self.url_file is not None:
+                write_url_file(self.url_file, self.url)
+            print(f"listening on {self.url}", flush=True)
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Generator[None, None, None]:
+        loop = asyncio.get_running_loop()
+        handled = (signal.SIGINT, signal.SIGTERM)
+        for signum in handled:
+            loop.add_signal_handler(signum, self.handle_exit, signum, None)
+        try:
+            yield
+        finally:
+            for signum in handled:
+                loop.remove_signal_handler(signum)
+
+
+async def serve(
+    app: ASGIApp, sock: socket.socket, *, url_file: Path | None = None, drain_s: float = 10.0
+) -> None:
+    """Serve `app` on a bound socket until SIGINT or SIGTERM, then let open requests end.
+
+    Args:
+        app: the ASGI app; its lifespan shutdown runs before this returns.
+        sock: from `bind_socket`; closed on return.
+        url_file: written when the service accepts connections, removed on return.
+        drain_s: seconds that open requests get after a stop signal before they are cancelled.
+
+    Raises:
+        ConfigError: the app's own start-up failed.
+    """
+    config = uvicorn.Config(
+        app,
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        timeout_graceful_shutdown=max(1, round(drain_s)),
+    )
+    server = _Server(config)
+    server.url_file, server.url = url_file, bound_url(sock)
+    try:
+        await server.serve(sockets=[sock])
+    finally:
+        sock.close()
+        if url_file is not None:
+            url_file.unlink(missing_ok=True)
+    if not server.started:
+        raise ConfigError("The service could not start. Fix: see the error logged above.")

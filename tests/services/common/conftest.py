@@ -1,0 +1,70 @@
+import logging
+from collections.abc import AsyncIterator
+
+import httpx
+import pytest
+from fastapi import APIRouter, Depends, FastAPI
+from pydantic import BaseModel, Field
+from starlette.requests import Request
+from starlette.responses import Response
+
+from services.common.auth import require_key
+from services.common.errors import ApiError, install_error_handlers
+from services.common.middleware import install_middleware
+from services.common.wire import WireRoute, reply
+
+KEY = "a-key-for-tests"
+
+
+class Inner(BaseModel, extra="forbid"):
+    top_p: float = Field(gt=0.0, le=1.0)
+
+
+class Numbers(BaseModel, extra="forbid"):
+    token_ids: list[int]
+    logprobs: list[float]
+    inner: Inner
+
+
+def build_app() -> FastAPI:
+    app = FastAPI()
+    install_error_handlers(app)
+    install_middleware(app, max_body_bytes=10_000)
+    router = APIRouter(route_class=WireRoute)
+
+    @router.post("/echo")
+    async def echo(body: Numbers, request: Request) -> Response:
+        return reply(request, body)
+
+    @router.get("/locked", dependencies=[Depends(require_key(KEY))])
+    async def locked() -> dict[str, bool]:
+        return {"open": True}
+
+    @router.get("/api-error")
+    async def api_error() -> None:
+        raise ApiError(
+            429, "overloaded", "Full.", fix="Wait.", field=None, headers={"Retry-After": "2"}
+        )
+
+    @router.get("/bug")
+    async def bug() -> None:
+        raise RuntimeError("a secret detail")
+
+    app.include_router(router)
+    return app
+
+
+@pytest.fixture
+async def client() -> AsyncIterator[httpx.AsyncClient]:
+    transport = httpx.ASGITransport(app=build_app())
+    async with httpx.AsyncClient(transport=transport, base_url="http://service") as client:
+        yield client
+
+
+@pytest.fixture(autouse=True)
+def _restore_logging() -> object:
+    root = logging.getLogger()
+    handlers, level = list(root.handlers), root.level
+    yield
+    root.handlers[:] = handlers
+    root.setLevel(level)
