@@ -1,0 +1,45 @@
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+export PYTHON VENV
+
+.DEFAULT_GOAL := help
+.PHONY: help install lock demo test test-fast lint format bench serve serve-tool clean
+
+help:  ## Show this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
+
+install:  ## Make .venv with the pinned CPU stack (a second call is a no-op)
+	@bash requirements/install.sh
+
+lock:  ## Resolve requirements/cpu.in into cpu.lock again
+	@bash requirements/lock.sh
+
+demo: install  ## Train SmolLM2 to add, for real, in about 10 minutes; ARGS="--steps 5" and so on
+	$(BIN)/openrlhf-alp demo $(ARGS)
+
+test: install lint  ## Lint, type check, architecture contracts and all tests
+	$(BIN)/python -m pytest $(ARGS)
+
+test-fast: install  ## Tests that start no Ray, no vLLM and no second process
+	$(BIN)/python -m pytest -m "not e2e and not gpu" $(ARGS)
+
+lint: install  ## ruff, mypy and the import contracts
+	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: install  ## Format and fix what ruff can fix
+	$(BIN)/ruff format . && $(BIN)/ruff check --fix .
+
+bench: install  ## Print every ratio of benchmarks/
+	@for file in benchmarks/*.py; do echo "== $$file"; $(BIN)/python $$file || exit 1; done
+
+serve: install  ## Serve a model for rollouts: make serve MODEL=/path/to/model
+	$(BIN)/python -m services.rollout --model $(MODEL) $(ARGS)
+
+serve-tool: install  ## Serve sandboxed Python: make serve-tool ARGS="--port 8081"
+	$(BIN)/python -m services.tool $(ARGS)
+
+clean:  ## Remove caches and runs/, keep .venv
+	rm -rf runs build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

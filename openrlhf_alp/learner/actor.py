@@ -1,0 +1,148 @@
+"""The policy update: perturbed forward -> one ratio -> loss -> DeepSpeed step."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+from unittest import mock
+
+import ray
+import torch
+from openrlhf.models import aggregate_loss
+from openrlhf.trainer.ppo_utils.experience import Experience
+from openrlhf.trainer.ray import ppo_actor
+
+from openrlhf_alp.alp import RatioTelemetry
+from openrlhf_alp.learner.calibrate import calibrate
+from openrlhf_alp.learner.config import AlpConfig
+from openrlhf_alp.learner.experience import SAMPLE_ID
+from openrlhf_alp.learner.policy_loss import UnifiedPolicyLoss
+from openrlhf_alp.learner.remote import undecorated
+from openrlhf_alp.learner.strategy import perturbation_of, without_sigma
+from openrlhf_alp.learner.weight_sync import WeightPusher
+
+logger = logging.getLogger(__name__)
+
+
+class AlpActorPPOTrainer(ppo_actor.ActorPPOTrainer):
+    """Upstream: `openrlhf.trainer.ray.ppo_actor.ActorPPOTrainer`.
+
+    With `--alp.enable` absent it adds nothing but the weight push to the rollout service.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.perturbation = perturbation_of(self.actor)
+        self.needs_calibration = self.alp.calibrates
+        self.step_metrics: dict[str, float] = {}
+        if self.alp.enable:
+            self.actor_loss_fn = UnifiedPolicyLoss(
+                self.alp.ratio_config(),
+                aggregate=aggregate_loss,
+                token_level_loss=self.args.actor.loss_agg_mode == "token-mean",
+            )
+
+    @property
+    def alp(self) -> AlpConfig:
+        return self.args.alp
+
+    @property
+    def update_number(self) -> int:
+        """Optimizer steps so far; DeepSpeed keeps it in its checkpoint, so noise resumes with it."""
+        return self.actor.model.global_steps
+
+    def ppo_train(self, kl_ctl: float) -> dict[str, float]:
+        if self.needs_calibration:
+            self.step_metrics.update(calibrate(self))
+            self.needs_calibration = False
+        self.telemetry = RatioTelemetry()
+        status = super().ppo_train(kl_ctl)
+        if self.alp.enable:
+            status.update(self._ratio_metrics())
+        if self.perturbation is not None:
+            status.update(self.perturbation.summary(), **self.step_metrics)
+        return status
+
+    def training_step(
+        self, experience: Experience, kl_ctl: float, step: int, loss_batch_info: dict | None = None
+    ) -> dict[str, Any]:
+        # The samples' numbers key the noise; they are no metric, so upstream must not average them.
+        info = dict(experience.info)
+        sample_ids = info.pop(SAMPLE_ID, None)
+        experience.info = info
+        with self._perturbed(experience, sample_ids):
+            result = super().training_step(experience, kl_ctl, step, loss_batch_info)
+        if self.alp.enable:
+            self._record_ratios(experience, result)
+        return result
+
+    @contextmanager
+    def _perturbed(self, experience: Experience, sample_ids: Any) -> Iterator[None]:
+        """Noise for this micro-batch, through its forward, recomputation and backward."""
+        if self.perturbation is None:
+            yield
+            return
+        mask = experience.attention_mask
+        ids = torch.as_tensor([int(i) for i in sample_ids], device=mask.device)
+        with self.perturbation.enabled(
+            update=self.update_number, sample_ids=ids, attention_mask=mask
+        ):
+            yield
+
+    def _record_ratios(self, experience: Experience, result: dict[str, Any]) -> None:
+        output = self.actor_loss_fn.last_output
+        self.telemetry.add(output.log_ratio, experience.action_mask)
+        for name, value in output.token_metrics().items():
+            result["metrics"][name] = value
+            result["weights"][name] = "token"
+
+    def _ratio_metrics(self) -> dict[str, float]:
+        """Quantiles over all tokens of the step on all ranks; the same numbers on every rank."""
+        shards: list[Any] = [None] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(shards, self.telemetry)
+        return RatioTelemetry.merge(shards).summary()
+
+    def _init_vllm_sync_group(self, backend: str) -> None:
+        if not self.args.rollout_service.urls:
+            super()._init_vllm_sync_group(backend)
+            return
+        self.weight_pusher = WeightPusher(self.vllm_engines)
+
+    def broadcast_to_vllm(self) -> None:
+        with without_sigma(self.actor):
+            if self.args.rollout_service.urls:
+                self._push_to_service()
+            else:
+                super().broadcast_to_vllm()
+
+    def _push_to_service(self) -> None:
+        """Every rank takes part in gathering; rank 0 writes and pushes.
+
+        An error on rank 0 is raised on all ranks, so that none waits for ever in a collective.
+        """
+        push_on_rank_0 = self.weight_pusher if torch.distributed.get_rank() == 0 else None
+        failure = [None]
+        try:
+            WeightPusher.push(push_on_rank_0, self.actor.model.module, self.args.ds.zero_stage)
+        except Exception as error:
+            failure = [error]
+        torch.distributed.broadcast_object_list(failure, src=0)
+        if failure[0] is not None:
+            raise failure[0]
+
+
+class AlpPolicyModelActor(undecorated(ppo_actor.PolicyModelActor)):  # type: ignore[misc]
+    """Upstream: `openrlhf.trainer.ray.ppo_actor.PolicyModelActor`, which names its trainer class."""
+
+    def init_model_from_pretrained(self, *args: Any, **kwargs: Any) -> None:
+        with mock.patch.object(ppo_actor, "ActorPPOTrainer", AlpActorPPOTrainer):
+            super().init_model_from_pretrained(*args, **kwargs)
+        if self.checkpoint_states:
+            # sigma0 came with the checkpoint; measuring it again would change the run.
+            self.trainer.needs_calibration = False
+
+
+# Another name than the class: Ray then ships the class by reference and workers import it from here.
+RemoteAlpPolicyModelActor = ray.remote(num_gpus=1)(AlpPolicyModelActor)

@@ -1,0 +1,118 @@
+"""Shims that let OpenRLHF 0.11.2 import and run where flash-attn or CUDA is missing.
+
+Each shim steps aside by itself: it is installed only when the thing it stands for is absent, so on a
+GPU machine with the full requirements `install()` does nothing. It is idempotent, and it runs before
+anything of OpenRLHF is imported: from `openrlhf_alp.learner/__init__.py`, and in every Ray worker as
+`worker_process_setup_hook`.
+
+| shim | stands for | upstream |
+|---|---|---|
+| `flash_attn.bert_padding`, `.utils.distributed` | imported at module level by `openrlhf.models` | OpenRLHF PR #1302 |
+| `torch.cuda.current_device/set_device/synchronize` | used as "the device" everywhere | OpenRLHF PR #1301 |
+| `deepspeed_shm_comm` switched off | a C++ build of a minute in `init_distributed` | DeepSpeed's CPU accelerator |
+"""
+
+from __future__ import annotations
+
+import importlib.machinery
+import importlib.util
+import os
+import sys
+import types
+from collections.abc import Callable
+
+import torch
+
+
+def install() -> None:
+    """Install every shim this machine needs. Safe to call any number of times."""
+    if importlib.util.find_spec("flash_attn") is None:
+        _install_flash_attn()
+    if not torch.cuda.is_available():
+        _install_cpu_device()
+
+
+def disable_shm_collectives() -> None:
+    """Keep DeepSpeed on gloo instead of compiling its shared-memory collectives on first use."""
+    import deepspeed.ops
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+class _CpuDevice(str):
+    """The answer of `torch.cuda.current_device()` on a CPU machine.
+
+    OpenRLHF passes that answer to `.to(...)` and `device=...`, where "cpu" is right, and also formats
+    it as `f"cuda:{device}"`-like labels, where an index is expected.
+    """
+
+    __slots__ = ()
+
+    def __format__(self, spec: str) -> str:
+        return "0"
+
+
+def _install_cpu_device() -> None:
+    # DeepSpeed picks its accelerator by what is installed; a CUDA-less machine must say CPU.
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    device = _CpuDevice("cpu")
+    torch.cuda.current_device = lambda: device
+    torch.cuda.set_device = lambda _index: None
+    torch.cuda.synchronize = lambda _device=None: None
+
+
+def _install_flash_attn() -> None:
+    from einops import rearrange
+
+    _register("flash_attn")
+    _register(
+        "flash_attn.bert_padding",
+        index_first_axis=_index_first_axis,
+        pad_input=_pad_input,
+        unpad_input=_unpad_input,
+        rearrange=rearrange,
+    )
+    _register("flash_attn.utils")
+    _register("flash_attn.utils.distributed", all_gather=_all_gather)
+
+
+def _register(name: str, **functions: Callable) -> None:
+    module = types.ModuleType(name)
+    # transformers looks for `__spec__` (and then for the installed distribution, which is absent).
+    module.__spec__ = importlib.machinery.ModuleSpec(name, loader=None)
+    vars(module).update(functions)
+    sys.modules[name] = module
+    parent, _, child = name.rpartition(".")
+    if parent:
+        setattr(sys.modules[parent], child, module)
+
+
+def _index_first_axis(x: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
+    """Rows `indices` (N,) of x (R, ...)."""
+    return x[indices]
+
+
+def _unpad_input(
+    hidden_states: torch.Tensor, attention_mask: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, int, torch.Tensor]:
+    """Drop the padding of x (B, T, ...): valid rows (N, ...), their flat indices, cumulative lengths."""
+    lengths = attention_mask.sum(dim=-1, dtype=torch.int32)  # (B,)
+    indices = attention_mask.flatten().nonzero().flatten()  # (N,)
+    boundaries = torch.nn.functional.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))  # (B + 1,)
+    rows = hidden_states.flatten(0, 1)[indices]
+    return rows, indices, boundaries, int(lengths.max()), lengths
+
+
+def _pad_input(
+    hidden_states: torch.Tensor, indices: torch.Tensor, batch: int, seqlen: int
+) -> torch.Tensor:
+    """Put rows x (N, ...) back to (B, T, ...) with zeros at the padding; differentiable in x."""
+    padded = hidden_states.new_zeros(batch * seqlen, *hidden_states.shape[1:])
+    return padded.index_copy(0, indices, hidden_states).unflatten(0, (batch, seqlen))
+
+
+def _all_gather(*_args: object, **_kwargs: object) -> torch.Tensor:
+    raise NotImplementedError(
+        "ring attention needs the flash-attn package, which is not installed. "
+        "Install flash-attn 2.8.3 on a GPU machine, or set --ds.ring_attn_size 1."
+    )

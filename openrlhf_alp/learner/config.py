@@ -1,0 +1,277 @@
+"""The `--alp.*` and `--rollout.*` flags, read once into frozen dataclasses.
+
+OpenRLHF hands one nested namespace to every process. Ours ride on it as two objects, `args.alp`
+(AlpConfig) and `args.rollout_service` (ServiceConfig); nothing below the CLI parses a flag again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Literal
+
+from openrlhf_alp.alp import METHODS, PerturbationConfig, UnifiedRatioConfig
+
+API_KEY_VARIABLE = "OPENRLHF_ALP_ROLLOUT_API_KEY"
+ADMIN_KEY_VARIABLE = "OPENRLHF_ALP_ROLLOUT_ADMIN_KEY"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AlpConfig:
+    """Adaptive Layerwise Perturbation, section by section of arXiv 2603.19470."""
+
+    enable: bool
+    """Use the single ratio pi_theta,sigma / mu instead of OpenRLHF's own policy loss."""
+    method: str
+    """A key of `openrlhf_alp.alp.METHODS`: which ratio, perturbed or not, and its clip window."""
+    sigma0: float | None
+    """Standard deviation of the noise at the start, in units of the hidden state; None is `auto`."""
+    sigma_kind: Literal["vector", "scalar"]
+    """One sigma per hidden dimension (section 2.2) or one per layer (the authors' code)."""
+    sigma_min: float
+    sigma_max: float
+    """Bounds of sigma; the gradient that pushes further outwards is dropped at a bound."""
+    lr: float
+    """Learning rate of log(sigma / sigma0); no weight decay."""
+    layers: str
+    """Which decoder layers are perturbed: `all`, `0-4`, `12,13` (section 4.3 compares)."""
+    clip_low_high: tuple[float, float] | None
+    """PPO clip (low, high); None takes the method's own."""
+    dual_clip: float | None
+    """Dual clip c for negative advantages; None takes the method's own."""
+    sequence_ratio: Literal["product", "geometric"]
+    """How a sequence-level method joins its tokens: eq. 3 (product) or the geometric mean."""
+    seed: int
+    """Key of the noise, beside update, sample, token and layer."""
+    calibration_factor: float
+    """`--alp.sigma0 auto` aims at this multiple of the measured learner-to-rollout mismatch (k3 KL)."""
+
+    def __post_init__(self) -> None:
+        if self.method not in METHODS:
+            raise ValueError(f"--alp.method {self.method}: choose one of {', '.join(METHODS)}")
+        if self.calibration_factor <= 0:
+            raise ValueError(
+                f"--alp.calibration_factor is {self.calibration_factor}; it must be above 0"
+            )
+        if self.lr < 0:
+            raise ValueError(f"--alp.lr is {self.lr}; it must be 0 (fixed sigma) or above")
+        self.ratio_config()
+        if self.perturbed:
+            self.perturbation_config()
+
+    @property
+    def perturbed(self) -> bool:
+        """Whether the update forward is noisy (ALP) or clean (Bypass)."""
+        return self.enable and METHODS[self.method].perturbed
+
+    @property
+    def calibrates(self) -> bool:
+        """Whether sigma0 is measured before the first update."""
+        return self.perturbed and self.sigma0 is None
+
+    def perturbation_config(self) -> PerturbationConfig:
+        # Until it is calibrated, sigma0 sits at the smallest allowed value.
+        return PerturbationConfig(
+            sigma0=self.sigma_min if self.sigma0 is None else self.sigma0,
+            kind=self.sigma_kind,
+            sigma_min=self.sigma_min,
+            sigma_max=self.sigma_max,
+            layers=self.layers,
+            seed=self.seed,
+        )
+
+    def ratio_config(self) -> UnifiedRatioConfig:
+        preset = METHODS[self.method]
+        level = preset.level
+        if level == "sequence" and self.sequence_ratio == "geometric":
+            level = "geometric"
+        low, high = self.clip_low_high or (preset.clip_low, preset.clip_high)
+        return UnifiedRatioConfig(
+            level=level,
+            clip_low=low,
+            clip_high=high,
+            dual_clip=preset.dual_clip if self.dual_clip is None else self.dual_clip,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServiceConfig:
+    """Where rollouts come from. Keys are read from the environment and never travel with the args."""
+
+    urls: tuple[str, ...]
+    """Base URLs of rollout services; empty means OpenRLHF's own in-process vLLM engines."""
+    request_timeout_s: float
+    """Longest time one episode may take, retries included."""
+    ready_timeout_s: float
+    """Longest wait for a service that is still starting."""
+    metrics_jsonl: str | None
+    """File that gets one JSON object per global step."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add our flags to OpenRLHF's parser; one `--help` then shows both."""
+    _add_alp_arguments(parser.add_argument_group("Adaptive Layerwise Perturbation"))
+    _add_service_arguments(parser.add_argument_group("rollout service and run folder"))
+
+
+def _sigma0(text: str) -> float | None:
+    return None if text == "auto" else float(text)
+
+
+_sigma0.__name__ = "number or 'auto'"
+
+
+def _add_alp_arguments(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    add("--alp.enable", action="store_true", help="train on the single ratio of --alp.method")
+    add(
+        "--alp.method",
+        default="token-alp",
+        choices=sorted(METHODS),
+        help="token or sequence ratio; *-alp perturbs the update forward, *-bypass does not",
+    )
+    add(
+        "--alp.sigma0",
+        type=_sigma0,
+        default="auto",
+        metavar="SIGMA|auto",
+        help="noise standard deviation at the start; auto measures the mismatch between learner and "
+        "rollout service before step 1 and matches its KL (Theorem 1)",
+    )
+    add("--alp.calibration_factor", type=float, default=1.0, help="auto: KL of noise / KL of mismatch")
+    add("--alp.sigma", default="vector", choices=["vector", "scalar"], help="sigma per dim or layer")
+    add("--alp.sigma_min", type=float, default=1e-6, help="lower bound of sigma")
+    add("--alp.sigma_max", type=float, default=0.1, help="upper bound of sigma")
+    add("--alp.lr", type=float, default=1e-2, help="learning rate of log sigma, no weight decay")
+    add("--alp.layers", default="all", help="decoder layers to perturb: all, 0-4, 12,13")
+    add("--alp.clip_low_high", type=float, nargs=2, default=None, metavar=("LOW", "HIGH"),
+        help="ratio window [1-LOW, 1+HIGH]; default is the method's own")  # fmt: skip
+    add("--alp.dual_clip", type=float, default=None, help="dual clip c; default is the method's own")
+    add(
+        "--alp.sequence_ratio",
+        default="product",
+        choices=["product", "geometric"],
+        help="sequence methods: product of token ratios (eq. 3) or their geometric mean",
+    )
+    add("--alp.seed", type=int, default=42, help="seed of the noise")
+
+
+def _add_service_arguments(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    add(
+        "--rollout.service_urls",
+        nargs="+",
+        default=[],
+        metavar="URL",
+        help=f"rollout services (python -m services.rollout); keys come from ${API_KEY_VARIABLE} and "
+        f"${ADMIN_KEY_VARIABLE}. Without it OpenRLHF starts its own vLLM engines",
+    )
+    add("--rollout.request_timeout_s", type=float, default=600.0, help="limit of one episode")
+    add("--rollout.ready_timeout_s", type=float, default=120.0, help="wait for a starting service")
+    add("--logger.metrics_jsonl", default=None, help="file that gets one JSON object per step")
+
+
+def read_alp(flags: SimpleNamespace) -> AlpConfig:
+    """AlpConfig from the parsed `args.alp` namespace."""
+    return AlpConfig(
+        enable=flags.enable,
+        method=flags.method,
+        sigma0=flags.sigma0,
+        sigma_kind=flags.sigma,
+        sigma_min=flags.sigma_min,
+        sigma_max=flags.sigma_max,
+        lr=flags.lr,
+        layers=flags.layers,
+        clip_low_high=tuple(flags.clip_low_high) if flags.clip_low_high else None,
+        dual_clip=flags.dual_clip,
+        sequence_ratio=flags.sequence_ratio,
+        seed=flags.seed,
+        calibration_factor=flags.calibration_factor,
+    )
+
+
+def read_service(args: SimpleNamespace) -> ServiceConfig:
+    """ServiceConfig from the parsed `args`."""
+    return ServiceConfig(
+        urls=tuple(url.rstrip("/") for url in args.rollout.service_urls),
+        request_timeout_s=args.rollout.request_timeout_s,
+        ready_timeout_s=args.rollout.ready_timeout_s,
+        metrics_jsonl=args.logger.metrics_jsonl,
+    )
+
+
+def settle(args: SimpleNamespace) -> SimpleNamespace:
+    """Check our flags against OpenRLHF's and set what follows from them.
+
+    Runs between OpenRLHF's parsing and its own validation.
+
+    Raises:
+        ValueError: flags that contradict each other; the message names them and the fix.
+    """
+    args.alp = read_alp(args.alp)
+    args.rollout_service = read_service(args)
+    if args.alp.enable:
+        _settle_alp(args)
+    if args.rollout_service.urls:
+        _settle_service(args)
+    return args
+
+
+def _settle_alp(args: SimpleNamespace) -> None:
+    if args.rollout.top_p != 1.0:
+        raise ValueError(
+            f"--rollout.top_p is {args.rollout.top_p}, but the single ratio needs 1.0: the service "
+            "reports log-probs of the truncated distribution, the learner those of the full one. "
+            "Set --rollout.top_p 1.0."
+        )
+    if args.actor.policy_loss_type != "ppo":
+        raise ValueError(
+            f"--actor.policy_loss_type {args.actor.policy_loss_type} and --alp.enable exclude each "
+            "other; drop the former, --alp.method chooses the loss."
+        )
+    if args.algo.advantage.is_correction_level != "off":
+        raise ValueError(
+            "--algo.advantage.is_correction_level corrects with a second ratio, --alp.enable has only "
+            "one. Drop one of the two."
+        )
+    if args.ds.ring_attn_size > 1 or args.ds.tensor_parallel_size > 1:
+        raise ValueError(
+            "--alp.enable does not support ring attention or DeepSpeed tensor parallelism yet: the "
+            "noise is keyed by token and hidden dimension, which they split. Set "
+            "--ds.ring_attn_size 1 and --ds.tensor_parallel_size 1."
+        )
+    if args.actor.optim == "muon" and args.alp.perturbed:
+        raise ValueError(
+            "--actor.optim muon has no parameter group of its own for sigma in DeepSpeed; "
+            "use --actor.optim adam with --alp.method *-alp."
+        )
+    if not args.rollout_service.urls:
+        # OpenRLHF's engines return log-probs only when some correction is on; this one is inert,
+        # because the loss that would read it is replaced.
+        args.algo.advantage.is_correction_level = "token"
+
+
+def _settle_service(args: SimpleNamespace) -> None:
+    if args.train.agent_func_path:
+        raise ValueError(
+            "--train.agent_func_path runs inside OpenRLHF's own vLLM engines and cannot be combined "
+            "with --rollout.service_urls; drop one of the two."
+        )
+    if args.data.max_images_per_prompt > 0:
+        raise ValueError("--rollout.service_urls serves text only; drop --data.max_images_per_prompt.")
+    if args.ds.lora.rank > 0:
+        raise ValueError(
+            "--rollout.service_urls pushes full weights; LoRA adapters are not merged yet. "
+            "Set --ds.lora.rank 0."
+        )
+    missing = [name for name in (API_KEY_VARIABLE, ADMIN_KEY_VARIABLE) if not os.environ.get(name)]
+    if missing:
+        raise ValueError(
+            f"{' and '.join(missing)} not set: the rollout service prints its keys when it starts; "
+            "export them, or start it with keys of your own."
+        )
+    args.vllm.num_engines = len(args.rollout_service.urls)
+    args.vllm.sync_backend = "service"
+    args.reward.remote_url = args.reward.remote_url or "math-verify"

@@ -1,0 +1,80 @@
+"""From rollouts to experience without a pass for "old" log-probs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import ray
+import torch
+from openrlhf.trainer.ppo_utils.experience import Experience
+from openrlhf.trainer.ppo_utils.experience_maker import RemoteExperienceMaker
+from openrlhf.trainer.ppo_utils.samples_generator import SamplesGenerator
+
+SAMPLE_ID = "alp/sample_id"
+"""Key in `Experience.info`: the sample's number in this run, part of the key of its noise."""
+
+
+class AlpExperienceMaker(RemoteExperienceMaker):
+    """Upstream: `RemoteExperienceMaker`, built in `BasePPOTrainer.__init__`.
+
+    With one denominator, pi_theta,sigma / mu, nothing reads pi_old: the rollout log-probs take its
+    place and one of the four forwards of a step is saved.
+    """
+
+    def make_experience(self, samples_list: list[Experience]) -> list[Experience]:
+        self._samples_list = samples_list
+        try:
+            return super().make_experience(samples_list)
+        finally:
+            del self._samples_list
+
+    def _dispatch_forward(self, group: Any, sync_condition: bool, **kwargs: Any) -> Any:
+        if group is not self.actor_model_group or not self.args.alp.enable:
+            return super()._dispatch_forward(group, sync_condition, **kwargs)
+        # Upstream keeps every duplicate-th entry: one per ring-attention / tensor-parallel copy.
+        copies = self.args.ds.ring_attn_size * self.args.ds.tensor_parallel_size
+        rows = [_masked_rollout_log_probs(sample) for sample in self._samples_list]
+        return ray.put([[row] for row in rows for _ in range(copies)])
+
+
+def _masked_rollout_log_probs(sample: Experience) -> torch.Tensor:
+    """(B, T-1) float32 log mu, 0.0 off the action mask."""
+    if sample.rollout_log_probs is None:
+        raise ValueError(
+            "a rollout came without log-probs, the denominator of the single ratio. The rollout "
+            "service always sends them; a custom agent must fill `rollout_log_probs`."
+        )
+    return sample.rollout_log_probs * sample.action_mask
+
+
+class AlpSamplesGenerator(SamplesGenerator):
+    """Upstream: `SamplesGenerator`, built in `PPOTrainer.__init__` and `GenerateSamplesActor`.
+
+    Numbers the samples and replaces prompts whose group was dropped, so that a step keeps its size.
+    """
+
+    _num_samples = 0
+
+    def _process_response_into_experience(self, response: dict, **kwargs: Any) -> Experience:
+        experience = super()._process_response_into_experience(response, **kwargs)
+        experience.info[SAMPLE_ID] = torch.tensor([self._num_samples])
+        self._num_samples += 1
+        return experience
+
+    def _generate_vllm(
+        self, dataloader_iter: Any, num_prompts: int, dynamic_filtering: bool, **kwargs: Any
+    ) -> tuple[list[Experience], int, bool]:
+        samples_per_prompt = kwargs.get(
+            "n_samples_per_prompt", self.args.rollout.n_samples_per_prompt
+        )
+        experiences: list[Experience] = []
+        consumed = 0
+        exhausted = False
+        while not exhausted and len(experiences) < num_prompts * samples_per_prompt:
+            missing = num_prompts - len(experiences) // samples_per_prompt
+            new, new_consumed, exhausted = super()._generate_vllm(
+                dataloader_iter, missing, dynamic_filtering, **kwargs
+            )
+            experiences += new
+            consumed += new_consumed
+        return experiences, consumed, exhausted

@@ -1,0 +1,103 @@
+"""DeepSpeed strategy that carries the perturbation through OpenRLHF's own set-up, saving and CPU runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any
+
+import torch
+from openrlhf.models import Actor
+from openrlhf.utils.deepspeed import DeepspeedStrategy
+from torch import nn
+
+from openrlhf_alp.alp import LayerwisePerturbation, attach, detached
+from openrlhf_alp.learner import compat
+from openrlhf_alp.learner.config import AlpConfig
+
+
+def perturbation_of(model: nn.Module) -> LayerwisePerturbation | None:
+    """The perturbation attached to an OpenRLHF Actor, a DeepSpeed engine or a bare model, if any."""
+    return getattr(unwrap(model), "alp", None)
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The Hugging Face model inside OpenRLHF's Actor and DeepSpeed's engine."""
+    if isinstance(model, Actor):
+        model = model.model
+    return getattr(model, "module", model)
+
+
+class AlpStrategy(DeepspeedStrategy):
+    """Upstream: `openrlhf.utils.deepspeed.DeepspeedStrategy`; attached through `get_strategy`."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if not torch.cuda.is_available() and "flash" in self.args.ds.attn_implementation:
+            # OpenRLHF's default and its packing both ask for flash-attn, which is CUDA only.
+            self.args.ds.attn_implementation = "sdpa"
+
+    @property
+    def alp(self) -> AlpConfig:
+        return self.args.alp
+
+    def setup_distributed(self, timeout: timedelta = timedelta(minutes=60)) -> None:
+        if not torch.cuda.is_available():
+            compat.disable_shm_collectives()
+        super().setup_distributed(timeout)
+
+    def prepare(self, *models: Any) -> Any:
+        """Attach sigma to the policy before DeepSpeed partitions its parameters.
+
+        Only a trained `Actor` gets it: the critic is no Actor, reference and EMA models come without
+        an optimizer config.
+        """
+        for entry in models:
+            if self.alp.perturbed and isinstance(entry, tuple) and isinstance(entry[0], Actor):
+                attach(entry[0].model, self.alp.perturbation_config())
+        return super().prepare(*models)
+
+    def _get_model_parameters(self, model: nn.Module, **kwargs: Any) -> tuple[nn.Module, Any]:
+        raw_model, groups = super()._get_model_parameters(model, **kwargs)
+        perturbation = perturbation_of(raw_model)
+        if perturbation is None:
+            return raw_model, groups
+        deltas = list(perturbation.parameters())
+        ours = {id(delta) for delta in deltas}
+        for group in groups:
+            group["params"] = [p for p in group["params"] if id(p) not in ours]
+        groups.append({"params": deltas, "lr": self.alp.lr, "weight_decay": 0.0})
+        return raw_model, groups
+
+    def get_ds_train_config(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        config = super().get_ds_train_config(*args, **kwargs)
+        optimizer = config.get("optimizer")
+        if not torch.cuda.is_available() and optimizer and optimizer.get("type") == "AdamW":
+            # DeepSpeed's CPU Adam is compiled on first use; torch's own needs no compiler.
+            optimizer["params"]["torch_adam"] = True
+        return config
+
+    def moving_average(
+        self, model: nn.Module, model_ema: nn.Module, beta: float = 0.992, device: str = "cpu"
+    ) -> None:
+        # The EMA copy has no sigma, so the pairwise walk over both parameter lists must not see it.
+        with without_sigma(model):
+            device = device if torch.cuda.is_available() else "cpu"
+            super().moving_average(model, model_ema, beta, device)
+
+    def save_model(self, model: nn.Module, tokenizer: Any, output_dir: str, **kwargs: Any) -> None:
+        """Export a clean Hugging Face folder: sigma belongs to training, not to the policy."""
+        with without_sigma(model):
+            super().save_model(model, tokenizer, output_dir, **kwargs)
+
+
+@contextmanager
+def without_sigma(model: nn.Module) -> Iterator[None]:
+    """Hide sigma from everything that walks the model's modules (export, weight push, EMA)."""
+    hf_model = unwrap(model)
+    if perturbation_of(hf_model) is None:
+        yield
+        return
+    with detached(hf_model):
+        yield
