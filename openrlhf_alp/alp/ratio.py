@@ -1,0 +1,54 @@
+"""Log-ratios of the perturbed policy to the rollout policy.
+
+With l_t = log pi_theta,sigma(y_t) of the learner and rho_t = log mu(y_t) of the rollout engine:
+
+    token      log r_t = l_t - rho_t
+    sequence   s = sum_t (l_t - rho_t)            log r_t = sg(s) + l_t - sg(l_t)
+    geometric  s = mean_t (l_t - rho_t)           log r_t = sg(s) + l_t - sg(l_t)
+
+sg is stop-gradient: every token carries the value of the whole sequence's ratio, and the gradient
+of its own log-probability (arXiv 2603.19470, eq. 3; carrying it token by token is GSPO's way, arXiv
+2507.18071, and leaves the aggregation over tokens free).
+
+Letters: B samples, A positions of the action axis.
+"""
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+RatioLevel = Literal["token", "sequence", "geometric"]
+
+
+def token_log_ratio(log_probs: Tensor, rollout_log_probs: Tensor, action_mask: Tensor) -> Tensor:
+    """l_t - rho_t, (B, A), and exactly 0 (with zero gradient) off `action_mask`."""
+    # where, not a product: whatever stands at a masked position, inf and nan included, is dropped.
+    return torch.where(action_mask.bool(), log_probs - rollout_log_probs, 0.0)
+
+
+def per_token_log_ratio(
+    log_probs: Tensor, rollout_log_probs: Tensor, action_mask: Tensor, level: RatioLevel
+) -> Tensor:
+    """Log-ratio that each token carries into the loss.
+
+    Args:
+        log_probs: (B, A) float, of the perturbed learner, with gradient.
+        rollout_log_probs: (B, A) float, as the rollout engine reported them.
+        action_mask: (B, A) bool or 0/1, true where the model chose the token. Prompt, tool output
+            and padding are false and contribute nothing.
+        level: what one ratio spans.
+
+    Returns:
+        (B, A) float, 0 off `action_mask`.
+    """
+    mask = action_mask.bool()
+    token = token_log_ratio(log_probs, rollout_log_probs, mask)
+    if level == "token":
+        return token
+    sequence = token.detach().sum(dim=-1, keepdim=True)
+    if level == "geometric":
+        sequence = sequence / mask.sum(dim=-1, keepdim=True).clamp(min=1)
+    elif level != "sequence":
+        raise ValueError(f"level is {level!r}; it must be 'token', 'sequence' or 'geometric'")
+    return torch.where(mask, sequence + (token - token.detach()), 0.0)
