@@ -1,0 +1,118 @@
+"""Rewards for mathematical answers: math-verify in worker processes with a hard time limit.
+
+sympy can be sent into minutes of work by a few characters of model output, in C code that no signal
+interrupts. So every comparison runs in a process of a pebble pool: past its limit the process is
+killed and replaced, and the answer has no reward. A reward that could not be computed is counted
+by name and raised, never turned into 0.0.
+"""
+
+import asyncio
+import concurrent.futures
+import logging
+import multiprocessing
+from collections import Counter
+
+import pebble
+
+from openrlhf_alp.rewards.protocol import RewardResult, RewardUnavailable
+from openrlhf_alp.rewards.verify import LabelNotParsableError, Verdict, judge, limit_memory
+
+logger = logging.getLogger(__name__)
+
+_WORKER_MEMORY_BYTES = 2 << 30
+"""Growth allowed to one worker: 9^(9^9) asks for hundreds of gigabytes."""
+
+_TEXT_IN_LOG_CHARS = 200
+
+
+class MathReward:
+    """1.0 when the final answer equals the label, else 0.0. `verify.py` says what an answer is.
+
+    Workers are started by the first call from a fork server, which is safe in a process with
+    threads (a Ray actor). They end with `close()`, or when this process ends in whatever way.
+
+    Args:
+        num_workers: comparisons at once. One worker does several hundred answers a second.
+        timeout_s: time for one comparison, counted from when a worker takes it up.
+
+    Attributes:
+        counts: how many answers were `scored`, and how many had no reward, by reason: `timeout`,
+            `crashed` (the worker died), `out_of_memory`, `label_not_parsable`, `error`.
+    """
+
+    def __init__(self, *, num_workers: int = 1, timeout_s: float = 5.0) -> None:
+        if num_workers < 1 or timeout_s <= 0:
+            raise ValueError(
+                f"num_workers={num_workers}, timeout_s={timeout_s}: needs at least one worker "
+                "and a time above 0"
+            )
+        self._num_workers = num_workers
+        self._timeout_s = timeout_s
+        self._pool: pebble.ProcessPool | None = None
+        self.counts: Counter[str] = Counter()
+
+    async def score(self, *, prompt: str, response: str, label: str) -> RewardResult:
+        """Scores the final answer of `response`; the prompt is not needed.
+
+        Raises:
+            RewardUnavailable: with one of the reasons listed under `counts`.
+        """
+        try:
+            verdict = await self._judge_in_worker(response, label)
+        except Exception as error:
+            reason, detail = self._explain(error)
+            self.counts[reason] += 1
+            logger.warning(
+                "no reward (%s): %s; label %r, answer ends %r",
+                *(reason, detail, label, response[-_TEXT_IN_LOG_CHARS:]),
+            )
+            raise RewardUnavailable(reason=reason, detail=detail) from error
+        self.counts["scored"] += 1
+        return RewardResult(
+            value=float(verdict.correct),
+            detail={
+                "answered": float(verdict.answered),
+                "unevaluated": float(verdict.unevaluated),
+            },
+        )
+
+    def close(self) -> None:
+        """Ends the workers, the busy ones too. A later `score` starts new ones."""
+        if self._pool is not None:
+            self._pool.stop()
+            self._pool.join()
+            self._pool = None
+
+    async def _judge_in_worker(self, response: str, label: str) -> Verdict:
+        future = self._active_pool().schedule(
+            judge, args=(response, label), timeout=self._timeout_s
+        )
+        verdict: Verdict = await asyncio.wrap_future(future)
+        return verdict
+
+    def _active_pool(self) -> pebble.ProcessPool:
+        if self._pool is None or not self._pool.active:
+            context = multiprocessing.get_context("forkserver")
+            # The fork server imports sympy once, so that replacing a killed worker takes
+            # milliseconds.
+            context.set_forkserver_preload([judge.__module__])
+            self._pool = pebble.ProcessPool(
+                max_workers=self._num_workers,
+                context=context,
+                initializer=limit_memory,
+                initargs=(_WORKER_MEMORY_BYTES,),
+            )
+        return self._pool
+
+    def _explain(self, error: Exception) -> tuple[str, str]:
+        """The name of the reason and a sentence for people."""
+        match error:
+            case concurrent.futures.TimeoutError():
+                return "timeout", f"comparing took longer than {self._timeout_s} s"
+            case pebble.ProcessExpired():
+                return "crashed", f"the worker ended with exit code {error.exitcode}"
+            case MemoryError():
+                return "out_of_memory", f"comparing asked for over {_WORKER_MEMORY_BYTES} bytes"
+            case LabelNotParsableError():
+                return "label_not_parsable", str(error)
+        return "error", f"{type(error).__name__}: {error}"
