@@ -25,6 +25,16 @@ from openrlhf_alp.learner.weight_sync import WeightPusher
 
 logger = logging.getLogger(__name__)
 
+LOSS_FRACTIONS = (
+    "clip_fraction",
+    "clip_low_fraction",
+    "clip_high_fraction",
+    "dual_clip_fraction",
+    "guard_fraction",
+    "approx_kl",
+)
+"""Fields of LossOutput that are metrics, each a mean over action tokens."""
+
 
 class AlpActorPPOTrainer(ppo_actor.ActorPPOTrainer):
     """Upstream: `openrlhf.trainer.ray.ppo_actor.ActorPPOTrainer`.
@@ -36,7 +46,7 @@ class AlpActorPPOTrainer(ppo_actor.ActorPPOTrainer):
         super().__init__(*args, **kwargs)
         self.perturbation = perturbation_of(self.actor)
         self.needs_calibration = self.alp.calibrates
-        self.step_metrics: dict[str, float] = {}
+        self.calibration_metrics: dict[str, float] = {}
         if self.alp.enable:
             self.actor_loss_fn = UnifiedPolicyLoss(
                 self.alp.ratio_config(),
@@ -55,14 +65,14 @@ class AlpActorPPOTrainer(ppo_actor.ActorPPOTrainer):
 
     def ppo_train(self, kl_ctl: float) -> dict[str, float]:
         if self.needs_calibration:
-            self.step_metrics.update(calibrate(self))
+            self.calibration_metrics = calibrate(self)
             self.needs_calibration = False
         self.telemetry = RatioTelemetry()
         status = super().ppo_train(kl_ctl)
         if self.alp.enable:
             status.update(self._ratio_metrics())
         if self.perturbation is not None:
-            status.update(self.perturbation.summary(), **self.step_metrics)
+            status.update(self._sigma_metrics())
         return status
 
     def training_step(
@@ -94,15 +104,29 @@ class AlpActorPPOTrainer(ppo_actor.ActorPPOTrainer):
     def _record_ratios(self, experience: Experience, result: dict[str, Any]) -> None:
         output = self.actor_loss_fn.last_output
         self.telemetry.add(output.log_ratio, experience.action_mask)
-        for name, value in output.token_metrics().items():
-            result["metrics"][name] = value
-            result["weights"][name] = "token"
+        for name in LOSS_FRACTIONS:
+            result["metrics"][f"alp/{name}"] = getattr(output, name)
+            result["weights"][f"alp/{name}"] = "token"
 
     def _ratio_metrics(self) -> dict[str, float]:
         """Quantiles over all tokens of the step on all ranks; the same numbers on every rank."""
-        shards: list[Any] = [None] * torch.distributed.get_world_size()
-        torch.distributed.all_gather_object(shards, self.telemetry)
-        return RatioTelemetry.merge(shards).summary()
+        ranks: list[Any] = [None] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(ranks, self.telemetry.arrays())
+        step = RatioTelemetry()
+        for arrays in ranks:
+            step.merge(arrays)
+        return step.summary()
+
+    def _sigma_metrics(self) -> dict[str, float]:
+        summary = self.perturbation.summary()
+        return {
+            "alp/sigma0": self.perturbation.sigma0,
+            "alp/sigma_mean": summary.mean,
+            "alp/sigma_min": summary.minimum,
+            "alp/sigma_max": summary.maximum,
+            "alp/sigma_bound_share": summary.share_at_bound,
+            **self.calibration_metrics,
+        }
 
     def _init_vllm_sync_group(self, backend: str) -> None:
         if not self.args.rollout_service.urls:

@@ -30,7 +30,7 @@ def calibrate(trainer: AlpActorPPOTrainer) -> dict[str, float]:
     forwards find the sigma with that KL (times `--alp.calibration_factor`).
 
     Returns:
-        `alp/sigma0`, `alp/mismatch_k3_kl`, `alp/noise_k3_kl`.
+        `alp/mismatch_k3_kl` and `alp/noise_k3_kl`, nats per token.
     """
     perturbation, alp = trainer.perturbation, trainer.alp
     assert perturbation is not None, "calibration without a perturbation"
@@ -60,11 +60,12 @@ def calibrate(trainer: AlpActorPPOTrainer) -> dict[str, float]:
         "sigma0 auto: learner-to-rollout mismatch k3 KL %.2e -> sigma0 %.2e (noise k3 KL %.2e)",
         mismatch, found.sigma0, found.reached_kl,
     )  # fmt: skip
-    return {
-        "alp/sigma0": found.sigma0,
-        "alp/mismatch_k3_kl": mismatch,
-        "alp/noise_k3_kl": found.reached_kl,
-    }
+    if found.at_bound:
+        logger.warning(
+            "sigma0 auto stopped at --alp.%s; move that bound to let the noise reach the mismatch",
+            found.at_bound,
+        )
+    return {"alp/mismatch_k3_kl": mismatch, "alp/noise_k3_kl": found.reached_kl}
 
 
 def _first_samples(trainer: AlpActorPPOTrainer) -> Experience:

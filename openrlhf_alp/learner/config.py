@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Literal
 
@@ -83,13 +83,12 @@ class AlpConfig:
         )
 
     def ratio_config(self) -> UnifiedRatioConfig:
-        preset = METHODS[self.method]
-        level = preset.level
-        if level == "sequence" and self.sequence_ratio == "geometric":
-            level = "geometric"
+        preset = METHODS[self.method].ratio
+        geometric = preset.level == "sequence" and self.sequence_ratio == "geometric"
         low, high = self.clip_low_high or (preset.clip_low, preset.clip_high)
-        return UnifiedRatioConfig(
-            level=level,
+        return replace(
+            preset,
+            level="geometric" if geometric else preset.level,
             clip_low=low,
             clip_high=high,
             dual_clip=preset.dual_clip if self.dual_clip is None else self.dual_clip,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 
+import torch
 from torch import Tensor, nn
 
 from openrlhf_alp.alp import LossOutput, UnifiedRatioConfig, unified_ratio_loss
@@ -60,4 +61,6 @@ class UnifiedPolicyLoss(nn.Module):
             aggregate=partial(self.aggregate, **global_counts),
         )
         self.last_output = output
-        return output.loss, output.clip_fraction, output.approx_kl, None, None
+        # Upstream detaches what it logs, so numbers go back as tensors.
+        clip_fraction, approx_kl = torch.tensor([output.clip_fraction, output.approx_kl])
+        return output.loss, clip_fraction, approx_kl, None, None

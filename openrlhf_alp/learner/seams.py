@@ -16,14 +16,20 @@ globals below, hook the parser, and run that module as the main program. Not a l
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import importlib.metadata
 import inspect
 import runpy
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
+
+AddArguments = Callable[[argparse.ArgumentParser], None]
+Settle = Callable[[SimpleNamespace], SimpleNamespace]
 
 OPENRLHF_VERSION = "0.11.2"
 UPSTREAM_MAIN = "openrlhf.cli.train_ppo_ray"
@@ -179,10 +185,10 @@ def _resolve(symbol: str) -> Callable[..., Any]:
     return found
 
 
-def install() -> None:
-    """Put our classes in the places where OpenRLHF looks its own up."""
+@contextlib.contextmanager
+def installed() -> Iterator[None]:
+    """Put our classes in the places where OpenRLHF looks its own up, for the length of the block."""
     import openrlhf.trainer.ppo_trainer
-    import openrlhf.trainer.ray
     import openrlhf.trainer.ray.ppo_actor
     import openrlhf.utils.deepspeed
 
@@ -190,50 +196,96 @@ def install() -> None:
     from openrlhf_alp.learner.strategy import AlpStrategy
     from openrlhf_alp.learner.trainer import RemoteAlpPPOTrainer
 
-    openrlhf.utils.deepspeed.DeepspeedStrategy = AlpStrategy
-    openrlhf.trainer.ray.ppo_actor.PolicyModelActor = RemoteAlpPolicyModelActor
-    openrlhf.trainer.ppo_trainer.PPOTrainer = RemoteAlpPPOTrainer
+    with (
+        mock.patch.object(openrlhf.utils.deepspeed, "DeepspeedStrategy", AlpStrategy),
+        mock.patch.object(
+            openrlhf.trainer.ray.ppo_actor, "PolicyModelActor", RemoteAlpPolicyModelActor
+        ),
+        mock.patch.object(openrlhf.trainer.ppo_trainer, "PPOTrainer", RemoteAlpPPOTrainer),
+    ):
+        yield
 
 
-def use_rollout_service(args: SimpleNamespace) -> None:
-    """Replace OpenRLHF's in-process vLLM engines by the rollout services of `args`."""
-    import openrlhf.trainer.ray
-
-    from openrlhf_alp.learner.rollout_engine import create_rollout_engines
-
-    def create(*_args: Any, **_kwargs: Any) -> list[Any]:
-        return create_rollout_engines(args)
-
-    openrlhf.trainer.ray.create_vllm_engines = create
-
-
-def run_upstream(
-    add_arguments: Callable[[argparse.ArgumentParser], None],
-    settle: Callable[[SimpleNamespace], SimpleNamespace],
-) -> None:
+def run_upstream(add_arguments: AddArguments, settle: Settle) -> None:
     """Run OpenRLHF's own command line with our flags and our classes.
 
     Args:
         add_arguments: adds our flags to OpenRLHF's parser.
         settle: called with the nested args before OpenRLHF validates them; returns them.
+
+    Raises:
+        UpstreamDriftError: OpenRLHF is not what the seams were written for.
     """
-    import openrlhf.utils.config
+    import openrlhf.trainer.ray
+
+    from openrlhf_alp.learner.rollout_engine import create_rollout_engines
 
     check_upstream()
-    install()
+    upstream_engines = openrlhf.trainer.ray.create_vllm_engines
+    settled: list[SimpleNamespace] = []
+
+    def settle_and_keep(args: SimpleNamespace) -> SimpleNamespace:
+        settled.append(settle(args))
+        return settled[0]
+
+    def create_engines(*args: Any, **kwargs: Any) -> list[Any]:
+        if settled[0].rollout_service.urls:
+            return create_rollout_engines(settled[0])
+        return upstream_engines(*args, **kwargs)
+
+    with (
+        installed(),
+        mock.patch.object(openrlhf.trainer.ray, "create_vllm_engines", create_engines),
+        _hooked_parser(add_arguments, settle_and_keep),
+    ):
+        runpy.run_module(UPSTREAM_MAIN, run_name="__main__", alter_sys=True)
+
+
+def parsed_args(argv: list[str], add_arguments: AddArguments, settle: Settle) -> SimpleNamespace:
+    """The args that a run with `argv` would train with, parsed and validated by OpenRLHF itself.
+
+    Nothing is started: the run ends where OpenRLHF would build its strategy.
+    """
+    import openrlhf.utils
+    import ray
+
+    class _Reached(Exception):
+        pass
+
+    reached: list[SimpleNamespace] = []
+
+    def stop(args: SimpleNamespace) -> None:
+        reached.append(args)
+        raise _Reached
+
+    with (
+        mock.patch.object(sys, "argv", [UPSTREAM_MAIN, *argv]),
+        mock.patch.object(ray, "is_initialized", lambda: True),
+        mock.patch.object(openrlhf.utils, "get_strategy", stop),
+        _hooked_parser(add_arguments, settle),
+        contextlib.suppress(_Reached),
+    ):
+        runpy.run_module(UPSTREAM_MAIN, run_name="__main__", alter_sys=True)
+    return reached[0]
+
+
+@contextlib.contextmanager
+def _hooked_parser(add_arguments: AddArguments, settle: Settle) -> Iterator[None]:
+    import openrlhf.utils.config
+
     hierarchize = openrlhf.utils.config.hierarchize
-    openrlhf.utils.config.hierarchize = lambda args: settle(hierarchize(args))
-    _add_flags_once(add_arguments)
-    runpy.run_module(UPSTREAM_MAIN, run_name="__main__", alter_sys=True)
-
-
-def _add_flags_once(add_arguments: Callable[[argparse.ArgumentParser], None]) -> None:
     # The method, not the class: argparse itself refers to the class by its module global.
-    original = argparse.ArgumentParser.parse_args
+    parse_args = argparse.ArgumentParser.parse_args
 
-    def parse_args(parser: argparse.ArgumentParser, *args: Any, **kwargs: Any) -> Any:
-        argparse.ArgumentParser.parse_args = original
+    def parse_args_with_ours(parser: argparse.ArgumentParser, *args: Any, **kwargs: Any) -> Any:
+        argparse.ArgumentParser.parse_args = parse_args  # type: ignore[method-assign]
         add_arguments(parser)
-        return original(parser, *args, **kwargs)
+        return parse_args(parser, *args, **kwargs)
 
-    argparse.ArgumentParser.parse_args = parse_args  # type: ignore[method-assign,assignment]
+    with (
+        mock.patch.object(argparse.ArgumentParser, "parse_args", parse_args_with_ours),
+        mock.patch.object(
+            openrlhf.utils.config, "hierarchize", lambda args: settle(hierarchize(args))
+        ),
+    ):
+        yield

@@ -1,0 +1,38 @@
+"""Checks of the driver before anything heavy starts: the model folder and the served contract."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from transformers import AutoTokenizer
+
+from openrlhf_alp.clients.contract import LearnerExpectation, check_contract
+from openrlhf_alp.clients.rollout import RolloutClient
+from openrlhf_alp.learner.config import ADMIN_KEY_VARIABLE, API_KEY_VARIABLE
+
+
+def check_model(name_or_path: str | None) -> Any:
+    """The tokenizer of the policy.
+
+    Raises:
+        ValueError: no model given, or neither a model folder nor a loadable Hugging Face id.
+    """
+    if not name_or_path:
+        raise ValueError("--actor.model_name_or_path is missing: give a folder or a Hugging Face id.")
+    path = Path(name_or_path)
+    if (path.is_absolute() or path.exists()) and not (path / "config.json").is_file():
+        raise ValueError(
+            f"--actor.model_name_or_path {name_or_path}: no config.json there, so it is not a Hugging "
+            "Face model folder. Check the path; weights and tokenizer must lie beside config.json."
+        )
+    try:
+        return AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=True)
+    except Exception as error:
+        raise ValueError(
+            f"--actor.model_name_or_path {name_or_path}: cannot load its tokenizer ({error}). Give a "
+            "model folder, or an id that the Hugging Face hub or its local cache knows."
+        ) from error

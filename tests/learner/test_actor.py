@@ -1,0 +1,204 @@
+"""The policy update through OpenRLHF's own actor and DeepSpeed, on one CPU rank."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+Parse = Callable[..., SimpleNamespace]
+pytestmark = [pytest.mark.e2e, pytest.mark.filterwarnings("ignore")]
+
+SIGMA = ("--alp.sigma0", "0.01")
+
+
+def build_actor(args: SimpleNamespace, actor_class: Any = None) -> Any:
+    from openrlhf.utils import get_strategy
+
+    from openrlhf_alp.learner import seams
+    from openrlhf_alp.learner.actor import AlpPolicyModelActor
+
+    actor = (actor_class or AlpPolicyModelActor)(1, 0, None, None)
+    with seams.installed():
+        strategy = get_strategy(args)
+    actor.init_model_from_pretrained(strategy, args.actor.model_name_or_path, 10, None)
+    return actor
+
+
+def rollouts(actor: Any, *, num_samples: int = 4, mismatch: float = 0.02, seed: int = 0) -> Any:
+    """Random sequences whose rollout log-probs are the learner's own, moved by `mismatch`."""
+    from openrlhf.trainer.ppo_utils.experience import Experience
+
+    from openrlhf_alp.learner.experience import SAMPLE_ID
+
+    generator = torch.Generator().manual_seed(seed)
+    length = 12
+    sequences = torch.randint(2, 250, (num_samples, length), generator=generator)
+    attention_mask = torch.ones_like(sequences)
+    attention_mask[0, -3:] = 0
+    sequences[0, -3:] = 0
+    action_mask = attention_mask[:, 1:].clone()
+    action_mask[:, :4] = 0
+    clean = actor.forward(sequences, action_mask, attention_mask)
+    noise = mismatch * torch.randn(clean.shape, generator=generator)
+    rewards = torch.tensor([1.0, 0.0] * (num_samples // 2))
+    return Experience(
+        sequences=sequences,
+        attention_mask=attention_mask,
+        action_mask=action_mask,
+        action_log_probs=(clean + noise) * action_mask,
+        rollout_log_probs=(clean + noise) * action_mask,
+        advantages=(2 * rewards - 1).unsqueeze(-1) * action_mask,
+        rewards=rewards,
+        response_length=action_mask.sum(-1),
+        truncated=torch.zeros(num_samples, dtype=torch.bool),
+        total_length=attention_mask.sum(-1),
+        info={"reward": rewards, SAMPLE_ID: torch.arange(num_samples)},
+    )
+
+
+def update(actor: Any, **kwargs: Any) -> dict[str, float]:
+    actor.append(rollouts(actor, **kwargs))
+    return actor.fit()
+
+
+def weights(actor: Any) -> dict[str, torch.Tensor]:
+    return {n: p.detach().clone() for n, p in actor.actor.model.module.named_parameters()}
+
+
+def test_sigma_has_its_own_group_with_its_own_rate_and_no_decay(parse: Parse) -> None:
+    args = parse(
+        "--alp.enable", *SIGMA, "--alp.lr", "0.5", "--actor.adam.weight_decay", "0.1"
+    )
+    actor = build_actor(args)
+    groups = actor.actor_optim.param_groups
+    assert [group["lr"] for group in groups] == [1e-3, 1e-3, 0.5]
+    assert groups[-1]["weight_decay"] == 0.0
+    assert actor.trainer.perturbation is not None
+
+
+def test_an_update_moves_theta_and_sigma_and_reports_the_ratio(parse: Parse) -> None:
+    actor = build_actor(parse("--alp.enable", *SIGMA, "--alp.method", "seq-alp"))
+    before = weights(actor)
+    status = update(actor)
+    after = weights(actor)
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    assert {"alp.delta.0", "alp.delta.1", "model.layers.0.mlp.up_proj.weight"} <= moved
+    assert status["alp/num_tokens"] == 4 * 7 - 3
+    assert status["alp/log_ratio_p01"] < 0 < status["alp/log_ratio_p99"]
+    assert 0.009 < status["alp/sigma_mean"] < 0.011
+    assert "alp/sample_id" not in status
+
+
+def test_bypass_has_no_sigma(parse: Parse) -> None:
+    actor = build_actor(parse("--alp.enable", "--alp.method", "token-bypass"))
+    assert actor.trainer.perturbation is None
+    status = update(actor, mismatch=0.0)
+    # Bit-equal weights and no noise: every log-ratio is exactly zero.
+    assert status["alp/log_ratio_p99"] == status["alp/log_ratio_p01"] == 0.0
+
+
+def test_with_alp_off_the_update_is_upstreams_bit_for_bit(parse: Parse) -> None:
+    from openrlhf.trainer.ray import ppo_actor
+
+    from openrlhf_alp.learner.remote import undecorated
+
+    ours = build_actor(parse())
+    upstream = build_actor(parse(), undecorated(ppo_actor.PolicyModelActor))
+    assert type(upstream.trainer) is ppo_actor.ActorPPOTrainer
+    for actor in (ours, upstream):
+        torch.manual_seed(3)  # the shuffle of the replay buffer
+        update(actor)
+    reference = weights(upstream)
+    for name, parameter in weights(ours).items():
+        assert torch.equal(parameter, reference[name]), name
+
+
+def test_a_checkpoint_resumes_with_the_same_sigma_and_the_same_next_noise(
+    parse: Parse, tmp_path: Path
+) -> None:
+    flags = ("--alp.enable", "--alp.sigma0", "auto", "--ckpt.load_enable")
+    first = build_actor(parse(*flags))
+    update(first, seed=1)
+    first.save_checkpoint("global_step1", {"global_step": 1})
+    resumed = build_actor(parse(*flags))
+    assert not resumed.trainer.needs_calibration
+    assert resumed.trainer.perturbation.sigma0 == first.trainer.perturbation.sigma0
+    assert resumed.trainer.update_number == first.trainer.update_number == 1
+    for layer, sigma in first.trainer.perturbation.sigmas().items():
+        assert torch.equal(sigma, resumed.trainer.perturbation.sigmas()[layer])
+    statuses = []
+    for actor in (first, resumed):
+        torch.manual_seed(3)
+        statuses.append(update(actor, seed=2))
+    assert statuses[0]["alp/log_ratio_p99"] == statuses[1]["alp/log_ratio_p99"]
+    reference = weights(first)
+    for name, parameter in weights(resumed).items():
+        assert torch.equal(parameter, reference[name]), name
+
+
+def test_auto_finds_noise_as_large_as_the_mismatch(parse: Parse) -> None:
+    actor = build_actor(parse("--alp.enable"))
+    status = update(actor, mismatch=0.03, num_samples=16)
+    assert status["alp/noise_k3_kl"] == pytest.approx(status["alp/mismatch_k3_kl"], rel=0.2)
+    # k3 of a normal difference with standard deviation s is close to s^2 / 2.
+    assert status["alp/mismatch_k3_kl"] == pytest.approx(0.03**2 / 2, rel=0.4)
+
+
+def test_the_exported_model_is_clean_and_loads(parse: Parse, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    args = parse("--alp.enable", *SIGMA)
+    actor = build_actor(args)
+    update(actor)
+    actor.save_model()
+    exported = load_file(Path(args.ckpt.output_dir) / "model.safetensors")
+    assert not [name for name in exported if "alp" in name]
+    assert actor.trainer.perturbation is not None
+    loaded = AutoModelForCausalLM.from_pretrained(args.ckpt.output_dir, dtype=torch.bfloat16)
+    ours = actor.actor.model.module.state_dict()
+    assert all(torch.equal(value, ours[name]) for name, value in loaded.state_dict().items())
+
+
+def test_packing_gives_the_same_ratios_as_padding(parse: Parse) -> None:
+    statuses = []
+    for packing in ([], ["--ds.packing_samples"]):
+        actor = build_actor(parse("--alp.enable", *SIGMA, *packing))
+        torch.manual_seed(3)
+        statuses.append(update(actor))
+    padded, packed = statuses
+    for name in ("alp/log_ratio_p01", "alp/log_ratio_p99", "alp/k3_kl"):
+        assert padded[name] == pytest.approx(packed[name], rel=0.1, abs=2e-3)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gradient_checkpointing_changes_nothing(parse: Parse, reentrant: bool) -> None:
+    checkpointing = ["--actor.gradient_checkpointing_enable"]
+    if reentrant:
+        checkpointing.append("--actor.gradient_checkpointing_reentrant")
+    results = []
+    for flags in ([], checkpointing):
+        actor = build_actor(parse("--alp.enable", *SIGMA, *flags))
+        torch.manual_seed(3)
+        update(actor)
+        results.append(weights(actor))
+    for name, parameter in results[0].items():
+        assert torch.equal(parameter, results[1][name]), name
+
+
+def test_a_nan_rollout_log_prob_stops_the_update_and_says_where(parse: Parse) -> None:
+    actor = build_actor(parse("--alp.enable", *SIGMA))
+    batch = rollouts(actor)
+    batch.rollout_log_probs[1, 5] = float("nan")
+    before = weights(actor)
+    actor.append(batch)
+    with pytest.raises(FloatingPointError, match="rollout_log_probs"):
+        actor.fit()
+    after = weights(actor)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+

@@ -1,0 +1,104 @@
+"""Flags that contradict each other are refused before anything starts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import SimpleNamespace
+
+import pytest
+
+Parse = Callable[..., SimpleNamespace]
+
+
+def test_alp_is_off_by_default_and_then_nothing_of_upstream_changes(parse: Parse) -> None:
+    args = parse()
+    assert not args.alp.enable and not args.alp.perturbed
+    assert args.algo.advantage.is_correction_level == "off"
+
+
+def test_sigma0_is_measured_by_default(parse: Parse) -> None:
+    alp = parse("--alp.enable").alp
+    assert alp.sigma0 is None and alp.calibrates
+    assert alp.perturbation_config().sigma0 == alp.sigma_min
+
+
+def test_a_bypass_method_does_not_perturb(parse: Parse) -> None:
+    alp = parse("--alp.enable", "--alp.method", "seq-bypass").alp
+    assert not alp.perturbed and not alp.calibrates
+    assert alp.ratio_config().level == "sequence"
+
+
+def test_alp_and_bypass_share_their_clip_window(parse: Parse) -> None:
+    for level in ("token", "seq"):
+        windows = {
+            (c.clip_low, c.clip_high, c.dual_clip)
+            for kind in ("alp", "bypass")
+            for c in [parse("--alp.enable", "--alp.method", f"{level}-{kind}").alp.ratio_config()]
+        }
+        assert len(windows) == 1
+
+
+def test_a_clip_window_given_by_hand_wins(parse: Parse) -> None:
+    ratio = parse("--alp.enable", "--alp.clip_low_high", "0.1", "0.3").alp.ratio_config()
+    assert (ratio.clip_low, ratio.clip_high) == (0.1, 0.3)
+
+
+def test_the_geometric_mean_is_a_choice_of_sequence_methods(parse: Parse) -> None:
+    flags = ("--alp.enable", "--alp.sequence_ratio", "geometric")
+    assert parse(*flags, "--alp.method", "seq-alp").alp.ratio_config().level == "geometric"
+    assert parse(*flags, "--alp.method", "token-alp").alp.ratio_config().level == "token"
+
+
+def test_without_a_service_upstreams_engines_are_asked_for_log_probs(parse: Parse) -> None:
+    assert parse("--alp.enable").algo.advantage.is_correction_level == "token"
+
+
+def test_with_a_service_there_is_one_engine_per_url(parse: Parse, service_keys: None) -> None:
+    args = parse("--rollout.service_urls", "http://127.0.0.1:1/", "http://127.0.0.1:2")
+    assert args.vllm.num_engines == 2
+    assert args.rollout_service.urls == ("http://127.0.0.1:1", "http://127.0.0.1:2")
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--alp.enable", "--rollout.top_p", "0.9"], "--rollout.top_p is 0.9"),
+        (["--alp.enable", "--actor.policy_loss_type", "gspo"], "--actor.policy_loss_type gspo"),
+        (
+            ["--alp.enable", "--algo.advantage.is_correction_level", "seq"],
+            "--algo.advantage.is_correction_level",
+        ),
+        (["--alp.enable", "--actor.optim", "muon"], "--actor.optim muon"),
+        (["--alp.enable", "--ds.ring_attn_size", "2"], "ring attention"),
+        (["--alp.enable", "--alp.sigma0", "0.5"], "--alp.sigma0 is 0.5"),
+        (["--alp.enable", "--alp.sigma_min", "1"], "--alp.sigma_min is 1"),
+        (["--alp.enable", "--alp.lr", "-1"], "--alp.lr is -1"),
+        (["--alp.enable", "--alp.dual_clip", "0.5"], "--alp.dual_clip is 0.5"),
+        (["--alp.enable", "--alp.calibration_factor", "0"], "--alp.calibration_factor is 0"),
+    ],
+)
+def test_contradictions_are_named(parse: Parse, flags: list[str], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        parse(*flags)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--train.agent_func_path", "agent.py"], "--train.agent_func_path"),
+        (["--ds.lora.rank", "8"], "--ds.lora.rank 0"),
+        (["--data.max_images_per_prompt", "1"], "serves text only"),
+    ],
+)
+def test_what_the_service_cannot_do_is_refused(
+    parse: Parse, service_keys: None, flags: list[str], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        parse("--rollout.service_urls", "http://127.0.0.1:1", *flags)
+
+
+def test_missing_keys_are_named(parse: Parse, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OPENRLHF_ALP_ROLLOUT_API_KEY", raising=False)
+    monkeypatch.delenv("OPENRLHF_ALP_ROLLOUT_ADMIN_KEY", raising=False)
+    with pytest.raises(ValueError, match="OPENRLHF_ALP_ROLLOUT_API_KEY and"):
+        parse("--rollout.service_urls", "http://127.0.0.1:1")
