@@ -31,7 +31,15 @@ SERVICE = [
     "uvicorn[standard]>=0.30",
 ]
 ROLLOUT = [*SERVICE, "vllm==0.29.0", "safetensors>=0.6.2"]
-TOOL = [*SERVICE, "mcp>=1.12", "numpy", "psutil>=5.9", "pyseccomp>=0.1", "scipy", "sympy"]
+TOOL = [
+    *SERVICE,
+    "mcp>=1.12",
+    "numpy",
+    "py-landlock>=0.1.1,<0.2",
+    "pyseccomp>=0.1",
+    "scipy",
+    "sympy",
+]
 DEV = [
     "hypothesis",
     "import-linter",

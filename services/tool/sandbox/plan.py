@@ -1,0 +1,79 @@
+"""What the API process decides once and every process of the sandbox reads: level, limits, places.
+
+A plan is built in engine.py, travels to the launcher as JSON on its standard input and is inherited
+by fork below it. It holds no secret: a snippet can read all of it.
+"""
+
+import json
+from dataclasses import asdict, dataclass
+from enum import StrEnum
+
+JAIL = "/jail"
+"""Directory, below the launcher's new root, that snippets see as `/`; /proc stays outside of it."""
+SCRATCH = "/scratch"
+"""Parent of a slot's private tmpfs inside the jail. Landlock grants writing here."""
+BOX = "/scratch/box"
+"""Mount point of a slot's private tmpfs inside the jail."""
+WORK = "work"
+"""Folder below the box in which a snippet starts."""
+
+
+class Level(StrEnum):
+    """How much stands between a snippet and the machine, strongest first."""
+
+    FULL = "full"
+    """Own user, pid, mount, network, ipc and uts namespaces, private tmpfs, plus everything
+    below."""
+    UID = "uid"
+    """Own user id per slot, swept after each run; needs root. Plus everything below."""
+    BASIC = "basic"
+    """Own process, rlimits, seccomp without fork, Landlock. Needs no privilege at all."""
+    NONE = "none"
+    """A process with rlimits. For debugging only."""
+
+
+STRENGTH = {Level.NONE: 0, Level.BASIC: 1, Level.UID: 2, Level.FULL: 3}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """Everything the launcher, its zygotes and its slots have to know."""
+
+    level: Level
+    presets: list[str]
+    """Names of the zygotes, each forked from the one before: numpy, sympy, scipy."""
+    channels: list[int]
+    """One inherited SOCK_SEQPACKET descriptor per preset."""
+    code_root: str
+    """Folder that holds the package `services`; read before the root directory changes."""
+    package_paths: list[str]
+    """site-packages folders that snippets may import from."""
+    read_paths: list[str]
+    """Files and folders that snippets may read."""
+    uid_base: int | None
+    """First host user id of the slots' range; None when the service is not root."""
+    uid_count: int
+    scratch_bytes: int
+    """Size of a slot's tmpfs."""
+    scratch_files: int
+    """Inodes of a slot's tmpfs."""
+    file_bytes: int
+    """RLIMIT_FSIZE: the largest file a snippet can write."""
+    max_processes: int
+    """RLIMIT_NPROC: processes and threads."""
+    max_open_files: int
+    work_root: str
+    """Folder for the slots' working directories at the levels without mount namespaces."""
+    seccomp: str
+    """Compiled filter, base64; empty at level none."""
+    no_fork_filter: str
+    """The filter that level basic adds before foreign code runs, base64; empty elsewhere."""
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> "Plan":
+        fields = json.loads(text)
+        fields["level"] = Level(fields["level"])
+        return cls(**fields)

@@ -1,0 +1,89 @@
+"""The memory of a slot, counted from /proc: the fallback where no cgroup is delegated.
+
+The cheap upper bound (resident pages of every process) is read first. Only when it exceeds what was
+asked for is the proportional set size summed, because pages that forks share with the zygote would
+otherwise be counted many times.
+"""
+
+import os
+
+from services.tool.sandbox.plan import Level
+
+_PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
+
+
+def memory_bytes(proc: int, pid: int, uid: int | None, level: Level, limit: int) -> int:
+    """Memory in bytes of all processes of the slot whose first process is `pid`; exact only above
+    `limit`.
+
+    Args:
+        proc: descriptor of a /proc that shows the slot.
+        uid: the slot's own user id, which at level uid tells its processes apart.
+    """
+    members = _members(proc, pid, uid, level)
+    resident = sum(_resident_bytes(proc, member) for member in members)
+    if resident <= limit:
+        return resident
+    return sum(_proportional_bytes(proc, member) for member in members)
+
+
+def baseline_bytes(proc: int) -> int:
+    """Data and stack of the calling process in bytes, as RLIMIT_DATA counts them."""
+    fields = _read(proc, "self/statm").split()
+    return int(fields[5]) * _PAGE_BYTES
+
+
+def _members(proc: int, pid: int, uid: int | None, level: Level) -> list[int]:
+    if level is Level.FULL:
+        namespace = _pid_namespace(proc, pid)
+        return [other for other in _pids(proc) if _pid_namespace(proc, other) == namespace]
+    if uid is not None:
+        return [other for other in _pids(proc) if _owner(proc, other) == uid]
+    return [pid]
+
+
+def _pids(proc: int) -> list[int]:
+    folder = os.open(".", os.O_RDONLY | os.O_DIRECTORY, dir_fd=proc)
+    try:
+        return [int(name) for name in os.listdir(folder) if name.isdigit()]
+    finally:
+        os.close(folder)
+
+
+def _pid_namespace(proc: int, pid: int) -> int:
+    try:
+        return os.stat(f"{pid}/ns/pid", dir_fd=proc).st_ino
+    except OSError:
+        return 0  # gone, or not ours to look at
+
+
+def _owner(proc: int, pid: int) -> int:
+    try:
+        return os.stat(f"{pid}", dir_fd=proc).st_uid
+    except OSError:
+        return -1
+
+
+def _read(proc: int, path: str) -> bytes:
+    try:
+        descriptor = os.open(path, os.O_RDONLY, dir_fd=proc)
+    except OSError:
+        return b""
+    try:
+        return os.read(descriptor, 4096)
+    except OSError:
+        return b""
+    finally:
+        os.close(descriptor)
+
+
+def _resident_bytes(proc: int, pid: int) -> int:
+    fields = _read(proc, f"{pid}/statm").split()
+    return int(fields[1]) * _PAGE_BYTES if len(fields) > 1 else 0
+
+
+def _proportional_bytes(proc: int, pid: int) -> int:
+    for line in _read(proc, f"{pid}/smaps_rollup").splitlines():
+        if line.startswith(b"Pss:"):
+            return int(line.split()[1]) * 1024
+    return _resident_bytes(proc, pid)

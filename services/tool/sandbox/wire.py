@@ -1,0 +1,81 @@
+"""Frames between the API process and a slot: four bytes of big-endian length, then one JSON object.
+
+What a slot sends after it ran a snippet is data of an attacker: `FrameReader` bounds it and
+`FrameError` is the only way it can fail. Nothing read here decides a verdict; it only describes an
+exception or carries files.
+"""
+
+import json
+import socket
+import struct
+from typing import Any
+
+Message = dict[str, Any]
+
+_HEADER = struct.Struct(">I")
+
+
+class FrameError(ValueError):
+    """The bytes are not a frame: too long, not JSON, or not an object."""
+
+
+def encode(message: Message) -> bytes:
+    """Encode one message. Lone surrogates survive, because JSON escapes them."""
+    body = json.dumps(message, separators=(",", ":")).encode("ascii")
+    return _HEADER.pack(len(body)) + body
+
+
+def decode(body: bytes) -> Message:
+    """Decode the body of one frame. Raises FrameError."""
+    try:
+        message = json.loads(body)
+    except (ValueError, RecursionError) as error:
+        raise FrameError(f"frame is not JSON: {type(error).__name__}") from error
+    if not isinstance(message, dict):
+        raise FrameError(f"frame is a JSON {type(message).__name__}, an object is required")
+    return message
+
+
+class FrameReader:
+    """Cut a byte stream into messages, holding at most one frame of `max_bytes`."""
+
+    def __init__(self, max_bytes: int) -> None:
+        self._max_bytes = max_bytes
+        self._buffer = bytearray()
+
+    def feed(self, data: bytes) -> list[Message]:
+        """Add bytes and return the messages they complete. Raises FrameError; the reader is then
+        unusable."""
+        self._buffer += data
+        messages: list[Message] = []
+        while len(self._buffer) >= _HEADER.size:
+            (length,) = _HEADER.unpack_from(self._buffer)
+            if length > self._max_bytes:
+                raise FrameError(f"frame of {length} bytes, the limit is {self._max_bytes}")
+            end = _HEADER.size + length
+            if len(self._buffer) < end:
+                break
+            messages.append(decode(bytes(self._buffer[_HEADER.size : end])))
+            del self._buffer[:end]
+        return messages
+
+
+def send(sock: socket.socket, message: Message) -> None:
+    """Send one message on a blocking socket."""
+    sock.sendall(encode(message))
+
+
+def receive(sock: socket.socket) -> Message:
+    """Receive one message on a blocking socket. Raises EOFError when the peer is gone."""
+    (length,) = _HEADER.unpack(_receive_exactly(sock, _HEADER.size))
+    return decode(_receive_exactly(sock, length))
+
+
+def _receive_exactly(sock: socket.socket, count: int) -> bytes:
+    buffer = bytearray()
+    while len(buffer) < count:
+        data = sock.recv(min(count - len(buffer), 1 << 20))
+        if not data:
+            raise EOFError("the peer closed the channel")
+        buffer += data
+    return bytes(buffer)
