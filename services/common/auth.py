@@ -50,9 +50,7 @@ def resolve_api_key(configured: str | None, *, host: str, flag: str) -> ApiKey:
     """
     if configured is not None:
         sendable = configured.isascii() and configured.isprintable()
-        if len(configured) < _MIN_KEY_CHARS or not (
-            configured.isascii() and configured.isprintable()
-        ):
+        if len(configured) < _MIN_KEY_CHARS or not sendable:
             raise ConfigError(
                 f"{flag} must have at least {_MIN_KEY_CHARS} printable ASCII characters. "
                 'Fix: generate one with: python -c "import secrets; print(secrets.token_urlsafe())"'

@@ -1,0 +1,129 @@
+"""The whole weight push as one blocking call, for a training thread that runs no event loop."""
+
+import asyncio
+import logging
+import time
+import uuid
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from openrlhf_alp.clients.errors import WeightUpdateFailed
+from openrlhf_alp.clients.http import Timeouts
+from openrlhf_alp.clients.rollout import RolloutClient
+from openrlhf_alp.clients.weights import NamedTensors, WrittenWeights, write_weights
+from services.rollout.schemas import CommitRequest, PauseMode, PrepareRequest, WeightsStatus
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PushResult:
+    """What a push did, and how long each part took in seconds."""
+
+    version: int
+    digest: str
+    num_bytes: int  # written; unchanged tensors are not
+    write_s: float
+    prepare_s: float
+    commit_s: float
+    pause_s: float  # longest time that a server drew no token before its load began
+    load_s: float  # longest load
+
+
+class WeightPusher:
+    """Pushes the learner's weights to every rollout server through a shared folder.
+
+    Args:
+        urls: base URLs of the servers.
+        api_key: bearer key of the data routes.
+        admin_key: bearer key of the control routes.
+        timeouts: limits of every call.
+        make_client: builds the client, for tests.
+    """
+
+    def __init__(
+        self,
+        urls: Sequence[str],
+        *,
+        api_key: str,
+        admin_key: str,
+        timeouts: Timeouts | None = None,
+        make_client: Callable[[], RolloutClient] | None = None,
+    ) -> None:
+        self._make_client = make_client or (
+            lambda: RolloutClient(urls, api_key=api_key, admin_key=admin_key, timeouts=timeouts)
+        )
+
+    def push(self, named_tensors: NamedTensors, *, pause: PauseMode = "keep") -> PushResult:
+        """Write, prepare everywhere, commit everywhere. Must be called outside an event loop.
+
+        The new version is one above the highest that any server has. Tensors whose bytes all
+        servers have already are not written.
+
+        Raises:
+            WeightUpdateFailed: a server did not stage or load the update. When staging failed
+                nothing was committed anywhere.
+            ServiceUnavailable: a server does not answer.
+        """
+        return asyncio.run(self._push(named_tensors, pause))
+
+    async def _push(self, named_tensors: NamedTensors, pause: PauseMode) -> PushResult:
+        async with self._make_client() as client:
+            contract = await client.contract()
+            statuses = await client.weights()
+            base_version = _common_version(statuses)
+            version = max(status.version for status in statuses) + 1
+            started_s = time.perf_counter()
+            # Gathering shards may block on other ranks; nothing else runs in this loop meanwhile.
+            written = write_weights(
+                Path(contract.weights_dir),
+                f"update-{version}-{uuid.uuid4().hex[:8]}",
+                named_tensors,
+                statuses[0].tensors,
+                skip_unchanged=base_version is not None,
+            )
+            written_s = time.perf_counter()
+            try:
+                await _prepare(client, written, version, base_version)
+            finally:
+                written.remove()
+            prepared_s = time.perf_counter()
+            commits = await client.commit_weights(
+                CommitRequest(version=version, digest=written.digest, pause=pause)
+            )
+            result = PushResult(
+                version=version,
+                digest=written.digest,
+                num_bytes=written.num_bytes,
+                write_s=written_s - started_s,
+                prepare_s=prepared_s - written_s,
+                commit_s=time.perf_counter() - prepared_s,
+                pause_s=max(commit.pause_s for commit in commits),
+                load_s=max(commit.load_s for commit in commits),
+            )
+            logger.info("pushed %s", result)
+            return result
+
+
+async def _prepare(
+    client: RolloutClient, written: WrittenWeights, version: int, base_version: int | None
+) -> None:
+    request = PrepareRequest(
+        version=version,
+        digest=written.digest,
+        files=list(written.files),
+        base_version=base_version,
+    )
+    try:
+        await client.prepare_weights(request)
+    except WeightUpdateFailed:
+        await client.abort_weights()
+        raise
+
+
+def _common_version(statuses: Sequence[WeightsStatus]) -> int | None:
+    """The version that every server serves and so can be built upon; None when they differ."""
+    first = statuses[0]
+    same = all((s.version, s.digest) == (first.version, first.digest) for s in statuses)
+    return first.version if same and all(s.state == "serving" for s in statuses) else None

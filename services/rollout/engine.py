@@ -1,0 +1,91 @@
+"""What the service needs from an engine. Implementations: vllm_engine.py and hf_engine.py."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from services.rollout.schemas import FinishReason, PauseMode, Sampling
+
+LoadPlan = Mapping[Path, Sequence[str]]
+"""safetensors file -> names of the tensors to take from it; together the whole model."""
+
+LOGPROBS_MODE = "processed_logprobs"
+
+
+class EngineDeadError(RuntimeError):
+    """The engine will never answer again; the process has to be restarted."""
+
+
+class BadJobError(ValueError):
+    """The engine refuses this job whatever its state; the message says why."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineInfo:
+    """Facts that never change while the engine lives."""
+
+    engine: str
+    engine_version: str
+    architecture: str
+    dtype: str  # bfloat16, float16 or float32
+    vocab_size: int  # ids below this may be sent
+    max_model_len: int  # prompt plus sampled tokens
+    eos_token_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """One sample to draw."""
+
+    job_id: str  # unique among all jobs ever given to this engine
+    token_ids: list[int]
+    sampling: Sampling
+    index: int  # which of the request's n samples; added to the seed
+    cache_salt: str  # jobs share cached prefixes only within one salt
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JobResult:
+    """One drawn sample. token_ids and logprobs have the same length."""
+
+    token_ids: list[int]
+    logprobs: list[float]  # float32 values
+    finish_reason: FinishReason
+    stop_reason: int | str | None
+
+
+class Engine(Protocol):
+    """Draws samples and swaps weights. All methods are called from one event loop."""
+
+    @property
+    def info(self) -> EngineInfo: ...
+
+    async def sample(self, job: Job) -> JobResult:
+        """Draw one sample. Cancelling the call frees the slot at once.
+
+        Raises:
+            BadJobError: the job can never run.
+            EngineDeadError: the engine died.
+        """
+
+    def num_tokens(self, job_id: str) -> int | None:
+        """Tokens drawn so far; exact while paused. None: the job has ended, all were drawn."""
+
+    async def pause(self, mode: PauseMode) -> None:
+        """Return when no token is being drawn and every drawn token is counted."""
+
+    async def resume(self) -> None:
+        """Draw again; jobs that were kept or arrived while paused go on."""
+
+    async def load_weights(self, plan: LoadPlan) -> None:
+        """Load the whole model as `plan` says. The engine is paused."""
+
+    async def reset_cache(self, *, recompute_running: bool) -> None:
+        """Forget cached prefixes. Kept jobs rebuild theirs when `recompute_running`."""
+
+    async def check(self) -> None:
+        """Return when the engine answers; raise EngineDeadError when it is dead."""
+
+    async def close(self) -> None:
+        """End the engine and every process of it."""

@@ -1,0 +1,161 @@
+"""One request in, n stamped samples out."""
+
+import asyncio
+import math
+import time
+import uuid
+
+from services.common.errors import ApiError
+from services.rollout.engine import BadJobError, Engine, EngineDeadError, EngineInfo, Job
+from services.rollout.schemas import (
+    MIN_SAMPLED_TEMPERATURE,
+    GenerateRequest,
+    GenerateResponse,
+    Sample,
+    Timings,
+)
+from services.rollout.versions import VersionLog
+
+
+def check_request(request: GenerateRequest, info: EngineInfo) -> None:
+    """Refuse what this engine can never do, naming the field.
+
+    Raises:
+        ApiError: 422.
+    """
+    prompt_length = len(request.token_ids)
+    if prompt_length >= info.max_model_len:
+        raise _unprocessable(
+            "prompt_too_long",
+            f"The prompt has {prompt_length} tokens; the model takes {info.max_model_len} with at "
+            "least one to sample.",
+            "Shorten the prompt, or start the service with a larger --max-model-len.",
+            "token_ids",
+        )
+    largest = max(request.token_ids)
+    if largest >= info.vocab_size:
+        raise _unprocessable(
+            "token_out_of_range",
+            f"Token id {largest} is not below the vocabulary size {info.vocab_size}.",
+            "Tokenise with the served model's tokenizer.",
+            "token_ids",
+        )
+    sampling = request.sampling
+    if any(token >= info.vocab_size for token in sampling.stop_token_ids):
+        raise _unprocessable(
+            "token_out_of_range",
+            f"A stop token id is not below the vocabulary size {info.vocab_size}.",
+            "Tokenise with the served model's tokenizer.",
+            "sampling.stop_token_ids",
+        )
+    if 0.0 < sampling.temperature < MIN_SAMPLED_TEMPERATURE:
+        raise _unprocessable(
+            "temperature_too_low",
+            f"A temperature between 0 and {MIN_SAMPLED_TEMPERATURE} would be bent by the engine.",
+            f"Use 0 for greedy, or at least {MIN_SAMPLED_TEMPERATURE}.",
+            "sampling.temperature",
+        )
+    if sampling.min_tokens > sampling.max_tokens:
+        raise _unprocessable(
+            "min_above_max",
+            f"min_tokens {sampling.min_tokens} is above max_tokens {sampling.max_tokens}.",
+            "Lower min_tokens or raise max_tokens.",
+            "sampling.min_tokens",
+        )
+
+
+class Generator:
+    """Runs requests on the engine and stamps each sample with the versions that drew it."""
+
+    def __init__(self, engine: Engine, versions: VersionLog, contract_hash: str) -> None:
+        self._engine = engine
+        self._versions = versions
+        self._contract_hash = contract_hash
+
+    async def run(self, request: GenerateRequest) -> GenerateResponse:
+        """Draw all samples of a request. Cancelling frees every slot it holds.
+
+        Raises:
+            ApiError: 422 for a request the engine refuses, 503 for a dead engine, 504 when the
+                deadline passed, 500 when the engine returned a log-prob that is no number.
+        """
+        started_s = time.perf_counter()
+        nonce = uuid.uuid4().hex[:8]
+        job_ids = [f"{request.request_id}:{nonce}:{index}" for index in range(request.n)]
+        try:
+            async with asyncio.timeout(request.deadline_s), asyncio.TaskGroup() as group:
+                tasks = [
+                    group.create_task(self._sample(request, job_id, index))
+                    for index, job_id in enumerate(job_ids)
+                ]
+        except TimeoutError as error:
+            raise ApiError(
+                504,
+                "deadline_exceeded",
+                f"The request was not done within its deadline of {request.deadline_s} s.",
+                fix="Allow more time, ask for fewer tokens, or add a server.",
+                field="deadline_s",
+            ) from error
+        except ExceptionGroup as group_error:
+            raise _first_api_error(group_error) from group_error
+        return GenerateResponse(
+            request_id=request.request_id,
+            samples=[task.result() for task in tasks],
+            contract_hash=self._contract_hash,
+            version=self._versions.current.number,
+            timings=Timings(total_s=time.perf_counter() - started_s),
+        )
+
+    async def _sample(self, request: GenerateRequest, job_id: str, index: int) -> Sample:
+        job = Job(
+            job_id=job_id,
+            token_ids=request.token_ids,
+            sampling=request.sampling,
+            index=index,
+            # A number is never reused, so no request can meet a prefix cached by older weights.
+            cache_salt=str(self._versions.current.number),
+        )
+        self._versions.begin(job_id)
+        total = 0
+        try:
+            result = await self._engine.sample(job)
+            total = len(result.token_ids)
+        finally:
+            spans = self._versions.end(job_id, total)
+        if len(result.logprobs) != total or not math.isfinite(sum(result.logprobs)):
+            raise ApiError(
+                500,
+                "invalid_logprobs",
+                "The engine returned a log-probability that is missing or not a finite number.",
+                fix="Check the last weight update for NaN; the sample must not be trained on.",
+            )
+        return Sample(
+            token_ids=result.token_ids,
+            logprobs=result.logprobs,
+            finish_reason=result.finish_reason,
+            stop_reason=result.stop_reason,
+            spans=spans,
+        )
+
+
+def _unprocessable(code: str, message: str, fix: str, field: str) -> ApiError:
+    return ApiError(422, code, message, fix=fix, field=field)
+
+
+def _first_api_error(group: ExceptionGroup[Exception]) -> Exception:
+    error = group.exceptions[0]
+    if isinstance(error, BadJobError):
+        return _unprocessable(
+            "refused_by_engine",
+            f"The engine refuses this request: {error}",
+            "Correct the request as the message says.",
+            "body",
+        )
+    if isinstance(error, EngineDeadError):
+        return ApiError(
+            503,
+            "engine_dead",
+            "The engine behind this service is dead.",
+            fix="Use another server; the operator has to restart this one.",
+        )
+    return error

@@ -1,0 +1,225 @@
+"""A real Hugging Face model on CPU behind the Engine protocol: small, exact, deterministic.
+
+It recomputes the whole sequence for every token in float32, so a log-prob here can be checked with
+one plain forward pass. For tests and for machines without vLLM; not for speed.
+"""
+
+import asyncio
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import (
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from services.rollout.checkpoint import read_tensors
+from services.rollout.engine import EngineDeadError, EngineInfo, Job, JobResult, LoadPlan
+from services.rollout.schemas import PauseMode, Sampling
+
+_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+def _processors(sampling: Sampling) -> LogitsProcessorList:
+    """Transformers' own processors in vLLM's order: penalties, temperature, min-p, top-k, top-p."""
+    chain: list[Any] = []
+    if sampling.repetition_penalty != 1.0:
+        chain.append(RepetitionPenaltyLogitsProcessor(sampling.repetition_penalty))
+    if sampling.temperature not in (0.0, 1.0):
+        chain.append(TemperatureLogitsWarper(sampling.temperature))
+    if sampling.temperature > 0.0:
+        if sampling.min_p > 0.0:
+            chain.append(MinPLogitsWarper(sampling.min_p))
+        if sampling.top_k > 0:
+            chain.append(TopKLogitsWarper(sampling.top_k))
+        if sampling.top_p < 1.0:
+            chain.append(TopPLogitsWarper(sampling.top_p))
+    return LogitsProcessorList(chain)
+
+
+@dataclass(slots=True)
+class _Running:
+    """A job being drawn, one token per step."""
+
+    job: Job
+    generator: torch.Generator | None
+    done: asyncio.Future[JobResult]
+    processors: LogitsProcessorList
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+
+    def finish(self, reason: Any, stop_reason: int | str | None = None) -> None:
+        if not self.done.done():
+            result = JobResult(
+                token_ids=self.token_ids,
+                logprobs=self.logprobs,
+                finish_reason=reason,
+                stop_reason=stop_reason,
+            )
+            self.done.set_result(result)
+
+
+class HfEngine:
+    """Draws one token per running job and step, in order of arrival."""
+
+    def __init__(self, model: Any, tokenizer: Any, info: EngineInfo, *, seed: int = 0) -> None:
+        self._model = model
+        self._tokenizer = tokenizer
+        self._info = info
+        self._shared_generator = torch.Generator().manual_seed(seed)
+        self._running: dict[str, _Running] = {}
+        self._unpaused = asyncio.Event()
+        self._unpaused.set()
+        self._stepper: asyncio.Task[None] | None = None
+        self._closed = False
+
+    @classmethod
+    def load(
+        cls,
+        folder: Path,
+        tokenizer: Any,
+        *,
+        dtype: str,
+        max_model_len: int | None,
+        eos_token_ids: tuple[int, ...],
+        seed: int = 0,
+    ) -> "HfEngine":
+        """Load a model folder. Weights keep `dtype`'s precision; arithmetic is float32."""
+        model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=_DTYPES[dtype])
+        model = model.float().eval()
+        config = model.config
+        info = EngineInfo(
+            engine="hf",
+            engine_version=transformers.__version__,
+            architecture=config.architectures[0],
+            dtype=dtype,
+            vocab_size=config.vocab_size,
+            max_model_len=max_model_len or config.max_position_embeddings,
+            eos_token_ids=eos_token_ids,
+        )
+        return cls(model, tokenizer, info, seed=seed)
+
+    @property
+    def info(self) -> EngineInfo:
+        return self._info
+
+    async def sample(self, job: Job) -> JobResult:
+        if self._closed:
+            raise EngineDeadError("the engine is closed")
+        seed = job.sampling.seed
+        generator = None if seed is None else torch.Generator().manual_seed(seed + job.index)
+        running = _Running(
+            job=job,
+            generator=generator,
+            done=asyncio.get_running_loop().create_future(),
+            processors=_processors(job.sampling),
+        )
+        self._running[job.job_id] = running
+        if self._stepper is None or self._stepper.done():
+            self._stepper = asyncio.create_task(self._step_while_running())
+        try:
+            return await running.done
+        finally:
+            self._running.pop(job.job_id, None)
+
+    async def _step_while_running(self) -> None:
+        while self._running:
+            await self._unpaused.wait()
+            for running in list(self._running.values()):
+                if not running.done.done() and self._unpaused.is_set():
+                    try:
+                        self._step(running)
+                    except Exception as error:
+                        running.done.set_exception(error)
+            await asyncio.sleep(0)
+
+    @torch.no_grad()
+    def _step(self, running: _Running) -> None:
+        sampling = running.job.sampling
+        ids = torch.tensor([running.job.token_ids + running.token_ids])  # (1, T)
+        logits = self._model(ids, use_cache=False).logits[:, -1].float()  # (1, V)
+        if len(running.token_ids) < sampling.min_tokens:
+            banned = [*self._info.eos_token_ids, *sampling.stop_token_ids]
+            logits[0, banned] = -torch.inf
+        self._penalise(running, logits)
+        log_probs = torch.log_softmax(running.processors(ids, logits), dim=-1)  # (1, V)
+        if sampling.temperature == 0.0:
+            token = int(log_probs.argmax())
+        else:
+            generator = running.generator or self._shared_generator
+            token = int(torch.multinomial(log_probs.exp(), 1, generator=generator))
+        running.token_ids.append(token)
+        running.logprobs.append(float(log_probs[0, token]))
+        self._maybe_finish(running, token)
+
+    @staticmethod
+    def _penalise(running: _Running, logits: torch.Tensor) -> None:
+        sampling = running.job.sampling
+        if not running.token_ids or not (sampling.presence_penalty or sampling.frequency_penalty):
+            return
+        counts = torch.bincount(torch.tensor(running.token_ids), minlength=logits.shape[-1])
+        logits -= sampling.frequency_penalty * counts + sampling.presence_penalty * (counts > 0)
+
+    def _maybe_finish(self, running: _Running, token: int) -> None:
+        sampling = running.job.sampling
+        drawn = len(running.token_ids)
+        if drawn > sampling.min_tokens or sampling.min_tokens == 0:
+            if token in self._info.eos_token_ids and not sampling.ignore_eos:
+                running.finish("stop")
+            elif token in sampling.stop_token_ids:
+                running.finish("stop", token)
+        if sampling.stop and not running.done.done():
+            text = self._tokenizer.decode(running.token_ids)
+            for stop in sampling.stop:
+                if stop in text:
+                    running.finish("stop", stop)
+                    break
+        total = len(running.job.token_ids) + drawn
+        if drawn >= sampling.max_tokens or total >= self._info.max_model_len:
+            running.finish("length")
+
+    def num_tokens(self, job_id: str) -> int | None:
+        running = self._running.get(job_id)
+        return None if running is None or running.done.done() else len(running.token_ids)
+
+    async def pause(self, mode: PauseMode) -> None:
+        if mode == "wait":
+            waiting = [running.done for running in self._running.values()]
+            await asyncio.gather(*waiting, return_exceptions=True)
+        self._unpaused.clear()
+        if mode == "abort":
+            for running in list(self._running.values()):
+                running.finish("abort")
+
+    async def resume(self) -> None:
+        self._unpaused.set()
+
+    async def load_weights(self, plan: LoadPlan) -> None:
+        def load() -> None:
+            for path, names in plan.items():
+                self._model.load_state_dict(dict(read_tensors(path, names)), strict=False)
+            self._model.tie_weights()
+
+        await asyncio.to_thread(load)
+
+    async def reset_cache(self, *, recompute_running: bool) -> None:
+        """Nothing is cached: every token is drawn from a full forward pass."""
+
+    async def check(self) -> None:
+        if self._closed:
+            raise EngineDeadError("the engine is closed")
+
+    async def close(self) -> None:
+        self._closed = True
+        if self._stepper is not None:
+            self._stepper.cancel()
+        for running in self._running.values():
+            if not running.done.done():
+                running.done.set_exception(EngineDeadError("the engine is closed"))

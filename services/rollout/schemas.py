@@ -1,0 +1,245 @@
+"""The wire contract v1 of the rollout service. Imported by clients: pydantic only, no engine.
+
+Tokens in, tokens out: there is no text on this wire, so options that shape text do not exist.
+Every sampling field has a neutral default that belongs to this contract; nothing is ever filled in
+from the model's generation config.
+"""
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+API_VERSION = "v1"
+MAX_SAMPLES = 1024
+MAX_TOKEN_ID = 2**31 - 1
+MIN_SAMPLED_TEMPERATURE = 0.01
+
+TokenId = Annotated[int, Field(ge=0, le=MAX_TOKEN_ID, strict=True)]
+RequestId = Annotated[str, Field(pattern=r"^[A-Za-z0-9._:-]{1,128}$")]
+Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+FinishReason = Literal["stop", "length", "abort"]
+WeightState = Literal["serving", "committing", "failed"]
+PauseMode = Literal["keep", "wait", "abort"]
+
+
+class _Wire(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class Sampling(_Wire):
+    """How tokens are drawn. Log-probs in the reply are those of the distribution so described."""
+
+    max_tokens: int = Field(ge=1, le=10_000_000)
+    """At most this many sampled tokens, an end-of-sequence token included."""
+
+    min_tokens: int = Field(default=0, ge=0, le=10_000_000)
+    """End-of-sequence and stop tokens are forbidden before this many tokens."""
+
+    temperature: float = Field(default=1.0, ge=0.0, le=2.0)
+    """Divides the logits; 0 is greedy. Between 0 and 0.01 is refused: the engine would bend it."""
+
+    top_p: float = Field(default=1.0, gt=0.0, le=1.0)
+    """Keep the smallest set of tokens with at least this mass; 1 keeps all."""
+
+    top_k: int = Field(default=0, ge=0, le=MAX_TOKEN_ID)
+    """Keep the k most likely tokens; 0 keeps all."""
+
+    min_p: float = Field(default=0.0, ge=0.0, le=1.0)
+    """Drop tokens less likely than this share of the most likely one; 0 drops none."""
+
+    presence_penalty: float = Field(default=0.0, ge=-2.0, le=2.0)
+    """Subtracted once from the logit of every token sampled before."""
+
+    frequency_penalty: float = Field(default=0.0, ge=-2.0, le=2.0)
+    """Subtracted from the logit of a token for each time it was sampled before."""
+
+    repetition_penalty: float = Field(default=1.0, gt=0.0, le=100.0)
+    """Divides positive and multiplies negative logits of seen tokens; 1 changes nothing."""
+
+    stop: tuple[Annotated[str, Field(min_length=1, max_length=1024)], ...] = Field(
+        default=(), max_length=64
+    )
+    """Strings that end a sample. The tokens that spell the string stay in the reply."""
+
+    stop_token_ids: tuple[TokenId, ...] = Field(default=(), max_length=1024)
+    """Extra tokens that end a sample. The token stays in the reply."""
+
+    ignore_eos: bool = False
+    """Go on after an end-of-sequence token."""
+
+    seed: int | None = Field(default=None, ge=0, le=2**62)
+    """Seed of sample 0; sample i uses seed + i. None: not reproducible."""
+
+
+class GenerateRequest(_Wire):
+    """One prompt, n samples."""
+
+    request_id: RequestId
+    """The caller's id; a retry sends the same id and the same body."""
+
+    token_ids: list[TokenId] = Field(min_length=1)
+    """The prompt, (T,) ids."""
+
+    n: int = Field(default=1, ge=1, le=MAX_SAMPLES)
+    """Independent samples of this prompt."""
+
+    sampling: Sampling
+
+    deadline_s: float | None = Field(default=None, gt=0.0, le=86_400.0)
+    """Seconds from arrival after which the work is cancelled and 504 is answered."""
+
+
+class Span(_Wire):
+    """Positions [start, end) of a sample were drawn by this version of the weights."""
+
+    version: int
+    digest: str
+    start: int
+    end: int
+
+
+class Sample(_Wire):
+    """One sampled continuation. token_ids and logprobs have the same length, at least 0."""
+
+    token_ids: list[int]
+    """(N,) sampled ids; a sampled end-of-sequence or stop token is included."""
+
+    logprobs: list[float]
+    """(N,) float32 values: log-probability of each sampled id under the processed distribution."""
+
+    finish_reason: FinishReason
+    stop_reason: int | str | None
+    """The stop token id or stop string that ended the sample; None for the model's own EOS."""
+
+    spans: list[Span]
+    """Cover [0, N) in order, without gaps."""
+
+
+class Timings(_Wire):
+    """Seconds spent inside the service."""
+
+    total_s: float
+
+
+class GenerateResponse(_Wire):
+    """All n samples of one request, in sample order."""
+
+    request_id: str
+    samples: list[Sample]
+    contract_hash: str
+    version: int
+    """The version serving when the reply was made; the spans say who drew each token."""
+
+    timings: Timings
+
+
+class Contract(_Wire):
+    """What a learner has to agree with before it may train on this service's tokens."""
+
+    api_version: str
+    model: str
+    architecture: str
+    tokenizer_hash: str
+    chat_template_hash: str
+    vocab_size: int
+    eos_token_ids: list[int]
+    dtype: str
+    """Serving dtype of the weights: bfloat16, float16 or float32."""
+
+    logprobs_mode: str
+    """processed_logprobs: after temperature, penalties, top-k, top-p and min-p."""
+
+    max_model_len: int
+    """Prompt plus sampled tokens, at most."""
+
+    engine: str
+    engine_version: str
+    weights_manifest_hash: str
+    """Hash of the names, shapes and dtypes that a weight update has to carry."""
+
+    contract_hash: str
+    """Hash of every field above; the same in each reply."""
+
+    version: int
+    digest: str
+    weights_dir: str
+    weight_transports: list[str]
+
+
+class TensorSpec(_Wire):
+    """One tensor of a checkpoint. dtype is the safetensors code, for example BF16."""
+
+    shape: list[int]
+    dtype: str
+    digest: str
+    """blake3 of the tensor's bytes, as served now."""
+
+
+class WeightsStatus(_Wire):
+    """The serving version, what is staged, and what an update must carry."""
+
+    version: int
+    digest: str
+    state: WeightState
+    staged_version: int | None
+    staged_digest: str | None
+    detail: str | None
+    """Why the state is failed, and what to do."""
+
+    tensors: dict[str, TensorSpec]
+
+
+class PrepareRequest(_Wire):
+    """Stage an update. The serving version goes on serving whatever happens here."""
+
+    version: int = Field(gt=0, le=2**62)
+    """Must be above the serving version."""
+
+    digest: Digest
+    """`weights_digest` over the merged result: the tensors sent plus the serving ones not sent."""
+
+    transport: Literal["file"] = "file"
+    files: list[Annotated[str, Field(min_length=1, max_length=512)]] = Field(max_length=4096)
+    """safetensors files, relative to the contract's weights_dir. Tensors that did not change may be
+    left out when `base_version` names the serving version."""
+
+    base_version: int | None = Field(default=None, ge=0)
+    """Version that the tensors left out are taken from; None: nothing is left out."""
+
+
+class CommitRequest(_Wire):
+    """Make the staged update the serving one."""
+
+    version: int = Field(gt=0, le=2**62)
+    digest: Digest
+    pause: PauseMode = "keep"
+    """What happens to running requests: go on after the swap, finish first, or end as `abort`."""
+
+    recompute_running: bool = True
+    """Running requests rebuild their KV cache under the new weights; False keeps the old KV."""
+
+    timeout_s: float = Field(default=300.0, gt=0.0, le=3600.0)
+
+
+class CommitResponse(_Wire):
+    """The update is loaded and serving."""
+
+    version: int
+    digest: str
+    pause_s: float
+    load_s: float
+    total_s: float
+
+
+class PauseRequest(_Wire):
+    """Stop drawing tokens."""
+
+    mode: PauseMode = "keep"
+
+
+class Health(_Wire):
+    """State of a probe."""
+
+    status: Literal["ok", "unavailable"]
+    detail: str | None = None
+    version: int | None = None

@@ -1,0 +1,163 @@
+"""The parts of a running rollout service, wired once; routes only call into this."""
+
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from services.common.errors import ConfigError
+from services.rollout.checkpoint import BadCheckpointError, model_files, scan
+from services.rollout.engine import LOGPROBS_MODE, Engine
+from services.rollout.fingerprint import (
+    chat_template_hash,
+    manifest_hash,
+    object_hash,
+    tokenizer_hash,
+)
+from services.rollout.generator import Generator
+from services.rollout.schemas import API_VERSION, Contract
+from services.rollout.settings import RolloutSettings
+from services.rollout.staging import TIED_HEAD, ServedModel, Staging, digest_of
+from services.rollout.versions import Version, VersionLog
+from services.rollout.weights import WeightStore
+
+_DTYPE_CODES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
+_CHANGING = ("version", "digest", "weights_dir", "weight_transports", "contract_hash")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelFolder:
+    """A model folder that was found complete: configuration, tokenizer and weights."""
+
+    path: Path
+    config: Any  # transformers configuration
+    tokenizer: Any
+    eos_token_ids: tuple[int, ...]
+    served: ServedModel
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RolloutService:
+    """Everything behind the routes."""
+
+    engine: Engine
+    versions: VersionLog
+    weights: WeightStore
+    generator: Generator
+    static_contract: Contract
+
+    def contract(self) -> Contract:
+        """The contract with the version that is serving now."""
+        current = self.versions.current
+        return self.static_contract.model_copy(
+            update={"version": current.number, "digest": current.digest}
+        )
+
+    async def close(self) -> None:
+        """End the engine and remove staged files."""
+        await self.weights.close()
+        await self.engine.close()
+
+
+def read_model_folder(settings: RolloutSettings) -> ModelFolder:
+    """Read configuration, tokenizer and weight hashes before the slow start of an engine.
+
+    Raises:
+        ConfigError: the folder is missing or incomplete; says what is missing and what to do.
+    """
+    from transformers import AutoConfig, AutoTokenizer, GenerationConfig
+
+    folder = settings.model
+    if not (folder / "config.json").is_file():
+        what = "has no config.json" if folder.is_dir() else "does not exist"
+        raise ConfigError(
+            f"--model {folder} {what}. Fix: give a folder written by save_pretrained, with "
+            "config.json, tokenizer files and .safetensors weights."
+        )
+    try:
+        config = AutoConfig.from_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tensors = scan(model_files(folder))
+    except (OSError, ValueError, KeyError, BadCheckpointError) as error:
+        raise ConfigError(
+            f"--model {folder} cannot be loaded: {error}. Fix: save model and tokenizer again with "
+            "save_pretrained(folder, safe_serialization=True)."
+        ) from error
+    eos: set[int] = set() if tokenizer.eos_token_id is None else {tokenizer.eos_token_id}
+    if (folder / "generation_config.json").is_file():
+        listed = GenerationConfig.from_pretrained(folder).eos_token_id
+        eos |= set([listed] if isinstance(listed, int) else listed or [])
+    tied = bool(config.get_text_config().tie_word_embeddings)
+    if tied:
+        tensors.pop(TIED_HEAD, None)
+    served = ServedModel(
+        tensors=tensors, dtype_code=_DTYPE_CODES[settings.dtype], head_is_tied=tied
+    )
+    return ModelFolder(
+        path=folder,
+        config=config,
+        tokenizer=tokenizer,
+        eos_token_ids=tuple(sorted(eos)),
+        served=served,
+    )
+
+
+def make_weights_dir(settings: RolloutSettings) -> Path:
+    """The folder for weight updates: the configured one, or a private one in shared memory.
+
+    Raises:
+        ConfigError: it cannot be made or written.
+    """
+    try:
+        if settings.weights_dir is not None:
+            settings.weights_dir.mkdir(parents=True, exist_ok=True)
+            return settings.weights_dir
+        shared_memory = Path("/dev/shm")
+        parent = shared_memory if shared_memory.is_dir() else None
+        return Path(tempfile.mkdtemp(prefix="openrlhf-alp-weights-", dir=parent))
+    except OSError as error:
+        raise ConfigError(
+            f"--weights-dir cannot be used: {error}. Fix: name a folder this user can write."
+        ) from error
+
+
+def build_service(
+    engine: Engine, model: ModelFolder, settings: RolloutSettings, weights_dir: Path
+) -> RolloutService:
+    """Wire engine, versions, weights and contract together. Version 0 is the model folder."""
+    versions = VersionLog(Version(number=0, digest=digest_of(model.served.tensors)))
+    staging = Staging(model.served, weights_dir)
+    contract = _contract(engine, model, versions.current, staging.weights_dir)
+    return RolloutService(
+        engine=engine,
+        versions=versions,
+        weights=WeightStore(engine, versions, model.served, staging),
+        generator=Generator(engine, versions, contract.contract_hash),
+        static_contract=contract,
+    )
+
+
+def _contract(engine: Engine, model: ModelFolder, version: Version, weights_dir: Path) -> Contract:
+    info = engine.info
+    contract = Contract(
+        api_version=API_VERSION,
+        model=model.path.name,
+        architecture=info.architecture,
+        tokenizer_hash=tokenizer_hash(model.tokenizer),
+        chat_template_hash=chat_template_hash(model.tokenizer),
+        vocab_size=info.vocab_size,
+        eos_token_ids=list(info.eos_token_ids),
+        dtype=info.dtype,
+        logprobs_mode=LOGPROBS_MODE,
+        max_model_len=info.max_model_len,
+        engine=info.engine,
+        engine_version=info.engine_version,
+        weights_manifest_hash=manifest_hash(model.served.expected()),
+        contract_hash="",
+        version=version.number,
+        digest=version.digest,
+        weights_dir=str(weights_dir),
+        weight_transports=["file"],
+    )
+    static = contract.model_dump(exclude=set(_CHANGING))
+    return contract.model_copy(update={"contract_hash": object_hash(static)})

@@ -1,0 +1,83 @@
+"""Settings of the rollout service: flags win over OPENRLHF_ALP_ROLLOUT_* variables."""
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, SecretStr
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+ENV_PREFIX = "OPENRLHF_ALP_ROLLOUT_"
+
+
+class RolloutSettings(BaseSettings):
+    """Token-in/token-out generation over vLLM with provable weight versions."""
+
+    model_config = SettingsConfigDict(
+        env_prefix=ENV_PREFIX,
+        cli_prog_name="python -m services.rollout",
+        cli_kebab_case=True,
+        cli_implicit_flags=True,
+        cli_hide_none_type=True,
+        extra="forbid",
+    )
+
+    model: Path
+    """Folder with config.json, tokenizer and .safetensors files."""
+
+    host: str = "127.0.0.1"
+    """Address to bind. Anything but loopback needs both keys."""
+
+    port: int = Field(default=8000, ge=0, le=65535)
+    """TCP port; 0 takes any free one and prints it."""
+
+    url_file: Path | None = None
+    """File that receives the bound URL once the service accepts connections."""
+
+    api_key: SecretStr | None = None
+    """Bearer key of the data routes; generated and printed once when absent."""
+
+    admin_key: SecretStr | None = None
+    """Bearer key of the control routes (weights, pause); generated when absent."""
+
+    engine: Literal["vllm", "hf"] = "vllm"
+    """vllm, or hf: a plain Hugging Face model on CPU, deterministic and slow, for tests."""
+
+    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    """Dtype the model is served in; weight updates carry this dtype."""
+
+    max_model_len: int | None = Field(default=None, ge=2)
+    """Prompt plus sampled tokens; the model's own maximum when absent."""
+
+    max_num_seqs: int = Field(default=64, ge=1)
+    """Samples drawn at once; more wait in the engine's queue."""
+
+    kv_cache_gb: float = Field(default=1.0, gt=0.0)
+    """GiB of key/value cache (CPU engine)."""
+
+    num_threads: int | None = Field(default=None, ge=1)
+    """OpenMP threads of the engine (CPU); vLLM's choice when absent."""
+
+    thread_bind: str | None = None
+    """VLLM_CPU_OMP_THREADS_BIND: auto, nobind or a list of cores such as 0-3. With num_threads
+    and no value here: nobind."""
+
+    tensor_parallel_size: int = Field(default=1, ge=1)
+    """GPUs per engine."""
+
+    gpu_memory_utilization: float = Field(default=0.9, gt=0.0, le=1.0)
+    """Share of each GPU's memory that vLLM takes (GPU engine)."""
+
+    weights_dir: Path | None = None
+    """Shared folder for weight updates; a private one in /dev/shm when absent."""
+
+    seed: int = Field(default=0, ge=0)
+    """Seed of requests that bring none."""
+
+    max_body_bytes: int = Field(default=16 * 2**20, ge=1024)
+    """Largest request body."""
+
+    drain_s: float = Field(default=10.0, ge=1.0)
+    """Seconds that running requests get after a stop signal."""
+
+    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
+    """Level of the JSON log on stderr."""

@@ -1,0 +1,250 @@
+"""The Engine protocol over vLLM's AsyncLLM, in process, token in and token out."""
+
+import asyncio
+import contextlib
+import importlib.metadata
+import logging
+import os
+from collections.abc import AsyncIterator
+from typing import Any
+
+from vllm import SamplingParams
+from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.exceptions import VLLMClientError
+from vllm.platforms import current_platform
+from vllm.sampling_params import RequestOutputKind
+from vllm.v1.engine.async_llm import AsyncLLM
+from vllm.v1.engine.exceptions import EngineDeadError as VllmDeadError
+
+from services.rollout.engine import (
+    LOGPROBS_MODE,
+    BadJobError,
+    EngineDeadError,
+    EngineInfo,
+    Job,
+    JobResult,
+    LoadPlan,
+)
+from services.rollout.schemas import FinishReason, PauseMode, Sampling
+from services.rollout.settings import RolloutSettings
+
+logger = logging.getLogger(__name__)
+
+_PROBE_TIMEOUT_S = 10.0
+_CLOSE_TIMEOUT_S = 10.0
+_FINISH_REASONS: dict[str | None, FinishReason] = {
+    "stop": "stop",
+    "length": "length",
+    "abort": "abort",
+}
+
+
+def prepare_environment(settings: RolloutSettings) -> None:
+    """Set what vLLM reads from the environment; call before the engine is built."""
+    if settings.num_threads is not None:
+        os.environ["OMP_NUM_THREADS"] = str(settings.num_threads)
+    bind = settings.thread_bind or ("nobind" if settings.num_threads is not None else None)
+    if bind is not None:
+        os.environ["VLLM_CPU_OMP_THREADS_BIND"] = bind
+    if current_platform.is_cpu():
+        preloaded = os.environ.get("LD_PRELOAD", "")
+        missing = [lib for lib in ("libtcmalloc", "libiomp5") if lib not in preloaded]
+        if missing:
+            logger.info("faster on CPU with LD_PRELOAD of %s", " and ".join(missing))
+
+
+def engine_args(settings: RolloutSettings) -> AsyncEngineArgs:
+    """Map our settings to vLLM's; everything that touches log-probs is fixed here."""
+    extra: dict[str, Any] = {}
+    if current_platform.is_cpu():
+        extra["kv_cache_memory_bytes"] = int(settings.kv_cache_gb * 2**30)
+    else:
+        extra["gpu_memory_utilization"] = settings.gpu_memory_utilization
+    return AsyncEngineArgs(
+        model=str(settings.model),
+        dtype=settings.dtype,
+        max_model_len=settings.max_model_len,
+        max_num_seqs=settings.max_num_seqs,
+        seed=settings.seed,
+        tensor_parallel_size=settings.tensor_parallel_size,
+        logprobs_mode=LOGPROBS_MODE,
+        # Sampling defaults of the model's generation config never apply.
+        generation_config="vllm",
+        enable_prefix_caching=True,
+        worker_extension_cls="services.rollout.vllm_worker.WeightReloader",
+        enable_log_requests=False,
+        **extra,
+    )
+
+
+def sampling_params(sampling: Sampling, index: int) -> SamplingParams:
+    """vLLM's parameters for sample `index`: only the final result, only the sampled log-prob."""
+    return SamplingParams(
+        n=1,
+        max_tokens=sampling.max_tokens,
+        min_tokens=sampling.min_tokens,
+        temperature=sampling.temperature,
+        top_p=sampling.top_p,
+        top_k=sampling.top_k,
+        min_p=sampling.min_p,
+        presence_penalty=sampling.presence_penalty,
+        frequency_penalty=sampling.frequency_penalty,
+        repetition_penalty=sampling.repetition_penalty,
+        stop=list(sampling.stop),
+        stop_token_ids=list(sampling.stop_token_ids),
+        ignore_eos=sampling.ignore_eos,
+        seed=None if sampling.seed is None else sampling.seed + index,
+        logprobs=0,
+        flat_logprobs=True,
+        detokenize=bool(sampling.stop),
+        output_kind=RequestOutputKind.FINAL_ONLY,
+        skip_clone=True,
+    )
+
+
+class _OutputBarrier:
+    """Tells when vLLM's output handler has taken in everything the engine core sent.
+
+    A pause is acknowledged on the socket that carries the outputs, after them. Once the handler
+    asks for more and its queue is empty, every token drawn before the pause has been counted.
+    """
+
+    def __init__(self, core: Any) -> None:
+        self._queue: asyncio.Queue[Any] = core.outputs_queue
+        self._take = core.get_output_async
+        self._idle = asyncio.Event()
+        core.get_output_async = self._get_output
+
+    async def _get_output(self) -> Any:
+        if self._queue.empty():
+            self._idle.set()
+        output = await self._take()
+        self._idle.clear()
+        return output
+
+    async def passed(self) -> None:
+        """Return when nothing is queued and nothing is being processed."""
+        while not (self._queue.empty() and self._idle.is_set()):
+            self._idle.clear()
+            await self._idle.wait()
+
+
+class VllmEngine:
+    """vLLM behind the Engine protocol. Build with `start`, inside the event loop."""
+
+    def __init__(self, llm: AsyncLLM, info: EngineInfo) -> None:
+        self._llm = llm
+        self._info = info
+        self._barrier = _OutputBarrier(llm.engine_core)
+        self._live: dict[str, str | None] = {}  # job -> vLLM's own request id, None until added
+
+    @classmethod
+    def start(cls, settings: RolloutSettings, eos_token_ids: tuple[int, ...]) -> "VllmEngine":
+        """Load the model. Takes seconds to minutes and blocks."""
+        prepare_environment(settings)
+        llm = AsyncLLM.from_engine_args(engine_args(settings))
+        config = llm.model_config
+        info = EngineInfo(
+            engine="vllm",
+            engine_version=importlib.metadata.version(_vllm_distribution()),
+            architecture=config.architecture,
+            dtype=settings.dtype,
+            vocab_size=config.get_vocab_size(),
+            max_model_len=config.max_model_len,
+            eos_token_ids=eos_token_ids,
+        )
+        return cls(llm, info)
+
+    @property
+    def info(self) -> EngineInfo:
+        return self._info
+
+    @property
+    def llm(self) -> AsyncLLM:
+        """vLLM's engine client, for its own OpenAI routes."""
+        return self._llm
+
+    async def sample(self, job: Job) -> JobResult:
+        prompt = {"prompt_token_ids": job.token_ids, "cache_salt": job.cache_salt}
+        params = sampling_params(job.sampling, job.index)
+        self._live[job.job_id] = None
+        try:
+            queue = await self._llm.add_request(job.job_id, prompt, params)
+            self._live[job.job_id] = queue.request_id
+            async with self._freeing(queue):
+                output = await queue.get()
+                while not output.finished:
+                    output = await queue.get()
+        except VLLMClientError as error:
+            raise BadJobError(str(error)) from error
+        except VllmDeadError as error:
+            raise EngineDeadError("vLLM's engine process is dead") from error
+        finally:
+            del self._live[job.job_id]
+        completion = output.outputs[0]
+        return JobResult(
+            token_ids=list(completion.token_ids),
+            logprobs=list(completion.logprobs.logprobs) if completion.logprobs else [],
+            finish_reason=_FINISH_REASONS[completion.finish_reason],
+            stop_reason=completion.stop_reason,
+        )
+
+    @contextlib.asynccontextmanager
+    async def _freeing(self, queue: Any) -> AsyncIterator[None]:
+        """Free the engine's slot when the body is cancelled before the output came."""
+        try:
+            yield
+        except asyncio.CancelledError:
+            await asyncio.shield(self._llm.abort(queue.request_id, internal=True))
+            raise
+        finally:
+            queue.close()
+
+    def num_tokens(self, job_id: str) -> int | None:
+        if job_id not in self._live:
+            return None
+        states = self._llm.output_processor.request_states
+        request_id = self._live[job_id]
+        if request_id is None:
+            # Being added at this moment: vLLM may know it already under a longer id.
+            known = self._llm.output_processor.external_req_ids.get(job_id)
+            if not known:
+                return 0
+            request_id = known[0]
+        state = states.get(request_id)
+        if state is None:
+            return None
+        count: int = state.detokenizer.num_output_tokens()
+        return count
+
+    async def pause(self, mode: PauseMode) -> None:
+        await self._llm.pause_generation(mode=mode, clear_cache=False)
+        if self._llm.output_handler is not None:
+            await self._barrier.passed()
+
+    async def resume(self) -> None:
+        await self._llm.resume_generation()
+
+    async def load_weights(self, plan: LoadPlan) -> None:
+        by_path = {str(path): list(names) for path, names in plan.items()}
+        await self._llm.collective_rpc("alp_reload_weights", args=(by_path,))
+
+    async def reset_cache(self, *, recompute_running: bool) -> None:
+        await self._llm.reset_prefix_cache(reset_running_requests=recompute_running)
+
+    async def check(self) -> None:
+        """Ask the engine process a question, so that a hung one fails the probe too."""
+        try:
+            async with asyncio.timeout(_PROBE_TIMEOUT_S):
+                await self._llm.check_health()
+                await self._llm.is_paused()
+        except (VllmDeadError, TimeoutError) as error:
+            raise EngineDeadError("vLLM's engine process does not answer") from error
+
+    async def close(self) -> None:
+        await asyncio.to_thread(self._llm.shutdown, _CLOSE_TIMEOUT_S)
+
+
+def _vllm_distribution() -> str:
+    """The installed distribution that provides the module vllm: vllm, or vllm-cpu."""
+    return importlib.metadata.packages_distributions()["vllm"][0]
