@@ -1,11 +1,11 @@
 """What a step costs with ALP, against OpenRLHF's own GRPO, on the same recorded batch.
 
-    stock GRPO   old log-probs (one forward)   + update (forward and backward)   four forwards' worth
-    ALP          nothing                       + perturbed update                three forwards' worth
+    stock GRPO   old log-probs: one forward   update: forward, backward   four forwards' worth
+    ALP          none                         the same, perturbed         three forwards' worth
 
-Both run through OpenRLHF's own policy actor and DeepSpeed on one CPU rank, interleaved, repetition by
-repetition, so that what else the machine does hits both alike. Printed: medians and their ratio. The
-perturbed forward and backward alone are in `perturbed_forward.py`.
+Both run through OpenRLHF's own policy actor and DeepSpeed on one CPU rank, interleaved, repetition
+by repetition, so that what else the machine does hits both alike. Printed: medians and their ratio.
+The perturbed forward and backward alone are in `perturbed_forward.py`.
 
     python benchmarks/step_cost.py [--repeats 5] [--model DIR]
 """
@@ -19,8 +19,6 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
-
-import openrlhf_alp.learner  # isort: skip  (installs the shims that OpenRLHF needs to import)
 
 import torch
 from openrlhf.trainer.ppo_utils.experience import Experience
@@ -76,7 +74,7 @@ def build_actor(args: SimpleNamespace) -> Any:
 
 
 def record_batch(actor: Any) -> list[Experience]:
-    """Random tokens in the demo's shapes; rollout log-probs are the learner's own, slightly moved."""
+    """Random tokens in the demo's shapes; rollout log-probs are the learner's own, moved a bit."""
     generator = torch.Generator().manual_seed(0)
     vocabulary = actor.actor.model.module.config.vocab_size
     batch = []
@@ -144,7 +142,9 @@ def main() -> None:
 
 
 def report(times: dict[str, list[tuple[float, float]]]) -> None:
-    print(f"\n{NUM_SAMPLES} samples of {PROMPT_TOKENS} + {RESPONSE_TOKENS} tokens, seconds (median)")
+    print(
+        f"\n{NUM_SAMPLES} samples of {PROMPT_TOKENS} + {RESPONSE_TOKENS} tokens, seconds (median)"
+    )
     print(f"{'':12} {'experience':>11} {'update':>8} {'both':>8}")
     both = {}
     for name, rows in times.items():

@@ -14,14 +14,15 @@ from openrlhf.models import aggregate_loss
 from openrlhf.trainer.ppo_utils.experience import Experience
 from openrlhf.trainer.ray import ppo_actor
 
-from openrlhf_alp.alp import RatioTelemetry
+from openrlhf_alp.alp import LayerwisePerturbation, RatioTelemetry
+from openrlhf_alp.clients.push import WeightPusher
 from openrlhf_alp.learner.calibrate import calibrate
 from openrlhf_alp.learner.config import AlpConfig
 from openrlhf_alp.learner.experience import SAMPLE_ID
 from openrlhf_alp.learner.policy_loss import UnifiedPolicyLoss
 from openrlhf_alp.learner.remote import undecorated
 from openrlhf_alp.learner.strategy import perturbation_of, without_sigma
-from openrlhf_alp.learner.weight_sync import WeightPusher
+from openrlhf_alp.learner.weight_sync import push_weights
 
 logger = logging.getLogger(__name__)
 
@@ -43,6 +44,7 @@ class AlpActorPPOTrainer(ppo_actor.ActorPPOTrainer):
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self.weight_pusher: WeightPusher | None = None  # set on rank 0, by upstream's constructor
         super().__init__(*args, **kwargs)
         self.perturbation = perturbation_of(self.actor)
         self.needs_calibration = self.alp.calibrates
@@ -60,7 +62,7 @@ class AlpActorPPOTrainer(ppo_actor.ActorPPOTrainer):
 
     @property
     def update_number(self) -> int:
-        """Optimizer steps so far; DeepSpeed keeps it in its checkpoint, so noise resumes with it."""
+        """Optimizer steps so far; DeepSpeed checkpoints it, so the noise resumes with it."""
         return self.actor.model.global_steps
 
     def ppo_train(self, kl_ctl: float) -> dict[str, float]:
@@ -72,7 +74,7 @@ class AlpActorPPOTrainer(ppo_actor.ActorPPOTrainer):
         if self.alp.enable:
             status.update(self._ratio_metrics())
         if self.perturbation is not None:
-            status.update(self._sigma_metrics())
+            status.update(self._sigma_metrics(self.perturbation))
         return status
 
     def training_step(
@@ -103,6 +105,7 @@ class AlpActorPPOTrainer(ppo_actor.ActorPPOTrainer):
 
     def _record_ratios(self, experience: Experience, result: dict[str, Any]) -> None:
         output = self.actor_loss_fn.last_output
+        assert output is not None, "the update ran without our loss"
         self.telemetry.add(output.log_ratio, experience.action_mask)
         for name in LOSS_FRACTIONS:
             result["metrics"][f"alp/{name}"] = getattr(output, name)
@@ -117,10 +120,10 @@ class AlpActorPPOTrainer(ppo_actor.ActorPPOTrainer):
             step.merge(arrays)
         return step.summary()
 
-    def _sigma_metrics(self) -> dict[str, float]:
-        summary = self.perturbation.summary()
+    def _sigma_metrics(self, perturbation: LayerwisePerturbation) -> dict[str, float]:
+        summary = perturbation.summary()
         return {
-            "alp/sigma0": self.perturbation.sigma0,
+            "alp/sigma0": perturbation.sigma0,
             "alp/sigma_mean": summary.mean,
             "alp/sigma_min": summary.minimum,
             "alp/sigma_max": summary.maximum,
@@ -129,36 +132,25 @@ class AlpActorPPOTrainer(ppo_actor.ActorPPOTrainer):
         }
 
     def _init_vllm_sync_group(self, backend: str) -> None:
+        """Called on rank 0 only. A service needs no process group, but a pusher."""
         if not self.args.rollout_service.urls:
             super()._init_vllm_sync_group(backend)
             return
-        self.weight_pusher = WeightPusher(self.vllm_engines)
+        api_key, admin_key = ray.get(self.vllm_engines[0].keys.remote())
+        urls = self.args.rollout_service.urls
+        self.weight_pusher = WeightPusher(urls, api_key=api_key, admin_key=admin_key)
 
     def broadcast_to_vllm(self) -> None:
         with without_sigma(self.actor):
             if self.args.rollout_service.urls:
-                self._push_to_service()
+                model = self.actor.model.module
+                push_weights(self.weight_pusher, model, self.args.ds.zero_stage)
             else:
                 super().broadcast_to_vllm()
 
-    def _push_to_service(self) -> None:
-        """Every rank takes part in gathering; rank 0 writes and pushes.
-
-        An error on rank 0 is raised on all ranks, so that none waits for ever in a collective.
-        """
-        push_on_rank_0 = self.weight_pusher if torch.distributed.get_rank() == 0 else None
-        failure = [None]
-        try:
-            WeightPusher.push(push_on_rank_0, self.actor.model.module, self.args.ds.zero_stage)
-        except Exception as error:
-            failure = [error]
-        torch.distributed.broadcast_object_list(failure, src=0)
-        if failure[0] is not None:
-            raise failure[0]
-
 
 class AlpPolicyModelActor(undecorated(ppo_actor.PolicyModelActor)):  # type: ignore[misc]
-    """Upstream: `openrlhf.trainer.ray.ppo_actor.PolicyModelActor`, which names its trainer class."""
+    """Upstream: `openrlhf.trainer.ray.ppo_actor.PolicyModelActor`, which names its trainer."""
 
     def init_model_from_pretrained(self, *args: Any, **kwargs: Any) -> None:
         with mock.patch.object(ppo_actor, "ActorPPOTrainer", AlpActorPPOTrainer):
@@ -168,5 +160,6 @@ class AlpPolicyModelActor(undecorated(ppo_actor.PolicyModelActor)):  # type: ign
             self.trainer.needs_calibration = False
 
 
-# Another name than the class: Ray then ships the class by reference and workers import it from here.
+# Another name than the class: Ray then ships the class by reference and workers import it from
+# here.
 RemoteAlpPolicyModelActor = ray.remote(num_gpus=1)(AlpPolicyModelActor)

@@ -22,12 +22,13 @@ NUM_SAMPLES = 16
 
 @torch.no_grad()
 def calibrate(trainer: AlpActorPPOTrainer) -> dict[str, float]:
-    """Set sigma0 so that the noise moves the log-probs as far as learner and rollout already differ.
+    """Set sigma0 so that the noise moves the log-probs as far as learner and rollout already
+    differ.
 
-    Theorem 1 asks for a sigma that covers the system bias zeta without drowning the policy. Its size is
-    not observable, but its effect is: KL(mu || pi_theta) at equal weights, estimated by k3 on the tokens
-    the service sent. The KL of noise against the clean policy grows with sigma^2, so a few perturbed
-    forwards find the sigma with that KL (times `--alp.calibration_factor`).
+    Theorem 1 asks for a sigma that covers the system bias zeta without drowning the policy. Its
+    size is not observable, but its effect is: KL(mu || pi_theta) at equal weights, estimated by k3
+    on the tokens the service sent. The KL of noise against the clean policy grows with sigma^2, so
+    a few perturbed forwards find the sigma with that KL (times `--alp.calibration_factor`).
 
     Returns:
         `alp/mismatch_k3_kl` and `alp/noise_k3_kl`, nats per token.

@@ -1,15 +1,14 @@
 """Shims that let OpenRLHF 0.11.2 import and run where flash-attn or CUDA is missing.
 
-Each shim steps aside by itself: it is installed only when the thing it stands for is absent, so on a
-GPU machine with the full requirements `install()` does nothing. It is idempotent, and it runs before
-anything of OpenRLHF is imported: from `openrlhf_alp.learner/__init__.py`, and in every Ray worker as
-`worker_process_setup_hook`.
+Each shim steps aside by itself: it is installed only when the thing it stands for is absent, so on
+a GPU machine with the full requirements `install()` does nothing. It is idempotent, and it runs
+before anything of OpenRLHF is imported: from `openrlhf_alp.learner/__init__.py`, and in every Ray
+worker as `worker_process_setup_hook`.
 
-| shim | stands for | upstream |
-|---|---|---|
-| `flash_attn.bert_padding`, `.utils.distributed` | imported at module level by `openrlhf.models` | OpenRLHF PR #1302 |
-| `torch.cuda.current_device/set_device/synchronize` | used as "the device" everywhere | OpenRLHF PR #1301 |
-| `deepspeed_shm_comm` switched off | a C++ build of a minute in `init_distributed` | DeepSpeed's CPU accelerator |
+    shim                                      why                                     upstream
+    flash_attn.bert_padding, .utils           imported by openrlhf.models             PR #1302
+    torch.cuda.current_device and two more    used as "the device" everywhere         PR #1301
+    deepspeed_shm_comm switched off           compiled for a minute on first use      DeepSpeed
 """
 
 from __future__ import annotations
@@ -42,8 +41,8 @@ def disable_shm_collectives() -> None:
 class _CpuDevice(str):
     """The answer of `torch.cuda.current_device()` on a CPU machine.
 
-    OpenRLHF passes that answer to `.to(...)` and `device=...`, where "cpu" is right, and also formats
-    it as `f"cuda:{device}"`-like labels, where an index is expected.
+    OpenRLHF passes that answer to `.to(...)` and `device=...`, where "cpu" is right, and also
+    formats it as `f"cuda:{device}"`-like labels, where an index is expected.
     """
 
     __slots__ = ()
@@ -95,7 +94,9 @@ def _index_first_axis(x: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
 def _unpad_input(
     hidden_states: torch.Tensor, attention_mask: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, int, torch.Tensor]:
-    """Drop the padding of x (B, T, ...): valid rows (N, ...), their flat indices, cumulative lengths."""
+    """Drop the padding of x (B, T, ...): valid rows (N, ...), their flat indices, cumulative
+    lengths.
+    """
     lengths = attention_mask.sum(dim=-1, dtype=torch.int32)  # (B,)
     indices = attention_mask.flatten().nonzero().flatten()  # (N,)
     boundaries = torch.nn.functional.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))  # (B + 1,)

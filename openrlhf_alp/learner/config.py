@@ -27,7 +27,8 @@ class AlpConfig:
     method: str
     """A key of `openrlhf_alp.alp.METHODS`: which ratio, perturbed or not, and its clip window."""
     sigma0: float | None
-    """Standard deviation of the noise at the start, in units of the hidden state; None is `auto`."""
+    """Standard deviation of the noise at the start, in units of the hidden state; None is `auto`.
+    """
     sigma_kind: Literal["vector", "scalar"]
     """One sigma per hidden dimension (section 2.2) or one per layer (the authors' code)."""
     sigma_min: float
@@ -46,7 +47,9 @@ class AlpConfig:
     seed: int
     """Key of the noise, beside update, sample, token and layer."""
     calibration_factor: float
-    """`--alp.sigma0 auto` aims at this multiple of the measured learner-to-rollout mismatch (k3 KL)."""
+    """`--alp.sigma0 auto` aims at this multiple of the measured learner-to-rollout mismatch (k3
+    KL).
+    """
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
@@ -97,7 +100,7 @@ class AlpConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServiceConfig:
-    """Where rollouts come from. Keys are read from the environment and never travel with the args."""
+    """Where rollouts come from. Keys come from the environment and never travel with the args."""
 
     urls: tuple[str, ...]
     """Base URLs of rollout services; empty means OpenRLHF's own in-process vLLM engines."""
@@ -136,18 +139,27 @@ def _add_alp_arguments(group: argparse._ArgumentGroup) -> None:
         type=_sigma0,
         default="auto",
         metavar="SIGMA|auto",
-        help="noise standard deviation at the start; auto measures the mismatch between learner and "
+        help="noise standard deviation at the start; auto measures the mismatch of learner and "
         "rollout service before step 1 and matches its KL (Theorem 1)",
     )
-    add("--alp.calibration_factor", type=float, default=1.0, help="auto: KL of noise / KL of mismatch")
-    add("--alp.sigma", default="vector", choices=["vector", "scalar"], help="sigma per dim or layer")
+    add(
+        "--alp.calibration_factor",
+        type=float,
+        default=1.0,
+        help="auto: KL of noise / KL of mismatch",
+    )
+    add(
+        "--alp.sigma", default="vector", choices=["vector", "scalar"], help="sigma per dim or layer"
+    )
     add("--alp.sigma_min", type=float, default=1e-6, help="lower bound of sigma")
     add("--alp.sigma_max", type=float, default=0.1, help="upper bound of sigma")
     add("--alp.lr", type=float, default=1e-2, help="learning rate of log sigma, no weight decay")
     add("--alp.layers", default="all", help="decoder layers to perturb: all, 0-4, 12,13")
     add("--alp.clip_low_high", type=float, nargs=2, default=None, metavar=("LOW", "HIGH"),
         help="ratio window [1-LOW, 1+HIGH]; default is the method's own")  # fmt: skip
-    add("--alp.dual_clip", type=float, default=None, help="dual clip c; default is the method's own")
+    add(
+        "--alp.dual_clip", type=float, default=None, help="dual clip c; default is the method's own"
+    )
     add(
         "--alp.sequence_ratio",
         default="product",
@@ -164,8 +176,8 @@ def _add_service_arguments(group: argparse._ArgumentGroup) -> None:
         nargs="+",
         default=[],
         metavar="URL",
-        help=f"rollout services (python -m services.rollout); keys come from ${API_KEY_VARIABLE} and "
-        f"${ADMIN_KEY_VARIABLE}. Without it OpenRLHF starts its own vLLM engines",
+        help=f"rollout services (python -m services.rollout); keys come from ${API_KEY_VARIABLE} "
+        f"and ${ADMIN_KEY_VARIABLE}. Without it OpenRLHF starts its own vLLM engines",
     )
     add("--rollout.request_timeout_s", type=float, default=600.0, help="limit of one episode")
     add("--rollout.ready_timeout_s", type=float, default=120.0, help="wait for a starting service")
@@ -232,8 +244,8 @@ def _settle_alp(args: SimpleNamespace) -> None:
         )
     if args.algo.advantage.is_correction_level != "off":
         raise ValueError(
-            "--algo.advantage.is_correction_level corrects with a second ratio, --alp.enable has only "
-            "one. Drop one of the two."
+            "--algo.advantage.is_correction_level corrects with a second ratio, --alp.enable has "
+            "only one. Drop one of the two."
         )
     if args.ds.ring_attn_size > 1 or args.ds.tensor_parallel_size > 1:
         raise ValueError(
@@ -255,11 +267,13 @@ def _settle_alp(args: SimpleNamespace) -> None:
 def _settle_service(args: SimpleNamespace) -> None:
     if args.train.agent_func_path:
         raise ValueError(
-            "--train.agent_func_path runs inside OpenRLHF's own vLLM engines and cannot be combined "
-            "with --rollout.service_urls; drop one of the two."
+            "--train.agent_func_path runs inside OpenRLHF's own vLLM engines and cannot be "
+            "combined with --rollout.service_urls; drop one of the two."
         )
     if args.data.max_images_per_prompt > 0:
-        raise ValueError("--rollout.service_urls serves text only; drop --data.max_images_per_prompt.")
+        raise ValueError(
+            "--rollout.service_urls serves text only; drop --data.max_images_per_prompt."
+        )
     if args.ds.lora.rank > 0:
         raise ValueError(
             "--rollout.service_urls pushes full weights; LoRA adapters are not merged yet. "

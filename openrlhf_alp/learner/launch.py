@@ -1,7 +1,7 @@
 """Start a run: check what can be checked before Ray starts, then hand over to OpenRLHF.
 
-Everything that a user can get wrong (flags, model folder, service) is found here, in seconds, in the
-driver. What goes wrong later comes back as one sentence and a non-zero exit.
+Everything that a user can get wrong (flags, model folder, service) is found here, in seconds, in
+the driver. What goes wrong later comes back as one sentence and a non-zero exit.
 """
 
 from __future__ import annotations

@@ -8,11 +8,11 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from transformers import AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer
 
 from openrlhf_alp.clients.contract import LearnerExpectation, check_contract
 from openrlhf_alp.clients.rollout import RolloutClient
-from openrlhf_alp.learner.config import ADMIN_KEY_VARIABLE, API_KEY_VARIABLE
+from openrlhf_alp.learner.config import ADMIN_KEY_VARIABLE, API_KEY_VARIABLE, ServiceConfig
 
 
 def check_model(name_or_path: str | None) -> Any:
@@ -22,17 +22,50 @@ def check_model(name_or_path: str | None) -> Any:
         ValueError: no model given, or neither a model folder nor a loadable Hugging Face id.
     """
     if not name_or_path:
-        raise ValueError("--actor.model_name_or_path is missing: give a folder or a Hugging Face id.")
+        raise ValueError(
+            "--actor.model_name_or_path is missing: give a folder or a Hugging Face id."
+        )
     path = Path(name_or_path)
     if (path.is_absolute() or path.exists()) and not (path / "config.json").is_file():
         raise ValueError(
-            f"--actor.model_name_or_path {name_or_path}: no config.json there, so it is not a Hugging "
-            "Face model folder. Check the path; weights and tokenizer must lie beside config.json."
+            f"--actor.model_name_or_path {name_or_path}: no config.json there, so it is not a "
+            "Hugging Face model folder. Check the path; tokenizer and weights lie beside it."
         )
     try:
         return AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=True)
     except Exception as error:
         raise ValueError(
-            f"--actor.model_name_or_path {name_or_path}: cannot load its tokenizer ({error}). Give a "
-            "model folder, or an id that the Hugging Face hub or its local cache knows."
+            f"--actor.model_name_or_path {name_or_path}: cannot load its tokenizer ({error}). Give "
+            "a model folder, or an id that the Hugging Face hub or its local cache knows."
         ) from error
+
+
+def check_services(args: SimpleNamespace, tokenizer: Any) -> None:
+    """Wait for every service of `--rollout.service_urls` and compare its contract with the learner.
+
+    Raises:
+        ServiceError: not reachable within `--rollout.ready_timeout_s`, wrong key, or a
+            ContractMismatch that lists each field with both values and the fix.
+    """
+    model = AutoConfig.from_pretrained(args.actor.model_name_or_path, trust_remote_code=True)
+    expected = LearnerExpectation.from_tokenizer(
+        tokenizer,
+        vocab_size=model.get_text_config().vocab_size,
+        architecture=(model.architectures or [None])[0],
+        min_model_len=args.data.max_len,
+    )
+    for url in args.rollout_service.urls:
+        asyncio.run(_check_service(url, args.rollout_service, expected))
+
+
+async def _check_service(url: str, service: ServiceConfig, expected: LearnerExpectation) -> None:
+    client = RolloutClient(
+        [url],
+        api_key=os.environ[API_KEY_VARIABLE],
+        admin_key=os.environ[ADMIN_KEY_VARIABLE],
+    )
+    try:
+        await client.wait_ready(service.ready_timeout_s)
+        check_contract(await client.contract(), expected)
+    finally:
+        await client.aclose()

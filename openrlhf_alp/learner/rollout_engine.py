@@ -1,13 +1,14 @@
 """Ray actors with the method names OpenRLHF calls on a vLLM engine; behind each stands a service.
 
-    SamplesGenerator --generate_responses--> RolloutEngine --episode--> RolloutClient --HTTP--> service
+    SamplesGenerator --generate_responses--> RolloutEngine --episode--> RolloutClient --HTTP-->
 
-An actor runs episodes and forwards weight updates; it holds no model.
+An actor runs episodes; it holds no model. Weights go to the services by `weight_sync`.
 """
 
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import logging
 import os
 from collections import Counter
@@ -19,13 +20,14 @@ from uuid import uuid4
 
 import ray
 
+from openrlhf_alp.clients.http import Timeouts
 from openrlhf_alp.clients.rollout import RolloutClient
 from openrlhf_alp.episodes.records import Completion, Episode, SamplingConfig, VersionSpan
 from openrlhf_alp.episodes.single_turn import run_single_turn
 from openrlhf_alp.learner.config import ADMIN_KEY_VARIABLE, API_KEY_VARIABLE, ServiceConfig
 from openrlhf_alp.learner.reward import build_reward
 from openrlhf_alp.rewards.protocol import RewardUnavailable
-from services.rollout.schemas import GenerateRequest
+from services.rollout.schemas import GenerateRequest, Sampling
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +51,13 @@ class RolloutEngine:
         service: ServiceConfig,
         reward_urls: Sequence[str],
     ) -> None:
-        self.client = RolloutClient([url], api_key=api_key, admin_key=admin_key)
+        self._keys = (api_key, admin_key)
+        self.client = RolloutClient(
+            [url],
+            api_key=api_key,
+            admin_key=admin_key,
+            timeouts=Timeouts(total_s=service.request_timeout_s),
+        )
         self.service = service
         self.reward = build_reward(reward_urls)
         self.dropped: Counter[str] = Counter()
@@ -129,17 +137,8 @@ class RolloutEngine:
             GenerateRequest(
                 request_id=request_id,
                 token_ids=list(prompt_ids),
-                n=1,
-                temperature=sampling.temperature,
-                top_p=sampling.top_p,
-                top_k=sampling.top_k,
-                min_p=sampling.min_p,
-                max_tokens=sampling.max_tokens,
-                min_tokens=sampling.min_tokens,
-                repetition_penalty=sampling.repetition_penalty,
-                stop=list(sampling.stop),
-                stop_token_ids=list(sampling.stop_token_ids),
-                seed=sampling.seed,
+                # Field by field: the records are those of an episode, the schema that of the wire.
+                sampling=Sampling(**dataclasses.asdict(sampling)),
                 deadline_s=self.service.request_timeout_s,
             )
         )
@@ -155,21 +154,9 @@ class RolloutEngine:
             ),
         )
 
-    async def weights_directory(self) -> str:
-        """Folder, shared with the service, into which new weights are written."""
-        return (await self.client.contract()).weights_dir
-
-    async def prepare_weights(self, manifest: Any) -> None:
-        """Phase 1: the service stages and verifies what `manifest` names."""
-        await self.client.prepare_weights(manifest)
-
-    async def commit_weights(self) -> None:
-        """Phase 2: the service swaps to what it staged."""
-        await self.client.commit_weights()
-
-    async def abort_weights(self) -> None:
-        """Forget what was staged; the old version goes on serving."""
-        await self.client.abort_weights()
+    def keys(self) -> tuple[str, str]:
+        """API and admin key, for the rank that pushes weights."""
+        return self._keys
 
     async def pause_generation(self) -> None:
         await self.client.pause()
@@ -179,7 +166,7 @@ class RolloutEngine:
 
 
 async def _all_or_first_error(episodes: list[Any]) -> list[Episode]:
-    """Wait for all; on the first error cancel the others, so that no work goes on for a lost group."""
+    """Wait for all; on the first error cancel the others: no work goes on for a lost group."""
     try:
         async with asyncio.TaskGroup() as group:
             tasks = [group.create_task(episode) for episode in episodes]
@@ -207,7 +194,8 @@ def to_response(episode: Episode) -> dict[str, Any]:
     }
 
 
-# Another name than the class: Ray then ships the class by reference and workers import it from here.
+# Another name than the class: Ray then ships the class by reference and workers import it from
+# here.
 RemoteRolloutEngine = ray.remote(num_cpus=0)(RolloutEngine)
 
 

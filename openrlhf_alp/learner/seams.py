@@ -1,8 +1,9 @@
 """Every substitution into OpenRLHF 0.11.2, each with the upstream symbol and what it relies on.
 
-OpenRLHF looks its classes up as module globals by name, so a substitution is an assignment. It has no
-plug-in points and its command line builds its parser under `if __name__ == "__main__"`; so we set the
-globals below, hook the parser, and run that module as the main program. Not a line of it is copied.
+OpenRLHF looks its classes up as module globals by name, so a substitution is an assignment. It has
+no plug-in points and its command line builds its parser under `if __name__ == "__main__"`; so we
+set the globals below, hook the parser, and run that module as the main program. Not a line of it is
+copied.
 
     openrlhf.cli.train_ppo_ray (run as __main__)
       ArgumentParser.parse_args   + our flags                      one shot
@@ -50,6 +51,9 @@ class Seam:
     replaced_by: str
     """`module:name` of ours, or what we do with the symbol."""
 
+
+_MAKER = "openrlhf.trainer.ppo_utils.experience_maker:RemoteExperienceMaker"
+_GENERATOR = "openrlhf.trainer.ppo_utils.samples_generator:SamplesGenerator"
 
 SEAMS = (
     Seam(
@@ -104,13 +108,13 @@ SEAMS = (
         replaced_by="called by openrlhf_alp.learner.policy_loss:UnifiedPolicyLoss",
     ),
     Seam(
-        symbol="openrlhf.trainer.ppo_utils.experience_maker:RemoteExperienceMaker._dispatch_forward",
+        symbol=f"{_MAKER}._dispatch_forward",
         parameters=("self", "group", "sync_condition", "kwargs"),
         replaced_by="openrlhf_alp.learner.experience:AlpExperienceMaker",
     ),
     Seam(
-        symbol="openrlhf.trainer.ppo_utils.samples_generator:SamplesGenerator._generate_vllm",
-        parameters=("self", "dataloader_iter", "num_prompts", "dynamic_filtering", "generate_kwargs"),
+        symbol=f"{_GENERATOR}._generate_vllm",
+        parameters=("self", "dataloader_iter", "num_prompts", "dynamic_filtering"),
         replaced_by="openrlhf_alp.learner.experience:AlpSamplesGenerator",
     ),
     Seam(
@@ -164,7 +168,9 @@ def _check_seam(seam: Seam) -> None:
     try:
         function = _resolve(seam.symbol)
     except AttributeError as error:
-        raise UpstreamDriftError(f"{seam.symbol} is gone ({error}); see learner/seams.py") from error
+        raise UpstreamDriftError(
+            f"{seam.symbol} is gone ({error}); see learner/seams.py"
+        ) from error
     found = tuple(inspect.signature(function).parameters)[: len(seam.parameters)]
     if found != seam.parameters:
         raise UpstreamDriftError(
@@ -187,7 +193,7 @@ def _resolve(symbol: str) -> Callable[..., Any]:
 
 @contextlib.contextmanager
 def installed() -> Iterator[None]:
-    """Put our classes in the places where OpenRLHF looks its own up, for the length of the block."""
+    """Put our classes where OpenRLHF looks its own up, for the length of the block."""
     import openrlhf.trainer.ppo_trainer
     import openrlhf.trainer.ray.ppo_actor
     import openrlhf.utils.deepspeed

@@ -1,4 +1,6 @@
-"""DeepSpeed strategy that carries the perturbation through OpenRLHF's own set-up, saving and CPU runs."""
+"""DeepSpeed strategy that carries the perturbation through OpenRLHF's own set-up, saving and CPU
+runs.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,7 @@ from openrlhf_alp.learner.config import AlpConfig
 
 
 def perturbation_of(model: nn.Module) -> LayerwisePerturbation | None:
-    """The perturbation attached to an OpenRLHF Actor, a DeepSpeed engine or a bare model, if any."""
+    """The perturbation of an OpenRLHF Actor, a DeepSpeed engine or a bare model, if any."""
     return getattr(unwrap(model), "alp", None)
 
 
@@ -50,8 +52,8 @@ class AlpStrategy(DeepspeedStrategy):
     def prepare(self, *models: Any) -> Any:
         """Attach sigma to the policy before DeepSpeed partitions its parameters.
 
-        Only a trained `Actor` gets it: the critic is no Actor, reference and EMA models come without
-        an optimizer config.
+        Only a trained `Actor` gets it: the critic is no Actor, reference and EMA models come
+        without an optimizer config.
         """
         for entry in models:
             if self.alp.perturbed and isinstance(entry, tuple) and isinstance(entry[0], Actor):

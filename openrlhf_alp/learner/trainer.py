@@ -73,5 +73,6 @@ def _append_json_line(path: str, global_step: int, logs: dict[str, Any]) -> None
         lines.write(json.dumps({"global_step": global_step, **numbers}) + "\n")
 
 
-# Another name than the class: Ray then ships the class by reference and workers import it from here.
+# Another name than the class: Ray then ships the class by reference and workers import it from
+# here.
 RemoteAlpPPOTrainer = ray.remote(AlpPPOTrainer)

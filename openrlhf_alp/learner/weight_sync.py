@@ -1,52 +1,45 @@
-"""Theta to the rollout service, in two phases; sigma never leaves the learner.
+"""Theta to the rollout service; sigma never leaves the learner.
 
-    gather one parameter (ZeRO-3) -> safetensors in the service's weights folder -> prepare on all
-    servers -> commit on all servers, or abort on all if one cannot prepare
+every rank: gather one parameter (ZeRO-3) -> rank 0: WeightPusher writes safetensors,
+prepares on every server, commits on every server
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import deepspeed
-import ray
 import torch
 from torch import nn
 
-from openrlhf_alp.clients.weights import write_weights
+from openrlhf_alp.clients.push import WeightPusher
 
 
-class WeightPusher:
-    """Rank 0's side of the push. `engines` are the Ray actors of `rollout_engine.RolloutEngine`."""
+def push_weights(pusher: WeightPusher | None, model: nn.Module, zero_stage: int) -> None:
+    """Make every server serve `model`. Collective: all ranks call it, rank 0 writes and pushes.
 
-    def __init__(self, engines: list[Any]) -> None:
-        self.engines = engines
-        self.directory = ray.get(engines[0].weights_directory.remote())
+    An error on rank 0 is raised on all ranks, so that none waits for ever in a collective.
 
-    @staticmethod
-    def push(pusher: WeightPusher | None, model: nn.Module, zero_stage: int) -> None:
-        """Collective over all ranks; `pusher` is None everywhere but on rank 0."""
-        tensors = gathered_parameters(model, zero_stage, keep=pusher is not None)
-        if pusher is None:
-            for _ in tensors:
-                pass
-            return
-        pusher.send(tensors)
+    Args:
+        pusher: on rank 0; None on the others.
+        model: the Hugging Face model inside DeepSpeed's engine, without sigma.
+        zero_stage: of DeepSpeed.
 
-    def send(self, tensors: Iterator[tuple[str, torch.Tensor]]) -> None:
-        """Write, prepare everywhere, commit everywhere.
-
-        Raises:
-            WeightUpdateFailed: a server refused or failed; all keep serving the old version.
-        """
-        with write_weights(self.directory, tensors) as staged:
-            try:
-                ray.get([e.prepare_weights.remote(staged.manifest) for e in self.engines])
-            except ray.exceptions.RayTaskError as error:
-                ray.get([e.abort_weights.remote() for e in self.engines])
-                raise error.cause from None
-            ray.get([e.commit_weights.remote() for e in self.engines])
+    Raises:
+        ServiceError: the folder cannot be written, or a server refused, failed or is gone.
+    """
+    parameters = gathered_parameters(model, zero_stage, keep=pusher is not None)
+    failure: list[Exception | None] = [None]
+    if pusher is not None:
+        try:
+            pusher.push(parameters)
+        except Exception as error:
+            failure = [error]
+    for _ in parameters:  # what rank 0 did not take; every rank takes part in each gathering
+        pass
+    torch.distributed.broadcast_object_list(failure, src=0)
+    if failure[0] is not None:
+        raise failure[0]
 
 
 def gathered_parameters(
@@ -58,9 +51,11 @@ def gathered_parameters(
     in a Hugging Face checkpoint. Every rank must exhaust the iterator.
 
     Yields:
-        Hugging Face name, CPU tensor in the model's dtype (an empty one unless `keep`).
+        Hugging Face name, tensor in the model's dtype (an empty one unless `keep`).
     """
     for name, parameter in model.named_parameters(remove_duplicate=True):
         with deepspeed.zero.GatheredParameters([parameter], enabled=zero_stage == 3):
-            tensor = parameter.detach().to("cpu", copy=zero_stage == 3) if keep else torch.empty(0)
+            tensor = parameter.detach() if keep else torch.empty(0)
+            if zero_stage == 3:
+                tensor = tensor.clone()  # the gathered copy is freed with the context
         yield name, tensor

@@ -72,9 +72,7 @@ def weights(actor: Any) -> dict[str, torch.Tensor]:
 
 
 def test_sigma_has_its_own_group_with_its_own_rate_and_no_decay(parse: Parse) -> None:
-    args = parse(
-        "--alp.enable", *SIGMA, "--alp.lr", "0.5", "--actor.adam.weight_decay", "0.1"
-    )
+    args = parse("--alp.enable", *SIGMA, "--alp.lr", "0.5", "--actor.adam.weight_decay", "0.1")
     actor = build_actor(args)
     groups = actor.actor_optim.param_groups
     assert [group["lr"] for group in groups] == [1e-3, 1e-3, 0.5]
@@ -201,4 +199,3 @@ def test_a_nan_rollout_log_prob_stops_the_update_and_says_where(parse: Parse) ->
         actor.fit()
     after = weights(actor)
     assert all(torch.equal(before[name], after[name]) for name in before)
-

@@ -57,7 +57,7 @@ def test_a_rollout_without_log_probs_is_refused() -> None:
 
 
 def fake_upstream(monkeypatch: pytest.MonkeyPatch, dropped: set[str]) -> list[list[str]]:
-    """Upstream's `_generate_vllm` with the engines' work replaced: some prompts lose their group."""
+    """Upstream's `_generate_vllm` without engines; some prompts lose their group."""
     asked: list[list[str]] = []
 
     def generate(

@@ -26,7 +26,7 @@ def test_another_version_is_refused_with_the_fix(monkeypatch: pytest.MonkeyPatch
 
 def test_a_changed_signature_is_named() -> None:
     drifted = dataclasses.replace(seams.SEAMS[0], parameters=("self", "models"))
-    with pytest.raises(seams.UpstreamDriftError, match="DeepspeedStrategy.prepare takes"):
+    with pytest.raises(seams.UpstreamDriftError, match=r"DeepspeedStrategy\.prepare takes"):
         seams._check_seam(drifted)
 
 
@@ -70,7 +70,8 @@ def test_openrlhfs_own_test_suite_passes_with_the_shims() -> None:
     folder = importlib.metadata.distribution("openrlhf").locate_file("tests")
     run = (
         "import sys, pytest; import openrlhf_alp.learner; "
-        f"sys.exit(pytest.main(['-q', '-p', 'no:cacheprovider', '-c', '/dev/null', {str(folder)!r}]))"
+        "options = ['-q', '-p', 'no:cacheprovider', '-c', '/dev/null']; "
+        f"sys.exit(pytest.main([*options, {str(folder)!r}]))"
     )
     result = subprocess.run(
         [sys.executable, "-c", run], capture_output=True, text=True, timeout=240, check=False
