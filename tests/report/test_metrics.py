@@ -1,0 +1,52 @@
+import pytest
+
+from openrlhf_alp.alp import telemetry
+from openrlhf_alp.report.metrics import (
+    LOG_RATIO_QUANTILES,
+    REWARD,
+    MetricsFileError,
+    MetricsFollower,
+    read_steps,
+)
+
+
+def test_every_line_is_a_step(metrics_file):
+    steps = read_steps(metrics_file)
+    assert [step.step for step in steps] == [1, 2, 3]
+    assert [step.values[REWARD] for step in steps] == [0.25, 0.5, 0.75]
+    assert "global_step" not in steps[0].values
+
+
+def test_tokens_per_second_are_samples_times_length_over_generation_time(metrics_file):
+    """64 answers of 10 tokens in 4 s."""
+    assert read_steps(metrics_file)[0].tokens_per_s == 160.0
+
+
+def test_a_last_line_that_is_half_written_is_left_for_later(metrics_file, append):
+    follower = MetricsFollower(metrics_file)
+    append('{"global_step": 4, "rollout/rew')
+    assert [step.step for step in follower.new_steps()] == [1, 2, 3]
+    assert follower.new_steps() == []
+    append('ard_mean": 1.0}\n')
+    (step,) = follower.new_steps()
+    assert (step.step, step.values) == (4, {REWARD: 1.0})
+    assert step.tokens_per_s is None
+
+
+def test_a_file_that_does_not_exist_yet_has_no_steps(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    follower = MetricsFollower(path)
+    assert follower.new_steps() == []
+    path.write_text('{"global_step": 1}\n')
+    assert [step.step for step in follower.new_steps()] == [1]
+
+
+@pytest.mark.parametrize("line", ["{broken", "[1]", '{"reward": 1.0}', '{"global_step": null}'])
+def test_a_whole_line_that_is_not_a_step_is_an_error_with_its_number(metrics_file, append, line):
+    append(line + "\n")
+    with pytest.raises(MetricsFileError, match=r"metrics\.jsonl, line 4: not the metrics"):
+        read_steps(metrics_file)
+
+
+def test_the_quantiles_are_metrics_that_training_really_logs():
+    assert set(LOG_RATIO_QUANTILES.values()) <= telemetry.METRICS.keys()
