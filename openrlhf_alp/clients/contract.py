@@ -79,8 +79,9 @@ def check_contract(contract: Contract, expected: LearnerExpectation) -> None:
             problems.append(f"{field}: learner {learner}, server {server}. Fix: {_FIXES[field]}")
     if contract.max_model_len < expected.min_model_len:
         problems.append(
-            f"max_model_len: learner needs {expected.min_model_len}, server {contract.max_model_len}."
-            " Fix: raise --max-model-len of the service or shorten prompts and answers."
+            f"max_model_len: learner needs {expected.min_model_len}, "
+            f"server {contract.max_model_len}. "
+            "Fix: raise --max-model-len of the service or shorten prompts and answers."
         )
     if problems:
         raise ContractMismatch(

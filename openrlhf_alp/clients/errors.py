@@ -5,7 +5,7 @@ ServiceError                        anything below
 |- DeadlineExceeded                 the server gave up at the request's own deadline
 |- RequestRejected                  the request is wrong (4xx); sending it again cannot help
 |  `- Unauthorized                  the bearer key is missing or wrong
-|- InvalidReply                     a reply that breaks the contract (lengths, NaN, not parseable)
+|- InvalidReply                     a reply that breaks the contract (lengths, NaN, no parse)
 |- ContractMismatch                 learner and server disagree on what is served
 `- WeightUpdateFailed               an update was not staged or not loaded; the old one serves
 """

@@ -74,7 +74,9 @@ def write_weights(
     folder = weights_dir / name
     try:
         partial.mkdir(parents=True)
-        digests, files, num_bytes, num_skipped = {}, [], 0, 0
+        digests: dict[str, str] = {}
+        files: list[str] = []
+        num_bytes = num_skipped = 0
         for bucket in _buckets(_checked(named_tensors, expected), bucket_bytes):
             fresh = {}
             for tensor_name, tensor in bucket.items():

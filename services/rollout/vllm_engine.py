@@ -15,6 +15,7 @@ from vllm.platforms import current_platform
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError as VllmDeadError
+from vllm.v1.executor import Executor
 
 from services.rollout.engine import (
     LOGPROBS_MODE,
@@ -27,6 +28,7 @@ from services.rollout.engine import (
 )
 from services.rollout.schemas import FinishReason, PauseMode, Sampling
 from services.rollout.settings import RolloutSettings
+from services.rollout.vllm_executor import TIED
 
 logger = logging.getLogger(__name__)
 
@@ -142,7 +144,14 @@ class VllmEngine:
     def start(cls, settings: RolloutSettings, eos_token_ids: tuple[int, ...]) -> "VllmEngine":
         """Load the model. Takes seconds to minutes and blocks."""
         prepare_environment(settings)
-        llm = AsyncLLM.from_engine_args(engine_args(settings))
+        vllm_config = engine_args(settings).create_engine_config()
+        executor_class = Executor.get_class(vllm_config)
+        llm = AsyncLLM(
+            vllm_config,
+            executor_class=TIED.get(executor_class, executor_class),
+            log_stats=True,
+            log_requests=False,
+        )
         config = llm.model_config
         info = EngineInfo(
             engine="vllm",

@@ -1,0 +1,158 @@
+"""The important promises once more with real vLLM on a tiny model, through real sockets."""
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from transformers import LlamaForCausalLM
+
+from openrlhf_alp.clients.push import WeightPusher
+from openrlhf_alp.clients.rollout import RolloutClient
+from services.rollout.schemas import GenerateRequest, Sampling
+
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(240)]
+
+API_KEY = "api-key-for-tests"
+ADMIN_KEY = "admin-key-for-tests"
+PROMPT = [72, 101, 108, 108, 111]
+# bfloat16 engine against a float32 forward pass of the same weights.
+BF16_MEAN_GAP = 0.15
+
+
+def start(model: Path, url_file: Path, *flags: str) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-m", "services.rollout", "--model", str(model), "--port", "0"]
+    command += ["--kv-cache-gb", "0.1", "--num-threads", "1", "--url-file", str(url_file)]
+    keys = {
+        "OPENRLHF_ALP_ROLLOUT_API_KEY": API_KEY,
+        "OPENRLHF_ALP_ROLLOUT_ADMIN_KEY": ADMIN_KEY,
+    }
+    with url_file.with_suffix(".log").open("wb") as log:
+        return subprocess.Popen(
+            [*command, *flags], env={**os.environ, **keys}, stdout=log, stderr=subprocess.STDOUT
+        )
+
+
+def wait_for_url(process: subprocess.Popen[bytes], url_file: Path) -> str:
+    give_up_s = time.monotonic() + 180
+    while time.monotonic() < give_up_s:
+        if url_file.exists():
+            return url_file.read_text().strip()
+        if process.poll() is not None:
+            break
+        time.sleep(0.1)
+    raise AssertionError(url_file.with_suffix(".log").read_text()[-3000:])
+
+
+def family(process: subprocess.Popen[bytes]) -> list[psutil.Process]:
+    return psutil.Process(process.pid).children(recursive=True)
+
+
+@pytest.fixture(scope="module")
+def url(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A served tiny model; afterwards SIGTERM has to end it cleanly with all its processes."""
+    url_file = tmp_path_factory.mktemp("vllm") / "url"
+    process = start(model_folder, url_file)
+    try:
+        yield wait_for_url(process, url_file)
+        children = family(process)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=60) == 0, url_file.with_suffix(".log").read_text()[-3000:]
+        _, alive = psutil.wait_procs(children, timeout=10)
+        assert alive == []
+    finally:
+        if process.poll() is None:
+            process.kill()
+            process.wait()
+
+
+def client(url: str) -> RolloutClient:
+    return RolloutClient([url], api_key=API_KEY, admin_key=ADMIN_KEY)
+
+
+def request(request_id: str, n: int = 2, **sampling: object) -> GenerateRequest:
+    fields = {"max_tokens": 16, **sampling}
+    return GenerateRequest(
+        request_id=request_id, token_ids=PROMPT, n=n, sampling=Sampling.model_validate(fields)
+    )
+
+
+def gaps(model: LlamaForCausalLM, token_ids: list[int], logprobs: list[float]) -> torch.Tensor:
+    """(N,) distance between the served log-probs and one forward pass of `model`."""
+    ids = torch.tensor([PROMPT + token_ids])
+    with torch.no_grad():
+        logits = model(ids).logits[0, len(PROMPT) - 1 : -1].float()
+    own = torch.log_softmax(logits, -1).gather(-1, ids[0, len(PROMPT) :, None])[:, 0]
+    return (torch.tensor(logprobs) - own).abs()
+
+
+async def test_samples_carry_the_log_probs_of_the_served_model(
+    url: str, model_folder: Path
+) -> None:
+    model = LlamaForCausalLM.from_pretrained(model_folder)
+    async with client(url) as rollout:
+        await rollout.wait_ready(30.0)
+        contract = await rollout.contract()
+        assert (contract.engine, contract.dtype) == ("vllm", "bfloat16")
+        reply = await rollout.generate(request("vllm-1", n=4))
+    for sample in reply.samples:
+        assert len(sample.token_ids) == len(sample.logprobs) <= 16
+        assert gaps(model, sample.token_ids, sample.logprobs).mean() < BF16_MEAN_GAP
+
+
+async def test_a_sampled_eos_is_in_the_reply_with_its_log_prob(url: str) -> None:
+    async with client(url) as rollout:
+        eos = (await rollout.contract()).eos_token_ids
+        reply = await rollout.generate(request("vllm-eos", n=64, max_tokens=200))
+    stopped = [s for s in reply.samples if s.finish_reason == "stop"]
+    assert stopped, "with 256 equally odd tokens some of 64 samples end by themselves"
+    for sample in stopped:
+        assert sample.token_ids[-1] in eos
+        assert len(sample.logprobs) == len(sample.token_ids)
+
+
+async def test_an_update_swaps_weights_and_splits_the_spans_of_running_requests(
+    url: str, model_folder: Path
+) -> None:
+    new = LlamaForCausalLM.from_pretrained(model_folder)
+    with torch.no_grad():
+        for parameter in new.parameters():
+            parameter.mul_(0.7)
+    pusher = WeightPusher([url], api_key=API_KEY, admin_key=ADMIN_KEY)
+    async with client(url) as rollout:
+        old = (await rollout.weights())[0]
+        running = [
+            asyncio.create_task(
+                rollout.generate(request(f"vllm-live-{i}", max_tokens=240, ignore_eos=True))
+            )
+            for i in range(4)
+        ]
+        pushed = await asyncio.to_thread(pusher.push, new.named_parameters())
+        replies = await asyncio.gather(*running)
+        status = (await rollout.weights())[0]
+    assert (status.version, status.digest) == (old.version + 1, pushed.digest)
+    samples = [sample for reply in replies for sample in reply.samples]
+    for sample in samples:
+        assert sample.spans[-1].version == status.version
+        assert sample.spans[-1].digest == pushed.digest
+        cut = sample.spans[-1].start
+        assert gaps(new, sample.token_ids, sample.logprobs)[cut:].mean() < BF16_MEAN_GAP
+    assert any(len(sample.spans) == 2 for sample in samples)
+
+
+def test_killing_the_service_leaves_no_engine_process(model_folder: Path, tmp_path: Path) -> None:
+    process = start(model_folder, tmp_path / "url")
+    wait_for_url(process, tmp_path / "url")
+    children = family(process)
+    assert any("EngineCore" in " ".join(child.cmdline()) for child in children)
+    process.kill()
+    process.wait()
+    _, alive = psutil.wait_procs(children, timeout=15)
+    assert alive == []
