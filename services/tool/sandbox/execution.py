@@ -24,6 +24,7 @@ _WATCH_AFTER_S = 0.03
 _DEATH_S = 5.0
 _DRAIN_S = 1.0
 _MAX_READS = 10_000
+_PIPE_READS = 32  # a pipe holds far less; a process that keeps printing must not keep us here
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,7 +82,9 @@ class Drain:
 
     def drain_now(self) -> None:
         """Read what is in the pipe without waiting (sessions, where the pipe stays open)."""
-        while not self.ended.done():
+        for _ in range(_PIPE_READS):
+            if self.ended.done():
+                return
             try:
                 data = os.read(self._descriptor, _READ_BYTES)
             except BlockingIOError:

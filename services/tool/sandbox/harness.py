@@ -39,6 +39,9 @@ class Place:
     """Folder in which the snippet starts."""
     baseline_bytes: int
     """What RLIMIT_DATA counts before the snippet allocates anything."""
+    alone: bool
+    """Whether every process that this one may signal belongs to the slot: its own pid namespace or
+    its own user id. Nothing may be swept otherwise."""
     can_fork: bool
     """False at level basic: the snippet runs behind a second filter that refuses new processes."""
     no_fork_filter: bytes
@@ -151,11 +154,23 @@ def reseed(seed: int | None) -> None:
         numpy.random.seed(seed if seed is not None else int.from_bytes(os.urandom(4), "little"))
 
 
+_ANCHORS = ("/mnt/", "/tmp/")
+
+
+def _anchor(home: str, path: str) -> tuple[str, str]:
+    """Split a job's path into (folder it counts from, relative path): /mnt and /tmp lie beside the
+    working folder."""
+    for prefix in _ANCHORS:
+        if path.startswith(prefix):
+            return os.path.dirname(home) + prefix.rstrip("/"), path.removeprefix(prefix)
+    return home, path
+
+
 def write_files(home: str, files: dict[str, str]) -> None:
     """Write the request's files below `home`. Paths were checked by the API process. Raises
     OSError."""
     for path, content in files.items():
-        target = os.path.join(home, path)
+        target = os.path.join(*_anchor(home, path))
         os.makedirs(os.path.dirname(target), exist_ok=True)
         with open(target, "wb") as file:
             file.write(base64.b64decode(content))
@@ -164,7 +179,8 @@ def write_files(home: str, files: dict[str, str]) -> None:
 def read_file(home: str, path: str, max_bytes: int) -> bytes:
     """Read a regular file without following links or blocking on a pipe. Raises OSError,
     ValueError."""
-    descriptor = os.open(home, os.O_PATH | os.O_DIRECTORY)
+    folder, path = _anchor(home, path)
+    descriptor = os.open(folder, os.O_PATH | os.O_DIRECTORY)
     try:
         parts = path.split("/")
         for index, part in enumerate(parts):

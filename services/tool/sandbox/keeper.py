@@ -40,7 +40,7 @@ def run_and_collect(job_socket: socket.socket, job: wire.Message, place: harness
         harness.run_program(job, place, lambda report: wire.send(theirs, report))
     theirs.close()
     _, status = os.waitpid(pid, 0)
-    if place.can_fork:
+    if place.alone:
         _kill_everything_else()
     report: wire.Message = {"wait_status": status, "files": {}, "missing": {}}
     budget = job["fetch_bytes"]
@@ -58,8 +58,13 @@ def run_and_collect(job_socket: socket.socket, job: wire.Message, place: harness
 
 
 def _kill_everything_else() -> None:
-    """Kill every process this one may signal but itself: the slot, since its id or pid namespace is
-    its own."""
+    """Kill every other process of the slot. Only where `Place.alone` holds, which is checked again.
+
+    A slot of level full has a parent outside of its pid namespace, which reads as 0; a slot of
+    level uid has an id of its own, which is not root's.
+    """
+    if os.getppid() != 0 and os.getuid() == 0:
+        raise PermissionError("refusing to sweep: this process could signal the whole machine")
     try:
         os.kill(-1, signal.SIGKILL)
     except ProcessLookupError:

@@ -1,0 +1,207 @@
+"""The HTTP face of the tool service: `create_app(service, api_key)` and the native routes."""
+
+import asyncio
+import json
+import math
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from typing import Any
+
+from fastapi import APIRouter, Depends, FastAPI, Request, Response
+from fastapi.responses import JSONResponse, PlainTextResponse, StreamingResponse
+from starlette.datastructures import MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from services.common.auth import require_key
+from services.common.errors import ApiError, ErrorBody, install_error_handlers
+from services.common.middleware import install_middleware
+from services.tool import examples, fusion, mcp_server
+from services.tool.admission import OverloadedError
+from services.tool.disconnect import ClientGoneError, unless_disconnected
+from services.tool.schemas import (
+    BatchItem,
+    BatchRequest,
+    ExecuteRequest,
+    ExecuteResult,
+    IsolationReport,
+)
+from services.tool.service import LimitError, ToolService
+from services.tool.session_routes import build_session_router
+from services.tool.sessions import (
+    OPENING_ERRORS,
+    SessionGoneError,
+    SessionsFullError,
+    StepConflictError,
+)
+
+_CLIENT_CLOSED = 499
+
+
+def create_app(service: ToolService, api_key: str | None) -> FastAPI:
+    """Build the app around a running service.
+
+    Args:
+        api_key: bearer key that every route but the probes requires; None for an open loopback.
+    """
+    tools = mcp_server.build(service)
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        async with tools.session_manager.run():
+            yield
+
+    app = FastAPI(title="Tool service", version="1", lifespan=lifespan)
+    app.state.service = service
+    guarded = [Depends(require_key(api_key))] if api_key is not None else []
+    for router in (_execution_router(), build_session_router(), fusion.build_router()):
+        app.include_router(router, dependencies=guarded, responses=_ERRORS)
+    app.include_router(_probe_router())
+    app.router.routes.append(mcp_server.mount(tools, api_key))
+    install_error_handlers(app)
+    _install_domain_errors(app)
+    install_middleware(app, max_body_bytes=service.settings.max_body_bytes)
+    app.add_middleware(_LevelHeader, level=service.isolation.level)
+    return app
+
+
+_ERRORS: dict[int | str, dict[str, Any]] = {
+    status: {"model": ErrorBody} for status in (401, 413, 422, 503)
+}
+
+
+class _LevelHeader:
+    """Say on every answer how isolated the code was."""
+
+    def __init__(self, app: ASGIApp, *, level: str) -> None:
+        self._app = app
+        self._level = level
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def send_with_level(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                MutableHeaders(scope=message)["X-Sandbox-Level"] = self._level
+            await send(message)
+
+        await self._app(scope, receive, send_with_level)
+
+
+def get_service(request: Request) -> ToolService:
+    """The running service, for routes."""
+    service: ToolService = request.app.state.service
+    return service
+
+
+def _execution_router() -> APIRouter:
+    router = APIRouter(prefix="/v1", tags=["execution"])
+
+    @router.post("/execute", responses=examples.EXECUTE_RESPONSES)
+    async def execute(body: ExecuteRequest, request: Request) -> ExecuteResult:
+        """Run one program in a fresh interpreter. Failing code is a 200 with its status."""
+        return await unless_disconnected(request, get_service(request).execute(body))
+
+    @router.post("/execute/batch", response_class=StreamingResponse, responses=examples.BATCH)
+    async def execute_batch(body: BatchRequest, request: Request) -> StreamingResponse:
+        """Run several programs; one JSON line each, in the order they finish."""
+        lines = _batch_lines(get_service(request), body.requests)
+        return StreamingResponse(lines, media_type="application/x-ndjson")
+
+    @router.get("/isolation")
+    async def isolation(request: Request) -> IsolationReport:
+        """What stands between a snippet and the machine, as tried out at start."""
+        return get_service(request).isolation
+
+    @router.get("/tools")
+    async def tools() -> list[dict[str, Any]]:
+        """The function schema for OpenAI-style function calling."""
+        return [examples.FUNCTION_SCHEMA]
+
+    return router
+
+
+async def _batch_lines(service: ToolService, requests: list[ExecuteRequest]) -> AsyncIterator[str]:
+    async def one(index: int, request: ExecuteRequest) -> str:
+        result = await service.execute_to_the_end(request)
+        return BatchItem(index=index, **result.model_dump()).model_dump_json() + "\n"
+
+    tasks = [asyncio.ensure_future(one(i, request)) for i, request in enumerate(requests)]
+    try:
+        for finished in asyncio.as_completed(tasks):
+            yield await finished
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def _probe_router() -> APIRouter:
+    router = APIRouter(tags=["probes"])
+
+    @router.get("/livez")
+    async def livez() -> dict[str, str]:
+        return {"status": "alive"}
+
+    @router.get("/readyz", responses={503: {"description": "a launcher is being replaced"}})
+    async def readyz(request: Request) -> Response:
+        service = get_service(request)
+        layers = {name: layer.active for name, layer in service.isolation.layers.items()}
+        ready = service.sandbox.healthy
+        body = {"ready": ready, "isolation": service.isolation.level, "layers": layers}
+        return JSONResponse(body, status_code=200 if ready else 503)
+
+    @router.get("/metrics", response_class=PlainTextResponse)
+    async def metrics(request: Request) -> PlainTextResponse:
+        text = get_service(request).metrics.render().decode()
+        return PlainTextResponse(text, media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    return router
+
+
+def _to_api_error(error: Exception) -> ApiError:
+    """One table from what the service raises to what the caller sees."""
+    if isinstance(error, OverloadedError):
+        after = str(max(1, math.ceil(error.retry_after_s)))
+        fix = "Retry after the given seconds, with a longer deadline_s, or add --slots."
+        message = f"The code never ran: {error}."
+        return ApiError(503, "overloaded", message, fix=fix, headers={"Retry-After": after})
+    if isinstance(error, SessionsFullError):
+        fix = "End a session, retry later, or raise --max-sessions."
+        return ApiError(503, "sessions_full", f"{error}.", fix=fix, headers={"Retry-After": "1"})
+    if isinstance(error, LimitError):
+        fix = f"Ask for less, or start the service with a larger {error.flag}."
+        return ApiError(422, "rejected", f"{error}.", fix=fix, field=error.field)
+    if isinstance(error, SessionGoneError):
+        fix = "Open a new session and send its state again."
+        if error.known:
+            return ApiError(410, "session_expired", f"The session is gone: {error}.", fix=fix)
+        return ApiError(404, "session_unknown", f"No such session: {error}.", fix=fix)
+    if isinstance(error, StepConflictError):
+        fix = "GET the session for the number of the next step."
+        return ApiError(409, "step_conflict", f"{error}.", fix=fix, field="step")
+    if isinstance(error, ClientGoneError):
+        return ApiError(_CLIENT_CLOSED, "client_closed", f"{error}.", fix="Nobody reads this.")
+    fix = "Retry; if it persists, see /v1/isolation and the log."
+    return ApiError(503, "sandbox_error", f"{error}; the code never ran.", fix=fix)
+
+
+def _install_domain_errors(app: FastAPI) -> None:
+    known = (
+        OverloadedError, SessionsFullError, LimitError, SessionGoneError, StepConflictError,
+        ClientGoneError, *OPENING_ERRORS,
+    )  # fmt: skip
+    for kind in known:
+        app.add_exception_handler(kind, _domain_handler(app))
+
+
+def _domain_handler(app: FastAPI) -> Callable[[Request, Exception], Awaitable[Response]]:
+    handle: Any = app.exception_handlers[ApiError]
+
+    async def respond(request: Request, error: Exception) -> Response:
+        response: Response = await handle(request, _to_api_error(error))
+        return response
+
+    return respond
+
+
+def dump_openapi(app: FastAPI) -> str:
+    """The OpenAPI document as text."""
+    return json.dumps(app.openapi(), indent=1)

@@ -1,0 +1,153 @@
+"""The service as MCP tools over streamable HTTP at /mcp, one interpreter session per MCP
+connection.
+"""
+
+import base64
+from typing import Annotated, Any
+
+from mcp.server import MCPServer
+from mcp.server.mcpserver import Context
+from mcp.server.transport_security import TransportSecuritySettings
+from pydantic import Field
+from starlette.routing import Route
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from services.common.auth import require_key
+from services.common.errors import ApiError, error_response
+from services.tool.sandbox.session import SessionFileError, SessionLostError
+from services.tool.schemas import CellRequest, CellResult, FileInfo, SafePath, SessionRequest
+from services.tool.service import ToolService
+from services.tool.sessions import Session, SessionGoneError
+
+_SESSION_HEADER = "mcp-session-id"
+_INSTRUCTIONS = (
+    "Run Python in a sandbox with numpy, sympy and scipy. Variables and files persist within a "
+    "connection. There is no network. Code that exceeds a limit is killed and the state from "
+    "before it is kept."
+)
+
+
+class _Connections:
+    """Which interpreter session belongs to which MCP connection."""
+
+    def __init__(self, service: ToolService) -> None:
+        self._service = service
+        self._by_connection: dict[str, str] = {}
+
+    async def session(self, context: Context[Any, Any], wanted: str | None) -> Session:
+        """The session asked for, or the connection's own, opened when it is needed."""
+        sessions = self._service.sessions
+        if wanted is not None:
+            return sessions.get(wanted)
+        connection = (context.headers or {}).get(_SESSION_HEADER)
+        known = self._by_connection.get(connection) if connection else None
+        if known is not None:
+            try:
+                return sessions.get(known)
+            except SessionGoneError:
+                self._by_connection.pop(connection or "", None)
+        session = await sessions.open(SessionRequest())
+        if connection:
+            self._by_connection[connection] = session.session_id
+        return session
+
+
+def build(service: ToolService) -> MCPServer:
+    """The MCP server with its four tools."""
+    server = MCPServer("tool-service", instructions=_INSTRUCTIONS)
+    connections = _Connections(service)
+    SessionId = Annotated[
+        str | None, Field(description="session_id of an earlier answer; own session if left out")
+    ]
+
+    @server.tool()
+    async def run_python(
+        code: str,
+        ctx: Context[Any, Any],
+        timeout_s: Annotated[float | None, Field(gt=0)] = None,
+        session_id: SessionId = None,
+    ) -> CellResult:
+        """Run Python code; variables persist. Print what you need, or end with an expression."""
+        session = await connections.session(ctx, session_id)
+        request = CellRequest(code=code, timeout_s=timeout_s)
+        return await service.sessions.run_cell(session.session_id, request)
+
+    @server.tool()
+    async def list_files(ctx: Context[Any, Any], session_id: SessionId = None) -> list[FileInfo]:
+        """List the files of the working folder."""
+        session = await connections.session(ctx, session_id)
+        async with session.lock:
+            return [FileInfo.model_validate(item) for item in await session.sandbox.list_files()]
+
+    @server.tool()
+    async def read_file(
+        path: SafePath, ctx: Context[Any, Any], session_id: SessionId = None
+    ) -> str:
+        """Read a file of the working folder as base64."""
+        session = await connections.session(ctx, session_id)
+        async with session.lock:
+            return base64.b64encode(await session.sandbox.read_file(path)).decode("ascii")
+
+    @server.tool()
+    async def write_file(
+        path: SafePath, text: str, ctx: Context[Any, Any], session_id: SessionId = None
+    ) -> str:
+        """Write a text file in the working folder."""
+        session = await connections.session(ctx, session_id)
+        content = text.encode("utf-8", "surrogatepass")
+        service.check("files", len(content), service.settings.max_file_bytes)
+        async with session.lock:
+            await session.sandbox.write_file(path, content)
+        return f"wrote {len(content)} bytes to {path}"
+
+    return server
+
+
+FILE_ERRORS = (SessionFileError, SessionLostError)
+"""What the file tools raise; the SDK turns it into a tool error with the message."""
+
+
+def mount(server: MCPServer, api_key: str | None) -> Route:
+    """The route /mcp with the key check in front."""
+    # Host checks of the SDK guard open loopback servers against DNS rebinding. Behind a key they
+    # would only get in the way of a service that is bound to a real address.
+    security = TransportSecuritySettings(
+        enable_dns_rebinding_protection=api_key is None,
+        allowed_hosts=["127.0.0.1:*", "localhost:*", "[::1]:*"],
+        allowed_origins=["http://127.0.0.1:*", "http://localhost:*", "http://[::1]:*"],
+    )
+    inner = server.streamable_http_app(transport_security=security)
+    return Route("/mcp", endpoint=_Guard(inner, api_key), include_in_schema=False)
+
+
+class _Guard:
+    """Require the bearer key before anything of the inner app is reached."""
+
+    def __init__(self, app: ASGIApp, api_key: str | None) -> None:
+        self._app = app
+        self._check = require_key(api_key) if api_key is not None else None
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            self._authorize(scope)
+        except ApiError as error:
+            response = error_response(
+                error.status_code, error.code, error.message, fix=error.fix, headers=error.headers
+            )
+            await response(scope, receive, send)
+            return
+        await self._app(scope, receive, send)
+
+    def _authorize(self, scope: Scope) -> None:
+        from fastapi.security import HTTPAuthorizationCredentials
+
+        if self._check is None:
+            return
+        header = dict(scope["headers"]).get(b"authorization", b"").decode("latin-1")
+        scheme, _, key = header.partition(" ")
+        given = (
+            HTTPAuthorizationCredentials(scheme=scheme, credentials=key)
+            if scheme.lower() == "bearer"
+            else None
+        )
+        self._check(given)

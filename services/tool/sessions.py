@@ -1,0 +1,237 @@
+"""Live sessions: ids, steps that run once, idle time, caps, and an honest end.
+
+A session ends by DELETE, by being idle for its TTL, by being the longest idle one when the cap is
+reached, or with its processes. Its id then answers 410 with the reason, as long as the tombstone is
+remembered.
+"""
+
+import asyncio
+import contextlib
+import dataclasses
+import hashlib
+import secrets
+import time
+from collections import OrderedDict
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from services.tool.sandbox.handles import SlotFailedError, ZygoteLostError
+from services.tool.sandbox.session import SandboxSession, SessionLostError
+from services.tool.schemas import (
+    CellRequest,
+    CellResult,
+    ExecuteRequest,
+    SessionInfo,
+    SessionRequest,
+)
+
+if TYPE_CHECKING:
+    from services.tool.service import ToolService
+
+_ID_BYTES = 16
+_MAX_TOMBSTONES = 10_000
+_KEPT_STEPS = 16
+_SWEEP_S = 1.0
+
+
+class SessionGoneError(LookupError):
+    """The session ended; the message says why. `known` is False for an id never given out."""
+
+    def __init__(self, message: str, *, known: bool) -> None:
+        super().__init__(message)
+        self.known = known
+
+
+class StepConflictError(ValueError):
+    """The step number does not follow, or came before with other code."""
+
+
+class SessionsFullError(RuntimeError):
+    """The cap is reached and every session is busy."""
+
+
+@dataclass(slots=True, kw_only=True)
+class Session:
+    """One live session."""
+
+    session_id: str
+    sandbox: SandboxSession
+    ttl_s: float
+    memory_mb: int | None
+    last_used: float = field(default_factory=time.monotonic)
+    next_step: int = 0
+    answers: OrderedDict[int, tuple[str, CellResult]] = field(default_factory=OrderedDict)
+    """Digest of the code and answer of the latest steps."""
+    lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+
+    @property
+    def idle_s(self) -> float:
+        return time.monotonic() - self.last_used
+
+
+class Sessions:
+    """The registry of sessions of one service."""
+
+    def __init__(self, service: "ToolService") -> None:
+        self._service = service
+        self._live: dict[str, Session] = {}
+        self._opening = 0
+        self._tombstones: OrderedDict[str, str] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._live)
+
+    @contextlib.asynccontextmanager
+    async def sweeping(self) -> AsyncIterator[None]:
+        """End idle sessions in the background while inside; end all on leaving."""
+        task = asyncio.get_running_loop().create_task(self._sweep())
+        try:
+            yield
+        finally:
+            task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await task
+            for session_id in list(self._live):
+                self.end(session_id, "the service stopped")
+
+    async def open(self, request: SessionRequest) -> Session:
+        """Open a session. Raises SessionsFullError, LimitError, SlotFailedError, ZygoteLostError,
+        SessionLostError.
+        """
+        service = self._service
+        limits = service.limits(ExecuteRequest(code="", memory_mb=request.memory_mb))
+        self._make_room()
+        self._opening += 1
+        try:
+            # The largest zygote: nobody knows yet what the session will import.
+            slot = await service.sandbox.take(service.settings.sandbox.presets[-1])
+            sandbox = await SandboxSession.open(slot, limits, request.seed)
+        finally:
+            self._opening -= 1
+        ceiling = service.settings.session_ttl_s
+        session = Session(
+            session_id=secrets.token_hex(_ID_BYTES),
+            sandbox=sandbox,
+            ttl_s=min(request.ttl_s or ceiling, ceiling),
+            memory_mb=request.memory_mb,
+        )
+        self._live[session.session_id] = session
+        return session
+
+    def get(self, session_id: str) -> Session:
+        """Find a session and reset its idle clock. Raises SessionGoneError."""
+        session = self._live.get(session_id)
+        if session is None:
+            reason = self._tombstones.get(session_id)
+            known = reason is not None
+            raise SessionGoneError(reason or "no session has this id", known=known)
+        session.last_used = time.monotonic()
+        return session
+
+    def end(self, session_id: str, reason: str) -> None:
+        """Kill a session and remember why. Raises SessionGoneError."""
+        session = self._live.pop(session_id, None)
+        if session is None:
+            self.get(session_id)
+            return
+        session.sandbox.close()
+        self._tombstones[session_id] = reason
+        while len(self._tombstones) > _MAX_TOMBSTONES:
+            self._tombstones.popitem(last=False)
+
+    def info(self, session: Session) -> SessionInfo:
+        return SessionInfo(
+            session_id=session.session_id,
+            next_step=session.next_step,
+            idle_s=round(session.idle_s, 3),
+            ttl_s=session.ttl_s,
+            isolation=self._service.isolation.level,
+        )
+
+    async def run_cell(self, session_id: str, request: CellRequest) -> CellResult:
+        """Run one cell exactly once. Raises SessionGoneError, StepConflictError, LimitError,
+        OverloadedError.
+        """
+        service = self._service
+        limits = service.limits(request, self.get(session_id).memory_mb)
+        service.check_code(request.code)
+        digest = hashlib.sha256(request.code.encode("utf-8", "surrogatepass")).hexdigest()
+        session = self.get(session_id)
+        async with session.lock:
+            session = self.get(session_id)
+            stored = _stored_answer(session, request.step, digest)
+            if stored is not None:
+                return stored
+            step = session.next_step
+            wait_s = service.wait_s(request.deadline_s)
+            async with service.admission.slot(wait_s) as queue_s:
+                try:
+                    cell = await session.sandbox.run_cell(request.code, step, limits)
+                except asyncio.CancelledError:
+                    self.end(session_id, "a caller hung up while a cell was running")
+                    raise
+            outcome = dataclasses.replace(cell.outcome, queue_s=queue_s)
+            service.metrics.observe(outcome)
+            base = service.to_result(outcome, None)
+            answer = CellResult(
+                **base.model_dump(),
+                session_id=session_id,
+                step=step,
+                result=cell.result,
+                snapshot=cell.snapshot,
+                rolled_back=cell.rolled_back,
+                state_lost=cell.state_lost,
+                replayed=False,
+            )
+            _remember(session, step, digest, answer)
+            session.last_used = time.monotonic()
+            if not session.sandbox.alive:
+                self.end(session_id, f"its processes died in step {step}: {outcome.status.value}")
+            return answer
+
+    def _make_room(self) -> None:
+        cap = self._service.settings.max_sessions
+        if len(self._live) + self._opening < cap:
+            return
+        idle = [session for session in self._live.values() if not session.lock.locked()]
+        if not idle:
+            raise SessionsFullError(f"all {cap} sessions are running cells")
+        oldest = max(idle, key=lambda session: session.idle_s)
+        self.end(oldest.session_id, f"ended to make room: {cap} sessions are the cap")
+
+    async def _sweep(self) -> None:
+        while True:
+            await asyncio.sleep(_SWEEP_S)
+            for session in list(self._live.values()):
+                if session.lock.locked():
+                    continue
+                if not session.sandbox.alive:
+                    self.end(session.session_id, "its processes died")
+                elif session.idle_s > session.ttl_s:
+                    self.end(session.session_id, f"idle for more than {session.ttl_s:g} s")
+
+
+def _stored_answer(session: Session, step: int | None, digest: str) -> CellResult | None:
+    """The answer of a repeated step, or None when the step is the next one."""
+    if step is None or step == session.next_step:
+        return None
+    if step in session.answers:
+        known, answer = session.answers[step]
+        if known != digest:
+            raise StepConflictError(f"step {step} was run before with other code")
+        return answer.model_copy(update={"replayed": True})
+    if step > session.next_step:
+        raise StepConflictError(f"step {step} came, step {session.next_step} is next")
+    raise StepConflictError(f"step {step} is too old to be replayed")
+
+
+def _remember(session: Session, step: int, digest: str, answer: CellResult) -> None:
+    session.next_step = step + 1
+    session.answers[step] = (digest, answer)
+    while len(session.answers) > _KEPT_STEPS:
+        session.answers.popitem(last=False)
+
+
+OPENING_ERRORS = (SlotFailedError, ZygoteLostError, SessionLostError)
+"""What `Sessions.open` raises when the sandbox itself failed."""
