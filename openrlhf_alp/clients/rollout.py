@@ -38,6 +38,9 @@ from services.rollout.schemas import (
 
 logger = logging.getLogger(__name__)
 
+# A server that failed is asked again only after this time, or when no other is left.
+_AVOID_S = 1.0
+
 Reply = TypeVar("Reply", bound=BaseModel)
 Result = TypeVar("Result")
 
@@ -159,13 +162,13 @@ class RolloutClient:
                 server.num_outstanding -= request.n
             attempt += 1
             delay_s = self._backoff.delay_s(attempt, retry_after)
-            server.down_until_s = time.monotonic() + delay_s
-            if server.down_until_s >= give_up_s:
+            now_s = time.monotonic()
+            server.down_until_s = now_s + max(delay_s, _AVOID_S)
+            if now_s + delay_s >= give_up_s:
                 raise ServiceUnavailable(f"Gave up after {attempt} attempts. {failure}")
             logger.warning("%s: attempt %d failed: %s", request.request_id, attempt, failure)
-            wait_s = self._best_server().down_until_s - time.monotonic()
-            if wait_s > 0.0:
-                await asyncio.sleep(wait_s)
+            if self._best_server().down_until_s > now_s:
+                await asyncio.sleep(delay_s)
 
     async def prepare_weights(self, request: PrepareRequest) -> list[WeightsStatus]:
         """Stage an update on every server.

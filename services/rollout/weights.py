@@ -94,7 +94,7 @@ class WeightStore:
 
     async def close(self) -> None:
         """Let a running commit end, then remove what was staged."""
-        if self._commit_task is not None:
+        if self._commit_task is not None and not self._commit_task.done():
             await asyncio.wait([self._commit_task])
         self._staging.close()
 

@@ -1,0 +1,128 @@
+import asyncio
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaForCausalLM
+
+from openrlhf_alp.clients.errors import WeightUpdateFailed
+from openrlhf_alp.clients.push import WeightPusher
+from openrlhf_alp.clients.weights import digest_tensor, write_weights
+from services.rollout.fingerprint import weights_digest
+from services.rollout.schemas import TensorSpec
+from services.rollout.service import RolloutService
+
+
+def spec(tensor: torch.Tensor, digest: str = "old") -> TensorSpec:
+    code = {torch.bfloat16: "BF16", torch.float32: "F32"}[tensor.dtype]
+    return TensorSpec(shape=list(tensor.shape), dtype=code, digest=digest)
+
+
+def test_both_sides_compute_the_same_digest(tmp_path: Path) -> None:
+    from services.rollout.checkpoint import scan
+
+    tensors = {"b": torch.randn(3, 5), "a": torch.randn(7).bfloat16(), "c": torch.zeros(())}
+    expected = {name: spec(tensor) for name, tensor in tensors.items()}
+    written = write_weights(tmp_path, "u", tensors.items(), expected, bucket_bytes=16)
+    assert len(written.files) == 3, "60, 14 and 4 bytes do not fit one bucket of 16"
+    found = scan([tmp_path / file for file in written.files])
+    assert {name: file.digest for name, file in found.items()} == {
+        name: digest_tensor(tensor) for name, tensor in tensors.items()
+    }
+    assert written.digest == weights_digest({name: file.digest for name, file in found.items()})
+
+
+def test_tensors_are_cast_to_the_serving_dtype(tmp_path: Path) -> None:
+    master = torch.tensor([1.0 + 2**-10])
+    written = write_weights(
+        tmp_path, "u", [("w", master)], {"w": spec(torch.zeros(1, dtype=torch.bfloat16))}
+    )
+    assert written.digest == weights_digest({"w": digest_tensor(master.bfloat16())})
+    assert written.num_bytes == 2
+
+
+def test_unchanged_tensors_are_left_out_and_still_proved(tmp_path: Path) -> None:
+    same, new = torch.ones(4), torch.zeros(2)
+    expected = {"same": spec(same, digest_tensor(same)), "new": spec(new)}
+    tensors = {"same": same, "new": new}
+    written = write_weights(tmp_path, "u", tensors.items(), expected, skip_unchanged=True)
+    assert (written.num_bytes, written.num_unchanged) == (8, 1)
+    assert written.digest == weights_digest({n: digest_tensor(t) for n, t in tensors.items()})
+
+
+@pytest.mark.parametrize(
+    ("tensors", "match"),
+    [
+        ({"w": torch.zeros(2), "model.sigma": torch.zeros(1)}, r"model.sigma.*Fix"),
+        ({"w": torch.zeros(3)}, r"shape \[3\].*Fix"),
+        ({}, r"first w.*Fix"),
+    ],
+)
+def test_what_does_not_fit_is_refused_and_leaves_no_file(
+    tmp_path: Path, tensors: dict[str, torch.Tensor], match: str
+) -> None:
+    with pytest.raises(WeightUpdateFailed, match=match):
+        write_weights(tmp_path, "u", tensors.items(), {"w": spec(torch.zeros(2))})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_cannot_be_written_says_so(tmp_path: Path) -> None:
+    blocked = tmp_path / "file"
+    blocked.write_text("not a folder")
+    with pytest.raises(WeightUpdateFailed, match="--weights-dir"):
+        write_weights(blocked, "u", [("w", torch.zeros(1))], {"w": spec(torch.zeros(1))})
+
+
+def new_model(folder: Path, factor: float) -> LlamaForCausalLM:
+    model = LlamaForCausalLM.from_pretrained(folder)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(factor)
+    return model
+
+
+async def push(pusher: WeightPusher, model: LlamaForCausalLM) -> Any:
+    # state_dict lists the tied head too, as a learner's gather may.
+    return await asyncio.to_thread(pusher.push, model.state_dict().items())
+
+
+def served_equal(service: RolloutService, model: LlamaForCausalLM) -> bool:
+    own = service.engine._model.state_dict()  # type: ignore[attr-defined]
+    return all(torch.equal(tensor, own[name]) for name, tensor in model.state_dict().items())
+
+
+async def test_a_push_reaches_every_server_and_leaves_no_file(
+    make_service: Any, network: Any, make_client: Any, model_folder: Path
+) -> None:
+    service = make_service()
+    url = network.add("a", service)
+    pusher = WeightPusher([url], api_key="x", admin_key="x", make_client=lambda: make_client(url))
+    model = new_model(model_folder, 0.5)
+    first = await push(pusher, model)
+    assert served_equal(service, model)
+    assert service.contract().version == first.version == 1
+    assert service.contract().digest == first.digest
+    again = await push(pusher, model)
+    assert (again.version, again.num_bytes, again.digest) == (2, 0, first.digest)
+    with torch.no_grad():
+        model.model.norm.weight.add_(1.0)
+    third = await push(pusher, model)
+    assert (third.version, third.num_bytes) == (3, 16 * 4)
+    assert served_equal(service, model)
+    weights_dir = Path(service.contract().weights_dir)
+    assert [path.name.split("-")[0] for path in weights_dir.iterdir()] == [".staging"]
+
+
+async def test_a_push_that_one_server_refuses_changes_no_server(
+    make_service: Any, network: Any, make_client: Any, model_folder: Path
+) -> None:
+    """The second server does not share the folder, so it cannot stage what the first can."""
+    services = [make_service(), make_service()]
+    urls = [network.add(host, service) for host, service in zip("ab", services, strict=True)]
+    pusher = WeightPusher(urls, api_key="x", admin_key="x", make_client=lambda: make_client(*urls))
+    with pytest.raises(WeightUpdateFailed, match=r"1 of 2 servers.*http://b"):
+        await push(pusher, new_model(model_folder, 0.5))
+    for service in services:
+        status = service.weights.status()
+        assert (status.version, status.staged_version) == (0, None)
