@@ -189,7 +189,7 @@ def to_response(episode: Episode) -> dict[str, Any]:
         "truncated": episode.truncated,
         "extra_logs": {
             "rollout/policy_version": float(episode.max_version),
-            **episode.reward_detail,
+            **{f"reward/{name}": value for name, value in episode.reward_detail.items()},
         },
     }
 
