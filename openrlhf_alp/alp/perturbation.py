@@ -310,7 +310,8 @@ class _AddNoise(torch.autograd.Function):
         sigma = sigma.to(wide)
         for start, stop, noise in normal_chunks(keys, width):
             place = slice(start, stop) if rows is None else rows[start:stop]
-            after[place] = before[place].to(wide, copy=True).addcmul_(noise.to(wide), sigma)
+            noisy = before[place].to(wide, copy=True).addcmul_(noise.to(wide), sigma)
+            after[place] = noisy.to(hidden.dtype)
         return after.view(hidden.shape)
 
     @staticmethod

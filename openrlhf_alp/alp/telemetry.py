@@ -7,6 +7,8 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from openrlhf_alp.alp.loss import MAX_LOG_RATIO
+
 METRICS: dict[str, str] = {
     "alp/log_ratio_p01": "1 % quantile of the tokens' log-ratio, perturbed learner over rollout",
     "alp/log_ratio_p25": "25 % quantile of the tokens' log-ratio",
@@ -82,7 +84,7 @@ class RatioTelemetry:
             "alp/sequence_log_ratio_max": _reduce(np.max, sequences),
             "alp/token_ess": _reduce(_effective_share, tokens),
             "alp/sequence_ess": _reduce(_effective_share, sequences),
-            "alp/k3_kl": _reduce(lambda d: np.mean(np.expm1(d) - d), tokens),
+            "alp/k3_kl": _reduce(_k3_kl, tokens),
             "alp/num_tokens": float(tokens.size),
         }
 
@@ -93,6 +95,12 @@ def _concatenate(parts: list[np.ndarray]) -> np.ndarray:
 
 def _reduce(statistic: _Statistic, values: np.ndarray) -> float:
     return float(statistic(values)) if values.size else 0.0
+
+
+def _k3_kl(log_ratio: np.ndarray) -> float:
+    """mean(exp(d) - 1 - d); the loss's guard keeps one absurd token from making it infinite."""
+    guarded = log_ratio.clip(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+    return float(np.mean(np.expm1(guarded) - guarded))
 
 
 def _effective_share(log_weights: np.ndarray) -> float:

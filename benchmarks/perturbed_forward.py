@@ -1,0 +1,138 @@
+"""Cost of the perturbation: (perturbed forward + backward) over (clean forward + backward).
+
+Runs SmolLM2-135M's shapes with random weights on the CPU (or `--device cuda`) and prints ratios;
+the variants are interleaved, because seconds on a shared machine mean little. `naive` is what one
+would write first: `h + sigma * torch.randn_like(h)` in the same hooks, sigma learned as well.
+
+    python benchmarks/perturbed_forward.py [--rounds 7] [--batch 16] [--tokens 96] [--padding 0.0]
+"""
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from openrlhf_alp.alp import LayerwisePerturbation, PerturbationConfig, attach
+from openrlhf_alp.alp.config import SigmaKind
+
+SIGMA = 0.01
+SMOLLM2 = LlamaConfig(
+    vocab_size=49152,
+    hidden_size=576,
+    intermediate_size=1536,
+    num_hidden_layers=30,
+    num_attention_heads=9,
+    num_key_value_heads=3,
+    tie_word_embeddings=True,
+)
+
+
+class NaiveNoise:
+    """The baseline: stateful noise, a tensor of it kept per layer until the backward pass."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.on = False
+        for layer in model.get_decoder().layers:
+            layer.log_sigma = nn.Parameter(torch.tensor(SIGMA, device=model.device).log())
+            layer.register_forward_pre_hook(self.perturb, with_kwargs=True)
+
+    def perturb(self, layer: nn.Module, args: tuple, kwargs: dict) -> tuple | None:
+        if not self.on:
+            return None
+        hidden = args[0]
+        noise = layer.log_sigma.exp().to(hidden.dtype) * torch.randn_like(hidden)
+        return (hidden + noise, *args[1:]), kwargs
+
+
+def build_models(device: str) -> tuple[dict[str, nn.Module], dict[str, LayerwisePerturbation]]:
+    """One clean-by-default model per variant, all with the same weights."""
+    torch.manual_seed(0)
+    clean = LlamaForCausalLM(SMOLLM2).to(device, torch.bfloat16)
+    models: dict[str, nn.Module] = {"clean": clean}
+    perturbations = {}
+    for kind in ("scalar", "vector"):
+        models[kind] = twin(clean)
+        perturbations[kind] = attach(models[kind], config(kind))
+    models["naive"] = twin(clean)
+    NaiveNoise(models["naive"]).on = True
+    return models, perturbations
+
+
+def config(kind: SigmaKind) -> PerturbationConfig:
+    return PerturbationConfig(
+        sigma0=SIGMA, kind=kind, sigma_min=0.0, sigma_max=1.0, layers="all", seed=0
+    )
+
+
+def twin(model: nn.Module) -> nn.Module:
+    """A second model that shares the weights (and their gradients), so that memory stays small."""
+    other = LlamaForCausalLM(SMOLLM2).to(model.device, torch.bfloat16)
+    for name, module in model.named_modules():
+        for key, parameter in module._parameters.items():
+            other.get_submodule(name)._parameters[key] = parameter
+    return other
+
+
+def make_batch(args: argparse.Namespace) -> tuple[Tensor, Tensor]:
+    """Random tokens (B, T) and a mask (B, T) with the asked share of right padding."""
+    generator = torch.Generator().manual_seed(1)
+    tokens = torch.randint(SMOLLM2.vocab_size, (args.batch, args.tokens), generator=generator)
+    mask = torch.ones(args.batch, args.tokens, dtype=torch.long)
+    mask[:, args.tokens - round(args.padding * args.tokens) :] = 0
+    return tokens.to(args.device), mask.to(args.device)
+
+
+def time_call(call: Callable[[], None], device: str) -> float:
+    start = time.perf_counter()
+    call()
+    if device != "cpu":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--tokens", type=int, default=96)
+    parser.add_argument("--padding", type=float, default=0.0, help="share of padded tokens")
+    parser.add_argument("--device", default="cpu")
+    args = parser.parse_args()
+    tokens, mask = make_batch(args)
+    models, perturbations = build_models(args.device)
+    sample_ids = torch.arange(args.batch, device=args.device)
+
+    def step(name: str, update: int) -> None:
+        models[name].zero_grad(set_to_none=True)
+        on: AbstractContextManager[None] = nullcontext()
+        if name in perturbations:
+            on = perturbations[name].enabled(
+                update=update, sample_ids=sample_ids, attention_mask=mask
+            )
+        with on:
+            logits = models[name](tokens, attention_mask=mask, use_cache=False).logits
+            nn.functional.cross_entropy(logits.flatten(0, 1), tokens.flatten()).backward()
+
+    seconds: dict[str, list[float]] = {name: [] for name in models}
+    for round_number in range(args.rounds + 1):  # the first round warms up
+        for name in models:
+            elapsed = time_call(partial(step, name, round_number), args.device)
+            if round_number > 0:
+                seconds[name].append(elapsed)
+    clean = seconds["clean"]
+    print(f"{torch.get_num_threads()} threads, {args.batch} x {args.tokens} tokens, bfloat16")
+    print(f"{'variant':8} {'median s':>9} {'min s':>8} {'ratio of medians':>17} {'of minima':>10}")
+    for name, values in seconds.items():
+        median, best = statistics.median(values), min(values)
+        by_median, by_best = median / statistics.median(clean), best / min(clean)
+        print(f"{name:8} {median:9.3f} {best:8.3f} {by_median:17.3f} {by_best:10.3f}")
+
+
+if __name__ == "__main__":
+    main()
