@@ -1,5 +1,7 @@
 """The HTTP face of the rollout service. Routes parse, call and answer; nothing is decided here."""
 
+import contextlib
+from collections.abc import AsyncIterator
 from typing import Any
 
 from fastapi import APIRouter, Depends, FastAPI
@@ -9,16 +11,16 @@ from starlette.responses import Response
 
 from services.common.auth import require_key
 from services.common.errors import ApiError, ErrorBody, install_error_handlers
+from services.common.looplag import watch_loop_lag
 from services.common.middleware import install_middleware
 from services.common.wire import WireRoute, reply
+from services.rollout import metrics
 from services.rollout.engine import EngineDeadError
-from services.rollout.generator import check_request
+from services.rollout.routes_generate import generate_routes, require_weights
 from services.rollout.schemas import (
     CommitRequest,
     CommitResponse,
     Contract,
-    GenerateRequest,
-    GenerateResponse,
     Health,
     PauseRequest,
     PrepareRequest,
@@ -41,10 +43,17 @@ def create_app(
         api_key: bearer key of the data routes; the admin key opens them too.
         admin_key: bearer key of the control routes.
     """
-    app = FastAPI(title="openrlhf-alp rollout service", version="1")
+
+    @contextlib.asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        async with watch_loop_lag(metrics.LOOP_LAG_SECONDS.observe):
+            yield
+
+    app = FastAPI(title="openrlhf-alp rollout service", version="1", lifespan=lifespan)
     install_error_handlers(app)
     install_middleware(app, max_body_bytes=settings.max_body_bytes)
     data_key, control_key = require_key(api_key, admin_key), require_key(admin_key)
+    app.include_router(generate_routes(service), dependencies=[Depends(data_key)])
     app.include_router(_data_routes(service), dependencies=[Depends(data_key)])
     app.include_router(_control_routes(service), dependencies=[Depends(control_key)])
     app.include_router(_probe_routes(service))
@@ -53,15 +62,6 @@ def create_app(
 
 def _data_routes(service: RolloutService) -> APIRouter:
     router = APIRouter(prefix="/v1", route_class=WireRoute, responses=_ERRORS, tags=["data"])
-
-    @router.post(
-        "/generate", response_model=GenerateResponse, responses={504: {"model": ErrorBody}}
-    )
-    async def generate(body: GenerateRequest, request: Request) -> Response:
-        """Sample n continuations of a prompt of token ids, each with log-probs and versions."""
-        check_request(body, service.engine.info)
-        _require_weights(service)
-        return reply(request, await service.generator.run(body))
 
     @router.get("/contract", response_model=Contract)
     async def contract(request: Request) -> Response:
@@ -131,11 +131,11 @@ def _probe_routes(service: RolloutService) -> APIRouter:
     @router.get("/readyz", responses={503: {"model": ErrorBody}})
     async def readyz() -> Health:
         """Whether requests would be served: a live engine and whole weights."""
-        _require_weights(service)
+        require_weights(service)
         return await livez()
 
     @router.get("/metrics")
-    async def metrics() -> Response:
+    async def prometheus() -> Response:
         """Prometheus metrics of the engine and of this service."""
         return Response(generate_latest(), media_type=CONTENT_TYPE_LATEST)
 
@@ -144,13 +144,3 @@ def _probe_routes(service: RolloutService) -> APIRouter:
 
 def _ok(service: RolloutService) -> Health:
     return Health(status="ok", version=service.versions.current.number)
-
-
-def _require_weights(service: RolloutService) -> None:
-    if service.weights.state == "failed":
-        raise ApiError(
-            503,
-            "weights_failed",
-            str(service.weights.detail),
-            fix="Use another server until this one has had a full update.",
-        )

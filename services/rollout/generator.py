@@ -6,6 +6,7 @@ import time
 import uuid
 
 from services.common.errors import ApiError
+from services.rollout import metrics
 from services.rollout.engine import BadJobError, Engine, EngineDeadError, EngineInfo, Job
 from services.rollout.schemas import (
     MIN_SAMPLED_TEMPERATURE,
@@ -72,18 +73,41 @@ class Generator:
         self._versions = versions
         self._contract_hash = contract_hash
 
-    async def run(self, request: GenerateRequest) -> GenerateResponse:
+    async def run(
+        self, request: GenerateRequest, deadline_s: float | None = None
+    ) -> GenerateResponse:
         """Draw all samples of a request. Cancelling frees every slot it holds.
+
+        Args:
+            request: what to draw.
+            deadline_s: seconds from now; the tighter of this and the request's own holds.
 
         Raises:
             ApiError: 422 for a request the engine refuses, 503 for a dead engine, 504 when the
                 deadline passed, 500 when the engine returned a log-prob that is no number.
         """
+        limits_s = [limit for limit in (deadline_s, request.deadline_s) if limit is not None]
         started_s = time.perf_counter()
+        outcome = "cancelled"
+        try:
+            response = await self._run(request, min(limits_s, default=None), started_s)
+            outcome = "ok"
+        except ApiError as error:
+            outcome = error.code
+            raise
+        finally:
+            metrics.REQUESTS.labels(outcome).inc()
+            metrics.GENERATE_SECONDS.observe(time.perf_counter() - started_s)
+        metrics.SAMPLED_TOKENS.inc(sum(len(sample.token_ids) for sample in response.samples))
+        return response
+
+    async def _run(
+        self, request: GenerateRequest, limit_s: float | None, started_s: float
+    ) -> GenerateResponse:
         nonce = uuid.uuid4().hex[:8]
         job_ids = [f"{request.request_id}:{nonce}:{index}" for index in range(request.n)]
         try:
-            async with asyncio.timeout(request.deadline_s), asyncio.TaskGroup() as group:
+            async with asyncio.timeout(limit_s), asyncio.TaskGroup() as group:
                 tasks = [
                     group.create_task(self._sample(request, job_id, index))
                     for index, job_id in enumerate(job_ids)
@@ -92,7 +116,7 @@ class Generator:
             raise ApiError(
                 504,
                 "deadline_exceeded",
-                f"The request was not done within its deadline of {request.deadline_s} s.",
+                f"The request was not done within its deadline of {limit_s} s.",
                 fix="Allow more time, ask for fewer tokens, or add a server.",
                 field="deadline_s",
             ) from error

@@ -79,6 +79,7 @@ class HfEngine:
         self._unpaused.set()
         self._stepper: asyncio.Task[None] | None = None
         self._closed = False
+        self._num_jobs = 0
 
     @classmethod
     def load(
@@ -110,9 +111,15 @@ class HfEngine:
     def info(self) -> EngineInfo:
         return self._info
 
+    @property
+    def num_jobs(self) -> int:
+        """Jobs ever started: what a retry must not raise."""
+        return self._num_jobs
+
     async def sample(self, job: Job) -> JobResult:
         if self._closed:
             raise EngineDeadError("the engine is closed")
+        self._num_jobs += 1
         seed = job.sampling.seed
         generator = None if seed is None else torch.Generator().manual_seed(seed + job.index)
         running = _Running(

@@ -133,6 +133,20 @@ class GenerateResponse(_Wire):
     timings: Timings
 
 
+class RunningReply(_Wire):
+    """The request is still being worked on; ask again."""
+
+    request_id: str
+    state: Literal["running"] = "running"
+
+
+class ForgetReply(_Wire):
+    """What DELETE found: a run that it cancelled, a kept reply that it dropped, or nothing."""
+
+    request_id: str
+    state: Literal["cancelled", "dropped", "unknown"]
+
+
 class Contract(_Wire):
     """What a learner has to agree with before it may train on this service's tokens."""
 

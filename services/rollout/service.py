@@ -15,6 +15,7 @@ from services.rollout.fingerprint import (
     tokenizer_hash,
 )
 from services.rollout.generator import Generator
+from services.rollout.ledger import Ledger, LedgerLimits
 from services.rollout.schemas import API_VERSION, Contract
 from services.rollout.settings import RolloutSettings
 from services.rollout.staging import TIED_HEAD, ServedModel, Staging, digest_of
@@ -44,6 +45,7 @@ class RolloutService:
     versions: VersionLog
     weights: WeightStore
     generator: Generator
+    ledger: Ledger
     static_contract: Contract
 
     def contract(self) -> Contract:
@@ -54,7 +56,8 @@ class RolloutService:
         )
 
     async def close(self) -> None:
-        """End the engine and remove staged files."""
+        """Cancel what runs, end the engine and remove staged files."""
+        await self.ledger.close()
         await self.weights.close()
         await self.engine.close()
 
@@ -133,6 +136,14 @@ def build_service(
         versions=versions,
         weights=WeightStore(engine, versions, model.served, staging),
         generator=Generator(engine, versions, contract.contract_hash),
+        ledger=Ledger(
+            LedgerLimits(
+                max_pending_samples=settings.max_pending_samples,
+                keep_s=settings.keep_s,
+                keep_bytes=int(settings.keep_mb * 2**20),
+                detach_grace_s=settings.detach_grace_s,
+            )
+        ),
         static_contract=contract,
     )
 

@@ -73,6 +73,18 @@ class RolloutSettings(BaseSettings):
     seed: int = Field(default=0, ge=0)
     """Seed of requests that bring none."""
 
+    max_pending_samples: int = Field(default=4096, ge=1)
+    """Samples admitted and not finished; above it requests get 429 with Retry-After."""
+
+    keep_s: float = Field(default=900.0, ge=0.0)
+    """Seconds that a finished reply is kept for a retry of the same request id."""
+
+    keep_mb: float = Field(default=256.0, ge=0.0)
+    """MiB of kept replies, at most."""
+
+    detach_grace_s: float = Field(default=30.0, ge=0.0)
+    """Seconds that a request runs on after its connection dropped, for a retry to attach."""
+
     max_body_bytes: int = Field(default=16 * 2**20, ge=1024)
     """Largest request body."""
 

@@ -12,6 +12,7 @@ import logging
 import time
 
 from services.common.errors import ApiError
+from services.rollout import metrics
 from services.rollout.engine import Engine
 from services.rollout.schemas import (
     CommitRequest,
@@ -185,6 +186,9 @@ class WeightStore:
             load_s=loaded_s - paused_s,
             total_s=time.perf_counter() - started_s,
         )
+        metrics.WEIGHT_UPDATES.labels("ok").inc()
+        metrics.WEIGHT_VERSION.set(staged.version.number)
+        metrics.WEIGHT_PAUSE_SECONDS.observe(response.total_s)
         logger.info("weights committed", extra=response.model_dump())
         return response
 
@@ -204,6 +208,7 @@ class WeightStore:
             )
 
     def _failure(self, cause: str, staged: Staged) -> ApiError:
+        metrics.WEIGHT_UPDATES.labels("failed").inc()
         outcome = self._detail or "The version that was serving goes on."
         return ApiError(
             503,
