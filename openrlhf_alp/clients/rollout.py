@@ -5,6 +5,7 @@ request. Control calls go to every server and report the failure of each.
 """
 
 import asyncio
+import contextlib
 import logging
 import math
 import time
@@ -53,6 +54,17 @@ class _Server:
     down_until_s: float = 0.0  # monotonic time before which it is only used as a last resort
 
 
+class _Retry(Exception):
+    """An attempt failed in a way that another attempt may not."""
+
+    def __init__(
+        self, message: str, retry_after: str | None, *, may_be_running: bool = False
+    ) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+        self.may_be_running = may_be_running
+
+
 class RolloutClient:
     """Talks to one or more rollout services that serve the same policy.
 
@@ -84,6 +96,7 @@ class RolloutClient:
         self._api_key = api_key
         self._admin_key = admin_key
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=256)
+        self._background: set[asyncio.Task[None]] = set()
         self._servers = [
             _Server(
                 url=url.rstrip("/"),
@@ -105,7 +118,8 @@ class RolloutClient:
         await self.aclose()
 
     async def aclose(self) -> None:
-        """Close every connection."""
+        """Finish cancellations under way and close every connection."""
+        await asyncio.gather(*self._background)
         await asyncio.gather(*(server.http.aclose() for server in self._servers))
 
     @property
@@ -133,7 +147,10 @@ class RolloutClient:
         return await self._on_all(lambda s: self._get(s, "/v1/weights", WeightsStatus))
 
     async def generate(self, request: GenerateRequest) -> GenerateResponse:
-        """Sample; on a lost connection, 429, 502 or 503 try again, elsewhere if possible.
+        """Sample; on a lost connection, 429, 502 or 503 try again under the same id.
+
+        A connection lost in mid-request is tried again on the same server first, where the retry
+        attaches to the run. Cancelling this call frees the slot on the server.
 
         Raises:
             RequestRejected: the request is wrong.
@@ -143,32 +160,62 @@ class RolloutClient:
         """
         body = encode(request, MSGPACK_TYPE)
         give_up_s = time.monotonic() + self._timeouts.total_s
+        server = self._best_server()
         attempt = 0
         while True:
-            server = self._best_server()
-            retry_after: str | None = None
             try:
-                server.num_outstanding += request.n
-                response = await self._send(server, "POST", "/v1/generate", body, give_up_s)
-                if response.status_code not in RETRYABLE:
-                    reply = self._parse(server, response, GenerateResponse)
-                    _check_reply(request, reply, server.url)
-                    return reply
-                retry_after = response.headers.get("retry-after")
-                failure = error_of(response, server.url)
-            except ServiceUnavailable as error:
-                failure = error
-            finally:
-                server.num_outstanding -= request.n
+                return await self._attempt(server, request, body, give_up_s)
+            except _Retry as retry:
+                failure = retry
+            except asyncio.CancelledError:
+                self._cancel_on(server, request.request_id)
+                raise
             attempt += 1
-            delay_s = self._backoff.delay_s(attempt, retry_after)
+            delay_s = self._backoff.delay_s(attempt, failure.retry_after)
             now_s = time.monotonic()
-            server.down_until_s = now_s + max(delay_s, _AVOID_S)
             if now_s + delay_s >= give_up_s:
                 raise ServiceUnavailable(f"Gave up after {attempt} attempts. {failure}")
             logger.warning("%s: attempt %d failed: %s", request.request_id, attempt, failure)
-            if self._best_server().down_until_s > now_s:
+            if failure.may_be_running and attempt == 1:
+                # The server may still work on it: attaching there costs nothing, elsewhere double.
                 await asyncio.sleep(delay_s)
+                continue
+            server.down_until_s = now_s + max(delay_s, _AVOID_S)
+            server = self._best_server()
+            if server.down_until_s > now_s:
+                await asyncio.sleep(delay_s)
+
+    async def _attempt(
+        self, server: _Server, request: GenerateRequest, body: bytes, give_up_s: float
+    ) -> GenerateResponse:
+        server.num_outstanding += request.n
+        try:
+            response = await self._send(server, "POST", "/v1/generate", body, give_up_s)
+            if response.status_code in RETRYABLE:
+                raise _Retry(
+                    str(error_of(response, server.url)), response.headers.get("retry-after")
+                )
+            reply = self._parse(server, response, GenerateResponse)
+            _check_reply(request, reply, server.url)
+            return reply
+        except ServiceUnavailable as error:
+            lost = isinstance(error.__cause__, httpx.ReadError | httpx.RemoteProtocolError)
+            raise _Retry(str(error), None, may_be_running=lost) from error
+        finally:
+            server.num_outstanding -= request.n
+
+    def _cancel_on(self, server: _Server, request_id: str) -> None:
+        """Free the server's slot without making the cancelled caller wait for it."""
+        give_up_s = time.monotonic() + self._timeouts.connect_s
+        path = f"/v1/generate/{request_id}"
+
+        async def delete() -> None:
+            with contextlib.suppress(ServiceUnavailable):
+                await self._send(server, "DELETE", path, None, give_up_s)
+
+        task = asyncio.create_task(delete())
+        self._background.add(task)
+        task.add_done_callback(self._background.discard)
 
     async def prepare_weights(self, request: PrepareRequest) -> list[WeightsStatus]:
         """Stage an update on every server.
@@ -234,7 +281,7 @@ class RolloutClient:
     async def _send(
         self, server: _Server, method: str, path: str, body: bytes | None, give_up_s: float
     ) -> httpx.Response:
-        is_control = method == "POST" and path != "/v1/generate"
+        is_control = method == "POST" and not path.startswith("/v1/generate")
         key = self._admin_key if is_control and self._admin_key else self._api_key
         headers = {"authorization": f"Bearer {key}"}
         if body is not None:

@@ -35,7 +35,7 @@ async def test_a_request_comes_back_whole(
 
 
 @pytest.mark.parametrize("failure", ["refused", "cut", "429", "503"])
-async def test_a_failed_attempt_is_repeated_on_another_server_with_the_same_id(
+async def test_a_failed_attempt_is_repeated_under_the_same_id(
     make_service: Any, network: Any, make_client: Any, failure: str
 ) -> None:
     urls = [network.add("a", make_service()), network.add("b", make_service())]
@@ -56,7 +56,42 @@ async def test_a_failed_attempt_is_repeated_on_another_server_with_the_same_id(
         reply = await client.generate(request("same"))
     assert reply.request_id == "same"
     assert ids == ["same", "same"]
-    assert [host for host, _ in network.calls] == ["a", "b"]
+    # A connection lost in mid-request may have left a run behind, to which the retry attaches.
+    assert [host for host, _ in network.calls] == ["a", "a" if failure == "cut" else "b"]
+
+
+async def test_a_reply_lost_on_the_way_back_costs_the_engine_nothing(
+    make_service: Any, network: Any, make_client: Any
+) -> None:
+    service = make_service()
+    num_lost = 0
+
+    def lose_the_first_reply(sent: httpx.Request, _: httpx.Response) -> None:
+        nonlocal num_lost
+        if num_lost == 0:
+            num_lost += 1
+            raise httpx.ReadError("connection reset")
+
+    network.after = lose_the_first_reply
+    async with make_client(network.add("a", service)) as client:
+        reply = await client.generate(request(n=2))
+    assert len(reply.samples) == 2
+    assert (num_lost, service.engine.num_jobs) == (1, 2)
+
+
+async def test_a_cancelled_call_frees_the_slot_on_the_server(
+    make_service: Any, network: Any, make_client: Any
+) -> None:
+    service = make_service()
+    await service.engine.pause("keep")
+    async with make_client(network.add("a", service)) as client:
+        call = asyncio.create_task(client.generate(request()))
+        while service.versions.num_running == 0:
+            await asyncio.sleep(0)
+        call.cancel()
+        await asyncio.wait([call])
+    assert ("a", "/v1/generate/r-1") in network.calls
+    assert service.versions.num_running == 0
 
 
 async def test_the_least_loaded_server_is_asked(
