@@ -1,0 +1,1 @@
+"""Command lines: parse, wire, call. `main.py` holds the table of commands of `openrlhf-alp`."""

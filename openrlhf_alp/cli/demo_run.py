@@ -1,0 +1,251 @@
+"""The demo itself, stage by stage.
+
+prepare --> rollout service --> accuracy before --> training --> accuracy after --> table, plots
+"""
+
+import json
+import math
+import secrets
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from openrlhf_alp.cli.demo import DemoConfig
+from openrlhf_alp.cli.demo_accuracy import Accuracy, measure_accuracy
+from openrlhf_alp.cli.demo_folder import RunFolderError, find_model, open_run_folder
+from openrlhf_alp.cli.demo_processes import (
+    Child,
+    ProcessFailedError,
+    ProcessGuard,
+    StopRequested,
+)
+from openrlhf_alp.cli.demo_recipe import (
+    MAX_NEW_TOKENS,
+    PROMPTS_PER_STEP,
+    Recipe,
+    service_command,
+    train_command,
+)
+from openrlhf_alp.cli.demo_view import DemoView, reward_at_edges
+from openrlhf_alp.clients.errors import ServiceError
+from openrlhf_alp.data.addition import AdditionRow, repeat_rows, split_additions, write_rows
+from openrlhf_alp.data.smollm2 import ModelPackageMissingError
+from openrlhf_alp.report.metrics import MetricsFileError, MetricsFollower, StepMetrics
+from openrlhf_alp.report.plots import write_plots
+
+_API_KEY_VARIABLE = "OPENRLHF_ALP_ROLLOUT_API_KEY"
+_ADMIN_KEY_VARIABLE = "OPENRLHF_ALP_ROLLOUT_ADMIN_KEY"
+_SERVICE_READY_S = 300.0
+_SERVICE_GRACE_S = 20.0
+_TRAIN_GRACE_S = 15.0
+_POLL_S = 0.3
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DemoCommands:
+    """How the two processes are started; a test puts its own programs here."""
+
+    service: Callable[..., list[str]] = service_command
+    train: Callable[[Recipe], list[str]] = train_command
+
+
+def run_demo(config: DemoConfig, view: DemoView, commands: DemoCommands | None = None) -> int:
+    """Runs the demo; every process it started is gone when it returns.
+
+    Returns:
+        0, or 1 when something failed, 2 when a folder or package is not right, or 128 + the number
+        of the signal that stopped it.
+    """
+    started_s = time.monotonic()
+    view.title(f"Learning to add with {config.method}: {config.steps} steps, seed {config.seed}")
+    try:
+        with ProcessGuard() as guard:
+            demo = _Demo(config, view, guard, commands or DemoCommands())
+            demo.run()
+    except (RunFolderError, ModelPackageMissingError) as error:
+        view.error(str(error))
+        return 2
+    except (ProcessFailedError, ServiceError, MetricsFileError, OSError) as error:
+        view.error(str(error))
+        return 1
+    except StopRequested as stop:
+        view.say("stopped", f"by {stop}; every process of the demo has been ended")
+        return stop.exit_status
+    view.say("done", f"in {(time.monotonic() - started_s) / 60:.1f} minutes")
+    return 0
+
+
+class _Demo:
+    """One run. `run` is the table of contents; each stage is a method."""
+
+    def __init__(
+        self, config: DemoConfig, view: DemoView, guard: ProcessGuard, commands: DemoCommands
+    ) -> None:
+        self._config = config
+        self._view = view
+        self._guard = guard
+        self._commands = commands
+        self._keys = {
+            _API_KEY_VARIABLE: secrets.token_urlsafe(32),
+            _ADMIN_KEY_VARIABLE: secrets.token_urlsafe(32),
+        }
+
+    def run(self) -> None:
+        self._model = find_model(self._config.model, say=lambda line: self._view.say("model", line))
+        self._view.say("model", str(self._model))
+        self._folder = open_run_folder(
+            self._config.output,
+            settings={**asdict(self._config), "output": str(self._config.output)},
+            overwrite=self._config.overwrite,
+            say=lambda line: self._view.say("folder", line),
+        )
+        test = self._write_task()
+        self._start_service()
+        before = self._measure("before", test)
+        steps = self._train()
+        after = self._measure("after", test)
+        self._report(test, before, after, steps)
+
+    def _write_task(self) -> Sequence[AdditionRow]:
+        split = split_additions(seed=self._config.seed)
+        task = self._folder / "task"
+        task.mkdir()
+        self._train_data = task / "train.jsonl"
+        # As many rows as the steps read: the run then ends after exactly this many steps.
+        num_rows = self._config.steps * PROMPTS_PER_STEP
+        write_rows(
+            self._train_data, repeat_rows(split.train, count=num_rows, seed=self._config.seed)
+        )
+        write_rows(task / "test.jsonl", split.test)
+        self._view.say(
+            "task",
+            f'"{split.test[0].question}" and the like: {len(split.train)} questions to train on, '
+            f"{len(split.test)} held out",
+        )
+        return split.test
+
+    def _start_service(self) -> None:
+        url_file = self._folder / "rollout.url"
+        started_s = time.monotonic()
+        self._service = self._guard.start(
+            "The rollout service",
+            self._commands.service(model=self._model, url_file=url_file, seed=self._config.seed),
+            log=self._folder / "rollout.log",
+            environment=self._environment(),
+            grace_s=_SERVICE_GRACE_S,
+        )
+        log = self._service.log
+        with self._view.waiting(f"Starting vLLM (log: {log})"):
+            self._service_url = self._wait_for_url(url_file)
+        self._view.say(
+            "service",
+            f"ready at {self._service_url} after {time.monotonic() - started_s:.0f} s (log: {log})",
+        )
+
+    def _wait_for_url(self, url_file: Path) -> str:
+        """The service writes its URL once it accepts connections, which is after loading."""
+        give_up_s = time.monotonic() + _SERVICE_READY_S
+        while not url_file.exists():
+            if not self._service.is_running or time.monotonic() > give_up_s:
+                raise self._service.failure()
+            time.sleep(_POLL_S)
+        return url_file.read_text(encoding="utf-8").strip()
+
+    def _measure(self, name: str, test: Sequence[AdditionRow]) -> Accuracy:
+        with self._view.waiting(f"Asking the {len(test)} held-out questions"):
+            accuracy = measure_accuracy(
+                test,
+                model=self._model,
+                service_url=self._service_url,
+                api_key=self._keys[_API_KEY_VARIABLE],
+                max_tokens=MAX_NEW_TOKENS,
+                seed=self._config.seed,
+            )
+        self._view.say(
+            name,
+            f"held-out sums right: {accuracy.greedy:.0%} greedy, "
+            f"{accuracy.sampled:.0%} at temperature 1",
+        )
+        return accuracy
+
+    def _train(self) -> list[StepMetrics]:
+        recipe = Recipe(
+            model=self._model,
+            train_data=self._train_data,
+            run_folder=self._folder,
+            service_url=self._service_url,
+            method=self._config.method,
+            seed=self._config.seed,
+        )
+        train = self._guard.start(
+            "Training",
+            self._commands.train(recipe),
+            log=self._folder / "train.log",
+            environment=self._environment(),
+            grace_s=_TRAIN_GRACE_S,
+        )
+        self._view.say("training", f"starting Ray and DeepSpeed (log: {train.log})")
+        steps = self._follow(train)
+        self._guard.wait(train)
+        if len(steps) != self._config.steps:
+            self._view.say(
+                "note",
+                f"{len(steps)} of {self._config.steps} steps were made: groups of answers were "
+                f"dropped or skipped, see {train.log}",
+            )
+        return steps
+
+    def _follow(self, train: Child) -> list[StepMetrics]:
+        """Shows each step as it is logged, until training ends or the service dies."""
+        follower = MetricsFollower(self._folder / "metrics.jsonl")
+        steps: list[StepMetrics] = []
+        with self._view.training(self._config.steps) as on_step:
+            while True:
+                # Asked before reading: what is logged just before the end is then still read.
+                is_running = train.is_running
+                for step in follower.new_steps():
+                    steps.append(step)
+                    on_step(step)
+                if not is_running:
+                    return steps
+                if not self._service.is_running:
+                    raise self._service.failure()
+                time.sleep(_POLL_S)
+
+    def _report(
+        self,
+        test: Sequence[AdditionRow],
+        before: Accuracy,
+        after: Accuracy,
+        steps: Sequence[StepMetrics],
+    ) -> None:
+        title = f"{self._config.method} on one-digit sums, seed {self._config.seed}"
+        plots = write_plots(steps, self._folder, title=title)
+        edges = reward_at_edges(steps)
+        summary = {
+            "steps": len(steps),
+            "before": _numbers(before),
+            "after": _numbers(after),
+            "reward_first_steps": edges and edges[0],
+            "reward_last_steps": edges and edges[1],
+        }
+        (self._folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+        self._view.results(test, before, after, steps)
+        self._view.say("plots", " and ".join(map(str, plots)))
+        self._view.say("curves", f"tensorboard --logdir {self._folder / 'tensorboard'}")
+
+    def _environment(self) -> dict[str, str]:
+        """Keys reach the processes by environment: a command line is readable by every user."""
+        return {
+            **self._keys,
+            "PYTHONUNBUFFERED": "1",
+            # Everything is on this disk; without these a missing network costs minutes of retries.
+            "HF_HUB_OFFLINE": "1",
+            "HF_DATASETS_OFFLINE": "1",
+        }
+
+
+def _numbers(accuracy: Accuracy) -> dict[str, float | None]:
+    shares = {"greedy": accuracy.greedy, "temperature_1": accuracy.sampled}
+    return {name: None if math.isnan(share) else share for name, share in shares.items()}

@@ -1,0 +1,142 @@
+"""What the demo shows: a line per stage, a progress bar on a terminal, plain lines elsewhere."""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+)
+from rich.table import Table
+
+from openrlhf_alp.cli.demo_accuracy import Accuracy
+from openrlhf_alp.data.addition import AdditionRow
+from openrlhf_alp.report.metrics import LOG_RATIO_QUANTILES, REWARD, StepMetrics
+
+_NUM_EXAMPLES = 3
+_EDGE_STEPS = 3
+"""Rewards are compared over this many steps at the start and at the end."""
+
+OnStep = Callable[[StepMetrics], None]
+
+
+class DemoView:
+    """Prints to `console`; knows whether a person watches a terminal or a log is written."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+
+    def title(self, text: str) -> None:
+        self._console.print(f"\n[bold]{escape(text)}[/]\n")
+
+    def say(self, stage: str, text: str) -> None:
+        """One line: the stage's name, and what happened."""
+        self._console.print(f"[bold cyan]{stage:<9}[/] {escape(text)}", soft_wrap=True)
+
+    def error(self, text: str) -> None:
+        self._console.print(f"\n[bold red]The demo failed.[/] {escape(text)}", soft_wrap=True)
+
+    @contextmanager
+    def waiting(self, text: str) -> Iterator[None]:
+        """Shows that something slow goes on; nothing in a log."""
+        if self._console.is_terminal:
+            with self._console.status(escape(text)):
+                yield
+        else:
+            yield
+
+    @contextmanager
+    def training(self, num_steps: int) -> Iterator[OnStep]:
+        """Yields what to call with each finished step."""
+        if not self._console.is_terminal:
+            yield lambda step: self.say("step", f"{step.step}/{num_steps}  {describe(step)}")
+            return
+        with Progress(
+            SpinnerColumn(),
+            TextColumn("training"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[numbers]}"),
+            TimeElapsedColumn(),
+            console=self._console,
+        ) as progress:
+            task = progress.add_task("", total=num_steps, numbers="starting Ray and DeepSpeed")
+            yield lambda step: progress.update(task, completed=step.step, numbers=describe(step))
+
+    def results(
+        self,
+        rows: Sequence[AdditionRow],
+        before: Accuracy,
+        after: Accuracy,
+        steps: Sequence[StepMetrics],
+    ) -> None:
+        """The table of before and after, and a few answers to compare with one's own eyes."""
+        self._console.print()
+        self._console.print(_accuracy_table(len(rows), before, after, steps))
+        self._console.print()
+        self._console.print(_example_table(rows, before, after))
+        not_scored = before.num_not_scored + after.num_not_scored
+        if not_scored:
+            self.say("note", f"{not_scored} held-out answers could not be scored and do not count")
+
+
+def describe(step: StepMetrics) -> str:
+    """Reward, ratio P99 and speed of one step; a metric that is missing shows as `-`."""
+    log_ratio = step.values.get(LOG_RATIO_QUANTILES[99])
+    ratio = None if log_ratio is None else math.exp(log_ratio)
+    return (
+        f"reward {_number(step.values.get(REWARD), '.2f')}  "
+        f"ratio P99 {_number(ratio, '.3f')}  "
+        f"{_number(step.tokens_per_s, '.0f')} tokens/s"
+    )
+
+
+def reward_at_edges(steps: Sequence[StepMetrics]) -> tuple[float, float] | None:
+    """Mean reward of the first and of the last three steps; None when there are fewer than six."""
+    rewards = [step.values[REWARD] for step in steps if REWARD in step.values]
+    if len(rewards) < 2 * _EDGE_STEPS:
+        return None
+    first, last = rewards[:_EDGE_STEPS], rewards[-_EDGE_STEPS:]
+    return sum(first) / _EDGE_STEPS, sum(last) / _EDGE_STEPS
+
+
+def _accuracy_table(
+    num_questions: int, before: Accuracy, after: Accuracy, steps: Sequence[StepMetrics]
+) -> Table:
+    table = Table(title="Right answers", title_justify="left")
+    table.add_column("")
+    for heading in ("before", "after", "change"):
+        table.add_column(heading, justify="right")
+    held_out = f"{num_questions} held-out sums"
+    _add_shares(table, f"{held_out}, greedy", before.greedy, after.greedy)
+    _add_shares(table, f"{held_out}, temperature 1", before.sampled, after.sampled)
+    if edges := reward_at_edges(steps):
+        first, last = edges
+        _add_shares(table, f"training reward, first and last {_EDGE_STEPS} steps", first, last)
+    return table
+
+
+def _add_shares(table: Table, name: str, before: float, after: float) -> None:
+    change = 100 * (after - before)
+    table.add_row(name, f"{before:.0%}", f"{after:.0%}", f"{change:+.0f} points")
+
+
+def _example_table(rows: Sequence[AdditionRow], before: Accuracy, after: Accuracy) -> Table:
+    table = Table(title="Held-out questions, greedy answers", title_justify="left")
+    for heading in ("question", "before", "after"):
+        table.add_column(heading)
+    answers = zip(rows, before.greedy_answers, after.greedy_answers, strict=True)
+    for row, old, new in list(answers)[:_NUM_EXAMPLES]:
+        table.add_row(escape(row.question), escape(old.strip()), escape(new.strip()))
+    return table
+
+
+def _number(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)

@@ -1,0 +1,85 @@
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+HERE = Path(__file__).parent
+
+
+@pytest.fixture(scope="session")
+def character_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model folder without weights whose tokens are characters, numbered by their code."""
+    folder = tmp_path_factory.mktemp("model")
+    vocabulary = {chr(code): code for code in range(2, 127)} | {"<pad>": 0, "<eos>": 1}
+    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="?"))
+    backend.pre_tokenizer = pre_tokenizers.Split("", behavior="isolated")
+    backend.decoder = decoders.Fuse()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        eos_token="<eos>",
+        pad_token="<pad>",
+        clean_up_tokenization_spaces=False,
+        chat_template="{% for message in messages %}{{ message['content'] }}{% endfor %}",
+    )
+    tokenizer.save_pretrained(folder)
+    (folder / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    return folder
+
+
+class FakeDemo:
+    """The demo as a process of its own, with fake programs for service and training."""
+
+    def __init__(self, process: subprocess.Popen[str], folder: Path) -> None:
+        self.process = process
+        self.folder = folder
+
+    def read_until(self, text: str) -> str:
+        """Output up to and with the first line that holds `text`."""
+        assert self.process.stdout is not None
+        seen = ""
+        for line in self.process.stdout:
+            seen += line
+            if text in line:
+                return seen
+        raise AssertionError(f"the demo never said {text!r}:\n{seen}")
+
+    def finish(self) -> tuple[int, str]:
+        """Exit status and the rest of the output."""
+        rest, _ = self.process.communicate(timeout=60)
+        return self.process.returncode, rest
+
+    def started_pids(self) -> list[int]:
+        """Every process that service and training say they started, themselves included."""
+        return [int(pid) for pid in (self.folder / "pids").read_text().split()]
+
+    def still_running(self) -> list[int]:
+        return [pid for pid in self.started_pids() if psutil.pid_exists(pid)]
+
+
+@pytest.fixture
+def start_demo(tmp_path: Path, character_model: Path) -> Iterator[Callable[[str, str], FakeDemo]]:
+    started: list[FakeDemo] = []
+
+    def start(service_mode: str, train_mode: str) -> FakeDemo:
+        script = str(HERE / "run_fake_demo.py")
+        process = subprocess.Popen(
+            [sys.executable, script, service_mode, train_mode, str(character_model), str(tmp_path)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+        )
+        started.append(FakeDemo(process, tmp_path))
+        return started[-1]
+
+    yield start
+    for demo in started:
+        with demo.process:
+            demo.process.kill()

@@ -1,0 +1,43 @@
+"""Runs the demo on fakes: `run_fake_demo.py SERVICE_MODE TRAIN_MODE MODEL_FOLDER FOLDER`."""
+
+import sys
+from pathlib import Path
+
+from rich.console import Console
+
+from openrlhf_alp.cli.demo import DemoConfig
+from openrlhf_alp.cli.demo_recipe import Recipe
+from openrlhf_alp.cli.demo_run import DemoCommands, run_demo
+from openrlhf_alp.cli.demo_view import DemoView
+
+HERE = Path(__file__).parent
+
+
+def main(service_mode: str, train_mode: str, model: str, folder: str) -> int:
+    pids = Path(folder) / "pids"
+
+    def service(*, model: Path, url_file: Path, seed: int) -> list[str]:
+        script = str(HERE / "fake_service.py")
+        flags = ["--url-file", str(url_file), "--pids", str(pids), "--mode", service_mode]
+        return [sys.executable, script, *flags]
+
+    def train(recipe: Recipe) -> list[str]:
+        script = str(HERE / "fake_train.py")
+        metrics = str(recipe.run_folder / "metrics.jsonl")
+        data = str(recipe.train_data)
+        flags = ["--metrics", metrics, "--train-data", data, "--pids", str(pids)]
+        return [sys.executable, script, *flags, "--mode", train_mode]
+
+    config = DemoConfig(
+        steps=10,
+        method="seq-alp",
+        model=model,
+        seed=0,
+        output=Path(folder) / "run",
+        overwrite=False,
+    )
+    return run_demo(config, DemoView(Console()), DemoCommands(service=service, train=train))
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))
