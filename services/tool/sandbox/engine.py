@@ -17,7 +17,7 @@ import sys
 import sysconfig
 import tempfile
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from services.tool.sandbox import execution
@@ -132,6 +132,11 @@ class Sandbox:
         """Slots that are fenced and waiting, over all zygotes."""
         zygotes = (z for launcher in self._launchers for z in launcher.zygotes.values())
         return sum(len(zygote.warm) for zygote in zygotes)
+
+    def busy(self) -> int:
+        """Slots that run code or hold a session, over all zygotes."""
+        zygotes = (z for launcher in self._launchers for z in launcher.zygotes.values())
+        return sum(len(zygote.slots) for zygote in zygotes) - self.waiting()
 
     @property
     def healthy(self) -> bool:
@@ -251,8 +256,3 @@ def read_paths() -> list[str]:
         form for path in wanted if os.path.exists(path) for form in (path, os.path.realpath(path))
     }
     return sorted(found)
-
-
-def with_level(config: SandboxConfig, level: Level) -> SandboxConfig:
-    """The same configuration at another level."""
-    return replace(config, level=level)
