@@ -4,7 +4,10 @@ import argparse
 from dataclasses import dataclass
 from pathlib import Path
 
+from rich.console import Console
+
 from openrlhf_alp.cli.demo_recipe import METHODS
+from openrlhf_alp.cli.demo_view import DemoView
 
 DESCRIPTION = """\
 A real pretrained model (SmolLM2-135M-Instruct, from an installed package) learns to add one-digit
@@ -56,12 +59,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Runs the demo; returns 0, 1 (something failed), 2 (wrong options) or 128 + a stop signal."""
-    # Here and not above: torch and transformers take seconds to import, and --help needs neither.
-    from rich.console import Console
-
-    from openrlhf_alp.cli.demo_run import run_demo
-    from openrlhf_alp.cli.demo_view import DemoView
-
     view = DemoView(Console())
     try:
         config = DemoConfig(
@@ -75,4 +72,8 @@ def run(arguments: argparse.Namespace) -> int:
     except ValueError as error:
         view.error(str(error))
         return 2
+    view.title(f"Learning to add with {config.method}: {config.steps} steps, seed {config.seed}")
+    # Here and not above: it imports torch and transformers, which takes seconds.
+    from openrlhf_alp.cli.demo_run import run_demo
+
     return run_demo(config, view)

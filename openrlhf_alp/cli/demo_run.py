@@ -58,7 +58,6 @@ def run_demo(config: DemoConfig, view: DemoView, commands: DemoCommands | None =
         of the signal that stopped it.
     """
     started_s = time.monotonic()
-    view.title(f"Learning to add with {config.method}: {config.steps} steps, seed {config.seed}")
     try:
         with ProcessGuard() as guard:
             demo = _Demo(config, view, guard, commands or DemoCommands())

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.markup import escape
@@ -16,9 +17,11 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from openrlhf_alp.cli.demo_accuracy import Accuracy
 from openrlhf_alp.data.addition import AdditionRow
 from openrlhf_alp.report.metrics import LOG_RATIO_QUANTILES, REWARD, StepMetrics
+
+if TYPE_CHECKING:  # the module behind it imports transformers, and the title should not wait
+    from openrlhf_alp.cli.demo_accuracy import Accuracy
 
 _NUM_EXAMPLES = 3
 _EDGE_STEPS = 3
@@ -73,8 +76,8 @@ class DemoView:
     def results(
         self,
         rows: Sequence[AdditionRow],
-        before: Accuracy,
-        after: Accuracy,
+        before: "Accuracy",
+        after: "Accuracy",
         steps: Sequence[StepMetrics],
     ) -> None:
         """The table of before and after, and a few answers to compare with one's own eyes."""
@@ -108,7 +111,7 @@ def reward_at_edges(steps: Sequence[StepMetrics]) -> tuple[float, float] | None:
 
 
 def _accuracy_table(
-    num_questions: int, before: Accuracy, after: Accuracy, steps: Sequence[StepMetrics]
+    num_questions: int, before: "Accuracy", after: "Accuracy", steps: Sequence[StepMetrics]
 ) -> Table:
     table = Table(title="Right answers", title_justify="left")
     table.add_column("")
@@ -128,7 +131,7 @@ def _add_shares(table: Table, name: str, before: float, after: float) -> None:
     table.add_row(name, f"{before:.0%}", f"{after:.0%}", f"{change:+.0f} points")
 
 
-def _example_table(rows: Sequence[AdditionRow], before: Accuracy, after: Accuracy) -> Table:
+def _example_table(rows: Sequence[AdditionRow], before: "Accuracy", after: "Accuracy") -> Table:
     table = Table(title="Held-out questions, greedy answers", title_justify="left")
     for heading in ("question", "before", "after"):
         table.add_column(heading)

@@ -3,17 +3,18 @@
 import sys
 from pathlib import Path
 
-from rich.console import Console
-
-from openrlhf_alp.cli.demo import DemoConfig
-from openrlhf_alp.cli.demo_recipe import Recipe
-from openrlhf_alp.cli.demo_run import DemoCommands, run_demo
-from openrlhf_alp.cli.demo_view import DemoView
-
 HERE = Path(__file__).parent
 
 
 def main(service_mode: str, train_mode: str, model: str, folder: str) -> int:
+    # Not above: the reward's worker processes import this file, and need none of it.
+    from rich.console import Console
+
+    from openrlhf_alp.cli.demo import DemoConfig
+    from openrlhf_alp.cli.demo_recipe import Recipe
+    from openrlhf_alp.cli.demo_run import DemoCommands, run_demo
+    from openrlhf_alp.cli.demo_view import DemoView
+
     pids = Path(folder) / "pids"
 
     def service(*, model: Path, url_file: Path, seed: int) -> list[str]:
