@@ -56,6 +56,7 @@ async def _run(settings: RolloutSettings) -> None:
                 print(f"generated {name} key: {key.value}", flush=True)
         app = create_app(settings, service, api_key=api_key.value, admin_key=admin_key.value)
         try:
+            await engine.add_native_routes(app, (api_key.value, admin_key.value))
             await serve(app, sock, url_file=settings.url_file, drain_s=settings.drain_s)
         finally:
             await service.close()

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from fastapi import FastAPI
+
 from services.rollout.schemas import FinishReason, PauseMode, Sampling
 
 LoadPlan = Mapping[Path, Sequence[str]]
@@ -86,6 +88,9 @@ class Engine(Protocol):
 
     async def check(self) -> None:
         """Return when the engine answers; raise EngineDeadError when it is dead."""
+
+    async def add_native_routes(self, app: FastAPI, keys: tuple[str, ...]) -> None:
+        """Add the engine's own public routes to `app`, behind `keys`, if it has any."""
 
     async def close(self) -> None:
         """End the engine and every process of it."""

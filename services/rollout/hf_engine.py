@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import transformers
+from fastapi import FastAPI
 from transformers import (
     LogitsProcessorList,
     MinPLogitsWarper,
@@ -222,6 +223,9 @@ class HfEngine:
     async def check(self) -> None:
         if self._closed:
             raise EngineDeadError("the engine is closed")
+
+    async def add_native_routes(self, app: FastAPI, keys: tuple[str, ...]) -> None:
+        """There are none."""
 
     async def close(self) -> None:
         self._closed = True

@@ -6,8 +6,10 @@ import importlib.metadata
 import logging
 import os
 from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import Any
 
+from fastapi import FastAPI
 from vllm import SamplingParams
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.exceptions import VLLMClientError
@@ -26,6 +28,7 @@ from services.rollout.engine import (
     JobResult,
     LoadPlan,
 )
+from services.rollout.openai_routes import add_openai_routes
 from services.rollout.schemas import FinishReason, PauseMode, Sampling
 from services.rollout.settings import RolloutSettings
 from services.rollout.vllm_executor import TIED
@@ -134,8 +137,9 @@ class _OutputBarrier:
 class VllmEngine:
     """vLLM behind the Engine protocol. Build with `start`, inside the event loop."""
 
-    def __init__(self, llm: AsyncLLM, info: EngineInfo) -> None:
+    def __init__(self, llm: AsyncLLM, info: EngineInfo, model: Path) -> None:
         self._llm = llm
+        self._model = model
         self._info = info
         self._barrier = _OutputBarrier(llm.engine_core)
         self._live: dict[str, str | None] = {}  # job -> vLLM's own request id, None until added
@@ -162,16 +166,11 @@ class VllmEngine:
             max_model_len=config.max_model_len,
             eos_token_ids=eos_token_ids,
         )
-        return cls(llm, info)
+        return cls(llm, info, settings.model)
 
     @property
     def info(self) -> EngineInfo:
         return self._info
-
-    @property
-    def llm(self) -> AsyncLLM:
-        """vLLM's engine client, for its own OpenAI routes."""
-        return self._llm
 
     async def sample(self, job: Job) -> JobResult:
         prompt = {"prompt_token_ids": job.token_ids, "cache_salt": job.cache_salt}
@@ -249,6 +248,10 @@ class VllmEngine:
                 await self._llm.is_paused()
         except (VllmDeadError, TimeoutError) as error:
             raise EngineDeadError("vLLM's engine process does not answer") from error
+
+    async def add_native_routes(self, app: FastAPI, keys: tuple[str, ...]) -> None:
+        """vLLM's OpenAI routes: chat completions, completions, models."""
+        await add_openai_routes(app, self._llm, self._model, keys=keys)
 
     async def close(self) -> None:
         await asyncio.to_thread(self._llm.shutdown, _CLOSE_TIMEOUT_S)

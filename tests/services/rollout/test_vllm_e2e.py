@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import httpx
 import psutil
 import pytest
 import torch
@@ -145,6 +146,37 @@ async def test_an_update_swaps_weights_and_splits_the_spans_of_running_requests(
         cut = sample.spans[-1].start
         assert gaps(new, sample.token_ids, sample.logprobs)[cut:].mean() < BF16_MEAN_GAP
     assert any(len(sample.spans) == 2 for sample in samples)
+
+
+async def test_the_openai_routes_work_with_the_openai_client_and_need_the_key(url: str) -> None:
+    from openai import AsyncOpenAI, AuthenticationError
+
+    async with AsyncOpenAI(base_url=f"{url}/v1", api_key=API_KEY, max_retries=0) as openai:
+        model = (await openai.models.list()).data[0].id
+        completion = await openai.completions.create(
+            model=model, prompt=PROMPT, max_tokens=5, logprobs=0
+        )
+        chat = await openai.chat.completions.create(
+            model=model,
+            messages=[{"role": "user", "content": "Hello"}],
+            max_tokens=5,
+            logprobs=True,
+        )
+    logprobs = completion.choices[0].logprobs
+    assert logprobs is not None and logprobs.token_logprobs is not None
+    assert 1 <= len(logprobs.token_logprobs) <= 5
+    assert chat.choices[0].logprobs is not None
+    async with AsyncOpenAI(base_url=f"{url}/v1", api_key="wrong", max_retries=0) as openai:
+        with pytest.raises(AuthenticationError):
+            await openai.models.list()
+
+
+async def test_the_engine_process_and_its_metrics_are_seen_by_the_probes(url: str) -> None:
+    async with httpx.AsyncClient(base_url=url) as http:
+        assert (await http.get("/livez")).json()["status"] == "ok"
+        metrics = (await http.get("/metrics")).text
+    assert "vllm:generation_tokens_total" in metrics
+    assert "openrlhf_alp_rollout_loop_lag_seconds_bucket" in metrics
 
 
 def test_killing_the_service_leaves_no_engine_process(model_folder: Path, tmp_path: Path) -> None:

@@ -1,0 +1,71 @@
+"""vLLM's own OpenAI routes beside ours, behind the same key.
+
+They are vLLM's routers on vLLM's serving classes, so any OpenAI client works. Their replies carry
+no version and no idempotency; training uses /v1/generate. vLLM's control routes are not reachable.
+"""
+
+from pathlib import Path
+
+from fastapi import FastAPI
+from starlette.routing import Route
+from starlette.types import ASGIApp, Receive, Scope, Send
+from vllm.entrypoints.launchers.api_server.app_state import init_app_state
+from vllm.entrypoints.launchers.cli_args import make_arg_parser
+from vllm.entrypoints.openai.chat_completion.api_router import attach_router as attach_chat
+from vllm.entrypoints.openai.completion.api_router import attach_router as attach_completion
+from vllm.entrypoints.openai.models.api_router import attach_router as attach_models
+from vllm.entrypoints.serve.exception_handling.register import init_exception_handler
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+from vllm.v1.engine.async_llm import AsyncLLM
+
+from services.common.auth import key_is_accepted, unauthorized
+from services.common.errors import error_response
+
+PATHS = ("/v1/completions", "/v1/chat/completions", "/v1/models")
+
+
+class _KeyGuard:
+    """Lets a request through to `app` only with one of the keys."""
+
+    def __init__(self, app: ASGIApp, keys: tuple[str, ...]) -> None:
+        self._app = app
+        self._keys = keys
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if key_is_accepted(scope, self._keys):
+            await self._app(scope, receive, send)
+            return
+        error = unauthorized()
+        response = error_response(
+            error.status_code,
+            error.code,
+            error.message,
+            fix=error.fix,
+            field=error.field,
+            headers=error.headers,
+        )
+        await response(scope, receive, send)
+
+
+async def add_openai_routes(
+    app: FastAPI, llm: AsyncLLM, model: Path, *, keys: tuple[str, ...]
+) -> None:
+    """Add chat completions, completions and models to `app`.
+
+    Args:
+        app: the service's app.
+        llm: the engine that serves /v1/generate too.
+        model: the served folder; the model is offered under the folder's name.
+        keys: bearer keys that open the routes.
+    """
+    arguments = ["--model", str(model), "--served-model-name", model.name]
+    args = make_arg_parser(FlexibleArgumentParser()).parse_args(arguments)
+    inner = FastAPI(openapi_url=None)
+    for attach in (attach_chat, attach_completion, attach_models):
+        attach(inner)
+    init_exception_handler(inner)
+    inner.state.args = args
+    await init_app_state(llm, inner.state, args, supported_tasks=("generate",))
+    guarded = _KeyGuard(inner, keys)
+    for path in PATHS:
+        app.router.routes.append(Route(path, guarded))
