@@ -63,6 +63,9 @@ def engine_args(settings: RolloutSettings) -> AsyncEngineArgs:
     extra: dict[str, Any] = {}
     if current_platform.is_cpu():
         extra["kv_cache_memory_bytes"] = int(settings.kv_cache_gb * 2**30)
+        # vLLM 0.29 rewinds a seeded request's generator when its prompt was prefilled only in part;
+        # CPU generators cannot be rewound and the engine dies. Whole prompts avoid that.
+        extra["enable_chunked_prefill"] = False
     else:
         extra["gpu_memory_utilization"] = settings.gpu_memory_utilization
     return AsyncEngineArgs(
