@@ -12,18 +12,16 @@ from pydantic import Field
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from services.common.auth import require_key
-from services.common.errors import ApiError, error_response
-from services.tool.sandbox.session import SessionFileError, SessionLostError
+from services.common.auth import key_is_accepted, unauthorized
 from services.tool.schemas import CellRequest, CellResult, FileInfo, SafePath, SessionRequest
 from services.tool.service import ToolService
 from services.tool.sessions import Session, SessionGoneError
 
 _SESSION_HEADER = "mcp-session-id"
 _INSTRUCTIONS = (
-    "Run Python in a sandbox with numpy, sympy and scipy. Variables and files persist within a "
-    "connection. There is no network. Code that exceeds a limit is killed and the state from "
-    "before it is kept."
+    "Run Python in a sandbox with numpy, sympy and scipy. To keep variables and files, pass the "
+    "session_id of an earlier answer. There is no network. Code that exceeds a limit is killed and "
+    "the state from before it is kept."
 )
 
 
@@ -103,10 +101,6 @@ def build(service: ToolService) -> MCPServer:
     return server
 
 
-FILE_ERRORS = (SessionFileError, SessionLostError)
-"""What the file tools raise; the SDK turns it into a tool error with the message."""
-
-
 def mount(server: MCPServer, api_key: str | None) -> Route:
     """The route /mcp with the key check in front."""
     # Host checks of the SDK guard open loopback servers against DNS rebinding. Behind a key they
@@ -125,29 +119,9 @@ class _Guard:
 
     def __init__(self, app: ASGIApp, api_key: str | None) -> None:
         self._app = app
-        self._check = require_key(api_key) if api_key is not None else None
+        self._api_key = api_key
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        try:
-            self._authorize(scope)
-        except ApiError as error:
-            response = error_response(
-                error.status_code, error.code, error.message, fix=error.fix, headers=error.headers
-            )
-            await response(scope, receive, send)
-            return
+        if self._api_key is not None and not key_is_accepted(scope, [self._api_key]):
+            raise unauthorized()
         await self._app(scope, receive, send)
-
-    def _authorize(self, scope: Scope) -> None:
-        from fastapi.security import HTTPAuthorizationCredentials
-
-        if self._check is None:
-            return
-        header = dict(scope["headers"]).get(b"authorization", b"").decode("latin-1")
-        scheme, _, key = header.partition(" ")
-        given = (
-            HTTPAuthorizationCredentials(scheme=scheme, credentials=key)
-            if scheme.lower() == "bearer"
-            else None
-        )
-        self._check(given)

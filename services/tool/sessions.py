@@ -82,6 +82,9 @@ class Sessions:
     def __len__(self) -> int:
         return len(self._live)
 
+    def __contains__(self, session_id: str) -> bool:
+        return session_id in self._live
+
     @contextlib.asynccontextmanager
     async def sweeping(self) -> AsyncIterator[None]:
         """End idle sessions in the background while inside; end all on leaving."""

@@ -75,6 +75,10 @@ class SlotHandle:
     stderr: int
     kill_fd: int
     exited: asyncio.Future[ExitFacts]
+    fenced: bool = False
+    """Whether its first frame said that every fence stands."""
+    taken: bool = False
+    """Whether somebody outside of the pool has it and will close it."""
 
     def kill(self) -> None:
         """Kill every process of the slot (level full), or its first one and, when that is reaped,
@@ -127,14 +131,16 @@ class ZygoteHandle:
             raise ZygoteLostError(f"zygote {self.preset} is gone")
         self.spawn()
         if self.warm:
-            return self.warm.popleft()
+            slot = self.warm.popleft()
+            slot.taken = True
+            return slot
         waiter: asyncio.Future[SlotHandle] = asyncio.get_running_loop().create_future()
         self.waiters.append(waiter)
         try:
             return await waiter
         except asyncio.CancelledError:
             if waiter.done() and not waiter.cancelled() and waiter.exception() is None:
-                self.warm.appendleft(waiter.result())
+                self._offer(waiter.result())
             raise
 
     def close(self) -> None:
@@ -150,8 +156,6 @@ class ZygoteHandle:
                 waiter.set_exception(error)
         for slot in list(self.slots.values()):
             self._finish(slot, ExitFacts(lost=True))
-        while self.warm:
-            self.warm.popleft().close()
         if not self.ready.done():
             self.ready.set_exception(error)
             self.ready.exception()  # retrieved: a caller that gave up must not cause a warning
@@ -221,19 +225,24 @@ class ZygoteHandle:
             messages = []
         asyncio.get_running_loop().remove_reader(slot.job.fileno())
         if messages and messages[0].get("ready") is True:
+            slot.fenced = True
             self._offer(slot)
             return
-        reason = messages[0].get("failed", "no reason given") if messages else "it died"
-        logger.error("a slot could not be fenced: %s", reason)
+        if not messages:
+            return  # it died: the zygote will say so, or is dead itself
+        reason = f"the sandbox could not fence a slot: {messages[0].get('failed')}"
+        logger.error("%s", reason)
         slot.kill()
-        self._fail_waiter(SlotFailedError(f"the sandbox could not fence a slot: {reason}"))
+        self._fail_waiter(SlotFailedError(reason))
 
     def _offer(self, slot: SlotHandle) -> None:
+        slot.taken = True
         while self.waiters:
             waiter = self.waiters.popleft()
             if not waiter.done():
                 waiter.set_result(slot)
                 return
+        slot.taken = False
         self.warm.append(slot)
 
     def _fail_waiter(self, error: Exception) -> None:
@@ -245,12 +254,20 @@ class ZygoteHandle:
 
     def _finish(self, slot: SlotHandle, facts: ExitFacts) -> None:
         self.slots.pop(slot.number, None)
-        if slot in self.warm:  # a waiting slot died: nobody has it, so close it here
-            self.warm.remove(slot)
-            slot.close()
-            self.spawn()
         if not slot.exited.done():
             slot.exited.set_result(facts)
+        if slot.taken:
+            return
+        asyncio.get_running_loop().remove_reader(slot.job.fileno())
+        slot.close()
+        if slot in self.warm:
+            self.warm.remove(slot)
+        if facts.lost:
+            return
+        if slot.fenced:
+            self.spawn()
+        else:
+            self._fail_waiter(SlotFailedError("a slot died before it was fenced"))
 
 
 class SlotFailedError(RuntimeError):

@@ -1,0 +1,95 @@
+"""A real MCP client over a real connection."""
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+
+import httpx2
+import pytest
+import uvicorn
+from mcp.client import Client
+from mcp.client.streamable_http import streamable_http_client
+
+from services.common.serve import bind_socket, bound_url
+from services.tool.app import create_app
+from services.tool.service import ToolService
+
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+
+KEY = "key-of-the-tests"
+
+
+@contextlib.asynccontextmanager
+async def served(service: ToolService) -> AsyncIterator[str]:
+    sock = bind_socket("127.0.0.1", 0)
+    config = uvicorn.Config(create_app(service, KEY), log_config=None, access_log=False)
+    server = uvicorn.Server(config)
+    task = asyncio.create_task(server.serve(sockets=[sock]))
+    while not server.started:
+        await asyncio.sleep(0.01)
+    try:
+        yield bound_url(sock)
+    finally:
+        server.should_exit = True
+        await task
+        sock.close()
+
+
+@contextlib.asynccontextmanager
+async def connected(url: str, mode: str = "auto") -> AsyncIterator[Client]:
+    headers = {"Authorization": f"Bearer {KEY}"}
+    async with (
+        httpx2.AsyncClient(headers=headers, timeout=30) as http,
+        Client(streamable_http_client(f"{url}/mcp", http_client=http), mode=mode) as client,
+    ):
+        yield client
+
+
+async def run_python(client: Client, code: str, **fields: object) -> dict[str, object]:
+    answer = await client.call_tool("run_python", {"code": code, **fields})
+    assert not answer.is_error, answer
+    assert isinstance(answer.structured_content, dict)
+    return answer.structured_content
+
+
+async def test_tools_are_listed_and_run_with_structured_answers(service: ToolService) -> None:
+    async with served(service) as url, connected(url) as client:
+        names = {tool.name for tool in (await client.list_tools()).tools}
+        assert names == {"run_python", "list_files", "read_file", "write_file"}
+        answer = await run_python(client, "print(6 * 7)")
+        assert (answer["status"], answer["stdout"]) == ("ok", "42\n")
+        failed = await run_python(client, "1/0")
+        assert failed["error"]["type"] == "ZeroDivisionError"  # type: ignore[index]
+
+
+async def test_a_session_is_continued_by_its_id_and_files_are_shared(service: ToolService) -> None:
+    async with served(service) as url, connected(url) as client:
+        session = (await run_python(client, "x = 5"))["session_id"]
+        assert (await run_python(client, "x", session_id=session))["result"] == "5"
+        written = {"path": "a.txt", "text": "hello", "session_id": session}
+        assert not (await client.call_tool("write_file", written)).is_error
+        shown = await run_python(client, "open('a.txt').read()", session_id=session)
+        assert shown["result"] == "'hello'"
+        listed = await client.call_tool("list_files", {"session_id": session})
+        assert listed.structured_content == {"result": [{"path": "a.txt", "size_bytes": 5}]}
+        escape = {"path": "../../etc/passwd", "session_id": session}
+        assert (await client.call_tool("read_file", escape)).is_error
+
+
+async def test_a_connection_keeps_its_own_state(service: ToolService) -> None:
+    """With the protocol versions that have connections at all."""
+    async with (
+        served(service) as url,
+        connected(url, "legacy") as one,
+        connected(url, "legacy") as two,
+    ):
+        await run_python(one, "x = 'one'")
+        await run_python(two, "x = 'two'")
+        assert (await run_python(one, "x"))["result"] == "'one'"
+        assert (await run_python(two, "x"))["result"] == "'two'"
+
+
+async def test_a_wrong_key_gets_nowhere(service: ToolService) -> None:
+    async with served(service) as url, httpx2.AsyncClient() as http:
+        answer = await http.post(f"{url}/mcp", json={})
+    assert answer.status_code == 401

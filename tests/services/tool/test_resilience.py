@@ -1,0 +1,107 @@
+"""Kills from outside: nothing survives, the service is back, callers are told the truth."""
+
+import asyncio
+import os
+import signal
+import time
+
+import httpx
+import pytest
+
+from services.tool.service import ToolService
+
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+
+
+def alive(pid: int) -> bool:
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            return file.read().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def descendants(pid: int) -> list[int]:
+    found = []
+    with open(f"/proc/{pid}/task/{pid}/children") as file:
+        for child in file.read().split():
+            found += [int(child), *descendants(int(child))]
+    return found
+
+
+async def test_killing_the_launcher_ends_everything_below_and_the_service_is_back(
+    client: httpx.AsyncClient, service: ToolService
+) -> None:
+    job = {"code": "import time\ntime.sleep(30)", "timeout_s": 30}
+    flying = asyncio.create_task(client.post("/v1/execute", json=job))
+    while service.sandbox.busy() == 0:
+        await asyncio.sleep(0.01)
+    (launcher,) = service.sandbox.processes()
+    below = descendants(launcher)
+    assert len(below) >= 4
+    os.kill(launcher, signal.SIGKILL)
+    killed = time.perf_counter()
+    answer = (await flying).json()
+    assert answer["status"] == "sandbox_error" and "died while the code ran" in answer["message"]
+    back = await client.post("/v1/execute", json={"code": "print(1)"})
+    assert back.json()["stdout"] == "1\n"
+    while any(alive(pid) for pid in below):
+        assert time.perf_counter() - killed < 5.0, "processes survived their launcher"
+        await asyncio.sleep(0.01)
+
+
+async def test_killing_a_zygote_is_noticed_and_repaired(
+    client: httpx.AsyncClient, service: ToolService
+) -> None:
+    (launcher,) = service.sandbox.processes()
+    before = service.sandbox.restarts
+    factory = descendants(launcher)[0]
+    with open(f"/proc/{factory}/task/{factory}/children") as file:
+        zygote = int(file.read().split()[0])
+    os.kill(zygote, signal.SIGKILL)
+    while service.sandbox.restarts == before:
+        await asyncio.sleep(0.01)
+    answer = await client.post("/v1/execute", json={"code": "print(2)"})
+    assert answer.json()["stdout"] == "2\n"
+
+
+async def test_a_session_that_lost_its_launcher_says_so(
+    client: httpx.AsyncClient, service: ToolService
+) -> None:
+    session = (await client.post("/v1/sessions", json={})).json()["session_id"]
+    url = f"/v1/sessions/{session}/execute"
+    assert (await client.post(url, json={"code": "x = 1"})).json()["status"] == "ok"
+    (launcher,) = service.sandbox.processes()
+    os.kill(launcher, signal.SIGKILL)
+    while service.sandbox.processes() == [launcher]:
+        await asyncio.sleep(0.01)
+    lost = await client.post(url, json={"code": "x"})
+    assert lost.status_code in (200, 410)
+    if lost.status_code == 200:
+        assert (lost.json()["status"], lost.json()["state_lost"]) == ("sandbox_error", True)
+    assert (await client.get(f"/v1/sessions/{session}")).status_code == 410
+
+
+async def test_many_executions_leave_no_descriptor_and_no_process(
+    client: httpx.AsyncClient, service: ToolService
+) -> None:
+    codes = [
+        "print(1)",
+        "1/0",
+        "import os\nos.abort()",
+        "print('x' * 10**7)",
+        "import os\nos.fork()",
+    ]
+
+    async def settled() -> tuple[int, int]:
+        while service.sandbox.busy() or service.sandbox.waiting() < 2:
+            await asyncio.sleep(0.02)
+        await asyncio.sleep(0.2)
+        return len(os.listdir("/proc/self/fd")), len(descendants(service.sandbox.processes()[0]))
+
+    await client.post("/v1/execute", json={"code": "1"})
+    before = await settled()
+    jobs = [client.post("/v1/execute", json={"code": codes[i % len(codes)]}) for i in range(100)]
+    answers = [answer.json()["status"] for answer in await asyncio.gather(*jobs)]
+    assert "sandbox_error" not in answers
+    assert await settled() == before

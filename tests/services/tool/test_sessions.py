@@ -1,0 +1,192 @@
+"""Sessions: state, snapshots, exactly-once steps, files, ends, and walls between sessions."""
+
+import asyncio
+
+import httpx
+import pytest
+
+from services.tool.service import ToolService
+
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+
+
+async def open_session(client: httpx.AsyncClient, **fields: object) -> str:
+    answer = await client.post("/v1/sessions", json=fields)
+    assert answer.status_code == 201, answer.text
+    return str(answer.json()["session_id"])
+
+
+async def cell(
+    client: httpx.AsyncClient, session: str, code: str, **fields: object
+) -> dict[str, object]:
+    answer = await client.post(
+        f"/v1/sessions/{session}/execute", json={"code": code, "timeout_s": 20.0, **fields}
+    )
+    assert answer.status_code == 200, answer.text
+    body: dict[str, object] = answer.json()
+    return body
+
+
+async def test_variables_persist_and_a_last_expression_is_shown(client: httpx.AsyncClient) -> None:
+    session = await open_session(client)
+    first = await cell(client, session, "x = 41")
+    second = await cell(client, session, "print('hi')\nx + 1")
+    assert (first["result"], first["step"], first["snapshot"]) == (None, 0, True)
+    assert (second["result"], second["stdout"], second["step"]) == ("42", "hi\n", 1)
+
+
+async def test_an_exception_and_sys_exit_keep_partial_effects(client: httpx.AsyncClient) -> None:
+    session = await open_session(client)
+    failed = await cell(client, session, "x = 1\n1/0")
+    assert (failed["status"], failed["rolled_back"], failed["state_lost"]) == (
+        "error",
+        False,
+        False,
+    )
+    assert failed["error"]["line"] == 2  # type: ignore[index]
+    left = await cell(client, session, "x += 1\nimport sys\nsys.exit(3)")
+    assert (left["status"], left["exit_code"]) == ("exit", 3)
+    assert (await cell(client, session, "x"))["result"] == "2"
+
+
+@pytest.mark.parametrize(
+    ("code", "status", "fields"),
+    [
+        ("import time\ntime.sleep(60)", "timeout", {"timeout_s": 0.5}),
+        ("import ctypes\nctypes.string_at(0)", "crashed", {}),
+        ("import os\nos._exit(4)", "exit", {}),
+        ("import os\nos.kill(os.getpid(), 9)", "crashed", {}),
+        ("while True: print('x' * 999)", "output_limit", {"output_bytes": 5000}),
+    ],
+)
+async def test_a_killed_cell_leaves_the_state_before_it_and_the_files(
+    client: httpx.AsyncClient, code: str, status: str, fields: dict[str, object]
+) -> None:
+    session = await open_session(client)
+    await cell(client, session, "x = 'before'")
+    killed = await cell(
+        client, session, f"x = 'during'\nopen('kept', 'w').write('1')\n{code}", **fields
+    )
+    assert (killed["status"], killed["rolled_back"], killed["state_lost"]) == (status, True, False)
+    after = await cell(client, session, "x, open('kept').read()")
+    assert after["result"] == "('before', '1')"
+
+
+async def test_a_cell_beside_a_living_thread_has_no_snapshot_and_says_so(
+    client: httpx.AsyncClient,
+) -> None:
+    session = await open_session(client)
+    await cell(client, session, "import threading, time\nx = 1\nthreading.Thread(target=time.sleep, args=(60,), daemon=True).start()")  # fmt: skip # noqa: E501
+    killed = await cell(client, session, "import os\nos._exit(1)")
+    assert (killed["snapshot"], killed["rolled_back"], killed["state_lost"]) == (False, False, True)
+    fresh = await cell(client, session, "x")
+    assert fresh["error"]["type"] == "NameError"  # type: ignore[index]
+
+
+async def test_too_much_memory_is_an_exception_and_the_session_lives(
+    client: httpx.AsyncClient,
+) -> None:
+    session = await open_session(client, memory_mb=64)
+    await cell(client, session, "x = 5")
+    body = await cell(client, session, "y = bytearray(1 << 30)")
+    assert body["error"]["type"] == "MemoryError"  # type: ignore[index]
+    assert (await cell(client, session, "x"))["result"] == "5"
+
+
+async def test_a_step_runs_exactly_once(client: httpx.AsyncClient) -> None:
+    session = await open_session(client)
+    first = await cell(client, session, "n = 1", step=0)
+    await cell(client, session, "n += 1\nn", step=1)
+    again = await cell(client, session, "n += 1\nn", step=1)
+    assert (first["replayed"], again["replayed"], again["result"]) == (False, True, "2")
+    assert (await cell(client, session, "n", step=2))["result"] == "2"
+    url = f"/v1/sessions/{session}/execute"
+    other = await client.post(url, json={"code": "n = 9", "step": 1})
+    ahead = await client.post(url, json={"code": "n", "step": 7})
+    assert (other.status_code, ahead.status_code) == (409, 409)
+    assert (await client.get(f"/v1/sessions/{session}")).json()["next_step"] == 3
+
+
+async def test_concurrent_repeats_of_a_step_run_it_once(client: httpx.AsyncClient) -> None:
+    session = await open_session(client)
+    await cell(client, session, "n = 0", step=0)
+    answers = await asyncio.gather(*(cell(client, session, "n += 1\nn", step=1) for _ in range(5)))
+    assert {answer["result"] for answer in answers} == {"1"}
+    assert sum(not answer["replayed"] for answer in answers) == 1
+
+
+async def test_files_go_up_and_down_and_links_are_not_followed(client: httpx.AsyncClient) -> None:
+    session = await open_session(client)
+    base = f"/v1/sessions/{session}/files"
+    content = bytes(range(256)) * 100
+    assert (await client.put(f"{base}/d/a.bin", content=content)).status_code == 204
+    assert (await client.get(f"{base}/d/a.bin")).content == content
+    await cell(client, session, "import os\nos.symlink('/etc/passwd', 'link')\nos.mkfifo('pipe')")
+    assert (await client.get(f"{base}/link")).status_code == 409
+    assert (await client.get(f"{base}/pipe")).status_code == 409
+    assert (await client.get(f"{base}/absent")).status_code == 404
+    assert (await client.get(f"{base}/..%2f..%2fetc/passwd")).status_code in (404, 422)
+    listed = (await client.get(base)).json()["files"]
+    assert {"path": "d/a.bin", "size_bytes": len(content)} in listed
+
+
+async def test_sessions_do_not_see_each_other(client: httpx.AsyncClient) -> None:
+    """Variables, files, environment and processes of one are absent in the other."""
+    left, right = await open_session(client), await open_session(client)
+    plant = (
+        "import os, sys\nsecret = 'left'\n"
+        "for name in ('left', '/tmp/left'): open(name, 'w').close()\n"
+        "os.environ['LEFT'] = '1'\nsys.modules['leftmodule'] = sys"
+    )
+    assert (await cell(client, left, plant))["status"] == "ok"
+    look = (
+        "import os, sys\n('secret' in globals(), os.path.exists('left'),"
+        " os.path.exists('/tmp/left'), 'LEFT' in os.environ, 'leftmodule' in sys.modules)"
+    )
+    assert (await cell(client, right, look))["result"] == str((False,) * 5)
+    signals = (
+        "import os\ndef reach(pid):\n    try: os.kill(pid, 0)\n"
+        "    except OSError: return False\n    return True\n"
+        "sum(reach(pid) for pid in range(2, 2000)) <= 4"
+    )
+    assert (await cell(client, right, signals))["result"] == "True"
+    assert (await cell(client, left, "secret"))["result"] == "'left'"
+
+
+async def test_an_ended_session_is_gone_with_a_reason_and_an_unknown_one_is_not_found(
+    client: httpx.AsyncClient,
+) -> None:
+    session = await open_session(client)
+    assert (await client.delete(f"/v1/sessions/{session}")).status_code == 204
+    gone = await client.post(f"/v1/sessions/{session}/execute", json={"code": "1"})
+    assert gone.status_code == 410 and "ended by its owner" in gone.json()["error"]["message"]
+    unknown = await client.get(f"/v1/sessions/{'0' * 32}")
+    assert unknown.status_code == 404
+    assert (await client.get("/v1/sessions/nonsense")).status_code == 422
+
+
+async def test_the_longest_idle_session_makes_room_and_is_told(
+    client: httpx.AsyncClient, service: ToolService
+) -> None:
+    cap = service.settings.max_sessions
+    opened = [await open_session(client) for _ in range(cap + 1)]
+    assert len(service.sessions) == cap
+    evicted = await client.get(f"/v1/sessions/{opened[0]}")
+    assert evicted.status_code == 410 and "cap" in evicted.json()["error"]["message"]
+    assert (await cell(client, opened[-1], "1"))["result"] == "1"
+
+
+async def test_an_idle_session_expires(client: httpx.AsyncClient, service: ToolService) -> None:
+    session = await open_session(client, ttl_s=0.01)
+    while session in service.sessions:
+        await asyncio.sleep(0.05)
+    gone = await client.get(f"/v1/sessions/{session}")
+    assert gone.status_code == 410 and "idle" in gone.json()["error"]["message"]
+
+
+async def test_a_huge_representation_is_cut(client: httpx.AsyncClient) -> None:
+    session = await open_session(client)
+    body = await cell(client, session, "'x' * 10**6")
+    assert len(str(body["result"])) == 10_000
+    broken = await cell(client, session, "class A:\n    def __repr__(self): raise OSError\nA()")
+    assert broken["result"] == "<repr raised OSError>"
