@@ -2,7 +2,8 @@
 
 Runs SmolLM2-135M's shapes with random weights on the CPU (or `--device cuda`) and prints ratios;
 the variants are interleaved, because seconds on a shared machine mean little. `naive` is what one
-would write first: `h + sigma * torch.randn_like(h)` in the same hooks, sigma learned as well.
+would write first: `h + sigma * torch.randn_like(h)` in the same hooks, sigma learned as well. Where
+other processes compete for the cores, read the CPU seconds of `--threads 1`, not the wall time.
 
     python benchmarks/perturbed_forward.py [--rounds 7] [--batch 16] [--tokens 96] [--padding 0.0]
 """
@@ -88,12 +89,23 @@ def make_batch(args: argparse.Namespace) -> tuple[Tensor, Tensor]:
     return tokens.to(args.device), mask.to(args.device)
 
 
-def time_call(call: Callable[[], None], device: str) -> float:
-    start = time.perf_counter()
+def time_call(call: Callable[[], None], device: str) -> tuple[float, float]:
+    """(wall seconds, CPU seconds of all threads)."""
+    wall, cpu = time.perf_counter(), time.process_time()
     call()
     if device != "cpu":
         torch.cuda.synchronize()
-    return time.perf_counter() - start
+    return time.perf_counter() - wall, time.process_time() - cpu
+
+
+def print_table(title: str, seconds: dict[str, list[float]]) -> None:
+    """Median and minimum of each variant, and their ratios to the clean model's."""
+    clean = seconds["clean"]
+    print(f"{title:12} {'median s':>9} {'min s':>8} {'ratio of medians':>17} {'of minima':>10}")
+    for name, values in seconds.items():
+        median, best = statistics.median(values), min(values)
+        by_median, by_best = median / statistics.median(clean), best / min(clean)
+        print(f"  {name:10} {median:9.3f} {best:8.3f} {by_median:17.3f} {by_best:10.3f}")
 
 
 def main() -> None:
@@ -102,8 +114,11 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--tokens", type=int, default=96)
     parser.add_argument("--padding", type=float, default=0.0, help="share of padded tokens")
+    parser.add_argument("--threads", type=int, help="default: PyTorch's")
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
+    if args.threads:
+        torch.set_num_threads(args.threads)
     tokens, mask = make_batch(args)
     models, perturbations = build_models(args.device)
     sample_ids = torch.arange(args.batch, device=args.device)
@@ -119,19 +134,17 @@ def main() -> None:
             logits = models[name](tokens, attention_mask=mask, use_cache=False).logits
             nn.functional.cross_entropy(logits.flatten(0, 1), tokens.flatten()).backward()
 
-    seconds: dict[str, list[float]] = {name: [] for name in models}
+    wall: dict[str, list[float]] = {name: [] for name in models}
+    cpu: dict[str, list[float]] = {name: [] for name in models}
     for round_number in range(args.rounds + 1):  # the first round warms up
         for name in models:
-            elapsed = time_call(partial(step, name, round_number), args.device)
+            wall_s, cpu_s = time_call(partial(step, name, round_number), args.device)
             if round_number > 0:
-                seconds[name].append(elapsed)
-    clean = seconds["clean"]
+                wall[name].append(wall_s)
+                cpu[name].append(cpu_s)
     print(f"{torch.get_num_threads()} threads, {args.batch} x {args.tokens} tokens, bfloat16")
-    print(f"{'variant':8} {'median s':>9} {'min s':>8} {'ratio of medians':>17} {'of minima':>10}")
-    for name, values in seconds.items():
-        median, best = statistics.median(values), min(values)
-        by_median, by_best = median / statistics.median(clean), best / min(clean)
-        print(f"{name:8} {median:9.3f} {best:8.3f} {by_median:17.3f} {by_best:10.3f}")
+    print_table("wall time", wall)
+    print_table("CPU time", cpu)
 
 
 if __name__ == "__main__":

@@ -74,7 +74,7 @@ def calibrate_sigma0(
         perturbed_kl: sigma -> KL of perturbed against clean. Use the same noise at every call
             (one `update` number), which makes it smooth in sigma.
         target_kl: > 0, the mismatch to cover.
-        sigma_min: > 0 or 0, lower bound of the answer.
+        sigma_min: >= 0, lower bound of the answer; 0 is searched down to 1e-9 * sigma_max.
         sigma_max: upper bound of the answer.
         start: first guess.
         tolerance: relative error of the KL that ends the search.
@@ -110,6 +110,11 @@ def calibrate_sigma0(
     )
 
 
+# One step changes sigma by a factor of 100 at most: a KL of zero, which noise below the model's
+# rounding gives, says nothing about the distance.
+_MAX_LOG_STEP = math.log(100)
+
+
 class _Search:
     """Bracketed secant search for log KL(log sigma) = log target. Points are (sigma, kl)."""
 
@@ -143,8 +148,7 @@ class _Search:
     def propose(self) -> float:
         sigma, kl = self.points[-1]
         step = -self._excess(kl) / self._slope()
-        # A KL of zero (noise below rounding) says nothing about distance: go up by a decade.
-        guess = sigma * math.exp(min(max(step, -math.log(100)), math.log(100)))
+        guess = sigma * math.exp(min(max(step, -_MAX_LOG_STEP), _MAX_LOG_STEP))
         below = [s for s, k in self.points if k < self.target_kl]
         above = [s for s, k in self.points if k >= self.target_kl]
         low = max(below, default=self.low)

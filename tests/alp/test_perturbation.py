@@ -88,24 +88,28 @@ def test_the_global_random_state_is_not_touched(build_model, settings):
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_the_first_layer_receives_its_input_plus_sigma_times_keyed_noise(build_model, settings):
+def test_every_layer_receives_its_input_plus_sigma_times_its_keyed_noise(
+    family, build_model, settings
+):
     """Sample 8's real tokens are columns 2..5 and have positions 0..3; the padding stays clean."""
-    model = build_model()
+    model = build_model(family).double()
+    before = record_layer_inputs(model)
     perturbation = attach(model, settings(sigma0=0.25))
-    inputs = record_layer_inputs(model)
+    after = record_layer_inputs(model)
     with on(perturbation, update=5):
         model(TOKENS, attention_mask=MASK)
-    keys = row_keys(
-        seed=7,
-        update=5,
-        layer=0,
-        sample_ids=torch.tensor([3] * 6 + [8] * 4),
-        positions=torch.tensor([0, 1, 2, 3, 4, 5, 0, 1, 2, 3]),
-    )
-    expected = model.get_input_embeddings()(TOKENS).detach()
-    expected[MASK.bool()] += 0.25 * standard_normal(keys, 24)
-    torch.testing.assert_close(inputs[0], expected, rtol=1e-6, atol=1e-6)
-    assert torch.equal(inputs[0][1, :2], expected[1, :2])
+    for layer in range(3):
+        keys = row_keys(
+            seed=7,
+            update=5,
+            layer=layer,
+            sample_ids=torch.tensor([3] * 6 + [8] * 4),
+            positions=torch.tensor([0, 1, 2, 3, 4, 5, 0, 1, 2, 3]),
+        )
+        expected = torch.zeros(2, 6, 24, dtype=torch.float64)
+        expected[MASK.bool()] = 0.25 * standard_normal(keys, 24).double()
+        torch.testing.assert_close(after[layer] - before[layer], expected, rtol=0, atol=1e-12)
+        assert torch.equal(after[layer][1, :2], before[layer][1, :2])
 
 
 def test_only_selected_layers_are_perturbed(build_model, settings):
