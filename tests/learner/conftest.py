@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import socket
+import dataclasses
+import os
+import subprocess
+import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -59,8 +63,8 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def service_keys(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("OPENRLHF_ALP_ROLLOUT_API_KEY", "api-key-of-a-test")
-    monkeypatch.setenv("OPENRLHF_ALP_ROLLOUT_ADMIN_KEY", "admin-key-of-a-test")
+    for name, key in KEYS.items():
+        monkeypatch.setenv(name, key)
 
 
 @pytest.fixture
@@ -92,16 +96,57 @@ def parse(tiny_model: Path, tmp_path: Path) -> Callable[..., SimpleNamespace]:
     return parse_flags
 
 
-@contextlib.contextmanager
-def single_rank() -> Iterator[None]:
-    """One gloo rank in this process, taken down afterwards."""
-    import torch.distributed as dist
+API_KEY = "api-key-of-a-test"
+ADMIN_KEY = "admin-key-of-a-test"
+KEYS = {"OPENRLHF_ALP_ROLLOUT_API_KEY": API_KEY, "OPENRLHF_ALP_ROLLOUT_ADMIN_KEY": ADMIN_KEY}
+START_S = 240.0
 
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        port = sock.getsockname()[1]
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=0, world_size=1)
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Service:
+    """A rollout service in its own process."""
+
+    url: str
+    process: subprocess.Popen
+    log: Path
+
+
+@contextlib.contextmanager
+def rollout_service(model: Path, folder: Path, *flags: str) -> Iterator[Service]:
+    """`python -m services.rollout` on a free port, ended with the block."""
+    url_file, log = folder / "url", folder / "rollout.log"
+    command = [
+        *(sys.executable, "-m", "services.rollout", "--model", str(model)),
+        *("--port", "0", "--url-file", str(url_file), "--max-model-len", "256", *flags),
+    ]
+    with log.open("w") as output:
+        process = subprocess.Popen(
+            command, env={**os.environ, **KEYS}, stdout=output, stderr=subprocess.STDOUT
+        )
     try:
-        yield
+        give_up_s = time.monotonic() + START_S
+        while not url_file.exists():
+            assert process.poll() is None and time.monotonic() < give_up_s, log.read_text()[-3000:]
+            time.sleep(0.2)
+        yield Service(url=url_file.read_text().strip(), process=process, log=log)
     finally:
-        dist.destroy_process_group()
+        process.terminate()
+        try:
+            process.wait(timeout=30)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+@pytest.fixture(scope="session")
+def hf_service(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    """Plain Hugging Face engine: starts in seconds, exact log-probs."""
+    folder = tmp_path_factory.mktemp("hf-service")
+    with rollout_service(tiny_model, folder, "--engine", "hf") as service:
+        yield service
+
+
+@pytest.fixture
+def start_service() -> Callable[..., contextlib.AbstractContextManager[Service]]:
+    """For a test that ends its service itself."""
+    return rollout_service

@@ -1,0 +1,85 @@
+"""What is wrong with model or service is found before Ray starts."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from openrlhf_alp.clients.errors import ContractMismatch, ServiceError, Unauthorized
+from openrlhf_alp.learner.preflight import check_model, check_services
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+Parse = Callable[..., SimpleNamespace]
+
+
+def test_a_missing_model_is_an_error_that_says_where_it_looked(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"nowhere: no config\.json there"):
+        check_model(str(tmp_path / "nowhere"))
+
+
+def test_no_model_at_all_names_the_flag() -> None:
+    with pytest.raises(ValueError, match=r"--actor\.model_name_or_path is missing"):
+        check_model(None)
+
+
+def test_a_folder_without_tokenizer_is_refused(tmp_path: Path, tiny_model: Path) -> None:
+    shutil.copy(tiny_model / "config.json", tmp_path)
+    with pytest.raises(ValueError, match="cannot load its tokenizer"):
+        check_model(str(tmp_path))
+
+
+@pytest.mark.e2e
+def test_the_same_model_on_both_sides_passes(
+    parse: Parse, service_keys: None, hf_service: Any
+) -> None:
+    args = parse("--rollout.service_urls", hf_service.url, "--data.max_len", "128")
+    check_services(args, check_model(args.actor.model_name_or_path))
+
+
+@pytest.mark.e2e
+def test_another_chat_template_is_named(
+    parse: Parse, service_keys: None, hf_service: Any, tiny_model: Path, tmp_path: Path
+) -> None:
+    other = shutil.copytree(tiny_model, tmp_path / "other")
+    for file in (other / "chat_template.jinja", other / "tokenizer_config.json"):
+        if file.suffix == ".jinja":
+            file.write_text("{{ messages }}")
+        else:
+            file.write_text(json.dumps({**json.loads(file.read_text()), "model_max_length": 9}))
+    args = parse(
+        *("--rollout.service_urls", hf_service.url, "--data.max_len", "128"),
+        *("--actor.model_name_or_path", str(other)),
+    )
+    with pytest.raises(ContractMismatch, match=r"chat_template_hash: learner .*Fix:"):
+        check_services(args, check_model(str(other)))
+
+
+@pytest.mark.e2e
+def test_a_context_that_is_too_short_is_named(
+    parse: Parse, service_keys: None, hf_service: Any
+) -> None:
+    args = parse("--rollout.service_urls", hf_service.url, "--data.max_len", "4096")
+    with pytest.raises(ContractMismatch, match="max_model_len: learner needs 4096"):
+        check_services(args, check_model(args.actor.model_name_or_path))
+
+
+@pytest.mark.e2e
+def test_a_wrong_key_is_named(
+    parse: Parse, service_keys: None, hf_service: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OPENRLHF_ALP_ROLLOUT_API_KEY", "not-the-right-key")
+    args = parse("--rollout.service_urls", hf_service.url, "--data.max_len", "128")
+    with pytest.raises(Unauthorized):
+        check_services(args, check_model(args.actor.model_name_or_path))
+
+
+def test_an_unreachable_service_is_named(parse: Parse, service_keys: None) -> None:
+    args = parse("--rollout.service_urls", "http://127.0.0.1:9", "--rollout.ready_timeout_s", "0.5")
+    with pytest.raises(ServiceError, match=r"http://127\.0\.0\.1:9"):
+        check_services(args, check_model(args.actor.model_name_or_path))

@@ -1,0 +1,102 @@
+"""Prompts become episodes over a real service, and exactly the dictionary OpenRLHF reads."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import AsyncIterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from transformers import AutoTokenizer
+
+from openrlhf_alp.learner.config import ServiceConfig
+from openrlhf_alp.learner.rollout_engine import RolloutEngine
+from openrlhf_alp.rewards.protocol import RewardResult, RewardUnavailable
+
+pytestmark = [pytest.mark.e2e, pytest.mark.filterwarnings("ignore")]
+
+SERVICE = ServiceConfig(urls=(), request_timeout_s=60.0, ready_timeout_s=60.0, metrics_jsonl=None)
+SAMPLING = SimpleNamespace(temperature=1.0, top_p=1.0, top_k=-1, max_tokens=6, min_tokens=1)
+PROMPT = "What is 3 + 4?"
+
+
+class LengthReward:
+    """Scores the answer's length; fails on the answers it is told to."""
+
+    def __init__(self, failures: int = 0) -> None:
+        self.failures = failures
+
+    async def score(self, *, prompt: str, response: str, label: str) -> RewardResult:
+        if self.failures > 0:
+            self.failures -= 1
+            raise RewardUnavailable(reason="timeout", detail="no answer in 1 s")
+        return RewardResult(value=float(len(response)), detail={"answered": 1.0})
+
+
+@pytest.fixture
+async def engine(hf_service: Any) -> AsyncIterator[RolloutEngine]:
+    engine = RolloutEngine(
+        url=hf_service.url,
+        api_key="api-key-of-a-test",
+        admin_key="admin-key-of-a-test",
+        service=SERVICE,
+        reward_urls=["math-verify"],
+    )
+    engine.reward = LengthReward()
+    yield engine
+    await engine.client.aclose()
+
+
+async def generate(engine: RolloutEngine, model: Path, **kwargs: Any) -> list[dict[str, Any]]:
+    arguments = {
+        "prompt": PROMPT,
+        "label": "7",
+        "sampling_params": SAMPLING,
+        "max_length": 64,
+        "hf_tokenizer": AutoTokenizer.from_pretrained(model),
+        "num_samples": 3,
+    }
+    return await engine.generate_responses(**{**arguments, **kwargs})
+
+
+async def test_a_prompt_gives_exactly_n_responses(engine: RolloutEngine, tiny_model: Path) -> None:
+    responses = await generate(engine, tiny_model)
+    prompt_ids = AutoTokenizer.from_pretrained(tiny_model)(PROMPT)["input_ids"]
+    assert len(responses) == 3
+    for response in responses:
+        tokens = response["observation_tokens"]
+        assert tokens[: len(prompt_ids)] == prompt_ids
+        assert response["action_ranges"] == [(len(prompt_ids), len(tokens))]
+        logprobs = response["rollout_log_probs"]
+        assert len(logprobs) == len(tokens)
+        assert set(logprobs[: len(prompt_ids)]) == {0.0}
+        assert all(value < 0 for value in logprobs[len(prompt_ids) :])
+        assert (response["prompt"], response["label"]) == (PROMPT, "7")
+    assert len({tuple(response["extra_logs"]) for response in responses}) == 1
+    assert engine.get_num_unfinished_requests() == 0
+
+
+async def test_one_failed_reward_drops_the_whole_group_and_is_counted(
+    engine: RolloutEngine, tiny_model: Path
+) -> None:
+    engine.reward = LengthReward(failures=1)
+    assert await generate(engine, tiny_model) == []
+    assert Counter(engine.take_dropped_groups()) == {"timeout": 1}
+    assert engine.take_dropped_groups() == {}
+
+
+async def test_a_prompt_without_room_for_an_answer_is_dropped_by_name(
+    engine: RolloutEngine, tiny_model: Path
+) -> None:
+    assert await generate(engine, tiny_model, max_length=5) == []
+    assert engine.take_dropped_groups() == {"prompt_too_long": 1}
+
+
+async def test_answers_fill_the_context_when_no_limit_is_given(
+    engine: RolloutEngine, tiny_model: Path
+) -> None:
+    unlimited = SimpleNamespace(**{**vars(SAMPLING), "max_tokens": None})
+    responses = await generate(engine, tiny_model, sampling_params=unlimited, max_length=24)
+    assert max(len(response["observation_tokens"]) for response in responses) <= 24

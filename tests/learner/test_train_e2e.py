@@ -1,0 +1,122 @@
+"""Whole runs: OpenRLHF's loop on Ray and DeepSpeed, rollouts from a service in its own process."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from safetensors import safe_open
+
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
+
+KEYS = {
+    "OPENRLHF_ALP_ROLLOUT_API_KEY": "api-key-of-a-test",
+    "OPENRLHF_ALP_ROLLOUT_ADMIN_KEY": "admin-key-of-a-test",
+}
+RUN_S = 400
+PROMPTS_PER_STEP = 2
+
+
+def command(
+    model: Path, folder: Path, url: str, *, steps: int, flags: tuple[str, ...]
+) -> list[str]:
+    data = folder / "train.jsonl"
+    rows = [{"input": f"What is {i} + 1?", "label": str(i + 1)} for i in range(steps * 2)]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return [
+        *(sys.executable, "-m", "openrlhf_alp.cli.train_ppo_ray"),
+        *("--actor.model_name_or_path", str(model), "--actor.num_gpus_per_node", "1"),
+        *("--rollout.service_urls", url, "--data.max_len", "128", "--rollout.max_new_tokens", "6"),
+        *("--data.prompt_dataset", str(data), "--data.input_key", "input"),
+        *("--data.label_key", "label", "--data.apply_chat_template"),
+        *("--rollout.batch_size", str(PROMPTS_PER_STEP), "--rollout.n_samples_per_prompt", "2"),
+        *("--rollout.micro_batch_size", "2", "--train.batch_size", "4"),
+        *("--train.micro_batch_size", "2", "--algo.advantage.estimator", "group_norm"),
+        *("--algo.kl.init_coef", "0", "--actor.adam.lr", "1e-3"),
+        *("--ckpt.path", str(folder / "checkpoints"), "--ckpt.output_dir", str(folder / "export")),
+        *("--logger.metrics_jsonl", str(folder / "metrics.jsonl")),
+        *flags,
+    ]
+
+
+def start(arguments: list[str], log: Path) -> subprocess.Popen:
+    environment = {**os.environ, **KEYS, "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
+    with log.open("w") as output:
+        return subprocess.Popen(arguments, env=environment, stdout=output, stderr=subprocess.STDOUT)
+
+
+def finish(process: subprocess.Popen, log: Path) -> tuple[int, str, list[psutil.Process]]:
+    """Exit status, output, and what is left of the processes it had started."""
+    started: dict[int, psutil.Process] = {}
+    give_up_s = time.monotonic() + RUN_S
+    while process.poll() is None and time.monotonic() < give_up_s:
+        for child in psutil.Process(process.pid).children(recursive=True):
+            started.setdefault(child.pid, child)
+        time.sleep(0.5)
+    if process.poll() is None:
+        process.terminate()
+    status = process.wait(timeout=60)
+    _, alive = psutil.wait_procs(started.values(), timeout=20)
+    return status, log.read_text(), [p for p in alive if p.is_running()]
+
+
+def metrics(folder: Path) -> list[dict[str, float]]:
+    file = folder / "metrics.jsonl"
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+
+@pytest.mark.parametrize("method", ["token-alp", "seq-alp"])
+def test_a_run_trains_pushes_and_exports_a_clean_model(
+    tiny_model: Path, hf_service: Any, tmp_path: Path, method: str
+) -> None:
+    flags = ("--alp.enable", "--alp.method", method, "--alp.sigma0", "0.01")
+    arguments = command(tiny_model, tmp_path, hf_service.url, steps=2, flags=flags)
+    log = tmp_path / "train.log"
+    status, output, left = finish(start(arguments, log), log)
+    assert status == 0, output[-4000:]
+    assert not left
+    steps = metrics(tmp_path)
+    assert [step["global_step"] for step in steps] == [1, 2]
+    # The first push makes the service's weights the learner's; each step adds one.
+    first, second = (step["rollout/policy_version"] for step in steps)
+    assert second == first + 1 >= 2
+    assert all(step["alp/num_tokens"] > 0 and step["rollout/num_samples"] == 4 for step in steps)
+    with safe_open(tmp_path / "export" / "model.safetensors", framework="pt") as exported:
+        assert not [name for name in exported.keys() if "alp" in name]  # noqa: SIM118
+
+
+def test_a_service_that_dies_in_a_step_ends_the_run_with_its_name(
+    tiny_model: Path, tmp_path: Path, start_service: Any
+) -> None:
+    with start_service(tiny_model, tmp_path, "--engine", "hf") as service:
+        flags = ("--alp.enable", "--alp.sigma0", "0.01", "--rollout.request_timeout_s", "3")
+        arguments = command(tiny_model, tmp_path, service.url, steps=200, flags=flags)
+        log = tmp_path / "train.log"
+        process = start(arguments, log)
+        give_up_s = time.monotonic() + RUN_S
+        while not metrics(tmp_path) and process.poll() is None and time.monotonic() < give_up_s:
+            time.sleep(0.2)
+        service.process.kill()
+        status, output, left = finish(process, log)
+    assert metrics(tmp_path), output[-4000:]
+    assert status == 1
+    assert not left
+    assert "error: training stopped: ServiceUnavailable" in output
+    assert service.url in output[-2000:]
+
+
+def test_wrong_flags_end_with_status_2_and_start_nothing(tiny_model: Path, tmp_path: Path) -> None:
+    flags = ("--alp.enable", "--rollout.top_p", "0.9")
+    arguments = command(tiny_model, tmp_path, "http://127.0.0.1:9", steps=1, flags=flags)
+    log = tmp_path / "train.log"
+    status, output, left = finish(start(arguments, log), log)
+    assert status == 2 and not left
+    assert "error: --rollout.top_p is 0.9" in output
+    assert not (tmp_path / "metrics.jsonl").exists()
