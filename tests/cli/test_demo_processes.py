@@ -1,0 +1,54 @@
+import sys
+from pathlib import Path
+
+import pytest
+
+from openrlhf_alp.cli.demo_processes import ProcessFailedError, ProcessGuard, tail
+
+
+def python(code: str) -> list[str]:
+    return [sys.executable, "-c", code]
+
+
+def test_a_child_gets_its_environment_and_writes_to_its_log(tmp_path):
+    log = tmp_path / "log"
+    with ProcessGuard() as guard:
+        child = guard.start(
+            "A child",
+            python("import os; print(os.environ['SECRET'])"),
+            log=log,
+            environment={"SECRET": "42"},
+            grace_s=1.0,
+        )
+        guard.wait(child)
+    assert log.read_text() == "42\n"
+
+
+def test_a_child_that_ignores_sigterm_is_killed_when_its_grace_is_over(tmp_path):
+    log = tmp_path / "log"
+    code = "import signal; signal.signal(15, signal.SIG_IGN); print(1, flush=True); signal.pause()"
+    with ProcessGuard() as guard:
+        child = guard.start("A child", python(code), log=log, environment={}, grace_s=0.1)
+        while not log.read_text():
+            assert child.is_running
+    assert child.process.returncode == -9
+
+
+def test_a_failed_child_is_explained_by_status_log_and_place_to_look(tmp_path):
+    log = tmp_path / "log"
+    with ProcessGuard() as guard:
+        code = "import sys; print('line', end=''); sys.exit(3)"
+        child = guard.start("Training", python(code), log=log, environment={}, grace_s=1.0)
+        with pytest.raises(ProcessFailedError) as caught:
+            guard.wait(child)
+    message = str(caught.value)
+    assert message.startswith("Training ended with exit status 3. Last lines of")
+    assert "\n\nline\n\n" in message
+    assert message.endswith(f"first error in {log}, above these lines.")
+
+
+def test_only_the_last_lines_of_a_long_log_are_shown(tmp_path: Path):
+    log = tmp_path / "log"
+    log.write_bytes(b"\xff broken\n" * 100_000 + b"first\nsecond\n")
+    assert tail(log, num_lines=2) == "first\nsecond"
+    assert tail(tmp_path / "absent") == "(no output)"

@@ -1,0 +1,69 @@
+import importlib.util
+import inspect
+from pathlib import Path
+
+import pytest
+
+from openrlhf_alp.alp import METHODS as ALL_METHODS
+from openrlhf_alp.cli.demo_recipe import METHODS, Recipe, service_command, train_command
+from openrlhf_alp.learner import config
+from services.rollout.settings import RolloutSettings
+
+
+@pytest.fixture
+def command() -> list[str]:
+    recipe = Recipe(
+        model=Path("/models/m"),
+        train_data=Path("/runs/demo/task/train.jsonl"),
+        run_folder=Path("/runs/demo"),
+        service_url="http://127.0.0.1:1",
+        method="token-alp",
+        seed=7,
+    )
+    return train_command(recipe)
+
+
+def value(command: list[str], flag: str) -> str:
+    return command[command.index(flag) + 1]
+
+
+def test_every_flag_is_one_that_training_takes(command):
+    spec = importlib.util.find_spec("openrlhf")
+    assert spec is not None and spec.submodule_search_locations
+    upstream = Path(spec.submodule_search_locations[0]) / "cli" / "train_ppo_ray.py"
+    known = upstream.read_text().replace("{prefix}", "actor") + inspect.getsource(config)
+    flags = [argument for argument in command if argument.startswith("--")]
+    assert len(flags) > 25
+    assert [flag for flag in flags if f'"{flag}"' not in known] == []
+
+
+def test_no_flag_is_given_twice(command):
+    flags = [argument for argument in command if argument.startswith("--")]
+    assert len(flags) == len(set(flags))
+
+
+def test_a_step_is_one_update_on_all_its_samples(command):
+    prompts = int(value(command, "--rollout.batch_size"))
+    samples = int(value(command, "--rollout.n_samples_per_prompt"))
+    assert int(value(command, "--train.batch_size")) == prompts * samples == 64
+
+
+def test_what_the_user_chose_reaches_training(command):
+    assert value(command, "--alp.method") == "token-alp"
+    assert value(command, "--train.seed") == value(command, "--alp.seed") == "7"
+    assert value(command, "--rollout.service_urls") == "http://127.0.0.1:1"
+    assert value(command, "--logger.metrics_jsonl") == "/runs/demo/metrics.jsonl"
+    assert command[command.index("--alp.enable") + 1].startswith("--")
+    at = command.index("--actor.adam.betas")
+    assert command[at + 1 : at + 3] == ["0.9", "0.95"]
+
+
+def test_every_method_of_the_demo_exists():
+    assert set(METHODS) <= ALL_METHODS.keys()
+
+
+def test_every_flag_of_the_service_is_one_of_its_settings():
+    command = service_command(model=Path("/m"), url_file=Path("/u"), seed=1)
+    flags = {flag.removeprefix("--").replace("-", "_") for flag in command if flag[:2] == "--"}
+    assert flags <= RolloutSettings.model_fields.keys()
+    assert value(command, "--host") == "127.0.0.1"

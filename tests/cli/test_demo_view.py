@@ -1,0 +1,80 @@
+import io
+
+import pytest
+from rich.console import Console
+
+from openrlhf_alp.cli.demo_accuracy import Accuracy
+from openrlhf_alp.cli.demo_view import DemoView, describe, reward_at_edges
+from openrlhf_alp.data.addition import AdditionRow
+from openrlhf_alp.report.metrics import REWARD, StepMetrics
+
+ROW = AdditionRow(question="What is 3 + 4?", label="7")
+
+
+def steps_with(*rewards: float) -> list[StepMetrics]:
+    return [
+        StepMetrics(step=number, values={REWARD: reward})
+        for number, reward in enumerate(rewards, start=1)
+    ]
+
+
+def accuracy(greedy: float, sampled: float, answer: str, num_not_scored: int = 0) -> Accuracy:
+    return Accuracy(
+        greedy=greedy,
+        sampled=sampled,
+        num_not_scored=num_not_scored,
+        greedy_answers=(answer,),
+    )
+
+
+def test_a_step_is_described_by_reward_ratio_and_speed():
+    """exp(0.0953) = 1.100; 64 answers of 10 tokens in 4 s are 160 tokens a second."""
+    step = StepMetrics(
+        step=1,
+        values={
+            REWARD: 0.25,
+            "alp/log_ratio_p99": 0.0953,
+            "rollout/num_samples": 64.0,
+            "rollout/response_length_mean": 10.0,
+            "timing/generation": 4.0,
+        },
+    )
+    assert describe(step) == "reward 0.25  ratio P99 1.100  160 tokens/s"
+
+
+def test_a_metric_that_is_missing_is_shown_as_missing():
+    assert describe(StepMetrics(step=1, values={})) == "reward -  ratio P99 -  - tokens/s"
+
+
+def test_first_and_last_rewards_are_means_of_three_steps():
+    edges = reward_at_edges(steps_with(0.0, 0.1, 0.2, 0.9, 0.4, 0.5, 0.6))
+    assert edges == (pytest.approx(0.1), pytest.approx(0.5))
+
+
+def test_too_few_steps_have_no_first_and_last():
+    assert reward_at_edges(steps_with(0.0, 0.1, 0.2, 0.3, 0.4)) is None
+
+
+def test_results_show_both_shares_the_change_and_a_real_answer():
+    output = io.StringIO()
+    view = DemoView(Console(file=output, width=100))
+    before, after = accuracy(0.25, 0.1, "[8]", num_not_scored=2), accuracy(0.75, 0.6, "7")
+    view.results([ROW], before, after, steps_with(0, 0, 0, 1, 1, 1))
+    shown = output.getvalue()
+    rows = [line.split("\u2502") for line in shown.splitlines() if "\u2502" in line]
+    cells = [[cell.strip() for cell in row[1:-1]] for row in rows]
+    assert ["1 held-out sums, greedy", "25%", "75%", "+50 points"] in cells
+    assert ["1 held-out sums, temperature 1", "10%", "60%", "+50 points"] in cells
+    assert ["training reward, first and last 3 steps", "0%", "100%", "+100 points"] in cells
+    assert ["What is 3 + 4?", "[8]", "7"] in cells
+    assert "2 held-out answers could not be scored" in shown
+
+
+def test_a_terminal_gets_a_bar_that_ends_full():
+    output = io.StringIO()
+    view = DemoView(Console(file=output, width=120, force_terminal=True, color_system=None))
+    with view.training(2) as on_step:
+        for step in steps_with(0.5, 1.0):
+            on_step(step)
+    assert "2/2" in output.getvalue()
+    assert "reward 1.00" in output.getvalue()

@@ -1,0 +1,46 @@
+import subprocess
+import sys
+
+import pytest
+
+from openrlhf_alp.cli.main import COMMANDS, main
+
+
+def test_help_lists_every_command_and_points_to_training_and_services(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["--help"])
+    assert stopped.value.code == 0
+    shown = capsys.readouterr().out
+    for name, command in COMMANDS.items():
+        assert name in shown
+        assert command.help.split()[0] in shown
+    assert "openrlhf_alp.cli.train_ppo_ray --help" in shown
+    assert "services.rollout --help" in shown
+
+
+@pytest.mark.parametrize("arguments", [[], ["no-such-command"], ["demo", "--method", "grpo"]])
+def test_a_wrong_command_line_ends_with_status_2_and_usage(capsys, arguments):
+    with pytest.raises(SystemExit) as stopped:
+        main(arguments)
+    assert stopped.value.code == 2
+    assert "usage: openrlhf-alp" in capsys.readouterr().err
+
+
+def test_a_demo_without_steps_is_refused_before_anything_starts(capsys, tmp_path):
+    assert main(["demo", "--steps", "0", "--output", str(tmp_path / "run")]) == 2
+    assert "--steps 0: at least 1 step is needed" in capsys.readouterr().out
+    assert not (tmp_path / "run").exists()
+
+
+def test_help_does_not_wait_for_torch():
+    script = (
+        "import sys\n"
+        "from openrlhf_alp.cli import main\n"
+        "main.build_parser()\n"
+        "slow = {'torch', 'transformers', 'ray', 'vllm', 'openrlhf'} & sys.modules.keys()\n"
+        "sys.exit(' '.join(slow))\n"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=False
+    )
+    assert run.stderr.strip() == ""
