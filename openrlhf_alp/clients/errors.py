@@ -6,6 +6,7 @@ ServiceError                        anything below
 |- RequestRejected                  the request is wrong (4xx); sending it again cannot help
 |  `- Unauthorized                  the bearer key is missing or wrong
 |- InvalidReply                     a reply that breaks the contract (lengths, NaN, no parse)
+|  `- IncompleteReply               a body cut short on the way; the server has kept the whole
 |- ContractMismatch                 learner and server disagree on what is served
 `- WeightUpdateFailed               an update was not staged or not loaded; the old one serves
 """
@@ -45,6 +46,10 @@ class Unauthorized(RequestRejected):
 
 class InvalidReply(ServiceError):
     """The server answered something that must not be trained on."""
+
+
+class IncompleteReply(InvalidReply):
+    """The body was cut short on the way; asking again under the same id gets the whole."""
 
 
 class ContractMismatch(ServiceError):

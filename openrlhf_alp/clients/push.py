@@ -12,7 +12,13 @@ from openrlhf_alp.clients.errors import WeightUpdateFailed
 from openrlhf_alp.clients.http import Timeouts
 from openrlhf_alp.clients.rollout import RolloutClient
 from openrlhf_alp.clients.weights import NamedTensors, WrittenWeights, write_weights
-from services.rollout.schemas import CommitRequest, PauseMode, PrepareRequest, WeightsStatus
+from services.rollout.schemas import (
+    CommitRequest,
+    Contract,
+    PauseMode,
+    PrepareRequest,
+    WeightsStatus,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -54,6 +60,7 @@ class WeightPusher:
         self._make_client = make_client or (
             lambda: RolloutClient(urls, api_key=api_key, admin_key=admin_key, timeouts=timeouts)
         )
+        self._weights_dir: Path | None = None
 
     def push(self, named_tensors: NamedTensors, *, pause: PauseMode = "keep") -> PushResult:
         """Write, prepare everywhere, commit everywhere. Must be called outside an event loop.
@@ -62,22 +69,26 @@ class WeightPusher:
         servers have already are not written.
 
         Raises:
-            WeightUpdateFailed: a server did not stage or load the update. When staging failed
-                nothing was committed anywhere.
-            ServiceUnavailable: a server does not answer.
+            WeightUpdateFailed: a server refused the update, and nothing changed anywhere; or no
+                server serves it. A server that did not answer misses the update and is stale.
+            ServiceUnavailable: on the first push, a server does not answer.
         """
-        return asyncio.run(self._push(named_tensors, pause))
+        return asyncio.run(self.push_async(named_tensors, pause=pause))
 
-    async def _push(self, named_tensors: NamedTensors, pause: PauseMode) -> PushResult:
+    async def push_async(
+        self, named_tensors: NamedTensors, *, pause: PauseMode = "keep"
+    ) -> PushResult:
+        """As `push`, inside an event loop. Writing the files blocks that loop."""
         async with self._make_client() as client:
-            contract = await client.contract()
-            statuses = await client.weights()
+            if self._weights_dir is None:
+                self._weights_dir = _shared_folder(await client.contracts())
+            statuses = await client.reachable_weights()
             base_version = _common_version(statuses)
             version = max(status.version for status in statuses) + 1
             started_s = time.perf_counter()
             # Gathering shards may block on other ranks; nothing else runs in this loop meanwhile.
             written = write_weights(
-                Path(contract.weights_dir),
+                self._weights_dir,
                 f"update-{version}-{uuid.uuid4().hex[:8]}",
                 named_tensors,
                 statuses[0].tensors,
@@ -120,6 +131,16 @@ async def _prepare(
     except WeightUpdateFailed:
         await client.abort_weights()
         raise
+
+
+def _shared_folder(contracts: Sequence[Contract]) -> Path:
+    folders = sorted({contract.weights_dir for contract in contracts})
+    if len(folders) > 1:
+        raise WeightUpdateFailed(
+            f"The servers have different weights folders ({', '.join(folders)}). Fix: start all of "
+            "them with the same --weights-dir, on a file system that the learner shares."
+        )
+    return Path(folders[0])
 
 
 def _common_version(statuses: Sequence[WeightsStatus]) -> int | None:

@@ -1,7 +1,7 @@
 """Async client of the rollout service: several servers, one set of time limits, safe retries.
 
 A generate call keeps its request_id over all attempts, so that a server can tell a retry from a new
-request. Control calls go to every server and report the failure of each.
+request. Weight updates go to every server; one that misses an update is stale and gets no traffic.
 """
 
 import asyncio
@@ -14,17 +14,20 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 import httpx
-from pydantic import BaseModel
 
+from openrlhf_alp.clients.channel import Channel
 from openrlhf_alp.clients.errors import (
+    IncompleteReply,
     InvalidReply,
     ServiceError,
     ServiceUnavailable,
     WeightUpdateFailed,
 )
+from openrlhf_alp.clients.fleet import Fleet, Server, ServerState
 from openrlhf_alp.clients.http import RETRYABLE, Backoff, Timeouts, error_of
-from services.common.wire import MSGPACK_TYPE, decode, encode, media_type_of
+from services.common.wire import MSGPACK_TYPE, encode
 from services.rollout.schemas import (
+    VERSION_HEADER,
     CommitRequest,
     CommitResponse,
     Contract,
@@ -39,30 +42,16 @@ from services.rollout.schemas import (
 
 logger = logging.getLogger(__name__)
 
-# A server that failed is asked again only after this time, or when no other is left.
-_AVOID_S = 1.0
-
-Reply = TypeVar("Reply", bound=BaseModel)
 Result = TypeVar("Result")
 
 
 @dataclass(slots=True)
-class _Server:
-    url: str
-    http: httpx.AsyncClient
-    num_outstanding: int = 0  # samples asked for and not yet answered
-    down_until_s: float = 0.0  # monotonic time before which it is only used as a last resort
-
-
 class _Retry(Exception):
     """An attempt failed in a way that another attempt may not."""
 
-    def __init__(
-        self, message: str, retry_after: str | None, *, may_be_running: bool = False
-    ) -> None:
-        super().__init__(message)
-        self.retry_after = retry_after
-        self.may_be_running = may_be_running
+    failure: ServiceError
+    retry_after: str | None = None
+    may_be_running: bool = False
 
 
 class RolloutClient:
@@ -93,23 +82,19 @@ class RolloutClient:
             raise ValueError("No rollout service URL. Fix: set --rollout.service_urls.")
         self._timeouts = timeouts or Timeouts()
         self._backoff = backoff or Backoff()
-        self._api_key = api_key
-        self._admin_key = admin_key
-        limits = httpx.Limits(max_connections=None, max_keepalive_connections=256)
-        self._background: set[asyncio.Task[None]] = set()
-        self._servers = [
-            _Server(
-                url=url.rstrip("/"),
-                http=httpx.AsyncClient(
-                    base_url=url,
-                    timeout=self._timeouts.httpx(),
-                    limits=limits,
+        self._fleet = Fleet(
+            [
+                Channel(
+                    url,
+                    api_key=api_key,
+                    admin_key=admin_key,
+                    timeouts=self._timeouts,
                     transport=transport,
-                    headers={"accept": MSGPACK_TYPE},
-                ),
-            )
-            for url in urls
-        ]
+                )
+                for url in urls
+            ]
+        )
+        self._background: set[asyncio.Task[None]] = set()
 
     async def __aenter__(self) -> "RolloutClient":
         return self
@@ -120,11 +105,15 @@ class RolloutClient:
     async def aclose(self) -> None:
         """Finish cancellations under way and close every connection."""
         await asyncio.gather(*self._background)
-        await asyncio.gather(*(server.http.aclose() for server in self._servers))
+        await asyncio.gather(*(server.channel.aclose() for server in self._fleet.servers))
 
-    @property
-    def urls(self) -> list[str]:
-        return [server.url for server in self._servers]
+    def states(self) -> dict[str, ServerState]:
+        """Health of each server by URL."""
+        return {server.channel.url: server.state for server in self._fleet.servers}
+
+    def require_version(self, version: int) -> None:
+        """From now on refuse replies of servers that serve less than `version`."""
+        self._fleet.min_version = version
 
     async def contract(self) -> Contract:
         """The contract of the first server, after checking that all servers have the same one.
@@ -133,21 +122,41 @@ class RolloutClient:
             ServiceUnavailable: a server does not answer.
             InvalidReply: two servers serve different models.
         """
-        contracts = await self._on_all(lambda s: self._get(s, "/v1/contract", Contract))
-        for server, contract in zip(self._servers, contracts, strict=True):
+        return (await self.contracts())[0]
+
+    async def contracts(self) -> list[Contract]:
+        """The contract of each server; they differ at most in version and weights_dir.
+
+        Raises: as `contract`.
+        """
+        contracts = await self._on_all(lambda c: c.get("/v1/contract", Contract))
+        first_url = self._fleet.servers[0].channel.url
+        for server, contract in zip(self._fleet.servers, contracts, strict=True):
             if contract.contract_hash != contracts[0].contract_hash:
                 raise InvalidReply(
-                    f"{server.url} and {self._servers[0].url} have different contracts. Fix: "
+                    f"{server.channel.url} and {first_url} have different contracts. Fix: "
                     "start all servers with the same model folder and flags."
                 )
-        return contracts[0]
+        return contracts
+
+    async def reachable_weights(self) -> list[WeightsStatus]:
+        """Weight state of the servers that answer; the others become stale.
+
+        Raises:
+            WeightUpdateFailed: none answers.
+        """
+        return await self._update(lambda c: c.get("/v1/weights", WeightsStatus))
 
     async def weights(self) -> list[WeightsStatus]:
-        """Weight state of each server, in the order of the URLs."""
-        return await self._on_all(lambda s: self._get(s, "/v1/weights", WeightsStatus))
+        """Weight state of each server, in the order of the URLs.
+
+        Raises:
+            ServiceUnavailable: a server does not answer.
+        """
+        return await self._on_all(lambda c: c.get("/v1/weights", WeightsStatus))
 
     async def generate(self, request: GenerateRequest) -> GenerateResponse:
-        """Sample; on a lost connection, 429, 502 or 503 try again under the same id.
+        """Sample; on a lost connection, 429 or 5xx try again under the same id.
 
         A connection lost in mid-request is tried again on the same server first, where the retry
         attaches to the run. Cancelling this call frees the slot on the server.
@@ -160,94 +169,72 @@ class RolloutClient:
         """
         body = encode(request, MSGPACK_TYPE)
         give_up_s = time.monotonic() + self._timeouts.total_s
-        server = self._best_server()
         attempt = 0
+        stay_on: Server | None = None
         while True:
+            server = stay_on or await self._choose()
             try:
+                if server is None:
+                    raise _Retry(self._all_stale())
                 return await self._attempt(server, request, body, give_up_s)
             except _Retry as retry:
                 failure = retry
             except asyncio.CancelledError:
-                self._cancel_on(server, request.request_id)
+                if server is not None:
+                    self._cancel_on(server, request.request_id)
                 raise
             attempt += 1
             delay_s = self._backoff.delay_s(attempt, failure.retry_after)
-            now_s = time.monotonic()
-            if now_s + delay_s >= give_up_s:
-                raise ServiceUnavailable(f"Gave up after {attempt} attempts. {failure}")
-            logger.warning("%s: attempt %d failed: %s", request.request_id, attempt, failure)
-            if failure.may_be_running and attempt == 1:
-                # The server may still work on it: attaching there costs nothing, elsewhere double.
+            if time.monotonic() + delay_s >= give_up_s:
+                raise ServiceUnavailable(
+                    f"Gave up after {attempt} attempts. {failure.failure}"
+                ) from failure.failure
+            logger.warning("%s: attempt %d: %s", request.request_id, attempt, failure.failure)
+            stay_on = server if failure.may_be_running and stay_on is None else None
+            if server is not None and stay_on is None:
+                self._fleet.failed(server, delay_s)
+            following = stay_on or self._fleet.best()
+            if following is None or following is server or following.state is ServerState.SUSPECT:
                 await asyncio.sleep(delay_s)
-                continue
-            server.down_until_s = now_s + max(delay_s, _AVOID_S)
-            server = self._best_server()
-            if server.down_until_s > now_s:
-                await asyncio.sleep(delay_s)
-
-    async def _attempt(
-        self, server: _Server, request: GenerateRequest, body: bytes, give_up_s: float
-    ) -> GenerateResponse:
-        server.num_outstanding += request.n
-        try:
-            response = await self._send(server, "POST", "/v1/generate", body, give_up_s)
-            if response.status_code in RETRYABLE:
-                raise _Retry(
-                    str(error_of(response, server.url)), response.headers.get("retry-after")
-                )
-            reply = self._parse(server, response, GenerateResponse)
-            _check_reply(request, reply, server.url)
-            return reply
-        except ServiceUnavailable as error:
-            lost = isinstance(error.__cause__, httpx.ReadError | httpx.RemoteProtocolError)
-            raise _Retry(str(error), None, may_be_running=lost) from error
-        finally:
-            server.num_outstanding -= request.n
-
-    def _cancel_on(self, server: _Server, request_id: str) -> None:
-        """Free the server's slot without making the cancelled caller wait for it."""
-        give_up_s = time.monotonic() + self._timeouts.connect_s
-        path = f"/v1/generate/{request_id}"
-
-        async def delete() -> None:
-            with contextlib.suppress(ServiceUnavailable):
-                await self._send(server, "DELETE", path, None, give_up_s)
-
-        task = asyncio.create_task(delete())
-        self._background.add(task)
-        task.add_done_callback(self._background.discard)
 
     async def prepare_weights(self, request: PrepareRequest) -> list[WeightsStatus]:
-        """Stage an update on every server.
+        """Stage an update on every server that answers; the others become stale.
 
         Raises:
-            WeightUpdateFailed: names every server that did not stage it.
+            WeightUpdateFailed: a server refused the update, or none answered. Nothing changed.
         """
         path = "/v1/weights/prepare"
-        return await self._control(lambda s: self._post(s, path, request, WeightsStatus))
+        return await self._update(lambda c: c.post(path, request, WeightsStatus))
 
     async def commit_weights(self, request: CommitRequest) -> list[CommitResponse]:
-        """Swap every server to the staged update; returns when all of them serve it.
+        """Swap every server that staged the update; one that fails to becomes stale.
+
+        Afterwards replies below this version are refused.
 
         Raises:
-            WeightUpdateFailed: names every server that did not load it.
+            WeightUpdateFailed: no server serves the new version.
         """
         path = "/v1/weights/commit"
-        return await self._control(lambda s: self._post(s, path, request, CommitResponse))
+        responses = await self._update(
+            lambda c: c.post(path, request, CommitResponse), refusal_is_fatal=False
+        )
+        self.require_version(request.version)
+        return responses
 
-    async def abort_weights(self) -> list[WeightsStatus]:
-        """Forget the staged update on every server."""
-        path = "/v1/weights/abort"
-        return await self._control(lambda s: self._post(s, path, None, WeightsStatus))
+    async def abort_weights(self) -> None:
+        """Forget the staged update on every server that answers."""
+        for server in self._fleet.servers:
+            with contextlib.suppress(ServiceError):
+                await server.channel.post("/v1/weights/abort", None, WeightsStatus)
 
     async def pause(self, mode: PauseMode = "keep") -> None:
         """Stop drawing tokens on every server."""
         request = PauseRequest(mode=mode)
-        await self._on_all(lambda s: self._post(s, "/v1/pause", request, Health))
+        await self._on_all(lambda c: c.post("/v1/pause", request, Health))
 
     async def resume(self) -> None:
         """Draw tokens again on every server."""
-        await self._on_all(lambda s: self._post(s, "/v1/resume", None, Health))
+        await self._on_all(lambda c: c.post("/v1/resume", None, Health))
 
     async def wait_ready(self, timeout_s: float) -> None:
         """Return when every server would serve a request.
@@ -256,85 +243,106 @@ class RolloutClient:
             ServiceUnavailable: names a server that is not ready after `timeout_s`.
         """
         give_up_s = time.monotonic() + timeout_s
-        await self._on_all(lambda server: self._wait_for(server, give_up_s))
+        await self._on_all(lambda channel: self._wait_for(channel, give_up_s))
 
-    async def _wait_for(self, server: _Server, give_up_s: float) -> None:
+    async def _wait_for(self, channel: Channel, give_up_s: float) -> None:
         while True:
             try:
-                response = await self._send(server, "GET", "/readyz", None, give_up_s)
+                response = await channel.send("GET", "/readyz", None, give_up_s)
                 if response.status_code == 200:
                     return
-                failure = error_of(response, server.url)
+                failure = error_of(response, channel.url)
             except ServiceUnavailable as error:
                 failure = error
             if time.monotonic() + self._backoff.first_s >= give_up_s:
                 raise ServiceUnavailable(f"Not ready in time. {failure}")
             await asyncio.sleep(self._backoff.first_s)
 
-    def _best_server(self) -> _Server:
-        """The one with the least outstanding samples among those not known to be down."""
-        now_s = time.monotonic()
-        return min(
-            self._servers, key=lambda s: (max(0.0, s.down_until_s - now_s), s.num_outstanding)
+    async def _choose(self) -> Server | None:
+        for server in self._fleet.due_for_probe():
+            with contextlib.suppress(ServiceError):
+                status = await server.channel.get("/v1/weights", WeightsStatus)
+                if status.state == "serving" and status.version >= self._fleet.min_version:
+                    self._fleet.readmit(server)
+        return self._fleet.best()
+
+    async def _attempt(
+        self, server: Server, request: GenerateRequest, body: bytes, give_up_s: float
+    ) -> GenerateResponse:
+        channel = server.channel
+        server.num_outstanding += request.n
+        server.num_sent += request.n
+        try:
+            response = await channel.send("POST", "/v1/generate", body, give_up_s)
+            if response.status_code in RETRYABLE:
+                retry_after = response.headers.get("retry-after")
+                raise _Retry(error_of(response, channel.url), retry_after)
+            reply = channel.parse(response, GenerateResponse)
+        except IncompleteReply as error:
+            raise _Retry(error, may_be_running=True) from error
+        except ServiceUnavailable as error:
+            lost = isinstance(error.__cause__, httpx.ReadError | httpx.RemoteProtocolError)
+            raise _Retry(error, may_be_running=lost) from error
+        finally:
+            server.num_outstanding -= request.n
+        _check_reply(request, reply, channel.url)
+        # What the server serves now: the reply itself may be a kept one of an older version.
+        serving = int(response.headers.get(VERSION_HEADER, reply.version))
+        if serving < self._fleet.min_version:
+            needed = f"serves version {serving}, needed is {self._fleet.min_version}"
+            self._fleet.mark_stale(server, needed)
+            raise _Retry(ServiceUnavailable(f"{channel.url} {needed}."))
+        return reply
+
+    def _cancel_on(self, server: Server, request_id: str) -> None:
+        """Free the server's slot without making the cancelled caller wait for it."""
+        give_up_s = time.monotonic() + self._timeouts.connect_s
+
+        async def delete() -> None:
+            with contextlib.suppress(ServiceUnavailable):
+                await server.channel.send("DELETE", f"/v1/generate/{request_id}", None, give_up_s)
+
+        task = asyncio.create_task(delete())
+        self._background.add(task)
+        task.add_done_callback(self._background.discard)
+
+    def _all_stale(self) -> ServiceUnavailable:
+        return ServiceUnavailable(
+            f"No server serves version {self._fleet.min_version} or newer. Fix: push the weights "
+            "again; a restarted server needs a full update."
         )
 
-    async def _send(
-        self, server: _Server, method: str, path: str, body: bytes | None, give_up_s: float
-    ) -> httpx.Response:
-        is_control = method == "POST" and not path.startswith("/v1/generate")
-        key = self._admin_key if is_control and self._admin_key else self._api_key
-        headers = {"authorization": f"Bearer {key}"}
-        if body is not None:
-            headers["content-type"] = MSGPACK_TYPE
-        try:
-            async with asyncio.timeout(max(0.001, give_up_s - time.monotonic())):
-                return await server.http.request(method, path, content=body, headers=headers)
-        except (httpx.TransportError, TimeoutError) as error:
-            raise ServiceUnavailable(
-                f"{server.url} does not answer ({type(error).__name__} {error}). Fix: check that "
-                "the rollout service runs there; its log says why it stopped."
-            ) from error
+    async def _on_all(self, call: Callable[[Channel], Awaitable[Result]]) -> list[Result]:
+        return list(await asyncio.gather(*(call(s.channel) for s in self._fleet.servers)))
 
-    def _parse(self, server: _Server, response: httpx.Response, model: type[Reply]) -> Reply:
-        if response.status_code >= 400:
-            raise error_of(response, server.url)
-        try:
-            media_type = media_type_of(response.headers.get("content-type"))
-            return model.model_validate(decode(response.content, media_type))
-        except ValueError as error:
-            raise InvalidReply(
-                f"{server.url} sent a reply that does not parse ({error}). Fix: install the same "
-                "release of services and learner."
-            ) from error
+    async def _update(
+        self, call: Callable[[Channel], Awaitable[Result]], *, refusal_is_fatal: bool = True
+    ) -> list[Result]:
+        """Run one phase of an update everywhere; who cannot follow becomes stale."""
 
-    async def _get(self, server: _Server, path: str, model: type[Reply]) -> Reply:
-        give_up_s = time.monotonic() + self._timeouts.control_s
-        return self._parse(server, await self._send(server, "GET", path, None, give_up_s), model)
-
-    async def _post(
-        self, server: _Server, path: str, body: BaseModel | None, model: type[Reply]
-    ) -> Reply:
-        give_up_s = time.monotonic() + self._timeouts.control_s
-        content = None if body is None else encode(body, MSGPACK_TYPE)
-        response = await self._send(server, "POST", path, content, give_up_s)
-        return self._parse(server, response, model)
-
-    async def _on_all(self, call: Callable[[_Server], Awaitable[Result]]) -> list[Result]:
-        return list(await asyncio.gather(*(call(server) for server in self._servers)))
-
-    async def _control(self, call: Callable[[_Server], Awaitable[Result]]) -> list[Result]:
-        async def outcome_of(server: _Server) -> Result | ServiceError:
+        async def outcome_of(server: Server) -> Result | ServiceError:
             try:
-                return await call(server)
+                return await call(server.channel)
             except ServiceError as error:
                 return error
 
-        outcomes = await self._on_all(outcome_of)
-        failures = [str(outcome) for outcome in outcomes if isinstance(outcome, ServiceError)]
-        if failures:
-            raise WeightUpdateFailed(
-                f"{len(failures)} of {len(outcomes)} servers failed: " + "; ".join(failures)
-            )
+        servers = self._fleet.servers
+        outcomes = await asyncio.gather(*(outcome_of(server) for server in servers))
+        failures = {
+            server.channel.url: outcome
+            for server, outcome in zip(servers, outcomes, strict=True)
+            if isinstance(outcome, ServiceError)
+        }
+        refused = any(not isinstance(error, ServiceUnavailable) for error in failures.values())
+        if len(failures) == len(servers) or (refused and refusal_is_fatal):
+            causes = "; ".join(str(error) for error in failures.values())
+            raise WeightUpdateFailed(f"{len(failures)} of {len(servers)} servers failed: {causes}")
+        for server in servers:
+            failure = failures.get(server.channel.url)
+            if failure is not None:
+                self._fleet.mark_stale(server, str(failure))
+            elif not refusal_is_fatal:
+                self._fleet.readmit(server)
         return [outcome for outcome in outcomes if not isinstance(outcome, ServiceError)]
 
 

@@ -12,6 +12,7 @@ from services.common.errors import ApiError, ErrorBody
 from services.common.wire import WireRoute, reply
 from services.rollout.generator import check_request
 from services.rollout.schemas import (
+    VERSION_HEADER,
     ForgetReply,
     GenerateRequest,
     GenerateResponse,
@@ -71,7 +72,9 @@ def generate_routes(service: RolloutService) -> APIRouter:
             return Response(status_code=_CLIENT_CLOSED_REQUEST)
         if response is None:
             return reply(request, RunningReply(request_id=request_id), status=202)
-        return reply(request, response)
+        result = reply(request, response)
+        result.headers[VERSION_HEADER] = str(service.versions.current.number)
+        return result
 
     return router
 

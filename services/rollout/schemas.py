@@ -10,6 +10,9 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 API_VERSION = "v1"
+VERSION_HEADER = "x-weight-version"
+"""Response header of generate routes: the version serving when the reply was sent."""
+
 MAX_SAMPLES = 1024
 MAX_TOKEN_ID = 2**31 - 1
 MIN_SAMPLED_TEMPERATURE = 0.01

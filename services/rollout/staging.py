@@ -4,8 +4,10 @@ A hard link in a private folder keeps a staged file alive when the learner remov
 it, and is what gets verified, so nothing can change between the proof and the load.
 """
 
+import fcntl
 import os
 import shutil
+import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +21,7 @@ from services.rollout.versions import Version
 
 TIED_HEAD = "lm_head.weight"
 _STAGING_PREFIX = ".staging-"
+_LOCK = ".lock"
 _FLOATING = frozenset({"BF16", "F16", "F32", "F64"})
 _SHOWN_NAMES = 3
 
@@ -64,14 +67,16 @@ def digest_of(tensors: Tensors) -> str:
 
 
 class Staging:
-    """The private folder of this process inside weights_dir."""
+    """The private folder of one service inside weights_dir, alive as long as its lock is held."""
 
     def __init__(self, model: ServedModel, weights_dir: Path) -> None:
         self._model = model
         self._weights_dir = weights_dir.resolve()
-        self._root = self._weights_dir / f"{_STAGING_PREFIX}{os.getpid()}"
+        _remove_folders_of_the_dead(self._weights_dir)
+        self._root = self._weights_dir / f"{_STAGING_PREFIX}{uuid.uuid4().hex}"
         self._num_staged = 0
-        self._clean_up_after_the_dead()
+        self._root.mkdir(mode=0o700)
+        self._lock = _lock(self._root)
 
     @property
     def weights_dir(self) -> Path:
@@ -113,18 +118,15 @@ class Staging:
         """Remove every staged folder that `tensors` does not read from."""
         used = {tensor.path.parent for tensor in tensors.values()}
         for folder in self._root.iterdir():
-            if folder not in used:
+            if folder.is_dir() and folder not in used:
                 self.drop(folder)
 
     def close(self) -> None:
         """Remove everything this process staged."""
         shutil.rmtree(self._root, ignore_errors=True)
-
-    def _clean_up_after_the_dead(self) -> None:
-        for folder in self._weights_dir.glob(f"{_STAGING_PREFIX}*"):
-            pid = folder.name.removeprefix(_STAGING_PREFIX)
-            if folder == self._root or not Path("/proc", pid).exists():
-                shutil.rmtree(folder, ignore_errors=True)
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
 
     def _stage_in(self, folder: Path, request: PrepareRequest, serving: Tensors) -> Staged:
         folder.mkdir(parents=True, mode=0o700)
@@ -185,6 +187,28 @@ class Staging:
             if tensor.dtype != dtype:
                 message = f"{name} has dtype {tensor.dtype}, expected {dtype}."
                 raise _bad_files("dtype_mismatch", message)
+
+
+def _lock(folder: Path) -> int | None:
+    """Take the folder's lock and return its descriptor; None when another process holds it."""
+    descriptor = os.open(folder / _LOCK, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        return None
+    return descriptor
+
+
+def _remove_folders_of_the_dead(weights_dir: Path) -> None:
+    """Remove what services left that were killed: the kernel has dropped their locks."""
+    for folder in weights_dir.glob(f"{_STAGING_PREFIX}*"):
+        if not (folder / _LOCK).exists():
+            continue  # being made at this moment
+        lock = _lock(folder)
+        if lock is not None:
+            shutil.rmtree(folder, ignore_errors=True)
+            os.close(lock)
 
 
 def _some(names: Sequence[str]) -> str:

@@ -51,7 +51,7 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-MakeService = Callable[[], RolloutService]
+MakeService = Callable[..., RolloutService]
 
 
 @pytest.fixture
@@ -61,7 +61,7 @@ async def make_service(model_folder: Path, tmp_path: Path) -> AsyncIterator[Make
     model = read_model_folder(settings)
     made: list[RolloutService] = []
 
-    def make() -> RolloutService:
+    def make(*, own_folder: bool = False) -> RolloutService:
         engine = HfEngine.load(
             model.path,
             model.tokenizer,
@@ -69,8 +69,8 @@ async def make_service(model_folder: Path, tmp_path: Path) -> AsyncIterator[Make
             max_model_len=None,
             eos_token_ids=model.eos_token_ids,
         )
-        weights_dir = tmp_path / f"weights-{len(made)}"
-        weights_dir.mkdir()
+        weights_dir = tmp_path / (f"weights-{len(made)}" if own_folder else "weights")
+        weights_dir.mkdir(exist_ok=True)
         made.append(build_service(engine, model, settings, weights_dir))
         return made[-1]
 
@@ -114,14 +114,19 @@ MakeClient = Callable[..., RolloutClient]
 
 @pytest.fixture
 def make_client(network: Network) -> MakeClient:
-    def make(*urls: str, total_s: float = 20.0, api_key: str = API_KEY) -> RolloutClient:
+    def make(
+        *urls: str,
+        total_s: float = 20.0,
+        api_key: str = API_KEY,
+        transport: httpx.AsyncBaseTransport = network,
+    ) -> RolloutClient:
         return RolloutClient(
             urls,
             api_key=api_key,
             admin_key=ADMIN_KEY,
             timeouts=Timeouts(total_s=total_s, control_s=20.0),
             backoff=Backoff(first_s=0.001, largest_s=0.01),
-            transport=network,
+            transport=transport,
         )
 
     return make

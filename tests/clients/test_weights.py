@@ -2,15 +2,17 @@ import asyncio
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 import torch
 from transformers import LlamaForCausalLM
 
 from openrlhf_alp.clients.errors import WeightUpdateFailed
+from openrlhf_alp.clients.fleet import ServerState
 from openrlhf_alp.clients.push import WeightPusher
 from openrlhf_alp.clients.weights import digest_tensor, write_weights
 from services.rollout.fingerprint import weights_digest
-from services.rollout.schemas import TensorSpec
+from services.rollout.schemas import GenerateRequest, Sampling, TensorSpec
 from services.rollout.service import RolloutService
 
 
@@ -114,15 +116,86 @@ async def test_a_push_reaches_every_server_and_leaves_no_file(
     assert [path.name.split("-")[0] for path in weights_dir.iterdir()] == [".staging"]
 
 
+async def test_servers_without_a_common_folder_are_told_apart(
+    make_service: Any, network: Any, make_client: Any, model_folder: Path
+) -> None:
+    services = [make_service(own_folder=True), make_service(own_folder=True)]
+    urls = [network.add(host, service) for host, service in zip("ab", services, strict=True)]
+    pusher = WeightPusher(urls, api_key="x", admin_key="x", make_client=lambda: make_client(*urls))
+    with pytest.raises(WeightUpdateFailed, match=r"weights-0.*weights-1.*--weights-dir"):
+        await push(pusher, new_model(model_folder, 0.5))
+
+
 async def test_a_push_that_one_server_refuses_changes_no_server(
     make_service: Any, network: Any, make_client: Any, model_folder: Path
 ) -> None:
-    """The second server does not share the folder, so it cannot stage what the first can."""
     services = [make_service(), make_service()]
     urls = [network.add(host, service) for host, service in zip("ab", services, strict=True)]
+
+    def refuse_on_b(sent: httpx.Request) -> httpx.Response | None:
+        if (sent.url.host, sent.url.path) == ("b", "/v1/weights/prepare"):
+            return httpx.Response(422, request=sent)
+        return None
+
+    network.before = refuse_on_b
     pusher = WeightPusher(urls, api_key="x", admin_key="x", make_client=lambda: make_client(*urls))
     with pytest.raises(WeightUpdateFailed, match=r"1 of 2 servers.*http://b"):
         await push(pusher, new_model(model_folder, 0.5))
     for service in services:
         status = service.weights.status()
         assert (status.version, status.staged_version) == (0, None)
+
+
+async def test_a_server_that_dies_between_prepare_and_commit_gets_no_traffic_until_refitted(
+    make_service: Any, network: Any, make_client: Any, model_folder: Path
+) -> None:
+    services = {host: make_service() for host in "ab"}
+    urls = [network.add(host, service) for host, service in services.items()]
+    dead = True
+
+    def lose_b_at_commit(sent: httpx.Request) -> None:
+        if dead and (sent.url.host, sent.url.path) == ("b", "/v1/weights/commit"):
+            raise httpx.ConnectError("refused")
+
+    network.before = lose_b_at_commit
+    pusher = WeightPusher(urls, api_key="x", admin_key="x", make_client=lambda: make_client(*urls))
+    model = new_model(model_folder, 0.5)
+    assert (await push(pusher, model)).version == 1
+    assert (services["a"].contract().version, services["b"].contract().version) == (1, 0)
+    async with make_client(*urls) as client:
+        client.require_version(1)
+        calls = [client.generate(request(f"r{index}")) for index in range(4)]
+        for reply in await asyncio.gather(*calls):
+            assert {span.version for sample in reply.samples for span in sample.spans} == {1}
+        assert client.states() == {"http://a": ServerState.HEALTHY, "http://b": ServerState.STALE}
+        dead = False
+        again = await push(pusher, model)
+        assert again.num_bytes > 0, "the servers differ, so everything is sent"
+        assert served_equal(services["b"], model)
+        client.require_version(again.version)
+        for server in client._fleet.servers:
+            server.avoid_until_s = 0.0
+        await client.generate(request("after"))
+        assert client.states()["http://b"] is ServerState.HEALTHY
+
+
+async def test_a_reply_kept_from_before_an_update_keeps_its_label(
+    make_service: Any, network: Any, make_client: Any, model_folder: Path
+) -> None:
+    service = make_service()
+    url = network.add("a", service)
+    pusher = WeightPusher([url], api_key="x", admin_key="x", make_client=lambda: make_client(url))
+    async with make_client(url) as client:
+        first = await client.generate(request("same"))
+        pushed = await push(pusher, new_model(model_folder, 0.5))
+        client.require_version(pushed.version)
+        again = await client.generate(request("same"))
+        assert again == first
+        assert {span.version for sample in again.samples for span in sample.spans} == {0}
+        assert client.states()[url] is ServerState.HEALTHY
+
+
+def request(request_id: str) -> GenerateRequest:
+    return GenerateRequest(
+        request_id=request_id, token_ids=[1, 2, 3], sampling=Sampling(max_tokens=4)
+    )

@@ -1,6 +1,7 @@
 """Updates in two phases, over the real model: what is served is what was proved."""
 
 import asyncio
+import os
 from pathlib import Path
 from typing import Any
 
@@ -167,7 +168,7 @@ async def expect_refusal(
     assert reply.json()["error"]["code"] == code, reply.text
     assert reply.status_code in {409, 422}
     assert service.contract().version == 0
-    assert not any(weights_dir(service).glob(".staging-*/*")), "nothing half-staged is left"
+    assert not any(weights_dir(service).glob(".staging-*/[0-9]*")), "nothing half-staged is left"
     await sample(http, "still-serving")
 
 
@@ -282,6 +283,21 @@ async def test_the_control_routes_need_the_admin_key(http: httpx.AsyncClient) ->
             assert reply.status_code == status, path
     data = await http.get("/v1/weights", headers={"authorization": "Bearer api-key-for-tests"})
     assert data.status_code == 200
+
+
+def test_staged_files_of_a_killed_service_are_removed_and_those_of_a_live_one_kept(
+    tmp_path: Path,
+) -> None:
+    from services.rollout.staging import ServedModel, Staging
+
+    model = ServedModel(tensors={}, dtype_code="F32", head_is_tied=False)
+    live, killed = Staging(model, tmp_path), Staging(model, tmp_path)
+    os.close(killed._lock or 0)
+    killed._lock = None
+    Staging(model, tmp_path).close()
+    assert list(tmp_path.iterdir()) == [live._root]
+    live.close()
+    assert list(tmp_path.iterdir()) == []
 
 
 async def test_version_zero_is_the_digest_of_the_model_folder(

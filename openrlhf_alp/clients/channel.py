@@ -1,0 +1,110 @@
+"""HTTP to one rollout service: key, wire format, time limits, errors of our tree."""
+
+import asyncio
+import time
+from typing import TypeVar
+
+import httpx
+from pydantic import BaseModel
+
+from openrlhf_alp.clients.errors import IncompleteReply, InvalidReply, ServiceUnavailable
+from openrlhf_alp.clients.http import Timeouts, error_of
+from services.common.wire import MSGPACK_TYPE, decode, encode, media_type_of
+
+Reply = TypeVar("Reply", bound=BaseModel)
+
+
+class Channel:
+    """Connections to one base URL.
+
+    Args:
+        url: base URL of the service.
+        api_key: sent with data routes.
+        admin_key: sent with control routes; None: the api key is sent.
+        timeouts: limits of every call.
+        transport: replaces the network, for tests.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        api_key: str,
+        admin_key: str | None,
+        timeouts: Timeouts,
+        transport: httpx.AsyncBaseTransport | None,
+    ) -> None:
+        self.url = url.rstrip("/")
+        self._data_key = api_key
+        self._control_key = admin_key or api_key
+        self._timeouts = timeouts
+        self._http = httpx.AsyncClient(
+            base_url=self.url,
+            timeout=timeouts.httpx(),
+            limits=httpx.Limits(max_connections=None, max_keepalive_connections=256),
+            transport=transport,
+            headers={"accept": MSGPACK_TYPE},
+        )
+
+    async def aclose(self) -> None:
+        await self._http.aclose()
+
+    async def send(
+        self, method: str, path: str, body: bytes | None, give_up_s: float
+    ) -> httpx.Response:
+        """One attempt, whatever the status of its reply.
+
+        Args:
+            give_up_s: monotonic time after which the attempt counts as failed.
+
+        Raises:
+            ServiceUnavailable: no reply. Its cause tells a lost connection from a refused one.
+        """
+        is_control = method == "POST" and not path.startswith("/v1/generate")
+        key = self._control_key if is_control else self._data_key
+        headers = {"authorization": f"Bearer {key}"}
+        if body is not None:
+            headers["content-type"] = MSGPACK_TYPE
+        try:
+            async with asyncio.timeout(max(0.001, give_up_s - time.monotonic())):
+                return await self._http.request(method, path, content=body, headers=headers)
+        except (httpx.TransportError, TimeoutError) as error:
+            raise ServiceUnavailable(
+                f"{self.url} does not answer ({type(error).__name__} {error}). Fix: check that "
+                "the rollout service runs there; its log says why it stopped."
+            ) from error
+
+    def parse(self, response: httpx.Response, model: type[Reply]) -> Reply:
+        """The reply as a model.
+
+        Raises:
+            ServiceError: the one that the status and error body stand for.
+            InvalidReply: the body does not parse.
+        """
+        if response.status_code >= 400:
+            raise error_of(response, self.url)
+        try:
+            content = decode(response.content, media_type_of(response.headers.get("content-type")))
+        except ValueError as error:
+            raise IncompleteReply(
+                f"The reply of {self.url} was cut short or garbled ({error}). Fix: ask again; if "
+                "it stays, look for a proxy that changes bodies."
+            ) from error
+        try:
+            return model.model_validate(content)
+        except ValueError as error:
+            raise InvalidReply(
+                f"{self.url} sent a reply that does not parse ({error}). Fix: install the same "
+                "release of services and learner."
+            ) from error
+
+    async def get(self, path: str, model: type[Reply]) -> Reply:
+        """GET within `control_s`."""
+        give_up_s = time.monotonic() + self._timeouts.control_s
+        return self.parse(await self.send("GET", path, None, give_up_s), model)
+
+    async def post(self, path: str, body: BaseModel | None, model: type[Reply]) -> Reply:
+        """POST within `control_s`."""
+        give_up_s = time.monotonic() + self._timeouts.control_s
+        content = None if body is None else encode(body, MSGPACK_TYPE)
+        return self.parse(await self.send("POST", path, content, give_up_s), model)
