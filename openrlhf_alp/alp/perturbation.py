@@ -98,11 +98,10 @@ class LayerwisePerturbation(nn.Module):
 
     def summary(self) -> SigmaSummary:
         """Mean, extremes and share at a bound over all layers and dimensions."""
-        sigma = torch.cat(list(self.sigmas().values())).double()
-        low, high = (torch.tensor(b, dtype=torch.float32) for b in (self.sigma_min, self.sigma_max))
-        at_bound = (sigma <= low.double()) | (sigma >= high.double())
+        sigma = torch.cat(list(self.sigmas().values()))
+        at_bound = (sigma <= self.sigma_min) | (sigma >= self.sigma_max)
         return SigmaSummary(
-            mean=sigma.mean().item(),
+            mean=sigma.double().mean().item(),
             minimum=sigma.min().item(),
             maximum=sigma.max().item(),
             share_at_bound=at_bound.double().mean().item(),
@@ -183,9 +182,12 @@ class LayerwisePerturbation(nn.Module):
                 f" or, packed, (1, {draw.keys.numel()}, D)"
             )
         device = hidden_states.device
-        keys = layer_keys(draw.keys.to(device), layer)
-        sigma = self.sigma(layer).to(device)
-        return _AddNoise.apply(hidden_states, sigma, keys, rows)
+        return _AddNoise.apply(
+            hidden_states,
+            self.sigma(layer).to(device),
+            layer_keys(draw.keys.to(device), layer),
+            None if rows is None else rows.to(device),
+        )
 
     def get_extra_state(self) -> dict[str, Any]:
         """sigma0 and the seed, for the state dict."""

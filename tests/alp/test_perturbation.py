@@ -229,6 +229,20 @@ def test_summary_counts_what_sits_on_a_bound(settings):
     assert summary.share_at_bound == 0.5
 
 
+def test_a_bound_that_float32_rounds_still_counts(settings):
+    perturbation = make_sigma(settings, sigma0=0.1, low=0.0, high=0.1)
+    assert perturbation.summary().share_at_bound == 1.0
+
+
+def test_a_batch_of_padding_only_stays_clean(build_model, settings):
+    model = build_model()
+    perturbation = attach(model, settings())
+    nothing = torch.zeros_like(MASK)
+    clean = model(TOKENS, attention_mask=nothing).logits
+    with on(perturbation, mask=nothing):
+        assert torch.equal(model(TOKENS, attention_mask=nothing).logits, clean)
+
+
 def test_sigma0_survives_bfloat16_and_a_state_dict(build_model, settings):
     """0.0123 is not a bfloat16 number; the nearest is 0.01233."""
     model = build_model()
