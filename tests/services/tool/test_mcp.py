@@ -1,38 +1,17 @@
 """A real MCP client over a real connection."""
 
-import asyncio
 import contextlib
 from collections.abc import AsyncIterator
 
 import httpx2
 import pytest
-import uvicorn
 from mcp.client import Client
 from mcp.client.streamable_http import streamable_http_client
+from tool_server import KEY, served
 
-from services.common.serve import bind_socket, bound_url
-from services.tool.app import create_app
 from services.tool.service import ToolService
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
-
-KEY = "key-of-the-tests"
-
-
-@contextlib.asynccontextmanager
-async def served(service: ToolService) -> AsyncIterator[str]:
-    sock = bind_socket("127.0.0.1", 0)
-    config = uvicorn.Config(create_app(service, KEY), log_config=None, access_log=False)
-    server = uvicorn.Server(config)
-    task = asyncio.create_task(server.serve(sockets=[sock]))
-    while not server.started:
-        await asyncio.sleep(0.01)
-    try:
-        yield bound_url(sock)
-    finally:
-        server.should_exit = True
-        await task
-        sock.close()
 
 
 @contextlib.asynccontextmanager

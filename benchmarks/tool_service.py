@@ -1,0 +1,281 @@
+"""Measure the tool service against its floor and against what it replaces, in one run on one
+machine.
+
+    python benchmarks/tool_service.py [--quick]
+
+Everything is printed as a ratio of two numbers taken in the same run, beside the goal. The floor is
+fork, _exit and wait of an interpreter with the same libraries preloaded: nothing that runs code in
+a fresh process can be faster.
+"""
+
+import argparse
+import asyncio
+import contextlib
+import gc
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+
+from services.tool.sandbox import preload
+from services.tool.sandbox.engine import Sandbox, SandboxConfig
+from services.tool.sandbox.execution import Job, Limits
+from services.tool.sandbox.plan import Level
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+KEY = "benchmark-key"
+LIMITS = Limits(
+    wall_s=20.0, cpu_s=60, memory_bytes=512 << 20, output_bytes=1 << 20, fetch_bytes=1 << 20
+)
+HELLO = "print(1 + 1)"
+NUMPY = "import numpy as np\nprint(round(float(np.linalg.det(np.eye(4) * 2)), 3))"
+SYMPY = "import sympy as sp\nx = sp.Symbol('x')\nprint(sp.solve(x**2 - 5*x + 6, x))"
+SNIPPETS = {"hello": HELLO, "numpy": NUMPY, "sympy solve": SYMPY}
+RATIO_GOALS = {"hello": 1.0, "numpy": 20.0, "sympy solve": 20.0}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """One line of the table: what was measured, and the goal it is held against."""
+
+    name: str
+    value: float
+    goal: float
+    unit: str
+    at_least: bool
+    detail: str
+
+    def __str__(self) -> str:
+        met = self.value >= self.goal if self.at_least else self.value <= self.goal
+        sign = ">=" if self.at_least else "<="
+        verdict = "ok  " if met else "MISS"
+        goal = f"{sign} {self.goal:g}"
+        return (
+            f"{verdict} {self.name:<44} {self.value:>9.2f} {self.unit:<5} {goal:<9} {self.detail}"
+        )
+
+
+def percentile(values: list[float], q: float) -> float:
+    """The value below which a share `q` of `values` lies."""
+    ordered = sorted(values)
+    return ordered[min(len(ordered) - 1, int(q * len(ordered)))]
+
+
+def floor_main(seconds: float) -> None:
+    """Child process: fork + _exit + wait of a preloaded, warmed interpreter; prints runs per
+    second.
+    """
+    for preset in ("numpy", "sympy"):
+        preload.load(preset)
+    proc = os.open("/proc", os.O_PATH)
+    preload.collapse_heap(proc)
+    gc.collect()
+    gc.freeze()
+    gc.disable()
+    count, started = 0, time.perf_counter()
+    while time.perf_counter() - started < seconds:
+        pid = os.fork()
+        if pid == 0:
+            os._exit(0)
+        os.waitpid(pid, 0)
+        count += 1
+    print(count / (time.perf_counter() - started))
+
+
+def measure_floor(seconds: float) -> float:
+    """Forks per second of the floor."""
+    argv = [sys.executable, __file__, "--floor", str(seconds)]
+    env = {**os.environ, "OPENBLAS_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
+    done = subprocess.run(argv, env=env, capture_output=True, text=True, check=True)
+    return float(done.stdout)
+
+
+async def rate(run: Callable[[], Awaitable[None]], seconds: float, concurrency: int) -> float:
+    """Executions per second with `concurrency` callers."""
+    count = 0
+    started = time.perf_counter()
+
+    async def caller() -> None:
+        nonlocal count
+        while time.perf_counter() - started < seconds:
+            await run()
+            count += 1
+
+    await asyncio.gather(*(caller() for _ in range(concurrency)))
+    return count / (time.perf_counter() - started)
+
+
+async def core_rows(seconds: float, floor: float) -> list[Row]:
+    """The sandbox without HTTP, one launcher, pinned to no core."""
+    sandbox = Sandbox(SandboxConfig(level=Level.FULL, presets=("numpy", "sympy"), warm_slots=4))
+    await sandbox.start()
+
+    async def hello() -> None:
+        outcome = await sandbox.run(Job(code=HELLO + "  # sympy"), LIMITS)
+        assert outcome.stdout == "2\n", outcome
+
+    try:
+        await rate(hello, 0.5, 2)
+        speed = await rate(hello, seconds, 2)
+        waits = await paced_ms(hello, 100)
+    finally:
+        await sandbox.stop()
+    cores = min(2, len(os.sched_getaffinity(0)))
+    ratio = speed / cores / floor
+    text = f"{speed:.0f}/s on {cores} cores, floor {floor:.0f}/s per core"
+    return [
+        Row(name="core, full level, per core / floor", value=ratio, goal=0.55, unit="x", at_least=True, detail=text),
+        Row(
+            name="core, warm print(1+1), p50", value=percentile(waits, 0.5), goal=1.5, unit="ms",
+            at_least=False, detail=f"p99 {percentile(waits, 0.99):.2f} ms, min {min(waits):.2f} ms",
+        ),
+    ]  # fmt: skip
+
+
+async def paced_ms(run: Callable[[], Awaitable[None]], count: int) -> list[float]:
+    """Latencies with pauses in between, so that a slot is waiting each time."""
+    values = []
+    for _ in range(count):
+        await asyncio.sleep(0.03)
+        started = time.perf_counter()
+        await run()
+        values.append((time.perf_counter() - started) * 1e3)
+    return values
+
+
+@contextlib.asynccontextmanager
+async def server() -> AsyncIterator[tuple[httpx.AsyncClient, int]]:
+    """The service in its own process; yields a client and the process id."""
+    with tempfile.TemporaryDirectory() as folder:
+        url_file = Path(folder) / "url"
+        argv = [
+            sys.executable, "-m", "services.tool", "--port", "0", "--url-file", str(url_file),
+            "--api-key", KEY, "--max-queue", "2000", "--log-level", "WARNING",
+            "--min-isolation", "full",
+        ]  # fmt: skip
+        process = subprocess.Popen(argv, cwd=REPOSITORY, stdout=subprocess.DEVNULL)
+        try:
+            while not url_file.exists():
+                if process.poll() is not None:
+                    raise RuntimeError("the service did not start; see its message above")
+                await asyncio.sleep(0.05)
+            limits = httpx.Limits(max_connections=300, max_keepalive_connections=300)
+            headers = {"Authorization": f"Bearer {KEY}"}
+            async with httpx.AsyncClient(
+                base_url=url_file.read_text().strip(), headers=headers, limits=limits, timeout=120
+            ) as client:
+                yield client, process.pid
+        finally:
+            process.terminate()
+            process.wait(30)
+
+
+def poster(client: httpx.AsyncClient, code: str) -> Callable[[], Awaitable[None]]:
+    async def post() -> None:
+        answer = await client.post("/v1/execute", json={"code": code, "timeout_s": 60})
+        assert answer.json()["status"] == "ok", answer.text
+
+    return post
+
+
+def subprocess_runner(code: str) -> Callable[[], Awaitable[None]]:
+    async def run() -> None:
+        process = await asyncio.create_subprocess_exec(
+            sys.executable, "-c", code, stdout=asyncio.subprocess.PIPE
+        )
+        await process.communicate()
+        assert process.returncode == 0
+
+    return run
+
+
+def resident_mb(pid: int) -> float:
+    fields = Path(f"/proc/{pid}/statm").read_text().split()
+    return int(fields[1]) * os.sysconf("SC_PAGE_SIZE") / (1 << 20)
+
+
+async def overshoot_ms(client: httpx.AsyncClient, count: int, concurrency: int) -> list[float]:
+    """How late timeouts come, by the service's own clock."""
+    gate = asyncio.Semaphore(concurrency)
+
+    async def one() -> float:
+        async with gate:
+            job = {"code": "import time\ntime.sleep(60)", "timeout_s": 0.2}
+            return float((await client.post("/v1/execute", json=job)).json()["usage"]["wall_ms"])
+
+    return [wall - 200.0 for wall in await asyncio.gather(*(one() for _ in range(count)))]
+
+
+async def http_rows(seconds: float, floor: float, runs: int) -> list[Row]:
+    """The service over HTTP, with the client on the same cores."""
+    rows: list[Row] = []
+    async with server() as (client, pid):
+        for code in SNIPPETS.values():
+            await rate(poster(client, code), 0.5, 2)
+        waits = await paced_ms(poster(client, HELLO), 100)
+        rows.append(Row(
+            name="HTTP, warm print(1+1), p50", value=percentile(waits, 0.5), goal=4.0, unit="ms",
+            at_least=False, detail=f"p99 {percentile(waits, 0.99):.2f} ms",
+        ))  # fmt: skip
+        for name, code in SNIPPETS.items():
+            ours = await rate(poster(client, code), seconds, 8)
+            theirs = await rate(subprocess_runner(code), seconds, 8)
+            rows.append(Row(
+                name=f"HTTP, {name} at 8, / python -c", value=ours / theirs,
+                goal=RATIO_GOALS[name], unit="x", at_least=True,
+                detail=f"{ours:.0f}/s against {theirs:.1f}/s",
+            ))  # fmt: skip
+        speeds = {n: await rate(poster(client, HELLO), seconds, n) for n in (1, 8, 32, 256)}
+        cores = len(os.sched_getaffinity(0))
+        peak = max(speeds.values())
+        text = ", ".join(f"{n}: {speed:.0f}/s" for n, speed in speeds.items())
+        rows.append(Row(name="HTTP, full level, per core / floor", value=peak / cores / floor, goal=0.40, unit="x", at_least=True, detail=text))  # fmt: skip # noqa: E501
+        rows.append(Row(name="HTTP, at 256 / peak", value=speeds[256] / peak, goal=0.9, unit="x", at_least=True, detail=text))  # fmt: skip # noqa: E501
+        for name, concurrency, goal in (("idle", 1, 100.0), ("loaded", 4 * cores, 300.0)):
+            late = await overshoot_ms(client, 30, concurrency)
+            rows.append(Row(name=f"timeout overshoot, {name}, p99", value=percentile(late, 0.99), goal=goal, unit="ms", at_least=False, detail=f"median {statistics.median(late):.1f} ms"))  # fmt: skip # noqa: E501
+        rows.append(await memory_row(client, pid, runs))
+    return rows
+
+
+async def memory_row(client: httpx.AsyncClient, pid: int, runs: int) -> Row:
+    """Growth of the API process over many runs."""
+    post = poster(client, HELLO)
+    before = resident_mb(pid)
+    for _ in range(runs // 50):
+        await asyncio.gather(*(post() for _ in range(50)))
+    after = resident_mb(pid)
+    return Row(name=f"API memory after {runs} more runs / before", value=after / before, goal=1.1, unit="x", at_least=False, detail=f"{before:.1f} -> {after:.1f} MB")  # fmt: skip # noqa: E501
+
+
+async def measure(seconds: float, runs: int) -> None:
+    floor = measure_floor(seconds)
+    print(
+        f"load {os.getloadavg()[0]:.1f}, {len(os.sched_getaffinity(0))} cores, floor {floor:.0f}/s"
+    )
+    for row in await core_rows(seconds, floor):
+        print(row, flush=True)
+    for row in await http_rows(seconds, floor, runs):
+        print(row, flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="about a minute instead of ten")
+    parser.add_argument("--floor", type=float, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.floor is not None:
+        floor_main(arguments.floor)
+        return
+    asyncio.run(measure(2.0, 1000) if arguments.quick else measure(10.0, 100_000))
+
+
+if __name__ == "__main__":
+    main()
