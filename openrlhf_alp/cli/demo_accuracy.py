@@ -1,7 +1,7 @@
 """Accuracy on held-out questions, asked of the running rollout service."""
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from uuid import uuid4
@@ -16,6 +16,7 @@ from services.rollout.schemas import GenerateRequest, Sampling
 
 _SAMPLES_PER_QUESTION = 8
 _GREEDY, _SAMPLED = 0.0, 1.0
+_CHECK_EVERY_S = 0.5
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,6 +44,7 @@ def measure_accuracy(
     api_key: str,
     max_tokens: int,
     seed: int,
+    check_service: Callable[[], None],
 ) -> Accuracy:
     """Asks the service every question of `rows`, greedily and at temperature 1.
 
@@ -50,9 +52,11 @@ def measure_accuracy(
         model: folder of the tokenizer, which turns questions into the ids training uses.
         max_tokens: longest answer.
         seed: of the sampled answers.
+        check_service: called every half second; raises when the service is gone, which the client
+            cannot know and would retry for minutes.
 
     Raises:
-        ServiceError: the service does not answer.
+        ServiceError: the service refuses a request or does not answer.
     """
     tokenizer = AutoTokenizer.from_pretrained(model)
 
@@ -61,7 +65,11 @@ def measure_accuracy(
         try:
             async with RolloutClient([service_url], api_key=api_key) as client:
                 examiner = _Examiner(client, tokenizer, reward, max_tokens=max_tokens, seed=seed)
-                return await examiner.examine(rows)
+                examination = asyncio.create_task(examiner.examine(rows))
+                while not examination.done():
+                    await asyncio.wait([examination], timeout=_CHECK_EVERY_S)
+                    check_service()
+                return examination.result()
         finally:
             reward.close()
 

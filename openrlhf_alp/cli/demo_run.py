@@ -37,7 +37,7 @@ from openrlhf_alp.report.plots import write_plots
 _API_KEY_VARIABLE = "OPENRLHF_ALP_ROLLOUT_API_KEY"
 _ADMIN_KEY_VARIABLE = "OPENRLHF_ALP_ROLLOUT_ADMIN_KEY"
 _SERVICE_READY_S = 600.0
-_SERVICE_GRACE_S = 20.0
+_SERVICE_GRACE_S = 30.0
 _TRAIN_GRACE_S = 15.0
 _POLL_S = 0.3
 
@@ -146,10 +146,15 @@ class _Demo:
         """The service writes its URL once it accepts connections, which is after loading."""
         give_up_s = time.monotonic() + _SERVICE_READY_S
         while not url_file.exists():
-            if not self._service.is_running or time.monotonic() > give_up_s:
+            self._check_service()
+            if time.monotonic() > give_up_s:
                 raise self._service.failure()
             time.sleep(_POLL_S)
         return url_file.read_text(encoding="utf-8").strip()
+
+    def _check_service(self) -> None:
+        if not self._service.is_running:
+            raise self._service.failure()
 
     def _measure(self, name: str, test: Sequence[AdditionRow]) -> Accuracy:
         with self._view.waiting(f"Asking the {len(test)} held-out questions"):
@@ -160,6 +165,7 @@ class _Demo:
                 api_key=self._keys[_API_KEY_VARIABLE],
                 max_tokens=MAX_NEW_TOKENS,
                 seed=self._config.seed,
+                check_service=self._check_service,
             )
         self._view.say(
             name,
@@ -208,8 +214,7 @@ class _Demo:
                     on_step(step)
                 if not is_running:
                     return steps
-                if not self._service.is_running:
-                    raise self._service.failure()
+                self._check_service()
                 time.sleep(_POLL_S)
 
     def _report(

@@ -64,9 +64,12 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one command; returns its exit status (2: the command line is wrong)."""
+    """Runs one command; returns its exit status (2: the command line is wrong, 130: Ctrl-C)."""
     parsed = build_parser().parse_args(arguments)
-    status: int = parsed.run(parsed)
+    try:
+        status: int = parsed.run(parsed)
+    except KeyboardInterrupt:
+        return 130
     return status
 
 

@@ -4,7 +4,9 @@ Token ids are character codes. Like vLLM it starts a helper in a session of its 
 """
 
 import argparse
+import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -22,11 +24,13 @@ from services.rollout.schemas import GenerateRequest, GenerateResponse, Sample, 
 EOS = 1
 
 
-def create_app(metrics: Path) -> FastAPI:
+def create_app(metrics: Path, mode: str) -> FastAPI:
     router = APIRouter(route_class=WireRoute)
 
     @router.post("/v1/generate")
     async def generate(body: GenerateRequest, request: Request) -> Response:
+        if mode == "dies_when_asked":
+            os.kill(os.getpid(), signal.SIGSEGV)
         question = "".join(map(chr, body.token_ids))
         first, second = map(int, re.findall(r"\d+", question))
         answer = str(first + second) if metrics.exists() else "0"
@@ -56,7 +60,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("--url-file", type=Path, required=True)
     parser.add_argument("--pids", type=Path, required=True)
-    parser.add_argument("--mode", default="ok")
+    parser.add_argument("--mode", choices=["ok", "dies", "dies_when_asked"], required=True)
     arguments = parser.parse_args()
     if arguments.mode == "dies":
         sys.exit("error: no such model folder; fix: name another")
@@ -66,5 +70,5 @@ if __name__ == "__main__":
         file.write(f"{psutil.Process().pid}\n{helper.pid}\n")
     sock = bind_socket("127.0.0.1", 0)
     write_url_file(arguments.url_file, bound_url(sock))
-    app = create_app(arguments.url_file.parent / "metrics.jsonl")
+    app = create_app(arguments.url_file.parent / "metrics.jsonl", arguments.mode)
     uvicorn.Server(uvicorn.Config(app, log_level="warning")).run(sockets=[sock])

@@ -5,6 +5,8 @@ import signal
 
 import pytest
 
+pytestmark = pytest.mark.e2e
+
 
 def test_a_run_ends_with_numbers_plots_and_no_process_left(start_demo):
     demo = start_demo("ok", "ok")
@@ -66,4 +68,12 @@ def test_a_service_that_dies_during_training_ends_the_demo_at_once(start_demo):
     assert status == 1
     assert "The rollout service was ended by SIGKILL" in output
     assert "usually because memory ran out" in output
+    assert demo.still_running() == []
+
+
+def test_a_service_that_dies_while_it_is_measured_is_noticed_at_once(start_demo):
+    demo = start_demo("dies_when_asked", "ok")
+    status, output = demo.finish()
+    assert status == 1
+    assert "The rollout service was ended by SIGSEGV" in output
     assert demo.still_running() == []
