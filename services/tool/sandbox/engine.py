@@ -11,11 +11,9 @@ import contextlib
 import logging
 import os
 import re
-import shutil
 import site
 import sys
 import sysconfig
-import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +31,7 @@ from services.tool.sandbox.handles import (
 from services.tool.sandbox.plan import Level, Plan
 from services.tool.sandbox.preload import PRESETS
 from services.tool.sandbox.verdict import Outcome, Status
+from services.tool.sandbox.work_root import WorkRoot
 
 logger = logging.getLogger(__name__)
 
@@ -71,7 +70,7 @@ class Sandbox:
         self.config = config
         self._launchers: list[LauncherHandle] = []
         self._restarting: set[asyncio.Task[None]] = set()
-        self._work_root = ""
+        self._work_root: WorkRoot | None = None
         self._stopping = False
         self.restarts = 0
 
@@ -81,8 +80,8 @@ class Sandbox:
         Raises:
             RuntimeError: a launcher did not come up; its standard error says why.
         """
-        self._work_root = tempfile.mkdtemp(prefix="tool-service-")
-        os.chmod(self._work_root, 0o711 if os.geteuid() == 0 else 0o700)
+        if self.config.level is not Level.FULL:
+            self._work_root = WorkRoot()
         indices = range(self.config.launchers)
         self._launchers = [self._launch(index) for index in indices]
         try:
@@ -98,7 +97,9 @@ class Sandbox:
             task.cancel()
         for launcher in self._launchers:
             launcher.stop()
-        shutil.rmtree(self._work_root, ignore_errors=True)
+        if self._work_root is not None:
+            self._work_root.remove()
+            self._work_root = None
 
     async def run(self, job: Job, limits: Limits) -> Outcome:
         """Run one job on a fresh slot. Never raises for what the code does."""
@@ -178,8 +179,8 @@ class Sandbox:
             return
         self.restarts += 1
         logger.error("launcher %d (pid %d) died, starting another", index, launcher.process.pid)
-        if self.config.level is not Level.FULL:
-            self._sweep_folders()
+        if self._work_root is not None and not any(each.alive for each in self._launchers):
+            self._work_root.empty()
         task = asyncio.get_running_loop().create_task(self._restart(index))
         self._restarting.add(task)
         task.add_done_callback(self._restarting.discard)
@@ -190,11 +191,6 @@ class Sandbox:
         self._launchers[index] = self._launch(index)
         with contextlib.suppress(RuntimeError):
             await self._warm(self._launchers[index])
-
-    def _sweep_folders(self) -> None:
-        if not any(launcher.alive for launcher in self._launchers):
-            for folder in Path(self._work_root).iterdir():
-                shutil.rmtree(folder, ignore_errors=True)
 
     def _plan(self, index: int) -> Plan:
         config = self.config
@@ -215,7 +211,7 @@ class Sandbox:
             file_bytes=config.file_bytes,
             max_processes=config.max_processes,
             max_open_files=config.max_open_files,
-            work_root=self._work_root,
+            work_root=str(self._work_root.path) if self._work_root is not None else "",
             seccomp=encode(compile_filter(allow_fork=True)).decode() if fenced else "",
             no_fork_filter=(
                 encode(compile_filter(allow_fork=False)).decode() if level is Level.BASIC else ""
