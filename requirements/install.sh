@@ -16,7 +16,7 @@ if [ -f "$STAMP" ] && [ "$(cat "$STAMP")" = "$WANTED" ]; then
 fi
 
 stage() { echo "install [$1/5] $2 ($(date +%H:%M:%S))"; }
-pip() { "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check "$@"; }
+pip() { "$VENV/bin/python" -m pip install -qq --disable-pip-version-check "$@"; }
 
 "$PYTHON" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' || {
   echo "install: the lock is for Python 3.11, $PYTHON is $("$PYTHON" -V). Set PYTHON=/path/to/python3.11." >&2

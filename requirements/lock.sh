@@ -6,9 +6,9 @@ scratch=$(mktemp -d)
 trap 'rm -rf "$scratch"' EXIT
 "${PYTHON:-python3}" -m venv "$scratch"
 pip() { "$scratch/bin/python" -m pip --disable-pip-version-check "$@"; }
-pip install --quiet --upgrade pip
-pip install --quiet --requirement requirements/cpu.in
-pip install --quiet --no-deps --requirement requirements/cpu-nodeps.in
+pip install -qq --upgrade pip
+pip install -qq --requirement requirements/cpu.in
+pip install -qq --no-deps --requirement requirements/cpu-nodeps.in
 # Required by xgrammar for its CUDA kernels; without a GPU vLLM only warns about it.
 pip uninstall --quiet --yes triton
 {

@@ -279,6 +279,12 @@ def _settle_service(args: SimpleNamespace) -> None:
             "--rollout.service_urls pushes full weights; LoRA adapters are not merged yet. "
             "Set --ds.lora.rank 0."
         )
+    if args.algo.dynamic_filtering_enable:
+        raise ValueError(
+            "--algo.dynamic_filtering_enable divides by zero in OpenRLHF 0.11.2 when a group is "
+            "dropped, which --rollout.service_urls does with a reward that cannot be computed; "
+            "drop one of the two."
+        )
     missing = [name for name in (API_KEY_VARIABLE, ADMIN_KEY_VARIABLE) if not os.environ.get(name)]
     if missing:
         raise ValueError(

@@ -72,6 +72,8 @@ def _start_ray(args: SimpleNamespace) -> None:
         threads = max(1, (os.cpu_count() or 1) // workers)
         env["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", str(threads))
         env["TORCHDYNAMO_DISABLE"] = "1"
+        # Ray runs its workers at nice 15; on a CPU they are the job, not helpers beside it.
+        os.environ.setdefault("RAY_worker_niceness", "0")
         if "RAY_ADDRESS" not in os.environ:
             devices = {"num_cpus": LOGICAL_DEVICES, "num_gpus": LOGICAL_DEVICES}
     ray.init(

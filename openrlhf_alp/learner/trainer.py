@@ -36,6 +36,7 @@ class AlpPPOTrainer(undecorated(ppo_trainer.PPOTrainer)):  # type: ignore[misc]
     """Upstream: `openrlhf.trainer.ppo_trainer.PPOTrainer`."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self.num_steps = 0
         with _our_parts():
             super().__init__(*args, **kwargs)
 
@@ -44,25 +45,39 @@ class AlpPPOTrainer(undecorated(ppo_trainer.PPOTrainer)):  # type: ignore[misc]
         if self.args.rollout_service.urls:
             self.broadcast_to_vllm()
         super().fit(global_step)
+        if self.num_steps == 0 and self.args.rollout_service.urls:
+            self._require_some_groups()
+
+    def _require_some_groups(self) -> None:
+        """A run that lost every group has trained nothing and must not look like a success."""
+        dropped = self._take_dropped_groups()
+        if dropped:
+            reasons = ", ".join(f"{count} x {reason}" for reason, count in dropped.items())
+            raise RuntimeError(
+                f"no step was made: every group was dropped ({reasons}). Look at the labels and "
+                "prompts of --data.prompt_dataset, and at --reward.remote_url."
+            )
 
     def save_logs_and_checkpoints(
         self, global_step: int, logs_dict: dict | None = None, client_states: dict | None = None
     ) -> None:
+        self.num_steps += 1
         logs_dict = logs_dict if logs_dict is not None else {}
         if self.args.rollout_service.urls:
-            logs_dict.update(self._dropped_groups())
+            dropped = sum(self._take_dropped_groups().values())
+            logs_dict["rollout/dropped_groups"] = float(dropped)
         if self.args.rollout_service.metrics_jsonl:
             _append_json_line(self.args.rollout_service.metrics_jsonl, global_step, logs_dict)
         super().save_logs_and_checkpoints(global_step, logs_dict, client_states)
 
-    def _dropped_groups(self) -> dict[str, float]:
-        """Groups dropped since the last step, by reason; the reasons are also logged."""
+    def _take_dropped_groups(self) -> Counter[str]:
+        """Groups dropped since the last call, by reason; each reason is also logged."""
         counts: Counter[str] = Counter()
         for drops in ray.get([e.take_dropped_groups.remote() for e in self.vllm_engines]):
             counts.update(drops)
         for reason, count in counts.items():
             logger.warning("dropped %d group(s): %s", count, reason)
-        return {"rollout/dropped_groups": float(sum(counts.values()))}
+        return counts
 
 
 def _append_json_line(path: str, global_step: int, logs: dict[str, Any]) -> None:

@@ -88,6 +88,7 @@ def test_contradictions_are_named(parse: Parse, flags: list[str], message: str) 
         (["--train.agent_func_path", "agent.py"], "--train.agent_func_path"),
         (["--ds.lora.rank", "8"], "--ds.lora.rank 0"),
         (["--data.max_images_per_prompt", "1"], "serves text only"),
+        (["--algo.dynamic_filtering_enable"], "divides by zero"),
     ],
 )
 def test_what_the_service_cannot_do_is_refused(

@@ -112,6 +112,22 @@ def test_a_service_that_dies_in_a_step_ends_the_run_with_its_name(
     assert service.url in output[-2000:]
 
 
+def test_a_run_that_loses_every_group_is_a_failure(
+    tiny_model: Path, hf_service: Any, tmp_path: Path
+) -> None:
+    reward = tmp_path / "reward.py"
+    reward.write_text(
+        "def reward_func(queries, prompts, labels):\n    raise OSError('disk gone')\n"
+    )
+    flags = ("--alp.enable", "--alp.sigma0", "0.01", "--reward.remote_url", str(reward))
+    arguments = command(tiny_model, tmp_path, hf_service.url, steps=1, flags=flags)
+    log = tmp_path / "train.log"
+    status, output, left = finish(start(arguments, log), log)
+    assert status == 1 and not left
+    assert "no step was made: every group was dropped (2 x OSError)" in output
+    assert not metrics(tmp_path)
+
+
 def test_wrong_flags_end_with_status_2_and_start_nothing(tiny_model: Path, tmp_path: Path) -> None:
     flags = ("--alp.enable", "--rollout.top_p", "0.9")
     arguments = command(tiny_model, tmp_path, "http://127.0.0.1:9", steps=1, flags=flags)
