@@ -1,6 +1,5 @@
 """`python -m services.rollout --model DIR`: parse, wire, serve. Exit code 2: bad configuration."""
 
-import asyncio
 import shutil
 import signal
 import sys
@@ -12,7 +11,7 @@ from pydantic_settings import CliApp, SettingsError
 from services.common.auth import ApiKey, resolve_api_key
 from services.common.errors import ConfigError
 from services.common.logging import configure_logging
-from services.common.serve import bind_socket, serve
+from services.common.serve import bind_socket, run, serve
 from services.rollout.engine import Engine
 from services.rollout.settings import RolloutSettings
 
@@ -30,7 +29,7 @@ def main() -> int:
     # Until the server takes over the signals, a stop must unwind the stack and end the engine.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
-        asyncio.run(_run(settings))
+        run(_run(settings))
     except ConfigError as error:
         print(f"rollout service: {error}", file=sys.stderr)
         return EXIT_CONFIG
