@@ -1,6 +1,7 @@
 """Accuracy on held-out questions, asked of the running rollout service."""
 
 import asyncio
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -93,10 +94,8 @@ class _Examiner:
         self._seed = seed
 
     async def examine(self, rows: Sequence[AdditionRow]) -> Accuracy:
-        greedy = await asyncio.gather(*(self._ask(row, 1, _GREEDY) for row in rows))
-        sampled = await asyncio.gather(
-            *(self._ask(row, _SAMPLES_PER_QUESTION, _SAMPLED) for row in rows)
-        )
+        greedy = await self._ask_all(rows, 1, _GREEDY)
+        sampled = await self._ask_all(rows, _SAMPLES_PER_QUESTION, _SAMPLED)
         greedy_scores = await self._score(rows, greedy)
         sampled_scores = await self._score(rows, sampled)
         all_scores = greedy_scores + sampled_scores
@@ -107,7 +106,17 @@ class _Examiner:
             greedy_answers=tuple(answers[0] for answers in greedy),
         )
 
-    async def _ask(self, row: AdditionRow, num_answers: int, temperature: float) -> list[str]:
+    async def _ask_all(
+        self, rows: Sequence[AdditionRow], num_answers: int, temperature: float
+    ) -> list[list[str]]:
+        # The service gives answer i of a request the seed + i: no two answers share a seed.
+        seeds = itertools.count(self._seed, num_answers)
+        asked = (self._ask(row, num_answers, temperature, next(seeds)) for row in rows)
+        return await asyncio.gather(*asked)
+
+    async def _ask(
+        self, row: AdditionRow, num_answers: int, temperature: float, seed: int
+    ) -> list[str]:
         prompt = self._tokenizer.apply_chat_template(
             [{"role": "user", "content": row.question}], tokenize=False, add_generation_prompt=True
         )
@@ -115,9 +124,7 @@ class _Examiner:
             request_id=f"demo-{uuid4().hex}",
             token_ids=self._tokenizer(prompt, add_special_tokens=False)["input_ids"],
             n=num_answers,
-            sampling=Sampling(
-                max_tokens=self._max_tokens, temperature=temperature, seed=self._seed
-            ),
+            sampling=Sampling(max_tokens=self._max_tokens, temperature=temperature, seed=seed),
         )
         reply = await self._client.generate(request)
         return [
