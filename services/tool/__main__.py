@@ -8,6 +8,8 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import uvloop
+
 from services.common.auth import is_loopback, resolve_api_key
 from services.common.errors import ConfigError
 from services.common.logging import configure_logging
@@ -116,7 +118,8 @@ def main() -> None:
     arguments = build_parser().parse_args()
     configure_logging(arguments.log_level)
     try:
-        asyncio.run(run(arguments))
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            runner.run(run(arguments))
     except IsolationError as error:
         print(error, file=sys.stderr)
         sys.exit(_EXIT_ISOLATION)

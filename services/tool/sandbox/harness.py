@@ -124,7 +124,10 @@ def exit_code_of(error: SystemExit) -> int:
 
 
 def open_streams() -> None:
-    """Bind sys.std* to descriptors 0..2, line-buffered, so that a kill loses at most one line."""
+    """Bind sys.std* to descriptors 0..2, line-buffered, so that a kill loses at most one line.
+
+    Called once by the zygote: its forks put other files behind the same numbers.
+    """
     sys.stdin = sys.__stdin__ = io.TextIOWrapper(  # type: ignore[misc]
         io.BufferedReader(io.FileIO(0, "r", closefd=False)), "utf-8", "surrogateescape"
     )
@@ -148,7 +151,8 @@ def flush_streams() -> None:
 def reseed(seed: int | None) -> None:
     """Forks share the state of random generators; give this one its own, or the one the request
     asks for."""
-    random.seed(seed)
+    if seed is not None:
+        random.seed(seed)  # without one, CPython's own fork hook has reseeded it
     numpy = sys.modules.get("numpy")
     if numpy is not None:
         numpy.random.seed(seed if seed is not None else int.from_bytes(os.urandom(4), "little"))

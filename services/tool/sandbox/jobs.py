@@ -18,7 +18,6 @@ def serve(job_socket: socket.socket, place: harness.Place) -> NoReturn:
     A job has: mode (run or session), code, files {path: base64}, fetch [path], fetch_bytes,
     memory_bytes, cpu_s, seed.
     """
-    harness.open_streams()
     wire.send(job_socket, {"ready": True})
     try:
         job = wire.receive(job_socket)

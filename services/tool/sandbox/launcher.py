@@ -161,7 +161,7 @@ def _make_init(own_namespace: int) -> int:
     kernel.unshare(kernel.CLONE_NEWPID)
     pid = os.fork()
     if pid == 0:
-        os.closerange(0, 1024)
+        os.closerange(0, 2**31 - 1)
         while True:
             signal.pause()
     init = os.pidfd_open(pid)

@@ -22,6 +22,7 @@ SETUP_FAILED = 70
 
 _STANDARD_DESCRIPTORS = 3
 _JOB_FD = 3
+_MAX_FD = 2**31 - 1  # one close_range call, however many sessions the zygote holds
 _STACK_BYTES = 8 << 20
 
 
@@ -86,7 +87,6 @@ def sweep(uid: int) -> None:
     pid = os.fork()
     if pid == 0:
         try:
-            signal.set_wakeup_fd(-1)
             os.setgroups([])
             os.setresgid(uid, uid, uid)
             os.setresuid(uid, uid, uid)
@@ -108,7 +108,7 @@ def enter(
     """
     job = socket.socket(fileno=descriptors[3])
     try:
-        _reset_signals()
+        kernel.die_with_parent(signal.SIGKILL)
         home = f"{BOX}/{WORK}" if folder is None else f"{folder}/{WORK}"
         _fence(fences, uid, folder)
         job = _take_descriptors(descriptors)
@@ -125,12 +125,6 @@ def enter(
         no_fork_filter=fences.no_fork_filter,
     )
     jobs.serve(job, place)
-
-
-def _reset_signals() -> None:
-    signal.set_wakeup_fd(-1)
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    kernel.die_with_parent(signal.SIGKILL)
 
 
 def _fence(fences: Fences, uid: int | None, folder: str | None) -> None:
@@ -226,5 +220,5 @@ def _take_descriptors(descriptors: tuple[int, ...]) -> socket.socket:
     copies = [os.dup(descriptor) for descriptor in descriptors]
     for target, copy in enumerate(copies):
         os.dup2(copy, target, inheritable=target < _STANDARD_DESCRIPTORS)
-    os.closerange(_JOB_FD + 1, resource.getrlimit(resource.RLIMIT_NOFILE)[0] + 64)
+    os.closerange(_JOB_FD + 1, _MAX_FD)
     return socket.socket(fileno=_JOB_FD)

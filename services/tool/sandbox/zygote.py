@@ -22,7 +22,7 @@ import sys
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
-from services.tool.sandbox import kernel, preload, slot, watchdog
+from services.tool.sandbox import harness, kernel, preload, slot, watchdog
 from services.tool.sandbox.plan import Level, Plan
 
 MESSAGE_BYTES = 1 << 16
@@ -40,8 +40,10 @@ class _Slot:
 
     number: int
     pid: int
+    pid_fd: int
+    """Pid descriptor of the slot's first process: readable when it is dead."""
     kill_fd: int
-    """Pid descriptor of the slot's init at level full, of the slot itself otherwise."""
+    """Pid descriptor of the slot's init at level full, of the first process otherwise."""
     uid: int | None
     folder: str | None
     limit_bytes: int = 0
@@ -58,7 +60,8 @@ class _Zygote:
     proc: int | None
     fences: slot.Fences
     slots: dict[int, _Slot] = field(default_factory=dict)
-    """Live slots by pid."""
+    """Live slots by their pid descriptor."""
+    poller: select.poll = field(default_factory=select.poll)
     next_number: int = 0
     init_fd: int = -1
     """Pid descriptor of the next slot's init, made ahead; -1 below level full."""
@@ -95,29 +98,25 @@ def run(plan: Plan, factories: list[socket.socket], proc: int | None) -> NoRetur
 
 
 def _serve(zygote: _Zygote) -> None:
+    harness.open_streams()
     collapsed = preload.collapse_heap(zygote.proc)
-    wakeup, trigger = os.pipe()
-    os.set_blocking(trigger, False)
-    os.set_blocking(wakeup, False)
-    signal.signal(signal.SIGCHLD, lambda *_: None)
-    signal.set_wakeup_fd(trigger, warn_on_full_buffer=False)
     gc.collect()
     gc.freeze()
     gc.disable()
     _request_init(zygote)
     _tell(zygote, {"event": "ready", "watchdog": zygote.proc is not None, "collapsed": collapsed})
-    poller = select.poll()
-    for descriptor in (zygote.channel.fileno(), zygote.factory.fileno(), wakeup):
-        poller.register(descriptor, select.POLLIN)
+    channel, factory = zygote.channel.fileno(), zygote.factory.fileno()
+    zygote.poller.register(channel, select.POLLIN)
+    zygote.poller.register(factory, select.POLLIN)
     while True:
         watched = any(child.limit_bytes for child in zygote.slots.values())
-        ready = {fd for fd, _ in poller.poll(_WATCH_INTERVAL_MS if watched else None)}
-        if wakeup in ready:
-            os.read(wakeup, 4096)
-            _reap(zygote)
-        if zygote.factory.fileno() in ready and not _receive_init(zygote):
+        ready = [fd for fd, _ in zygote.poller.poll(_WATCH_INTERVAL_MS if watched else None)]
+        for descriptor in ready:
+            if descriptor in zygote.slots:
+                _reap(zygote, zygote.slots[descriptor])
+        if factory in ready and not _receive_init(zygote):
             return
-        if zygote.channel.fileno() in ready:
+        if channel in ready:
             message = zygote.channel.recv(MESSAGE_BYTES)
             if not message:
                 return
@@ -178,10 +177,14 @@ def _spawn(zygote: _Zygote) -> None:
     theirs.close()
     for descriptor in (stdin[0], stdout[1], stderr[1]):
         os.close(descriptor)
-    kill_fd = zygote.init_fd if plan.level is Level.FULL else os.pidfd_open(pid)
+    pid_fd = os.pidfd_open(pid)
+    kill_fd = zygote.init_fd if plan.level is Level.FULL else pid_fd
     zygote.init_fd = -1
     _request_init(zygote)
-    zygote.slots[pid] = _Slot(number=number, pid=pid, kill_fd=kill_fd, uid=uid, folder=folder)
+    zygote.slots[pid_fd] = _Slot(
+        number=number, pid=pid, pid_fd=pid_fd, kill_fd=kill_fd, uid=uid, folder=folder
+    )
+    zygote.poller.register(pid_fd, select.POLLIN)
     handed = (ours.fileno(), stdin[1], stdout[0], stderr[0], kill_fd)
     _tell(zygote, {"event": "slot", "slot": number}, handed)
     ours.close()
@@ -207,33 +210,27 @@ def _free_uid(zygote: _Zygote) -> int | None:
     raise RuntimeError(f"all {width} user ids of zygote {zygote.preset} are in use")
 
 
-def _reap(zygote: _Zygote) -> None:
-    """Collect every dead slot, kill what it left behind, and report what the kernel says about
-    it."""
-    while zygote.slots:
-        try:
-            pid, status, usage = os.wait4(-1, os.WNOHANG)
-        except ChildProcessError:
-            return
-        if pid == 0:
-            return
-        child = zygote.slots.pop(pid, None)
-        if child is None:
-            continue
+def _reap(zygote: _Zygote, child: _Slot) -> None:
+    """Collect a dead slot, kill what it left behind, and report what the kernel says about it."""
+    _, status, usage = os.wait4(child.pid, 0)
+    del zygote.slots[child.pid_fd]
+    zygote.poller.unregister(child.pid_fd)
+    if child.kill_fd != child.pid_fd:
         _kill(child)
-        if child.uid is not None and zygote.plan.level is not Level.FULL:
-            slot.sweep(child.uid)
-        slot.remove_folder(child.folder)
         os.close(child.kill_fd)
-        event = {
-            "event": "exit",
-            "slot": child.number,
-            "status": status,
-            "cpu_s": usage.ru_utime + usage.ru_stime,
-            "peak_bytes": usage.ru_maxrss * 1024,
-            "reason": child.reason,
-        }
-        _tell(zygote, event)
+    os.close(child.pid_fd)
+    if child.uid is not None and zygote.plan.level is not Level.FULL:
+        slot.sweep(child.uid)
+    slot.remove_folder(child.folder)
+    event = {
+        "event": "exit",
+        "slot": child.number,
+        "status": status,
+        "cpu_s": usage.ru_utime + usage.ru_stime,
+        "peak_bytes": usage.ru_maxrss * 1024,
+        "reason": child.reason,
+    }
+    _tell(zygote, event)
 
 
 def _kill(child: _Slot) -> None:
