@@ -4,33 +4,36 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
+# The wire format, which the learner's clients share with the services.
+WIRE = [
+    "blake3>=1.0",
+    "httpx>=0.27",
+    "msgpack>=1.0",
+    "orjson>=3.10",
+    "pydantic>=2.12",
+    "safetensors>=0.6.2",
+]
 LEARNER = [
+    *WIRE,
     "openrlhf==0.11.2",
     "transformers==5.15.0",
     "deepspeed==0.19.6",
     "ray[default]==2.55.0",
-    "httpx>=0.27",
     "math-verify[antlr4_13_2]>=0.8",
     "matplotlib>=3.8",
-    "msgpack>=1.0",
     "pebble>=5.1",
     "psutil>=5.9",
-    "pydantic>=2.12",
     "rich>=13",
-    "safetensors>=0.6.2",
     "tensorboard>=2.16",
 ]
 SERVICE = [
+    *WIRE,
     "fastapi>=0.133,<0.137",
-    "httpx>=0.27",
-    "msgpack>=1.0",
-    "orjson>=3.10",
     "prometheus-client>=0.18",
-    "pydantic>=2.12",
     "pydantic-settings>=2.4",
     "uvicorn[standard]>=0.30",
 ]
-ROLLOUT = [*SERVICE, "vllm==0.29.0", "safetensors>=0.6.2"]
+ROLLOUT = [*SERVICE, "vllm==0.29.0"]
 TOOL = [
     *SERVICE,
     "mcp>=1.12",
@@ -54,7 +57,7 @@ DEV = [
 setup(
     name="openrlhf-alp",
     version="0.1.0",
-    description="Adaptive Layerwise Perturbation for LLM reinforcement learning, on OpenRLHF, vLLM and Ray",
+    description="Adaptive Layerwise Perturbation for LLM RL, on OpenRLHF, vLLM and Ray",
     long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
