@@ -2,14 +2,20 @@
 
 import asyncio
 import time
+from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import TypeVar
 
 import httpx
 from pydantic import BaseModel
 
 from openrlhf_alp.clients.errors import IncompleteReply, InvalidReply, ServiceUnavailable
-from openrlhf_alp.clients.http import Timeouts, error_of
+from openrlhf_alp.clients.http import Backoff, Timeouts, error_of
 from services.common.wire import MSGPACK_TYPE, decode, encode, media_type_of
+from services.rollout.schemas import UploadStatus
+
+_UPLOAD_ATTEMPTS = 5
+_PIECE_BYTES = 4 * 2**20
 
 Reply = TypeVar("Reply", bound=BaseModel)
 
@@ -60,7 +66,7 @@ class Channel:
         Raises:
             ServiceUnavailable: no reply. Its cause tells a lost connection from a refused one.
         """
-        is_control = method == "POST" and not path.startswith("/v1/generate")
+        is_control = path.startswith("/v1/weights/") or path in {"/v1/pause", "/v1/resume"}
         key = self._control_key if is_control else self._data_key
         headers = {"authorization": f"Bearer {key}"}
         if body is not None:
@@ -108,3 +114,40 @@ class Channel:
         give_up_s = time.monotonic() + self._timeouts.control_s
         content = None if body is None else encode(body, MSGPACK_TYPE)
         return self.parse(await self.send("POST", path, content, give_up_s), model)
+
+    async def upload(self, path: Path, name: str, backoff: Backoff) -> int:
+        """Send a file, going on where a lost connection left it. Returns its size in bytes.
+
+        Raises:
+            ServiceUnavailable: the connection was lost too often.
+            ServiceError: the server refused the file.
+        """
+        url = f"/v1/weights/files/{name}"
+        attempt = 0
+        while True:
+            try:
+                arrived = (await self.get(url, UploadStatus)).num_bytes
+                if arrived == path.stat().st_size > 0:
+                    return arrived
+                response = await self._http.put(
+                    url,
+                    params={"offset": arrived},
+                    content=_read_from(path, arrived),
+                    headers={"authorization": f"Bearer {self._control_key}"},
+                )
+                return self.parse(response, UploadStatus).num_bytes
+            except (httpx.TransportError, ServiceUnavailable) as error:
+                attempt += 1
+                if attempt >= _UPLOAD_ATTEMPTS:
+                    raise ServiceUnavailable(
+                        f"{self.url} lost the upload of {name} {attempt} times ({error}). Fix: "
+                        "check the network and the service's log."
+                    ) from error
+                await asyncio.sleep(backoff.delay_s(attempt, None))
+
+
+async def _read_from(path: Path, offset: int) -> AsyncIterator[bytes]:
+    with path.open("rb") as file:
+        file.seek(offset)
+        while piece := await asyncio.to_thread(file.read, _PIECE_BYTES):
+            yield piece

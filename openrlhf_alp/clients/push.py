@@ -2,11 +2,14 @@
 
 import asyncio
 import logging
+import shutil
+import tempfile
 import time
 import uuid
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 from openrlhf_alp.clients.errors import WeightUpdateFailed
 from openrlhf_alp.clients.http import Timeouts
@@ -21,6 +24,8 @@ from services.rollout.schemas import (
 )
 
 logger = logging.getLogger(__name__)
+
+_UPDATE_PREFIX = "update-"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,6 +50,7 @@ class WeightPusher:
         api_key: bearer key of the data routes.
         admin_key: bearer key of the control routes.
         timeouts: limits of every call.
+        transport: `file` writes into the servers' shared folder; `http` sends the bytes to each.
         make_client: builds the client, for tests.
     """
 
@@ -55,12 +61,14 @@ class WeightPusher:
         api_key: str,
         admin_key: str,
         timeouts: Timeouts | None = None,
+        transport: Literal["file", "http"] = "file",
         make_client: Callable[[], RolloutClient] | None = None,
     ) -> None:
         self._make_client = make_client or (
             lambda: RolloutClient(urls, api_key=api_key, admin_key=admin_key, timeouts=timeouts)
         )
-        self._weights_dir: Path | None = None
+        self._transport = transport
+        self._shared: Path | None = None
 
     def push(self, named_tensors: NamedTensors, *, pause: PauseMode = "keep") -> PushResult:
         """Write, prepare everywhere, commit everywhere. Must be called outside an event loop.
@@ -80,41 +88,61 @@ class WeightPusher:
     ) -> PushResult:
         """As `push`, inside an event loop. Writing the files blocks that loop."""
         async with self._make_client() as client:
-            if self._weights_dir is None:
-                self._weights_dir = _shared_folder(await client.contracts())
-            statuses = await client.reachable_weights()
-            base_version = _common_version(statuses)
-            version = max(status.version for status in statuses) + 1
-            started_s = time.perf_counter()
-            # Gathering shards may block on other ranks; nothing else runs in this loop meanwhile.
-            written = write_weights(
-                self._weights_dir,
-                f"update-{version}-{uuid.uuid4().hex[:8]}",
-                named_tensors,
-                statuses[0].tensors,
-                skip_unchanged=base_version is not None,
-            )
-            written_s = time.perf_counter()
-            try:
-                await _prepare(client, written, version, base_version)
-            finally:
-                written.remove()
-            prepared_s = time.perf_counter()
-            commits = await client.commit_weights(
-                CommitRequest(version=version, digest=written.digest, pause=pause)
-            )
-            result = PushResult(
-                version=version,
-                digest=written.digest,
-                num_bytes=written.num_bytes,
-                write_s=written_s - started_s,
-                prepare_s=prepared_s - written_s,
-                commit_s=time.perf_counter() - prepared_s,
-                pause_s=max(commit.pause_s for commit in commits),
-                load_s=max(commit.load_s for commit in commits),
-            )
-            logger.info("pushed %s", result)
-            return result
+            if self._transport == "file":
+                if self._shared is None:
+                    self._shared = _shared_folder(await client.contracts())
+                _remove_leftovers(self._shared)
+                return await self._push_from(self._shared, client, named_tensors, pause)
+            with tempfile.TemporaryDirectory(prefix="openrlhf-alp-push-") as folder:
+                return await self._push_from(Path(folder), client, named_tensors, pause)
+
+    async def _push_from(
+        self, folder: Path, client: RolloutClient, named_tensors: NamedTensors, pause: PauseMode
+    ) -> PushResult:
+        statuses = await client.reachable_weights()
+        base_version = _common_version(statuses)
+        version = max(status.version for status in statuses) + 1
+        started_s = time.perf_counter()
+        # Gathering shards may block on other ranks; nothing else runs in this loop meanwhile.
+        written = write_weights(
+            folder,
+            f"{_UPDATE_PREFIX}{version}-{uuid.uuid4().hex[:8]}",
+            named_tensors,
+            statuses[0].tensors,
+            skip_unchanged=base_version is not None,
+        )
+        written_s = time.perf_counter()
+        try:
+            if self._transport == "http":
+                written = await _upload(client, written)
+            await _prepare(client, written, version, base_version)
+        finally:
+            written.remove()
+        prepared_s = time.perf_counter()
+        commits = await client.commit_weights(
+            CommitRequest(version=version, digest=written.digest, pause=pause)
+        )
+        result = PushResult(
+            version=version,
+            digest=written.digest,
+            num_bytes=written.num_bytes,
+            write_s=written_s - started_s,
+            prepare_s=prepared_s - written_s,
+            commit_s=time.perf_counter() - prepared_s,
+            pause_s=max(commit.pause_s for commit in commits),
+            load_s=max(commit.load_s for commit in commits),
+        )
+        logger.info("pushed %s", result)
+        return result
+
+
+async def _upload(client: RolloutClient, written: WrittenWeights) -> WrittenWeights:
+    """Send every file to every server; prepare finds them under other names."""
+    names = []
+    for file in written.files:
+        path = written.folder / Path(file).name
+        names.append(await client.upload(path, f"{written.folder.name}-{path.name}"))
+    return replace(written, files=tuple(names))
 
 
 async def _prepare(
@@ -131,6 +159,13 @@ async def _prepare(
     except WeightUpdateFailed:
         await client.abort_weights()
         raise
+
+
+def _remove_leftovers(weights_dir: Path) -> None:
+    """Remove what a learner wrote that was killed in mid-push; there is one learner at a time."""
+    for pattern in (f"{_UPDATE_PREFIX}*", f".{_UPDATE_PREFIX}*"):
+        for folder in weights_dir.glob(pattern):
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _shared_folder(contracts: Sequence[Contract]) -> Path:

@@ -11,6 +11,7 @@ import math
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TypeVar
 
 import httpx
@@ -220,6 +221,18 @@ class RolloutClient:
         )
         self.require_version(request.version)
         return responses
+
+    async def upload(self, path: Path, name: str) -> str:
+        """Send a file to every server that answers; the others become stale.
+
+        Returns:
+            The name that prepare knows the file by.
+
+        Raises:
+            WeightUpdateFailed: a server refused the file, or none took it.
+        """
+        await self._update(lambda c: c.upload(path, name, self._backoff))
+        return f"uploads/{name}"
 
     async def abort_weights(self) -> None:
         """Forget the staged update on every server that answers."""

@@ -16,14 +16,11 @@ from services.common.middleware import install_middleware
 from services.common.wire import WireRoute, reply
 from services.rollout import metrics
 from services.rollout.engine import EngineDeadError
+from services.rollout.routes_control import UPLOAD_PATH, control_routes, ok
 from services.rollout.routes_generate import generate_routes, require_weights
 from services.rollout.schemas import (
-    CommitRequest,
-    CommitResponse,
     Contract,
     Health,
-    PauseRequest,
-    PrepareRequest,
     WeightsStatus,
 )
 from services.rollout.service import RolloutService
@@ -51,11 +48,13 @@ def create_app(
 
     app = FastAPI(title="openrlhf-alp rollout service", version="1", lifespan=lifespan)
     install_error_handlers(app)
-    install_middleware(app, max_body_bytes=settings.max_body_bytes)
+    install_middleware(
+        app, max_body_bytes=settings.max_body_bytes, body_limit_exempt=(UPLOAD_PATH,)
+    )
     data_key, control_key = require_key(api_key, admin_key), require_key(admin_key)
     app.include_router(generate_routes(service), dependencies=[Depends(data_key)])
     app.include_router(_data_routes(service), dependencies=[Depends(data_key)])
-    app.include_router(_control_routes(service), dependencies=[Depends(control_key)])
+    app.include_router(control_routes(service), dependencies=[Depends(control_key)])
     app.include_router(_probe_routes(service))
     return app
 
@@ -76,46 +75,6 @@ def _data_routes(service: RolloutService) -> APIRouter:
     return router
 
 
-def _control_routes(service: RolloutService) -> APIRouter:
-    router = APIRouter(
-        prefix="/v1",
-        route_class=WireRoute,
-        responses={**_ERRORS, 409: {"model": ErrorBody}},
-        tags=["control"],
-    )
-
-    @router.post(
-        "/weights/prepare", response_model=WeightsStatus, responses={507: {"model": ErrorBody}}
-    )
-    async def prepare(body: PrepareRequest, request: Request) -> Response:
-        """Stage an update and prove it; the old version goes on serving."""
-        return reply(request, await service.weights.prepare(body))
-
-    @router.post("/weights/commit", response_model=CommitResponse)
-    async def commit(body: CommitRequest, request: Request) -> Response:
-        """Swap to the staged update; answers after it is loaded and serving."""
-        return reply(request, await service.weights.commit(body))
-
-    @router.post("/weights/abort", response_model=WeightsStatus)
-    async def abort(request: Request) -> Response:
-        """Forget the staged update."""
-        return reply(request, await service.weights.abort())
-
-    @router.post("/pause", response_model=Health)
-    async def pause(body: PauseRequest, request: Request) -> Response:
-        """Stop drawing tokens; returns when none is being drawn."""
-        await service.engine.pause(body.mode)
-        return reply(request, _ok(service))
-
-    @router.post("/resume", response_model=Health)
-    async def resume(request: Request) -> Response:
-        """Draw tokens again."""
-        await service.engine.resume()
-        return reply(request, _ok(service))
-
-    return router
-
-
 def _probe_routes(service: RolloutService) -> APIRouter:
     router = APIRouter(tags=["probes"])
 
@@ -126,7 +85,7 @@ def _probe_routes(service: RolloutService) -> APIRouter:
             await service.engine.check()
         except EngineDeadError as error:
             raise ApiError(503, "engine_dead", f"{error}.", fix="Restart this service.") from error
-        return _ok(service)
+        return ok(service)
 
     @router.get("/readyz", responses={503: {"model": ErrorBody}})
     async def readyz() -> Health:
@@ -140,7 +99,3 @@ def _probe_routes(service: RolloutService) -> APIRouter:
         return Response(generate_latest(), media_type=CONTENT_TYPE_LATEST)
 
     return router
-
-
-def _ok(service: RolloutService) -> Health:
-    return Health(status="ok", version=service.versions.current.number)

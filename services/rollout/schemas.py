@@ -18,6 +18,7 @@ MAX_TOKEN_ID = 2**31 - 1
 MIN_SAMPLED_TEMPERATURE = 0.01
 
 TokenId = Annotated[int, Field(ge=0, le=MAX_TOKEN_ID, strict=True)]
+FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-][A-Za-z0-9._-]{0,127}$")]
 RequestId = Annotated[str, Field(pattern=r"^[A-Za-z0-9._:-]{1,128}$")]
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 FinishReason = Literal["stop", "length", "abort"]
@@ -215,13 +216,19 @@ class PrepareRequest(_Wire):
     digest: Digest
     """`weights_digest` over the merged result: the tensors sent plus the serving ones not sent."""
 
-    transport: Literal["file"] = "file"
     files: list[Annotated[str, Field(min_length=1, max_length=512)]] = Field(max_length=4096)
     """safetensors files, relative to the contract's weights_dir. Tensors that did not change may be
     left out when `base_version` names the serving version."""
 
     base_version: int | None = Field(default=None, ge=0)
     """Version that the tensors left out are taken from; None: nothing is left out."""
+
+
+class UploadStatus(_Wire):
+    """How much of an uploaded file has arrived."""
+
+    name: str
+    num_bytes: int
 
 
 class CommitRequest(_Wire):

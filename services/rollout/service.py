@@ -1,5 +1,6 @@
 """The parts of a running rollout service, wired once; routes only call into this."""
 
+import math
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,10 +20,12 @@ from services.rollout.ledger import Ledger, LedgerLimits
 from services.rollout.schemas import API_VERSION, Contract
 from services.rollout.settings import RolloutSettings
 from services.rollout.staging import TIED_HEAD, ServedModel, Staging, digest_of
+from services.rollout.uploads import Uploads
 from services.rollout.versions import Version, VersionLog
 from services.rollout.weights import WeightStore
 
 _DTYPE_CODES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
+_HEADER_BYTES = 64 * 2**20
 _CHANGING = ("version", "digest", "weights_dir", "weight_transports", "contract_hash")
 
 
@@ -46,6 +49,7 @@ class RolloutService:
     weights: WeightStore
     generator: Generator
     ledger: Ledger
+    uploads: Uploads
     static_contract: Contract
 
     def contract(self) -> Contract:
@@ -144,8 +148,15 @@ def build_service(
                 detach_grace_s=settings.detach_grace_s,
             )
         ),
+        uploads=Uploads(staging.uploads_dir, _upload_limit(model.served)),
         static_contract=contract,
     )
+
+
+def _upload_limit(served: ServedModel) -> int:
+    """Bytes of two full updates in 8-byte elements, and room for headers."""
+    num_elements = sum(math.prod(shape) for shape, _ in served.expected().values())
+    return 2 * 8 * num_elements + _HEADER_BYTES
 
 
 def _contract(engine: Engine, model: ModelFolder, version: Version, weights_dir: Path) -> Contract:
@@ -168,7 +179,7 @@ def _contract(engine: Engine, model: ModelFolder, version: Version, weights_dir:
         version=version.number,
         digest=version.digest,
         weights_dir=str(weights_dir),
-        weight_transports=["file"],
+        weight_transports=["file", "http"],
     )
     static = contract.model_dump(exclude=set(_CHANGING))
     return contract.model_copy(update={"contract_hash": object_hash(static)})

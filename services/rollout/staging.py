@@ -20,6 +20,7 @@ from services.rollout.schemas import PrepareRequest
 from services.rollout.versions import Version
 
 TIED_HEAD = "lm_head.weight"
+UPLOADS = "uploads/"
 _STAGING_PREFIX = ".staging-"
 _LOCK = ".lock"
 _FLOATING = frozenset({"BF16", "F16", "F32", "F64"})
@@ -81,6 +82,11 @@ class Staging:
     @property
     def weights_dir(self) -> Path:
         return self._weights_dir
+
+    @property
+    def uploads_dir(self) -> Path:
+        """Where files sent over HTTP go; prepare knows it as `uploads/`."""
+        return self._root / UPLOADS
 
     def stage(self, request: PrepareRequest, serving: Tensors) -> Staged:
         """Link, read, compare and hash the files of `request`; leave nothing behind on failure.
@@ -157,8 +163,9 @@ class Staging:
     def _source(self, name: str) -> Path:
         if "\0" in name or Path(name).is_absolute():
             raise _outside()
-        source = (self._weights_dir / name).resolve()
-        if not source.is_relative_to(self._weights_dir):
+        base = self._root if name.startswith(UPLOADS) else self._weights_dir
+        source = (base / name).resolve()
+        if not source.is_relative_to(base):
             raise _outside()
         if not source.is_file():
             raise ApiError(

@@ -12,7 +12,7 @@ from openrlhf_alp.clients.fleet import ServerState
 from openrlhf_alp.clients.push import WeightPusher
 from openrlhf_alp.clients.weights import digest_tensor, write_weights
 from services.rollout.fingerprint import weights_digest
-from services.rollout.schemas import GenerateRequest, Sampling, TensorSpec
+from services.rollout.schemas import GenerateRequest, PrepareRequest, Sampling, TensorSpec
 from services.rollout.service import RolloutService
 
 
@@ -114,6 +114,71 @@ async def test_a_push_reaches_every_server_and_leaves_no_file(
     assert served_equal(service, model)
     weights_dir = Path(service.contract().weights_dir)
     assert [path.name.split("-")[0] for path in weights_dir.iterdir()] == [".staging"]
+
+
+async def test_a_new_learner_takes_over_from_one_killed_in_mid_push(
+    make_service: Any, network: Any, make_client: Any, model_folder: Path
+) -> None:
+    service = make_service()
+    url = network.add("a", service)
+    weights_dir = Path(service.contract().weights_dir)
+    dead, new = new_model(model_folder, 0.25), new_model(model_folder, 0.5)
+    async with make_client(url) as client:
+        expected = (await client.weights())[0].tensors
+        written = write_weights(weights_dir, "update-1-dead", dead.state_dict().items(), expected)
+        await client.prepare_weights(
+            PrepareRequest(version=1, digest=written.digest, files=list(written.files))
+        )
+        (weights_dir / ".update-1-half.partial").mkdir()
+        reply = await client.generate(request("r"))
+        assert {span.version for sample in reply.samples for span in sample.spans} == {0}
+    pusher = WeightPusher([url], api_key="x", admin_key="x", make_client=lambda: make_client(url))
+    await push(pusher, new)
+    assert served_equal(service, new)
+    assert [path.name.split("-")[0] for path in weights_dir.iterdir()] == [".staging"]
+
+
+async def test_a_push_over_http_needs_no_shared_folder_and_resumes(
+    make_service: Any, network: Any, make_client: Any, model_folder: Path
+) -> None:
+    services = [make_service(own_folder=True), make_service(own_folder=True)]
+    urls = [network.add(host, service) for host, service in zip("ab", services, strict=True)]
+    offsets: dict[str, list[int]] = {"a": [], "b": []}
+
+    def lose_half_on_b(sent: httpx.Request) -> None:
+        if sent.method != "PUT":
+            return
+        offsets[sent.url.host].append(int(sent.url.params["offset"]))
+        if offsets["b"] == [0] and sent.url.host == "b":
+            sent.stream = Half(sent.stream)
+
+    network.before = lose_half_on_b
+    pusher = WeightPusher(
+        urls,
+        api_key="x",
+        admin_key="x",
+        transport="http",
+        make_client=lambda: make_client(*urls),
+    )
+    model = new_model(model_folder, 0.5)
+    assert (await push(pusher, model)).version == 1
+    for service in services:
+        assert served_equal(service, model)
+    assert offsets["a"] == [0]
+    first, second = offsets["b"]
+    assert first == 0 < second
+
+
+class Half(httpx.AsyncByteStream):
+    """A request body that breaks after its first thousand bytes."""
+
+    def __init__(self, whole: Any) -> None:
+        self._whole = whole
+
+    async def __aiter__(self) -> Any:
+        async for chunk in self._whole:
+            yield chunk[:1000]
+            raise httpx.WriteError("connection lost")
 
 
 async def test_servers_without_a_common_folder_are_told_apart(

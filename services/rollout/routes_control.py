@@ -1,0 +1,88 @@
+"""Routes that change what is served or whether anything is drawn. Admin key only."""
+
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Path, Query
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+
+from services.common.errors import ErrorBody
+from services.common.wire import WireRoute, reply
+from services.rollout.schemas import (
+    CommitRequest,
+    CommitResponse,
+    FileName,
+    Health,
+    PauseRequest,
+    PrepareRequest,
+    UploadStatus,
+    WeightsStatus,
+)
+from services.rollout.service import RolloutService
+
+UPLOAD_PATH = "/v1/weights/files/"
+
+_ERRORS: dict[int | str, dict[str, Any]] = {
+    status: {"model": ErrorBody} for status in (401, 409, 413, 422, 503, 507)
+}
+_Name = Annotated[FileName, Path()]
+_Offset = Annotated[int, Query(ge=0, le=2**62)]
+
+
+def control_routes(service: RolloutService) -> APIRouter:
+    """Weights, pause and resume, under /v1."""
+    router = APIRouter(
+        prefix="/v1",
+        route_class=WireRoute,
+        responses=_ERRORS,
+        tags=["control"],
+    )
+
+    @router.post("/weights/prepare", response_model=WeightsStatus)
+    async def prepare(body: PrepareRequest, request: Request) -> Response:
+        """Stage an update and prove it; the old version goes on serving."""
+        return reply(request, await service.weights.prepare(body))
+
+    @router.post("/weights/commit", response_model=CommitResponse)
+    async def commit(body: CommitRequest, request: Request) -> Response:
+        """Swap to the staged update; answers after it is loaded and serving."""
+        return reply(request, await service.weights.commit(body))
+
+    @router.post("/weights/abort", response_model=WeightsStatus)
+    async def abort(request: Request) -> Response:
+        """Forget the staged update."""
+        return reply(request, await service.weights.abort())
+
+    @router.post("/pause", response_model=Health)
+    async def pause(body: PauseRequest, request: Request) -> Response:
+        """Stop drawing tokens; returns when none is being drawn."""
+        await service.engine.pause(body.mode)
+        return reply(request, ok(service))
+
+    @router.post("/resume", response_model=Health)
+    async def resume(request: Request) -> Response:
+        """Draw tokens again."""
+        await service.engine.resume()
+        return reply(request, ok(service))
+
+    @router.get("/weights/files/{name}", response_model=UploadStatus)
+    async def upload_status(name: _Name, request: Request) -> Response:
+        """How much of a file has arrived, for going on after a lost connection."""
+        size = service.uploads.size(name)
+        return reply(request, UploadStatus(name=name, num_bytes=size))
+
+    @router.put("/weights/files/{name}", response_model=UploadStatus)
+    async def upload(name: _Name, request: Request, offset: _Offset = 0) -> Response:
+        """Append the raw body at `offset`. Prepare then takes the file as `uploads/<name>`."""
+        try:
+            size = await service.uploads.append(name, offset, request.stream())
+        except ClientDisconnect:
+            return Response(status_code=400)  # nobody reads it; what arrived is kept
+        return reply(request, UploadStatus(name=name, num_bytes=size))
+
+    return router
+
+
+def ok(service: RolloutService) -> Health:
+    """The good answer of a probe or a switch."""
+    return Health(status="ok", version=service.versions.current.number)
