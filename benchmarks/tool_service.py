@@ -166,7 +166,7 @@ async def server() -> AsyncIterator[tuple[httpx.AsyncClient, int]]:
                 if process.poll() is not None:
                     raise RuntimeError("the service did not start; see its message above")
                 await asyncio.sleep(0.05)
-            limits = httpx.Limits(max_connections=300, max_keepalive_connections=300)
+            limits = httpx.Limits(max_connections=300, keepalive_expiry=2.0)
             headers = {"Authorization": f"Bearer {KEY}"}
             async with httpx.AsyncClient(
                 base_url=url_file.read_text().strip(), headers=headers, limits=limits, timeout=120
@@ -213,36 +213,34 @@ async def overshoot_ms(client: httpx.AsyncClient, count: int, concurrency: int) 
     return [wall - 200.0 for wall in await asyncio.gather(*(one() for _ in range(count)))]
 
 
-async def http_rows(seconds: float, floor: float, runs: int) -> list[Row]:
+async def http_rows(seconds: float, floor: float, runs: int) -> AsyncIterator[Row]:
     """The service over HTTP, with the client on the same cores."""
-    rows: list[Row] = []
     async with server() as (client, pid):
         for code in SNIPPETS.values():
             await rate(poster(client, code), 0.5, 2)
         waits = await paced_ms(poster(client, HELLO), 100)
-        rows.append(Row(
+        yield Row(
             name="HTTP, warm print(1+1), p50", value=percentile(waits, 0.5), goal=4.0, unit="ms",
             at_least=False, detail=f"p99 {percentile(waits, 0.99):.2f} ms",
-        ))  # fmt: skip
+        )  # fmt: skip
         for name, code in SNIPPETS.items():
             ours = await rate(poster(client, code), seconds, 8)
             theirs = await rate(subprocess_runner(code), seconds, 8)
-            rows.append(Row(
+            yield Row(
                 name=f"HTTP, {name} at 8, / python -c", value=ours / theirs,
                 goal=RATIO_GOALS[name], unit="x", at_least=True,
                 detail=f"{ours:.0f}/s against {theirs:.1f}/s",
-            ))  # fmt: skip
+            )  # fmt: skip
         speeds = {n: await rate(poster(client, HELLO), seconds, n) for n in (1, 8, 32, 256)}
         cores = len(os.sched_getaffinity(0))
         peak = max(speeds.values())
         text = ", ".join(f"{n}: {speed:.0f}/s" for n, speed in speeds.items())
-        rows.append(Row(name="HTTP, full level, per core / floor", value=peak / cores / floor, goal=0.40, unit="x", at_least=True, detail=text))  # fmt: skip # noqa: E501
-        rows.append(Row(name="HTTP, at 256 / peak", value=speeds[256] / peak, goal=0.9, unit="x", at_least=True, detail=text))  # fmt: skip # noqa: E501
+        yield Row(name="HTTP, full level, per core / floor", value=peak / cores / floor, goal=0.40, unit="x", at_least=True, detail=text)  # fmt: skip # noqa: E501
+        yield Row(name="HTTP, at 256 / peak", value=speeds[256] / peak, goal=0.9, unit="x", at_least=True, detail=text)  # fmt: skip # noqa: E501
         for name, concurrency, goal in (("idle", 1, 100.0), ("loaded", 4 * cores, 300.0)):
             late = await overshoot_ms(client, 30, concurrency)
-            rows.append(Row(name=f"timeout overshoot, {name}, p99", value=percentile(late, 0.99), goal=goal, unit="ms", at_least=False, detail=f"median {statistics.median(late):.1f} ms"))  # fmt: skip # noqa: E501
-        rows.append(await memory_row(client, pid, runs))
-    return rows
+            yield Row(name=f"timeout overshoot, {name}, p99", value=percentile(late, 0.99), goal=goal, unit="ms", at_least=False, detail=f"median {statistics.median(late):.1f} ms")  # fmt: skip # noqa: E501
+        yield await memory_row(client, pid, runs)
 
 
 async def memory_row(client: httpx.AsyncClient, pid: int, runs: int) -> Row:
@@ -262,7 +260,7 @@ async def measure(seconds: float, runs: int) -> None:
     )
     for row in await core_rows(seconds, floor):
         print(row, flush=True)
-    for row in await http_rows(seconds, floor, runs):
+    async for row in http_rows(seconds, floor, runs):
         print(row, flush=True)
 
 

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 _ID_BYTES = 16
 _MAX_TOMBSTONES = 10_000
-_KEPT_STEPS = 16
+_KEPT_STEPS = 4  # answers can be megabytes, and callers repeat only their last steps
 _SWEEP_S = 1.0
 
 

@@ -209,7 +209,7 @@ class Sandbox:
             scratch_bytes=config.scratch_bytes,
             scratch_files=config.scratch_files,
             file_bytes=config.file_bytes,
-            max_processes=config.max_processes,
+            max_processes=config.max_processes + process_headroom(level),
             max_open_files=config.max_open_files,
             work_root=str(self._work_root.path) if self._work_root is not None else "",
             seccomp=encode(compile_filter(allow_fork=True)).decode() if fenced else "",
@@ -226,6 +226,17 @@ def preset_for(code: str, presets: tuple[str, ...]) -> str:
         if _IMPORTS[preset].search(code):
             return preset
     return presets[0]
+
+
+def process_headroom(level: Level) -> int:
+    """Processes that RLIMIT_NPROC counts besides the snippet's own.
+
+    Root gives every slot an id of its own. Otherwise slots and sessions share the count, at level
+    basic with everything else that the user runs; seccomp refuses new processes there.
+    """
+    if os.geteuid() == 0:
+        return 0
+    return 256 if level is Level.FULL else 4096
 
 
 def uid_base(index: int) -> int:

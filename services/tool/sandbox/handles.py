@@ -122,8 +122,11 @@ class ZygoteHandle:
             self._send({"op": "spawn"})
 
     def watch(self, slot: SlotHandle, limit_bytes: int) -> None:
-        """Ask the zygote to watch the memory of a slot that has been running for a while."""
-        self._send({"op": "watch", "slot": slot.number, "bytes": limit_bytes})
+        """Ask the zygote to watch the memory of a slot that has been running for a while; 0 ends
+        it.
+        """
+        if self.alive:
+            self._send({"op": "watch", "slot": slot.number, "bytes": limit_bytes})
 
     async def take(self) -> SlotHandle:
         """Take a waiting slot and order its replacement. Raises ZygoteLostError."""

@@ -63,7 +63,6 @@ class SandboxSession:
         """Turn a waiting slot into a session. Raises SessionLostError."""
         session = cls(slot, limits)
         slot.close_stdin()
-        slot.zygote.watch(slot, limits.memory_bytes)
         await session._send(job_message(Job(code="", seed=seed), limits, "session"))
         answer = await session._answer(_OPEN_S)
         if not answer.get("opened"):
@@ -82,6 +81,10 @@ class SandboxSession:
             Drain(self._slot.stdout, limits.output_bytes, overflow.set),
             Drain(self._slot.stderr, limits.output_bytes, overflow.set),
         ]
+        zygote = self._slot.zygote
+        watching = asyncio.get_running_loop().call_later(
+            _WATCH_AFTER_S, zygote.watch, self._slot, limits.memory_bytes
+        )
         started = time.perf_counter()
         stopped: Status | None = None
         try:
@@ -89,10 +92,14 @@ class SandboxSession:
             stopped, answer = await self._wait_for_cell(limits.wall_s, overflow)
         except SessionLostError:
             answer = {"lost_session": True}
+            await asyncio.wait([self._slot.exited], timeout=_INTERRUPT_S)  # the kernel knows why
         except asyncio.CancelledError:
             self.close()
             raise
         finally:
+            watching.cancel()
+            if not self._closed and time.perf_counter() - started >= _WATCH_AFTER_S:
+                zygote.watch(self._slot, 0)
             for stream in streams:
                 if not self._closed:
                     stream.drain_now()

@@ -12,34 +12,40 @@ from services.tool.sandbox.plan import Level
 _PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 
 
-def memory_bytes(proc: int, pid: int, uid: int | None, level: Level, limit: int) -> int:
-    """Memory in bytes of all processes of the slot whose first process is `pid`; exact only above
-    `limit`.
+class Census:
+    """Who belongs to which slot, read once per look at the machine."""
 
-    Args:
-        proc: descriptor of a /proc that shows the slot.
-        uid: the slot's own user id, which at level uid tells its processes apart.
-    """
-    members = _members(proc, pid, uid, level)
-    resident = sum(_resident_bytes(proc, member) for member in members)
-    if resident <= limit:
-        return resident
-    return sum(_proportional_bytes(proc, member) for member in members)
+    def __init__(self, proc: int, level: Level) -> None:
+        """`proc` is a descriptor of a /proc that shows the slots."""
+        self._proc = proc
+        self._level = level
+        self._members: dict[int, list[int]] = {}
+        for pid in _pids(proc) if level is not Level.BASIC else []:
+            self._members.setdefault(self._key(pid), []).append(pid)
+
+    def memory_bytes(self, pid: int, uid: int | None, limit: int) -> int:
+        """Memory of the slot whose first process is `pid`; exact only above `limit`.
+
+        Args:
+            uid: the slot's own user id, which at level uid tells its processes apart.
+        """
+        key = uid if self._level is Level.UID else self._key(pid)
+        members = self._members.get(key, [pid]) if key else [pid]
+        resident = sum(_resident_bytes(self._proc, member) for member in members)
+        if resident <= limit:
+            return resident
+        return sum(_proportional_bytes(self._proc, member) for member in members)
+
+    def _key(self, pid: int) -> int:
+        if self._level is Level.FULL:
+            return _pid_namespace(self._proc, pid)
+        return _owner(self._proc, pid) if self._level is Level.UID else pid
 
 
 def baseline_bytes(proc: int) -> int:
     """Data and stack of the calling process in bytes, as RLIMIT_DATA counts them."""
     fields = _read(proc, "self/statm").split()
     return int(fields[5]) * _PAGE_BYTES
-
-
-def _members(proc: int, pid: int, uid: int | None, level: Level) -> list[int]:
-    if level is Level.FULL:
-        namespace = _pid_namespace(proc, pid)
-        return [other for other in _pids(proc) if _pid_namespace(proc, other) == namespace]
-    if uid is not None:
-        return [other for other in _pids(proc) if _owner(proc, other) == uid]
-    return [pid]
 
 
 def _pids(proc: int) -> list[int]:

@@ -47,7 +47,7 @@ class _Slot:
     uid: int | None
     folder: str | None
     limit_bytes: int = 0
-    """Memory limit on the sum of the slot's processes; 0 before the API asks for a watch."""
+    """Memory limit on the sum of the slot's processes; 0 while nobody asks for a watch."""
     reason: str = ""
 
 
@@ -244,12 +244,12 @@ def _watch(zygote: _Zygote) -> None:
     """Kill the slots whose processes together hold more memory than allowed."""
     if zygote.proc is None:
         return
+    census = watchdog.Census(zygote.proc, zygote.plan.level)
     for child in zygote.slots.values():
-        if child.limit_bytes and not child.reason:
-            limit, level = child.limit_bytes, zygote.plan.level
-            if watchdog.memory_bytes(zygote.proc, child.pid, child.uid, level, limit) > limit:
-                child.reason = "memory"
-                _kill(child)
+        limit = child.limit_bytes
+        if limit and not child.reason and census.memory_bytes(child.pid, child.uid, limit) > limit:
+            child.reason = "memory"
+            _kill(child)
 
 
 if __name__ == "__main__":

@@ -93,6 +93,21 @@ async def test_too_much_memory_is_an_exception_and_the_session_lives(
     assert (await cell(client, session, "x"))["result"] == "5"
 
 
+async def test_memory_that_no_single_process_limit_sees_ends_the_session_and_is_told(
+    client: httpx.AsyncClient,
+) -> None:
+    """Shared mappings escape RLIMIT_DATA; the watchdog sums them and can only kill the slot."""
+    session = await open_session(client, memory_mb=64)
+    code = (
+        "import mmap, time\nkept = []\nwhile True:\n"
+        "    kept.append(mmap.mmap(-1, 1 << 22))\n    kept[-1].write(b'x' * (1 << 22))\n"
+        "    time.sleep(0.01)"
+    )
+    body = await cell(client, session, code)
+    assert (body["status"], body["state_lost"]) == ("memory_limit", True)
+    assert (await client.get(f"/v1/sessions/{session}")).status_code == 410
+
+
 async def test_a_step_runs_exactly_once(client: httpx.AsyncClient) -> None:
     session = await open_session(client)
     first = await cell(client, session, "n = 1", step=0)
