@@ -142,7 +142,7 @@ class InstantEngine:
     def __init__(self) -> None:
         self._result = example_result()
 
-    async def sample(self, job: Job) -> JobResult:
+    async def sample(self, job: Job, on_tokens: object = None) -> JobResult:
         return self._result
 
 

@@ -1,6 +1,6 @@
 """What the service needs from an engine. Implementations: vllm_engine.py and hf_engine.py."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -11,6 +11,9 @@ from services.rollout.schemas import FinishReason, PauseMode, Sampling
 
 LoadPlan = Mapping[Path, Sequence[str]]
 """safetensors file -> names of the tensors to take from it; together the whole model."""
+
+TokenSink = Callable[[list[int], list[float]], None]
+"""Receives newly drawn token ids and their log-probs, in order, as they are drawn."""
 
 LOGPROBS_MODE = "processed_logprobs"
 
@@ -63,8 +66,12 @@ class Engine(Protocol):
     @property
     def info(self) -> EngineInfo: ...
 
-    async def sample(self, job: Job) -> JobResult:
+    async def sample(self, job: Job, on_tokens: TokenSink | None = None) -> JobResult:
         """Draw one sample. Cancelling the call frees the slot at once.
+
+        Args:
+            job: what to draw.
+            on_tokens: told of tokens as they come; the result holds all of them all the same.
 
         Raises:
             BadJobError: the job can never run.

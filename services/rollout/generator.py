@@ -4,6 +4,8 @@ import asyncio
 import math
 import time
 import uuid
+from collections.abc import Callable
+from functools import partial
 
 from services.common.errors import ApiError
 from services.rollout import metrics
@@ -16,6 +18,9 @@ from services.rollout.schemas import (
     Timings,
 )
 from services.rollout.versions import VersionLog
+
+SampleSink = Callable[[int, list[int], list[float]], None]
+"""Receives (sample index, new token ids, their log-probs) as they are drawn."""
 
 
 def check_request(request: GenerateRequest, info: EngineInfo) -> None:
@@ -74,13 +79,17 @@ class Generator:
         self._contract_hash = contract_hash
 
     async def run(
-        self, request: GenerateRequest, deadline_s: float | None = None
+        self,
+        request: GenerateRequest,
+        deadline_s: float | None = None,
+        on_tokens: SampleSink | None = None,
     ) -> GenerateResponse:
         """Draw all samples of a request. Cancelling frees every slot it holds.
 
         Args:
             request: what to draw.
             deadline_s: seconds from now; the tighter of this and the request's own holds.
+            on_tokens: told of (sample index, new ids, their log-probs) as they are drawn.
 
         Raises:
             ApiError: 422 for a request the engine refuses, 503 for a dead engine, 504 when the
@@ -90,7 +99,7 @@ class Generator:
         started_s = time.perf_counter()
         outcome = "cancelled"
         try:
-            response = await self._run(request, min(limits_s, default=None), started_s)
+            response = await self._run(request, min(limits_s, default=None), on_tokens)
             outcome = "ok"
         except ApiError as error:
             outcome = error.code
@@ -102,14 +111,15 @@ class Generator:
         return response
 
     async def _run(
-        self, request: GenerateRequest, limit_s: float | None, started_s: float
+        self, request: GenerateRequest, limit_s: float | None, on_tokens: SampleSink | None
     ) -> GenerateResponse:
+        started_s = time.perf_counter()
         nonce = uuid.uuid4().hex[:8]
         job_ids = [f"{request.request_id}:{nonce}:{index}" for index in range(request.n)]
         try:
             async with asyncio.timeout(limit_s), asyncio.TaskGroup() as group:
                 tasks = [
-                    group.create_task(self._sample(request, job_id, index))
+                    group.create_task(self._sample(request, job_id, index, on_tokens))
                     for index, job_id in enumerate(job_ids)
                 ]
         except TimeoutError as error:
@@ -130,7 +140,9 @@ class Generator:
             timings=Timings(total_s=time.perf_counter() - started_s),
         )
 
-    async def _sample(self, request: GenerateRequest, job_id: str, index: int) -> Sample:
+    async def _sample(
+        self, request: GenerateRequest, job_id: str, index: int, on_tokens: SampleSink | None
+    ) -> Sample:
         job = Job(
             job_id=job_id,
             token_ids=request.token_ids,
@@ -142,7 +154,8 @@ class Generator:
         self._versions.begin(job_id)
         total = 0
         try:
-            result = await self._engine.sample(job)
+            sink = None if on_tokens is None else partial(on_tokens, index)
+            result = await self._engine.sample(job, sink)
             total = len(result.token_ids)
         finally:
             spans = self._versions.end(job_id, total)

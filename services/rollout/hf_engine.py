@@ -22,7 +22,14 @@ from transformers import (
 )
 
 from services.rollout.checkpoint import read_tensors
-from services.rollout.engine import EngineDeadError, EngineInfo, Job, JobResult, LoadPlan
+from services.rollout.engine import (
+    EngineDeadError,
+    EngineInfo,
+    Job,
+    JobResult,
+    LoadPlan,
+    TokenSink,
+)
 from services.rollout.schemas import PauseMode, Sampling
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -53,6 +60,7 @@ class _Running:
     generator: torch.Generator | None
     done: asyncio.Future[JobResult]
     processors: LogitsProcessorList
+    on_tokens: TokenSink | None
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
 
@@ -117,7 +125,7 @@ class HfEngine:
         """Jobs ever started: what a retry must not raise."""
         return self._num_jobs
 
-    async def sample(self, job: Job) -> JobResult:
+    async def sample(self, job: Job, on_tokens: TokenSink | None = None) -> JobResult:
         if self._closed:
             raise EngineDeadError("the engine is closed")
         self._num_jobs += 1
@@ -128,6 +136,7 @@ class HfEngine:
             generator=generator,
             done=asyncio.get_running_loop().create_future(),
             processors=_processors(job.sampling),
+            on_tokens=on_tokens,
         )
         self._running[job.job_id] = running
         if self._stepper is None or self._stepper.done():
@@ -165,6 +174,8 @@ class HfEngine:
             token = int(torch.multinomial(log_probs.exp(), 1, generator=generator))
         running.token_ids.append(token)
         running.logprobs.append(float(log_probs[0, token]))
+        if running.on_tokens is not None:
+            running.on_tokens(running.token_ids[-1:], running.logprobs[-1:])
         self._maybe_finish(running, token)
 
     @staticmethod

@@ -20,6 +20,7 @@ from services.rollout.schemas import (
     RunningReply,
 )
 from services.rollout.service import RolloutService
+from services.rollout.streaming import EVENT_STREAM, stream_events
 
 # nginx's code for a client that closed the connection; nobody reads it but the log.
 _CLIENT_CLOSED_REQUEST = 499
@@ -44,11 +45,14 @@ def generate_routes(service: RolloutService) -> APIRouter:
         """Sample n continuations of a prompt of token ids, each with log-probs and versions.
 
         Sending the same body again attaches to the run or returns its kept reply. The header
-        x-request-deadline is an absolute time in Unix seconds.
+        x-request-deadline is an absolute time in Unix seconds. With Accept: text/event-stream the
+        reply is a stream of `tokens` events, then one `done` or `error` event.
         """
         check_request(body, service.engine.info)
         require_weights(service)
         remaining_s = _remaining_s(deadline)
+        if EVENT_STREAM in request.headers.get("accept", ""):
+            return stream_events(service, body, remaining_s)
         service.ledger.submit(body, lambda: service.generator.run(body, remaining_s))
         return await _answer(request, body.request_id, None)
 

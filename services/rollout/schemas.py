@@ -137,6 +137,14 @@ class GenerateResponse(_Wire):
     timings: Timings
 
 
+class TokensEvent(_Wire):
+    """SSE event `tokens`: newly drawn tokens of one sample."""
+
+    index: int
+    token_ids: list[int]
+    logprobs: list[float]
+
+
 class RunningReply(_Wire):
     """The request is still being worked on; ask again."""
 

@@ -27,6 +27,7 @@ from services.rollout.engine import (
     Job,
     JobResult,
     LoadPlan,
+    TokenSink,
 )
 from services.rollout.openai_routes import add_openai_routes
 from services.rollout.schemas import FinishReason, PauseMode, Sampling
@@ -175,27 +176,37 @@ class VllmEngine:
     def info(self) -> EngineInfo:
         return self._info
 
-    async def sample(self, job: Job) -> JobResult:
+    async def sample(self, job: Job, on_tokens: TokenSink | None = None) -> JobResult:
         prompt = {"prompt_token_ids": job.token_ids, "cache_salt": job.cache_salt}
         params = sampling_params(job.sampling, job.index)
+        if on_tokens is not None:
+            params.output_kind = RequestOutputKind.DELTA
+        token_ids: list[int] = []
+        logprobs: list[float] = []
         self._live[job.job_id] = None
         try:
             queue = await self._llm.add_request(job.job_id, prompt, params)
             self._live[job.job_id] = queue.request_id
             async with self._freeing(queue):
-                output = await queue.get()
-                while not output.finished:
+                finished = False
+                while not finished:
                     output = await queue.get()
+                    finished = output.finished
+                    completion = output.outputs[0]
+                    new = list(completion.logprobs.logprobs) if completion.logprobs else []
+                    token_ids += completion.token_ids
+                    logprobs += new
+                    if on_tokens is not None and new:
+                        on_tokens(list(completion.token_ids), new)
         except VLLMClientError as error:
             raise BadJobError(str(error)) from error
         except VllmDeadError as error:
             raise EngineDeadError("vLLM's engine process is dead") from error
         finally:
             del self._live[job.job_id]
-        completion = output.outputs[0]
         return JobResult(
-            token_ids=list(completion.token_ids),
-            logprobs=list(completion.logprobs.logprobs) if completion.logprobs else [],
+            token_ids=token_ids,
+            logprobs=logprobs,
             finish_reason=_FINISH_REASONS[completion.finish_reason],
             stop_reason=completion.stop_reason,
         )

@@ -1,6 +1,7 @@
 """The important promises once more with real vLLM on a tiny model, through real sockets."""
 
 import asyncio
+import json
 import os
 import signal
 import subprocess
@@ -169,6 +170,45 @@ async def test_the_openai_routes_work_with_the_openai_client_and_need_the_key(ur
     async with AsyncOpenAI(base_url=f"{url}/v1", api_key="wrong", max_retries=0) as openai:
         with pytest.raises(AuthenticationError):
             await openai.models.list()
+
+
+async def test_streamed_tokens_add_up_to_the_reply(url: str) -> None:
+    body = request("vllm-sse", n=2, ignore_eos=True).model_dump_json()
+    headers = {"authorization": f"Bearer {API_KEY}", "accept": "text/event-stream"}
+    async with httpx.AsyncClient(base_url=url, headers=headers, timeout=60.0) as http:
+        reply = await http.post(
+            "/v1/generate", content=body, headers={"content-type": "application/json"}
+        )
+    blocks = [block.split("\n") for block in reply.text.strip().split("\n\n")]
+    events = [(name, json.loads(data.removeprefix("data: "))) for name, data in blocks]
+    tokens = [data for name, data in events if name == "event: tokens"]
+    assert events[-1][0] == "event: done"
+    for index, sample in enumerate(events[-1][1]["samples"]):
+        mine = [data for data in tokens if data["index"] == index]
+        assert len(mine) > 1
+        assert [t for data in mine for t in data["token_ids"]] == sample["token_ids"]
+        assert [p for data in mine for p in data["logprobs"]] == sample["logprobs"]
+
+
+async def test_a_cancelled_request_frees_its_slots_at_once(url: str) -> None:
+    async with client(url) as rollout, httpx.AsyncClient(base_url=url) as http:
+        call = asyncio.create_task(
+            rollout.generate(request("vllm-cancel", n=8, max_tokens=240, ignore_eos=True))
+        )
+        while await running_requests(http) < 8.0:
+            await asyncio.sleep(0.02)
+        call.cancel()
+        await asyncio.wait([call])
+        async with asyncio.timeout(5.0):
+            while await running_requests(http) > 0.0:
+                # vLLM exports the gauge with each step: give it a step to make.
+                await rollout.generate(request(f"vllm-{time.monotonic_ns()}", n=1, max_tokens=2))
+
+
+async def running_requests(http: httpx.AsyncClient) -> float:
+    text = (await http.get("/metrics")).text
+    lines = [line for line in text.splitlines() if line.startswith("vllm:num_requests_running")]
+    return sum(float(line.rpartition(" ")[2]) for line in lines)
 
 
 async def test_the_engine_process_and_its_metrics_are_seen_by_the_probes(url: str) -> None:
