@@ -13,7 +13,7 @@ from services.common.auth import require_key
 from services.common.errors import ApiError, ErrorBody, install_error_handlers
 from services.common.looplag import watch_loop_lag
 from services.common.middleware import install_middleware
-from services.common.wire import WireRoute, reply
+from services.common.wire_routes import WireRoute, reply
 from services.rollout import metrics
 from services.rollout.engine import EngineDeadError
 from services.rollout.routes_control import UPLOAD_PATH, control_routes, ok

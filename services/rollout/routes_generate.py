@@ -9,7 +9,7 @@ from starlette.responses import Response
 
 from services.common.disconnect import ClientGone, while_connected
 from services.common.errors import ApiError, ErrorBody
-from services.common.wire import WireRoute, reply
+from services.common.wire_routes import WireRoute, reply
 from services.rollout.generator import check_request
 from services.rollout.schemas import (
     VERSION_HEADER,

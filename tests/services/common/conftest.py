@@ -11,7 +11,7 @@ from starlette.responses import Response
 from services.common.auth import require_key
 from services.common.errors import ApiError, install_error_handlers
 from services.common.middleware import install_middleware
-from services.common.wire import WireRoute, reply
+from services.common.wire_routes import WireRoute, reply
 
 KEY = "a-key-for-tests"
 

@@ -1,0 +1,56 @@
+"""Routes that speak JSON and msgpack alike, in both directions."""
+
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+from fastapi.routing import APIRoute
+from pydantic import BaseModel
+from starlette.datastructures import Headers
+from starlette.requests import Request
+from starlette.responses import Response
+
+from services.common.errors import ApiError
+from services.common.wire import JSON_TYPE, MSGPACK_TYPE, decode, encode, media_type_of
+
+
+def reply(request: Request, model: BaseModel, *, status: int = 200) -> Response:
+    """Answer in the form the caller's Accept header asks for."""
+    media_type = media_type_of(request.headers.get("accept"))
+    return Response(encode(model, media_type), status_code=status, media_type=media_type)
+
+
+class _WireRequest(Request):
+    """A request whose msgpack body FastAPI sees as JSON, and whose JSON is parsed by orjson."""
+
+    def __init__(self, scope: Any, receive: Any) -> None:
+        self._wire_type = media_type_of(Headers(scope=scope).get("content-type"))
+        if self._wire_type == MSGPACK_TYPE:
+            kept = [(k, v) for k, v in scope["headers"] if k != b"content-type"]
+            scope = {**scope, "headers": [*kept, (b"content-type", JSON_TYPE.encode())]}
+        super().__init__(scope, receive)
+
+    async def json(self) -> Any:
+        if not hasattr(self, "_json"):
+            try:
+                self._json = decode(await self.body(), self._wire_type)
+            except ValueError as error:
+                raise ApiError(
+                    422,
+                    "malformed_body",
+                    f"The body does not parse: {error}.",
+                    fix=f"Send a body that is valid {self._wire_type}.",
+                    field="body",
+                ) from error
+        return self._json
+
+
+class WireRoute(APIRoute):
+    """A route that accepts JSON and msgpack bodies alike; set as `route_class` of a router."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        handler = super().get_route_handler()
+
+        async def wire_handler(request: Request) -> Response:
+            return await handler(_WireRequest(request.scope, request.receive))
+
+        return wire_handler
