@@ -127,8 +127,9 @@ def _accuracy_table(
 
 
 def _add_shares(table: Table, name: str, before: float, after: float) -> None:
-    change = 100 * (after - before)
-    table.add_row(name, f"{before:.0%}", f"{after:.0%}", f"{change:+.0f} points")
+    # The difference of what is shown, so that the row adds up.
+    change = f"{100 * round(after, 2) - 100 * round(before, 2):+.0f} points"
+    table.add_row(name, f"{before:.0%}", f"{after:.0%}", change)
 
 
 def _example_table(rows: Sequence[AdditionRow], before: "Accuracy", after: "Accuracy") -> Table:
@@ -137,7 +138,7 @@ def _example_table(rows: Sequence[AdditionRow], before: "Accuracy", after: "Accu
         table.add_column(heading)
     answers = zip(rows, before.greedy_answers, after.greedy_answers, strict=True)
     for row, old, new in list(answers)[:_NUM_EXAMPLES]:
-        table.add_row(escape(row.question), escape(old.strip()), escape(new.strip()))
+        table.add_row(escape(row.question), *(escape(" ".join(a.split())) for a in (old, new)))
     return table
 
 

@@ -58,13 +58,13 @@ def test_too_few_steps_have_no_first_and_last():
 def test_results_show_both_shares_the_change_and_a_real_answer():
     output = io.StringIO()
     view = DemoView(Console(file=output, width=100))
-    before, after = accuracy(0.25, 0.1, "[8]", num_not_scored=2), accuracy(0.75, 0.6, "7")
+    before, after = accuracy(0.25, 0.1471, "[8]", num_not_scored=2), accuracy(0.75, 0.1324, "7")
     view.results([ROW], before, after, steps_with(0, 0, 0, 1, 1, 1))
     shown = output.getvalue()
     rows = [line.split("\u2502") for line in shown.splitlines() if "\u2502" in line]
     cells = [[cell.strip() for cell in row[1:-1]] for row in rows]
     assert ["1 held-out sums, greedy", "25%", "75%", "+50 points"] in cells
-    assert ["1 held-out sums, temperature 1", "10%", "60%", "+50 points"] in cells
+    assert ["1 held-out sums, temperature 1", "15%", "13%", "-2 points"] in cells
     assert ["training reward, first and last 3 steps", "0%", "100%", "+100 points"] in cells
     assert ["What is 3 + 4?", "[8]", "7"] in cells
     assert "2 held-out answers could not be scored" in shown
