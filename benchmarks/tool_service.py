@@ -38,7 +38,7 @@ HELLO = "print(1 + 1)"
 NUMPY = "import numpy as np\nprint(round(float(np.linalg.det(np.eye(4) * 2)), 3))"
 SYMPY = "import sympy as sp\nx = sp.Symbol('x')\nprint(sp.solve(x**2 - 5*x + 6, x))"
 SNIPPETS = {"hello": HELLO, "numpy": NUMPY, "sympy solve": SYMPY}
-RATIO_GOALS = {"hello": 1.0, "numpy": 20.0, "sympy solve": 20.0}
+GOALS = {"hello": 1.0, "numpy": 20.0, "sympy solve": 20.0}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,6 +60,16 @@ class Row:
         return (
             f"{verdict} {self.name:<44} {self.value:>9.2f} {self.unit:<5} {goal:<9} {self.detail}"
         )
+
+
+def at_least(name: str, value: float, goal: float, detail: str) -> Row:
+    """A ratio that must not fall below its goal."""
+    return Row(name=name, value=value, goal=goal, unit="x", at_least=True, detail=detail)
+
+
+def at_most(name: str, value: float, goal: float, unit: str, detail: str) -> Row:
+    """A value that must not exceed its goal."""
+    return Row(name=name, value=value, goal=goal, unit=unit, at_least=False, detail=detail)
 
 
 def percentile(values: list[float], q: float) -> float:
@@ -130,13 +140,11 @@ async def core_rows(seconds: float, floor: float) -> list[Row]:
     cores = min(2, len(os.sched_getaffinity(0)))
     ratio = speed / cores / floor
     text = f"{speed:.0f}/s on {cores} cores, floor {floor:.0f}/s per core"
+    p99 = f"p99 {percentile(waits, 0.99):.2f} ms, min {min(waits):.2f} ms"
     return [
-        Row(name="core, full level, per core / floor", value=ratio, goal=0.55, unit="x", at_least=True, detail=text),
-        Row(
-            name="core, warm print(1+1), p50", value=percentile(waits, 0.5), goal=1.5, unit="ms",
-            at_least=False, detail=f"p99 {percentile(waits, 0.99):.2f} ms, min {min(waits):.2f} ms",
-        ),
-    ]  # fmt: skip
+        at_least("core, full level, per core / floor", ratio, 0.55, text),
+        at_most("core, warm print(1+1), p50", percentile(waits, 0.5), 1.5, "ms", p99),
+    ]
 
 
 async def paced_ms(run: Callable[[], Awaitable[None]], count: int) -> list[float]:
@@ -219,27 +227,25 @@ async def http_rows(seconds: float, floor: float, runs: int) -> AsyncIterator[Ro
         for code in SNIPPETS.values():
             await rate(poster(client, code), 0.5, 2)
         waits = await paced_ms(poster(client, HELLO), 100)
-        yield Row(
-            name="HTTP, warm print(1+1), p50", value=percentile(waits, 0.5), goal=4.0, unit="ms",
-            at_least=False, detail=f"p99 {percentile(waits, 0.99):.2f} ms",
-        )  # fmt: skip
+        p99 = f"p99 {percentile(waits, 0.99):.2f} ms"
+        yield at_most("HTTP, warm print(1+1), p50", percentile(waits, 0.5), 4.0, "ms", p99)
         for name, code in SNIPPETS.items():
             ours = await rate(poster(client, code), seconds, 8)
             theirs = await rate(subprocess_runner(code), seconds, 8)
-            yield Row(
-                name=f"HTTP, {name} at 8, / python -c", value=ours / theirs,
-                goal=RATIO_GOALS[name], unit="x", at_least=True,
-                detail=f"{ours:.0f}/s against {theirs:.1f}/s",
-            )  # fmt: skip
+            text = f"{ours:.0f}/s against {theirs:.1f}/s"
+            yield at_least(f"HTTP, {name} at 8, / python -c", ours / theirs, GOALS[name], text)
         speeds = {n: await rate(poster(client, HELLO), seconds, n) for n in (1, 8, 32, 256)}
         cores = len(os.sched_getaffinity(0))
         peak = max(speeds.values())
         text = ", ".join(f"{n}: {speed:.0f}/s" for n, speed in speeds.items())
-        yield Row(name="HTTP, full level, per core / floor", value=peak / cores / floor, goal=0.40, unit="x", at_least=True, detail=text)  # fmt: skip # noqa: E501
-        yield Row(name="HTTP, at 256 / peak", value=speeds[256] / peak, goal=0.9, unit="x", at_least=True, detail=text)  # fmt: skip # noqa: E501
+        yield at_least("HTTP, full level, per core / floor", peak / cores / floor, 0.40, text)
+        yield at_least("HTTP, at 256 / peak", speeds[256] / peak, 0.9, text)
         for name, concurrency, goal in (("idle", 1, 100.0), ("loaded", 4 * cores, 300.0)):
             late = await overshoot_ms(client, 30, concurrency)
-            yield Row(name=f"timeout overshoot, {name}, p99", value=percentile(late, 0.99), goal=goal, unit="ms", at_least=False, detail=f"median {statistics.median(late):.1f} ms")  # fmt: skip # noqa: E501
+            text = f"median {statistics.median(late):.1f} ms"
+            yield at_most(
+                f"timeout overshoot, {name}, p99", percentile(late, 0.99), goal, "ms", text
+            )
         yield await memory_row(client, pid, runs)
 
 
@@ -250,7 +256,8 @@ async def memory_row(client: httpx.AsyncClient, pid: int, runs: int) -> Row:
     for _ in range(runs // 50):
         await asyncio.gather(*(post() for _ in range(50)))
     after = resident_mb(pid)
-    return Row(name=f"API memory after {runs} more runs / before", value=after / before, goal=1.1, unit="x", at_least=False, detail=f"{before:.1f} -> {after:.1f} MB")  # fmt: skip # noqa: E501
+    text = f"{before:.1f} -> {after:.1f} MB"
+    return at_most(f"API memory after {runs} more runs / before", after / before, 1.1, "x", text)
 
 
 async def measure(seconds: float, runs: int) -> None:

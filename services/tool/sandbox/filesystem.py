@@ -32,15 +32,17 @@ def build_root(plan: Plan) -> None:
     jail = root + JAIL
     for folder in ("/proc", f"{JAIL}/dev", f"{JAIL}{BOX}", f"{JAIL}/var", f"{JAIL}/etc"):
         os.makedirs(root + folder)
-    kernel.mount("/proc", root + "/proc", "", kernel.MS_BIND | kernel.MS_REC)
     for path in outermost(plan.read_paths):
-        _bind_read_only(path, jail + path)
+        _bind(path, jail + path)
     for name in DEVICES:
         _bind(f"/dev/{name}", f"{jail}/dev/{name}")
     for link, folder in _LINKS.items():
         if not os.path.lexists(f"{jail}/{link}"):
             os.symlink(f"{BOX}/{folder}", f"{jail}/{link}")
     _write_accounts(jail, {*range(plan.uid_count), os.getuid()})
+    kernel.make_read_only(root)
+    # Writable, because the id maps of level full are written through it; the jail does not hold it.
+    kernel.mount("/proc", root + "/proc", "", kernel.MS_BIND | kernel.MS_REC)
     kernel.pivot_root(root)
 
 
@@ -82,11 +84,6 @@ def _bind(source: str, target: str) -> None:
         with open(target, "x"):
             pass
     kernel.mount(source, target, "", kernel.MS_BIND | kernel.MS_REC)
-
-
-def _bind_read_only(source: str, target: str) -> None:
-    _bind(source, target)
-    kernel.make_read_only(target)
 
 
 def _write_accounts(jail: str, uids: set[int]) -> None:

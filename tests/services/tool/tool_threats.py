@@ -144,6 +144,7 @@ RESOURCES = [
         row="2-fork-to-the-limit",
         code="import os, time\ntry:\n    while True:\n        if os.fork() == 0: time.sleep(60)\n"
         "except OSError:\n    print('limit')",
+        expect=("ok", "memory_limit"),
         says="limit\n",
     ),
     Threat(
