@@ -153,18 +153,24 @@ def serve_instant(url_file: str) -> None:
     from services.rollout.app import create_app
     from services.rollout.service import RolloutService
     from services.rollout.settings import RolloutSettings
+    from services.rollout.staging import ServedModel, Staging
+    from services.rollout.uploads import Uploads
+    from services.rollout.weights import WeightStore
 
     configure_logging("WARNING")
     engine: Any = InstantEngine()
     versions = VersionLog(Version(number=0, digest="0" * 64))
-    nothing: Any = type("Serving", (), {"state": "serving"})()
+    model = ServedModel(tensors={}, dtype_code="BF16", head_is_tied=False)
+    staging = Staging(model, Path(url_file).parent)
+    contract: Any = None
     service = RolloutService(
         engine=engine,
         versions=versions,
-        weights=nothing,
+        weights=WeightStore(engine, versions, model, staging),
         generator=Generator(engine, versions, "0" * 64),
         ledger=Ledger(ledger_limits()),
-        static_contract=nothing,
+        uploads=Uploads(staging.uploads_dir, 0),
+        static_contract=contract,
     )
     app = create_app(RolloutSettings(model=Path("none")), service, api_key=KEY, admin_key=KEY)
     run(serve(app, bind_socket("127.0.0.1", 0), url_file=Path(url_file)))

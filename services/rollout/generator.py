@@ -114,14 +114,9 @@ class Generator:
         self, request: GenerateRequest, limit_s: float | None, on_tokens: SampleSink | None
     ) -> GenerateResponse:
         started_s = time.perf_counter()
-        nonce = uuid.uuid4().hex[:8]
-        job_ids = [f"{request.request_id}:{nonce}:{index}" for index in range(request.n)]
         try:
-            async with asyncio.timeout(limit_s), asyncio.TaskGroup() as group:
-                tasks = [
-                    group.create_task(self._sample(request, job_id, index, on_tokens))
-                    for index, job_id in enumerate(job_ids)
-                ]
+            async with asyncio.timeout(limit_s):
+                samples = await self._draw(request, on_tokens)
         except TimeoutError as error:
             raise ApiError(
                 504,
@@ -130,15 +125,29 @@ class Generator:
                 fix="Allow more time, ask for fewer tokens, or add a server.",
                 field="deadline_s",
             ) from error
-        except ExceptionGroup as group_error:
-            raise _first_api_error(group_error) from group_error
         return GenerateResponse(
             request_id=request.request_id,
-            samples=[task.result() for task in tasks],
+            samples=samples,
             contract_hash=self._contract_hash,
             version=self._versions.current.number,
             timings=Timings(total_s=time.perf_counter() - started_s),
         )
+
+    async def _draw(self, request: GenerateRequest, on_tokens: SampleSink | None) -> list[Sample]:
+        """All samples side by side; the first failure cancels the others."""
+        nonce = uuid.uuid4().hex[:8]
+        job_ids = [f"{request.request_id}:{nonce}:{index}" for index in range(request.n)]
+        if request.n == 1:
+            return [await self._sample(request, job_ids[0], 0, on_tokens)]
+        try:
+            async with asyncio.TaskGroup() as group:
+                tasks = [
+                    group.create_task(self._sample(request, job_id, index, on_tokens))
+                    for index, job_id in enumerate(job_ids)
+                ]
+        except ExceptionGroup as failures:
+            raise failures.exceptions[0] from failures
+        return [task.result() for task in tasks]
 
     async def _sample(
         self, request: GenerateRequest, job_id: str, index: int, on_tokens: SampleSink | None
@@ -157,6 +166,20 @@ class Generator:
             sink = None if on_tokens is None else partial(on_tokens, index)
             result = await self._engine.sample(job, sink)
             total = len(result.token_ids)
+        except BadJobError as error:
+            raise _unprocessable(
+                "refused_by_engine",
+                f"The engine refuses this request: {error}",
+                "Correct the request as the message says.",
+                "body",
+            ) from error
+        except EngineDeadError as error:
+            raise ApiError(
+                503,
+                "engine_dead",
+                "The engine behind this service is dead.",
+                fix="Use another server; the operator has to restart this one.",
+            ) from error
         finally:
             spans = self._versions.end(job_id, total)
         if len(result.logprobs) != total or not math.isfinite(sum(result.logprobs)):
@@ -177,22 +200,3 @@ class Generator:
 
 def _unprocessable(code: str, message: str, fix: str, field: str) -> ApiError:
     return ApiError(422, code, message, fix=fix, field=field)
-
-
-def _first_api_error(group: ExceptionGroup[Exception]) -> Exception:
-    error = group.exceptions[0]
-    if isinstance(error, BadJobError):
-        return _unprocessable(
-            "refused_by_engine",
-            f"The engine refuses this request: {error}",
-            "Correct the request as the message says.",
-            "body",
-        )
-    if isinstance(error, EngineDeadError):
-        return ApiError(
-            503,
-            "engine_dead",
-            "The engine behind this service is dead.",
-            fix="Use another server; the operator has to restart this one.",
-        )
-    return error
