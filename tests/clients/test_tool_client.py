@@ -1,0 +1,93 @@
+"""The tool client against the real service, and against a network that loses replies."""
+
+from collections.abc import AsyncIterator
+from dataclasses import replace
+
+import httpx
+import pytest
+import pytest_asyncio
+from fastapi import FastAPI
+
+from openrlhf_alp.clients.errors import RequestRejected, ServiceUnavailable, Unauthorized
+from openrlhf_alp.clients.http import Backoff, Timeouts
+from openrlhf_alp.clients.tool import ToolClient
+from services.tool.app import create_app
+from services.tool.schemas import ExecuteRequest, SessionRequest
+from services.tool.service import ToolService
+from services.tool.settings import Settings
+
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+
+KEY = "key-of-the-tests"
+FAST = Backoff(first_s=0.001, largest_s=0.002)
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def app() -> AsyncIterator[FastAPI]:
+    base = Settings(slots=1)
+    settings = replace(base, sandbox=replace(base.sandbox, presets=("numpy",)))
+    async with ToolService.running(settings) as service:
+        yield create_app(service, KEY)
+
+
+class Lossy(httpx.AsyncBaseTransport):
+    """Delivers every request and loses the first `losses` replies."""
+
+    def __init__(self, app: FastAPI, losses: int) -> None:
+        self._inner = httpx.ASGITransport(app=app)
+        self._losses = losses
+
+    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+        response = await self._inner.handle_async_request(request)
+        if self._losses > 0:
+            self._losses -= 1
+            raise httpx.ReadError("the reply was lost", request=request)
+        return response
+
+
+def connect(app: FastAPI, losses: int = 0, key: str = KEY) -> ToolClient:
+    return ToolClient("http://tool", api_key=key, backoff=FAST, transport=Lossy(app, losses))
+
+
+async def test_a_program_is_run_and_a_failing_one_is_an_answer(app: FastAPI) -> None:
+    async with connect(app) as client:
+        assert (await client.execute(ExecuteRequest(code="print(2)"))).stdout == "2\n"
+        failed = await client.execute(ExecuteRequest(code="1/0"))
+        assert failed.error is not None and failed.error.type == "ZeroDivisionError"
+
+
+async def test_a_cell_whose_reply_is_lost_runs_once(app: FastAPI) -> None:
+    async with connect(app) as client:
+        session = await client.open_session(SessionRequest())
+        await session.run("n = 1")
+        client._http._transport = Lossy(app, 2)
+        again = await session.run("n += 1\nn")
+        assert (again.result, again.replayed) == ("2", True)
+        assert (await session.run("n")).result == "2"
+        await session.close()
+        await session.close()
+        with pytest.raises(RequestRejected, match="ended by its owner"):
+            await session.run("n")
+
+
+async def test_a_request_above_the_limits_and_a_wrong_key_are_not_repeated(app: FastAPI) -> None:
+    async with connect(app) as client:
+        with pytest.raises(RequestRejected) as caught:
+            await client.execute(ExecuteRequest(code="1", timeout_s=1e6))
+        assert (caught.value.status, caught.value.field) == (422, "timeout_s")
+    async with connect(app, key="not-the-key") as client:
+        with pytest.raises(Unauthorized):
+            await client.execute(ExecuteRequest(code="1"))
+
+
+async def test_a_service_that_never_answers_is_given_up_in_time(app: FastAPI) -> None:
+    client = ToolClient(
+        "http://tool",
+        api_key=KEY,
+        timeouts=Timeouts(total_s=0.3),
+        backoff=FAST,
+        transport=Lossy(app, 10**6),
+    )
+    async with client:
+        with pytest.raises(ServiceUnavailable, match="does not answer"):
+            await client.execute(ExecuteRequest(code="1"))
