@@ -61,7 +61,7 @@ async def make_service(model_folder: Path, tmp_path: Path) -> AsyncIterator[Make
     model = read_model_folder(settings)
     made: list[RolloutService] = []
 
-    def make(*, own_folder: bool = False) -> RolloutService:
+    def make(*, own_folder: bool = False, **changes: object) -> RolloutService:
         engine = HfEngine.load(
             model.path,
             model.tokenizer,
@@ -71,7 +71,7 @@ async def make_service(model_folder: Path, tmp_path: Path) -> AsyncIterator[Make
         )
         weights_dir = tmp_path / (f"weights-{len(made)}" if own_folder else "weights")
         weights_dir.mkdir(exist_ok=True)
-        made.append(build_service(engine, model, settings, weights_dir))
+        made.append(build_service(engine, model, settings.model_copy(update=changes), weights_dir))
         return made[-1]
 
     yield make
