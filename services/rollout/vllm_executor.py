@@ -6,6 +6,7 @@ workers below follow by vLLM's own death pipe.
 """
 
 import ctypes
+import multiprocessing
 import os
 import signal
 import sys
@@ -24,7 +25,8 @@ def die_with_parent() -> None:
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL) != 0:
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG) failed")
-    if os.getppid() == 1:  # the parent died before the call
+    parent = multiprocessing.parent_process()
+    if parent is not None and os.getppid() != parent.pid:  # it died before the call
         sys.exit("the rollout service is gone")
 
 
