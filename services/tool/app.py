@@ -1,7 +1,6 @@
 """The HTTP face of the tool service: `create_app(service, api_key)` and the native routes."""
 
 import asyncio
-import json
 import math
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
@@ -200,8 +199,3 @@ def _domain_handler(app: FastAPI) -> Callable[[Request, Exception], Awaitable[Re
         return response
 
     return respond
-
-
-def dump_openapi(app: FastAPI) -> str:
-    """The OpenAPI document as text."""
-    return json.dumps(app.openapi(), indent=1)

@@ -7,7 +7,10 @@ Its habits are kept: HTTP 200 whatever the code did; `stdout` and `stderr` are n
 has no return code. verl's client retries on 504 alone, so that is what overload answers here.
 """
 
+import base64
 import math
+import signal
+import time
 from typing import Any, Literal
 
 from fastapi import APIRouter, Depends, Request
@@ -38,7 +41,6 @@ Language = Literal[
 _PATH = TypeAdapter(SafePath)
 _CONTENT = TypeAdapter(Base64Text)
 _ANCHORS = ("/mnt/", "/tmp/")
-_PRINTED_SIGNALS = {"SIGKILL": 9}
 
 
 class RunCodeRequest(BaseModel):
@@ -212,8 +214,6 @@ def _break_after(text: str) -> str:
 
 
 def _return_code(result: ExecuteResult) -> int:
-    import signal
-
     if result.exit_code is not None:
         return result.exit_code
     name = result.signal or "SIGKILL"
@@ -236,9 +236,6 @@ def _checked_files(files: dict[str, str | None]) -> dict[str, str]:
 
 
 async def _run_cells(body: RunJupyterRequest, service: ToolService) -> RunJupyterResponse:
-    import base64
-    import time
-
     files = _checked_files(body.files)
     fetch = [_checked_path(path) for path in body.fetch_files]
     service.check_files(files)

@@ -18,7 +18,6 @@ import os
 import select
 import signal
 import socket
-import sys
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
@@ -250,7 +249,3 @@ def _watch(zygote: _Zygote) -> None:
         if limit and not child.reason and census.memory_bytes(child.pid, child.uid, limit) > limit:
             child.reason = "memory"
             _kill(child)
-
-
-if __name__ == "__main__":
-    sys.exit("this module is started by launcher.py")
