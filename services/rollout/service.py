@@ -19,12 +19,19 @@ from services.rollout.generator import Generator
 from services.rollout.ledger import Ledger, LedgerLimits
 from services.rollout.schemas import API_VERSION, Contract
 from services.rollout.settings import RolloutSettings
-from services.rollout.staging import TIED_HEAD, ServedModel, Staging, digest_of
+from services.rollout.staging import (
+    TIED_HEAD,
+    ServedModel,
+    Staging,
+    digest_of,
+    remove_if_abandoned,
+)
 from services.rollout.uploads import Uploads
 from services.rollout.versions import Version, VersionLog
 from services.rollout.weights import WeightStore
 
 _DTYPE_CODES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
+_PRIVATE_PREFIX = "openrlhf-alp-weights-"
 _HEADER_BYTES = 64 * 2**20
 _CHANGING = ("version", "digest", "weights_dir", "weight_transports", "contract_hash")
 
@@ -121,7 +128,9 @@ def make_weights_dir(settings: RolloutSettings) -> Path:
             return settings.weights_dir
         shared_memory = Path("/dev/shm")
         parent = shared_memory if shared_memory.is_dir() else None
-        return Path(tempfile.mkdtemp(prefix="openrlhf-alp-weights-", dir=parent))
+        for abandoned in Path(parent or tempfile.gettempdir()).glob(f"{_PRIVATE_PREFIX}*"):
+            remove_if_abandoned(abandoned)
+        return Path(tempfile.mkdtemp(prefix=_PRIVATE_PREFIX, dir=parent))
     except OSError as error:
         raise ConfigError(
             f"--weights-dir cannot be used: {error}. Fix: name a folder this user can write."

@@ -218,6 +218,14 @@ def _remove_folders_of_the_dead(weights_dir: Path) -> None:
             os.close(lock)
 
 
+def remove_if_abandoned(weights_dir: Path) -> None:
+    """Remove a private weights folder whose service was killed, with all that it holds."""
+    if any(weights_dir.glob(f"{_STAGING_PREFIX}*")):
+        _remove_folders_of_the_dead(weights_dir)
+        if not any(weights_dir.glob(f"{_STAGING_PREFIX}*")):
+            shutil.rmtree(weights_dir, ignore_errors=True)
+
+
 def _some(names: Sequence[str]) -> str:
     more = f" and {len(names) - _SHOWN_NAMES} more" if len(names) > _SHOWN_NAMES else ""
     return ", ".join(names[:_SHOWN_NAMES]) + more

@@ -300,6 +300,23 @@ def test_staged_files_of_a_killed_service_are_removed_and_those_of_a_live_one_ke
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_private_folder_is_removed_once_its_service_was_killed(tmp_path: Path) -> None:
+    from services.rollout.staging import ServedModel, Staging, remove_if_abandoned
+
+    model = ServedModel(tensors={}, dtype_code="F32", head_is_tied=False)
+    starting = tmp_path / "starting"
+    folders = {name: tmp_path / name for name in ("live", "killed")}
+    for folder in (starting, *folders.values()):
+        folder.mkdir()
+    staging = {name: Staging(model, folder) for name, folder in folders.items()}
+    os.close(staging["killed"]._lock or 0)
+    staging["killed"]._lock = None
+    for folder in list(tmp_path.iterdir()):
+        remove_if_abandoned(folder)
+    assert {folder.name for folder in tmp_path.iterdir()} == {"starting", "live"}
+    staging["live"].close()
+
+
 async def test_version_zero_is_the_digest_of_the_model_folder(
     http: httpx.AsyncClient, model_folder: Path
 ) -> None:
