@@ -1,5 +1,6 @@
 """The demo's command lines: what is trained, how, and why each group of flags is what it is."""
 
+import os
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -43,6 +44,8 @@ def service_command(*, model: Path, url_file: Path, seed: int) -> list[str]:
         "--max-model-len": _MAX_LENGTH,
         "--max-num-seqs": _SAMPLES_PER_STEP,
         "--seed": seed,
+        # Learner and engine take turns, so each may have every core.
+        "--num-threads": os.cpu_count() or 1,
     }
     return [sys.executable, "-m", "services.rollout", *_arguments(flags)]
 
