@@ -67,7 +67,7 @@ def engine_args(settings: RolloutSettings) -> AsyncEngineArgs:
         # vLLM 0.29 rewinds a seeded request's generator when its prompt was prefilled only in part;
         # CPU generators cannot be rewound and the engine dies. Whole prompts avoid that.
         extra["enable_chunked_prefill"] = False
-        # Tracing the model takes a minute at every start and buys nothing without Inductor's kernels.
+        # Tracing the model takes a minute at every start and gains nothing without Inductor.
         extra["enforce_eager"] = True
     else:
         extra["gpu_memory_utilization"] = settings.gpu_memory_utilization
