@@ -35,7 +35,7 @@ METRICS: dict[str, str] = {
     "alp/sigma_bound_share": "fraction of sigmas on --alp.sigma_min or --alp.sigma_max",
     "alp/sigma0": "sigma where delta is 0: --alp.sigma0 or its calibration",
     "alp/mismatch_k3_kl": "calibration: k3 KL of the clean learner against the rollout engine",
-    "alp/noise_k3_kl": "calibration: k3 KL of the perturbed against the clean learner at sigma0",
+    "alp/noise_k3_kl": "calibration: k3 KL against the clean learner that sigma0 adds to rounding",
 }
 """Every metric of ALP. The first block comes from `RatioTelemetry.summary`, the second from
 `LossOutput`, the third from `LayerwisePerturbation.summary`, the last from `calibrate_sigma0`."""

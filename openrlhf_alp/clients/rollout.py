@@ -190,7 +190,8 @@ class RolloutClient:
                 raise ServiceUnavailable(
                     f"Gave up after {attempt} attempts. {failure.failure}"
                 ) from failure.failure
-            logger.warning("%s: attempt %d: %s", request.request_id, attempt, failure.failure)
+            if attempt & (attempt - 1) == 0:  # 1, 2, 4, 8: a long outage fills no log
+                logger.warning("%s: attempt %d: %s", request.request_id, attempt, failure.failure)
             stay_on = server if failure.may_be_running and stay_on is None else None
             if server is not None and stay_on is None:
                 self._fleet.failed(server, delay_s)

@@ -144,7 +144,10 @@ class AlpActorPPOTrainer(ppo_actor.ActorPPOTrainer):
         with without_sigma(self.actor):
             if self.args.rollout_service.urls:
                 model = self.actor.model.module
-                push_weights(self.weight_pusher, model, self.args.ds.zero_stage)
+                pushed = push_weights(self.weight_pusher, model, self.args.ds.zero_stage)
+                if pushed is not None:
+                    engines = self.vllm_engines
+                    ray.get([e.require_version.remote(pushed.version) for e in engines])
             else:
                 super().broadcast_to_vllm()
 

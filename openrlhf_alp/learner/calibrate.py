@@ -50,23 +50,28 @@ def calibrate(trainer: AlpActorPPOTrainer) -> dict[str, float]:
             noisy = _log_probs(trainer, batch)
         return _mean_over_ranks(k3_kl(noisy, clean, batch.action_mask))
 
+    # In bfloat16 the faintest noise flips roundings and these flips alone move the log-probs about
+    # as far as the mismatch, which is made of them too. What counts is what sigma adds to that.
+    rounding = noisy_kl(alp.sigma_min)
     found = calibrate_sigma0(
         noisy_kl,
-        mismatch * alp.calibration_factor,
+        rounding + mismatch * alp.calibration_factor,
         sigma_min=alp.sigma_min,
         sigma_max=alp.sigma_max,
     )
     perturbation.sigma0 = found.sigma0
+    noise = found.reached_kl - rounding
     logger.info(
-        "sigma0 auto: learner-to-rollout mismatch k3 KL %.2e -> sigma0 %.2e (noise k3 KL %.2e)",
-        mismatch, found.sigma0, found.reached_kl,
+        "sigma0 auto: learner-to-rollout mismatch k3 KL %.2e -> sigma0 %.2e (noise k3 KL %.2e on "
+        "top of %.2e by rounding alone)",
+        mismatch, found.sigma0, noise, rounding,
     )  # fmt: skip
     if found.at_bound:
         logger.warning(
             "sigma0 auto stopped at --alp.%s; move that bound to let the noise reach the mismatch",
             found.at_bound,
         )
-    return {"alp/mismatch_k3_kl": mismatch, "alp/noise_k3_kl": found.reached_kl}
+    return {"alp/mismatch_k3_kl": mismatch, "alp/noise_k3_kl": noise}
 
 
 def _first_samples(trainer: AlpActorPPOTrainer) -> Experience:

@@ -179,7 +179,7 @@ def _add_service_arguments(group: argparse._ArgumentGroup) -> None:
         help=f"rollout services (python -m services.rollout); keys come from ${API_KEY_VARIABLE} "
         f"and ${ADMIN_KEY_VARIABLE}. Without it OpenRLHF starts its own vLLM engines",
     )
-    add("--rollout.request_timeout_s", type=float, default=600.0, help="limit of one episode")
+    add("--rollout.request_timeout_s", type=float, default=300.0, help="limit of one episode")
     add("--rollout.ready_timeout_s", type=float, default=120.0, help="wait for a starting service")
     add("--logger.metrics_jsonl", default=None, help="file that gets one JSON object per step")
 

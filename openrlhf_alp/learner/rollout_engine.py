@@ -36,7 +36,7 @@ class RolloutEngine:
     """One per service URL. Upstream: the duck type of `RolloutRayActor`.
 
     Args:
-        url: base URL of the service.
+        urls: base URLs of all services; its own first, the others take over when that one is lost.
         api_key, admin_key: its bearer keys.
         service: time limits.
         reward_urls: `--reward.remote_url`, already split.
@@ -45,7 +45,7 @@ class RolloutEngine:
     def __init__(
         self,
         *,
-        url: str,
+        urls: Sequence[str],
         api_key: str,
         admin_key: str,
         service: ServiceConfig,
@@ -53,7 +53,7 @@ class RolloutEngine:
     ) -> None:
         self._keys = (api_key, admin_key)
         self.client = RolloutClient(
-            [url],
+            urls,
             api_key=api_key,
             admin_key=admin_key,
             timeouts=Timeouts(total_s=service.request_timeout_s),
@@ -154,6 +154,10 @@ class RolloutEngine:
             ),
         )
 
+    async def require_version(self, version: int) -> None:
+        """Refuse tokens of a server that missed the push of `version`."""
+        self.client.require_version(version)
+
     def keys(self) -> tuple[str, str]:
         """API and admin key, for the rank that pushes weights."""
         return self._keys
@@ -201,13 +205,14 @@ RemoteRolloutEngine = ray.remote(num_cpus=0)(RolloutEngine)
 
 def create_rollout_engines(args: SimpleNamespace) -> list[Any]:
     """One Ray actor per service URL of `args`; keys come from this process's environment."""
+    urls = args.rollout_service.urls
     return [
         RemoteRolloutEngine.options(max_concurrency=1024).remote(
-            url=url,
+            urls=(*urls[index:], *urls[:index]),
             api_key=os.environ[API_KEY_VARIABLE],
             admin_key=os.environ[ADMIN_KEY_VARIABLE],
             service=args.rollout_service,
             reward_urls=args.reward.remote_url,
         )
-        for url in args.rollout_service.urls
+        for index in range(len(urls))
     ]

@@ -12,10 +12,12 @@ import deepspeed
 import torch
 from torch import nn
 
-from openrlhf_alp.clients.push import WeightPusher
+from openrlhf_alp.clients.push import PushResult, WeightPusher
 
 
-def push_weights(pusher: WeightPusher | None, model: nn.Module, zero_stage: int) -> None:
+def push_weights(
+    pusher: WeightPusher | None, model: nn.Module, zero_stage: int
+) -> PushResult | None:
     """Make every server serve `model`. Collective: all ranks call it, rank 0 writes and pushes.
 
     An error on rank 0 is raised on all ranks, so that none waits for ever in a collective.
@@ -25,14 +27,18 @@ def push_weights(pusher: WeightPusher | None, model: nn.Module, zero_stage: int)
         model: the Hugging Face model inside DeepSpeed's engine, without sigma.
         zero_stage: of DeepSpeed.
 
+    Returns:
+        What rank 0 pushed; None on the others.
+
     Raises:
         ServiceError: the folder cannot be written, or a server refused, failed or is gone.
     """
     parameters = gathered_parameters(model, zero_stage, keep=pusher is not None)
     failure: list[Exception | None] = [None]
+    pushed: PushResult | None = None
     if pusher is not None:
         try:
-            pusher.push(parameters)
+            pushed = pusher.push(parameters)
         except Exception as error:
             failure = [error]
     for _ in parameters:  # what rank 0 did not take; every rank takes part in each gathering
@@ -40,6 +46,7 @@ def push_weights(pusher: WeightPusher | None, model: nn.Module, zero_stage: int)
     torch.distributed.broadcast_object_list(failure, src=0)
     if failure[0] is not None:
         raise failure[0]
+    return pushed
 
 
 def gathered_parameters(

@@ -106,6 +106,8 @@ async def serve(
         log_config=None,
         access_log=False,
         server_header=False,
+        # Clients pool connections; one closed between two requests of theirs costs a retry.
+        timeout_keep_alive=75,
         timeout_graceful_shutdown=max(1, round(drain_s)),
     )
     server = _Server(config)

@@ -38,7 +38,7 @@ class LengthReward:
 @pytest.fixture
 async def engine(hf_service: Any) -> AsyncIterator[RolloutEngine]:
     engine = RolloutEngine(
-        url=hf_service.url,
+        urls=[hf_service.url],
         api_key="api-key-of-a-test",
         admin_key="admin-key-of-a-test",
         service=SERVICE,
