@@ -81,7 +81,7 @@ def _start_ray(args: SimpleNamespace) -> None:
         env["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", str(threads))
         env["TORCHDYNAMO_DISABLE"] = "1"
         env |= {k: os.environ.get(k, v) for k, v in KEEP_MEMORY.items()}
-        # Ray runs its workers at nice 15; on a CPU they are the job, not helpers beside it.
+        # Ray runs its workers at nice 15; on a CPU machine they are the job.
         os.environ.setdefault("RAY_worker_niceness", "0")
         if "RAY_ADDRESS" not in os.environ:
             devices = {"num_cpus": LOGICAL_DEVICES, "num_gpus": LOGICAL_DEVICES}
