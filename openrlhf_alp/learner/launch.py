@@ -17,7 +17,7 @@ import torch
 from openrlhf_alp.clients.errors import ServiceError
 from openrlhf_alp.episodes.records import EpisodeError
 from openrlhf_alp.learner import config, seams
-from openrlhf_alp.learner.preflight import check_model, check_services
+from openrlhf_alp.learner.preflight import check_data, check_model, check_services
 
 LOGICAL_DEVICES = 8
 """Slots that a local Ray offers on a machine without GPUs; OpenRLHF asks for one per model."""
@@ -53,6 +53,7 @@ def launch() -> int:
 def _settle_and_start_ray(args: SimpleNamespace) -> SimpleNamespace:
     try:
         config.settle(args)
+        check_data(args)
         tokenizer = check_model(args.actor.model_name_or_path)
         if args.rollout_service.urls:
             check_services(args, tokenizer)

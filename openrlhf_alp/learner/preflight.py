@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoTokenizer
 from openrlhf_alp.clients.contract import LearnerExpectation, check_contract
 from openrlhf_alp.clients.rollout import RolloutClient
 from openrlhf_alp.learner.config import ADMIN_KEY_VARIABLE, API_KEY_VARIABLE, ServiceConfig
+from openrlhf_alp.learner.reward import MATH_VERIFY
 
 
 def check_model(name_or_path: str | None) -> Any:
@@ -38,6 +39,27 @@ def check_model(name_or_path: str | None) -> Any:
             f"--actor.model_name_or_path {name_or_path}: cannot load its tokenizer ({error}). Give "
             "a model folder, or an id that the Hugging Face hub or its local cache knows."
         ) from error
+
+
+def check_data(args: SimpleNamespace) -> None:
+    """The prompts are named, and have labels where the reward needs them.
+
+    Raises:
+        ValueError: a flag is missing or names a file that is not there.
+    """
+    dataset = args.data.prompt_dataset
+    if not dataset:
+        raise ValueError(
+            "--data.prompt_dataset is missing: give a .jsonl file, a dataset folder or a Hugging "
+            "Face id, with --data.input_key and --data.label_key naming its fields."
+        )
+    if Path(dataset).suffix in {".json", ".jsonl", ".parquet"} and not Path(dataset).is_file():
+        raise ValueError(f"--data.prompt_dataset {dataset}: there is no such file.")
+    if args.reward.remote_url == MATH_VERIFY and not args.data.label_key:
+        raise ValueError(
+            "--reward.remote_url math-verify compares answers with a label: name its field with "
+            "--data.label_key."
+        )
 
 
 def check_services(args: SimpleNamespace, tokenizer: Any) -> None:

@@ -30,10 +30,11 @@ def bind_socket(host: str, port: int) -> socket.socket:
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         sock.bind((host, port))
-    except OSError as error:
+    except (OSError, OverflowError) as error:
         sock.close()
+        reason = getattr(error, "strerror", None) or error
         raise ConfigError(
-            f"Cannot bind {host}:{port}: {error.strerror or error}. "
+            f"Cannot bind {host}:{port}: {reason}. "
             "Fix: stop what holds it, choose another --port, or --port 0 for any free one."
         ) from error
     return sock

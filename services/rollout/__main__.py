@@ -22,7 +22,12 @@ def main() -> int:
     """Run the service until a stop signal; return the exit code."""
     try:
         settings = CliApp.run(RolloutSettings)
-    except (ValidationError, SettingsError) as error:
+    except ValidationError as error:
+        for problem in error.errors():
+            flag = "--" + "-".join(map(str, problem["loc"])).replace("_", "-")
+            print(f"rollout service: {flag}: {problem['msg']}. See --help.", file=sys.stderr)
+        return EXIT_CONFIG
+    except SettingsError as error:
         print(f"rollout service: bad configuration: {error}", file=sys.stderr)
         return EXIT_CONFIG
     configure_logging(settings.log_level)

@@ -18,6 +18,7 @@ class RolloutSettings(BaseSettings):
         cli_kebab_case=True,
         cli_implicit_flags=True,
         cli_hide_none_type=True,
+        use_attribute_docstrings=True,
         extra="forbid",
     )
 

@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 _EXIT_CONFIG = 2
 _EXIT_ISOLATION = 3
-_KEY_VARIABLE = "TOOL_API_KEY"
+_KEY_VARIABLE = "OPENRLHF_ALP_TOOL_API_KEY"
 _NUMBERS = {
     "slots": "executions at a time (default: one per usable core)",
     "max_queue": "executions that may wait",

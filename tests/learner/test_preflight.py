@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from openrlhf_alp.clients.errors import ContractMismatch, ServiceError, Unauthorized
-from openrlhf_alp.learner.preflight import check_model, check_services
+from openrlhf_alp.learner.preflight import check_data, check_model, check_services
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 Parse = Callable[..., SimpleNamespace]
@@ -32,6 +32,24 @@ def test_a_folder_without_tokenizer_is_refused(tmp_path: Path, tiny_model: Path)
     shutil.copy(tiny_model / "config.json", tmp_path)
     with pytest.raises(ValueError, match="cannot load its tokenizer"):
         check_model(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ([], r"--data\.prompt_dataset is missing"),
+        (["--data.prompt_dataset", "nowhere.jsonl"], r"nowhere\.jsonl: there is no such file"),
+        (["--data.prompt_dataset", "org/set"], r"--data\.label_key"),
+    ],
+)
+def test_prompts_and_labels_are_asked_for(flags: list[str], message: str) -> None:
+    names = dict(zip(flags[::2], flags[1::2], strict=True))
+    args = SimpleNamespace(
+        data=SimpleNamespace(prompt_dataset=names.get("--data.prompt_dataset"), label_key=None),
+        reward=SimpleNamespace(remote_url="math-verify"),
+    )
+    with pytest.raises(ValueError, match=message):
+        check_data(args)
 
 
 @pytest.mark.e2e
