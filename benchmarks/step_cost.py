@@ -24,7 +24,7 @@ import torch
 from openrlhf.trainer.ppo_utils.experience import Experience
 from openrlhf.utils import get_strategy
 
-from openrlhf_alp.data.smollm2 import ensure_smollm2
+from openrlhf_alp.data.smollm2 import unpack_smollm2
 from openrlhf_alp.learner import config, seams
 from openrlhf_alp.learner.experience import SAMPLE_ID
 
@@ -123,7 +123,7 @@ def step(actor: Any, batch: list[Experience]) -> tuple[float, float]:
 
 def main() -> None:
     options = parse_args()
-    model = options.model or ensure_smollm2()
+    model = options.model or unpack_smollm2(say=print)
     with tempfile.TemporaryDirectory() as folder:
         actors = {
             "stock GRPO": build_actor(upstream_args(model, folder)),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -108,7 +109,8 @@ def test_a_service_that_dies_in_a_step_ends_the_run_with_its_name(
     assert metrics(tmp_path), output[-4000:]
     assert status == 1
     assert not left
-    assert "error: training stopped: ServiceUnavailable" in output
+    # Lost while it generates, or while new weights are on their way.
+    assert re.search(r"error: training stopped: (ServiceUnavailable|WeightUpdateFailed)", output)
     assert service.url in output[-2000:]
 
 

@@ -61,6 +61,11 @@ def mount_box(plan: Plan) -> None:
     options = f"mode=1777,size={plan.scratch_bytes},nr_inodes={plan.scratch_files}"
     kernel.mount("tmpfs", BOX, "tmpfs", kernel.MS_NOSUID | kernel.MS_NODEV, options)
     make_box_folders(BOX)
+    for top, folder in occupied(plan):
+        for path in outermost(plan.read_paths):
+            if path.startswith(f"{top}/"):
+                _bind(path, f"{BOX}/{folder}{path.removeprefix(top)}")
+        kernel.mount(f"{BOX}/{folder}", top, "", kernel.MS_BIND | kernel.MS_REC)
 
 
 def make_box_folders(box: str) -> None:
@@ -71,9 +76,16 @@ def make_box_folders(box: str) -> None:
         os.chmod(path, 0o777)
 
 
-def writable_paths() -> list[str]:
+def writable_paths(plan: Plan) -> list[str]:
     """Paths, as seen inside the jail, below which a snippet may write."""
-    return [SCRATCH]
+    return [SCRATCH, *(f"{BOX}/{folder}" for _, folder in occupied(plan))]
+
+
+def occupied(plan: Plan) -> list[tuple[str, str]]:
+    """Temporary folders that cannot be links into the box, because the interpreter itself is
+    installed below them; each slot mounts its box's folder there, with the interpreter inside."""
+    tops = [(f"/{link}", folder) for link, folder in _LINKS.items()]
+    return [(t, f) for t, f in tops if any(p.startswith(f"{t}/") for p in plan.read_paths)]
 
 
 def _bind(source: str, target: str) -> None:

@@ -55,7 +55,7 @@ def prepare_fences(plan: Plan, baseline_bytes: int) -> Fences:
     """Decode the filter and, at level full, build the one ruleset that all slots share."""
     ruleset = -1
     if plan.level is Level.FULL:
-        ruleset = _build_ruleset(["/"], filesystem.writable_paths())
+        ruleset = _build_ruleset(["/"], filesystem.writable_paths(plan))
     return Fences(
         plan=plan,
         seccomp=base64.b64decode(plan.seccomp),
@@ -133,6 +133,9 @@ def _fence(fences: Fences, uid: int | None, folder: str | None) -> None:
         kernel.unshare(kernel.CLONE_NEWNS | kernel.CLONE_NEWIPC)
         filesystem.mount_box(plan)
     ruleset = fences.ruleset_fd
+    if plan.level is Level.FULL and filesystem.occupied(plan):
+        # Landlock looks past a mount point at what is mounted, which exists only now.
+        ruleset = _build_ruleset(["/"], filesystem.writable_paths(plan))
     if folder is not None and plan.level is not Level.NONE:
         ruleset = _build_ruleset(plan.read_paths, [folder])
     _limit(plan)
