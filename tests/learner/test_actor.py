@@ -163,6 +163,22 @@ def test_the_exported_model_is_clean_and_loads(parse: Parse, tmp_path: Path) -> 
     assert all(torch.equal(value, ours[name]) for name, value in loaded.state_dict().items())
 
 
+def test_what_is_pushed_is_the_checkpoint_name_for_name_without_sigma(
+    parse: Parse, tiny_model: Path
+) -> None:
+    from openrlhf_alp.learner.strategy import without_sigma
+    from openrlhf_alp.learner.weight_sync import gathered_parameters
+
+    actor = build_actor(parse("--alp.enable", *SIGMA))
+    model = actor.actor.model.module
+    with without_sigma(actor.actor):
+        pushed = {n: t.clone() for n, t in gathered_parameters(model, zero_stage=2, keep=True)}
+    served = load_file(tiny_model / "model.safetensors")
+    assert pushed.keys() == served.keys()
+    assert all(torch.equal(tensor, served[name]) for name, tensor in pushed.items())
+    assert [name for name, _ in model.named_parameters() if name.startswith("alp.")]
+
+
 def test_packing_gives_the_same_ratios_as_padding(parse: Parse) -> None:
     statuses = []
     for packing in ([], ["--ds.packing_samples"]):
