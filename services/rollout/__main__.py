@@ -45,11 +45,17 @@ def main() -> int:
 
 async def _run(settings: RolloutSettings) -> None:
     from services.rollout.app import create_app
-    from services.rollout.service import build_service, make_weights_dir, read_model_folder
+    from services.rollout.service import (
+        build_service,
+        make_weights_dir,
+        read_model_folder,
+        resolve_model,
+    )
 
     api_key = _key(settings.api_key, settings.host, "--api-key")
     admin_key = _key(settings.admin_key, settings.host, "--admin-key")
     sock = bind_socket(settings.host, settings.port)
+    settings = settings.model_copy(update={"model": resolve_model(settings.model)})
     model = read_model_folder(settings)
     weights_dir = make_weights_dir(settings)
     try:

@@ -73,6 +73,25 @@ class RolloutService:
         await self.engine.close()
 
 
+def resolve_model(model: Path) -> Path:
+    """The folder of `--model`: itself, or the local copy of a Hugging Face id such as org/name.
+
+    Raises:
+        ConfigError: it looks like an id, but neither hub nor local cache has it.
+    """
+    from huggingface_hub import snapshot_download
+
+    if model.exists() or model.is_absolute() or len(model.parts) != 2:
+        return model
+    try:
+        return Path(snapshot_download(str(model)))
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"--model {model} is no folder here and cannot be fetched as a Hugging Face id "
+            f"({type(error).__name__}). Fix: check the spelling and the network, or give a folder."
+        ) from error
+
+
 def read_model_folder(settings: RolloutSettings) -> ModelFolder:
     """Read configuration, tokenizer and weight hashes before the slow start of an engine.
 

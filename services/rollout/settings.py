@@ -23,7 +23,7 @@ class RolloutSettings(BaseSettings):
     )
 
     model: Path
-    """Folder with config.json, tokenizer and .safetensors files."""
+    """Folder with config.json, tokenizer and .safetensors files, or a Hugging Face id."""
 
     host: str = "127.0.0.1"
     """Address to bind. Anything but loopback needs both keys."""

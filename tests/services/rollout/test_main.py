@@ -38,6 +38,31 @@ def test_a_folder_without_weights_is_exit_2(tmp_path: Path, model_folder: Path) 
     assert "no .safetensors file" in result.stderr and "Fix:" in result.stderr
 
 
+def test_an_id_that_no_hub_or_cache_knows_is_exit_2(tmp_path: Path) -> None:
+    offline = {"HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(tmp_path)}
+    result = run("--model", "some-org/some-model", "--port", "0", **offline)
+    assert result.returncode == 2
+    assert "cannot be fetched as a Hugging Face id" in result.stderr and "Fix:" in result.stderr
+
+
+def test_an_id_in_the_local_cache_is_used_without_network(
+    tmp_path: Path, model_folder: Path
+) -> None:
+    repository = tmp_path / "models--some-org--some-model"
+    snapshot = repository / "snapshots" / "c0ffee"
+    snapshot.mkdir(parents=True)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("c0ffee")
+    for file in model_folder.iterdir():
+        if file.suffix != ".safetensors":
+            (snapshot / file.name).write_bytes(file.read_bytes())
+    offline = {"HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(tmp_path)}
+    result = run("--model", "some-org/some-model", "--port", "0", **offline)
+    # It got as far as the snapshot, which has no weights.
+    assert result.returncode == 2
+    assert f"{snapshot} holds no .safetensors file" in result.stderr
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
