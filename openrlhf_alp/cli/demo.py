@@ -38,7 +38,7 @@ class DemoConfig:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `openrlhf-alp demo`."""
     add = parser.add_argument
-    add("--steps", type=int, default=18, help="PPO steps, about 22 s each (default: 18)")
+    add("--steps", type=int, default=16, help="PPO steps, about 22 s each (default: 16)")
     add(
         "--method",
         choices=METHODS,
