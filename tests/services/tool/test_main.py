@@ -48,8 +48,13 @@ def running(*flags: str, user: str | None = None) -> Iterator[tuple[subprocess.P
             time.sleep(0.05)
         yield process, url_file.read_text().strip()
     finally:
+        # With another user the service is a child of `unshare`, whose death signal it outlives.
+        started = children_of(process.pid) if process.poll() is None else []
         process.kill()
         process.wait()
+        for pid in started:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
         shutil.rmtree(folder)
 
 
