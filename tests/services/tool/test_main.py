@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
+import psutil
 import pytest
 from tool_privileges import command, environment, unavailable
 
@@ -49,12 +50,12 @@ def running(*flags: str, user: str | None = None) -> Iterator[tuple[subprocess.P
         yield process, url_file.read_text().strip()
     finally:
         # With another user the service is a child of `unshare`, whose death signal it outlives.
-        started = children_of(process.pid) if process.poll() is None else []
+        started = below(process.pid)
         process.kill()
         process.wait()
-        for pid in started:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+        for child in started:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                child.kill()
         shutil.rmtree(folder)
 
 
@@ -63,17 +64,17 @@ def post(url: str, path: str, **body: object) -> httpx.Response:
     return httpx.post(url + path, json=body, headers=headers, timeout=30)
 
 
-def children_of(pid: int) -> list[int]:
-    found = []
-    for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
-        found += [int(child), *children_of(int(child))]
-    return found
+def below(pid: int) -> list[psutil.Process]:
+    """Every process below `pid`, if that one still runs; slots come and go while it looks."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return psutil.Process(pid).children(recursive=True)
+    return []
 
 
-def alive(pid: int) -> bool:
+def alive(process: psutil.Process) -> bool:
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
+        return process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
         return False
 
 
@@ -108,10 +109,10 @@ def test_a_wrong_setting_names_the_flag_to_change(flags: list[str], named: str) 
 def test_a_stop_signal_ends_everything_cleanly() -> None:
     with running() as (process, url):
         assert post(url, "/v1/execute", code="print(1)").json()["stdout"] == "1\n"
-        below = children_of(process.pid)
+        started = below(process.pid)
         process.send_signal(signal.SIGTERM)
         assert process.wait(20) == 0
-        assert not any(alive(pid) for pid in below if pid != process.pid)
+        assert not any(map(alive, started))
 
 
 def test_nothing_survives_a_killed_service() -> None:
@@ -122,11 +123,11 @@ def test_nothing_survives_a_killed_service() -> None:
             f"/v1/sessions/{session}/execute",
             code="import os\nif os.fork() == 0:\n    while 1: pass",
         )
-        below = children_of(process.pid)
-        assert len(below) > 5
+        started = below(process.pid)
+        assert len(started) > 5
         process.kill()
         killed = time.monotonic()
-        while any(alive(pid) for pid in below):
+        while any(map(alive, started)):
             assert time.monotonic() - killed < 5.0, "processes survived the service"
             time.sleep(0.01)
 

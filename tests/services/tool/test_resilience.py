@@ -6,6 +6,7 @@ import signal
 import time
 
 import httpx
+import psutil
 import pytest
 
 from services.tool.service import ToolService
@@ -22,11 +23,8 @@ def alive(pid: int) -> bool:
 
 
 def descendants(pid: int) -> list[int]:
-    found = []
-    with open(f"/proc/{pid}/task/{pid}/children") as file:
-        for child in file.read().split():
-            found += [int(child), *descendants(int(child))]
-    return found
+    """Every process below `pid`, nearest first; slots come and go while it looks."""
+    return [child.pid for child in psutil.Process(pid).children(recursive=True)]
 
 
 async def test_killing_the_launcher_ends_everything_below_and_the_service_is_back(
