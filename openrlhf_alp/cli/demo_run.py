@@ -29,13 +29,12 @@ from openrlhf_alp.cli.demo_recipe import (
 )
 from openrlhf_alp.cli.demo_view import DemoView, reward_at_edges
 from openrlhf_alp.clients.errors import ServiceError
+from openrlhf_alp.clients.keys import ADMIN_KEY_VARIABLE, API_KEY_VARIABLE
 from openrlhf_alp.data.addition import AdditionRow, repeat_rows, split_additions, write_rows
 from openrlhf_alp.data.smollm2 import ModelPackageMissingError
 from openrlhf_alp.report.metrics import MetricsFileError, MetricsFollower, StepMetrics
 from openrlhf_alp.report.plots import write_plots
 
-_API_KEY_VARIABLE = "OPENRLHF_ALP_ROLLOUT_API_KEY"
-_ADMIN_KEY_VARIABLE = "OPENRLHF_ALP_ROLLOUT_ADMIN_KEY"
 _SERVICE_READY_S = 600.0
 _SERVICE_GRACE_S = 30.0
 _TRAIN_GRACE_S = 15.0
@@ -86,8 +85,8 @@ class _Demo:
         self._guard = guard
         self._commands = commands
         self._keys = {
-            _API_KEY_VARIABLE: secrets.token_urlsafe(32),
-            _ADMIN_KEY_VARIABLE: secrets.token_urlsafe(32),
+            API_KEY_VARIABLE: secrets.token_urlsafe(32),
+            ADMIN_KEY_VARIABLE: secrets.token_urlsafe(32),
         }
 
     def run(self) -> None:
@@ -162,7 +161,7 @@ class _Demo:
                 test,
                 model=self._model,
                 service_url=self._service_url,
-                api_key=self._keys[_API_KEY_VARIABLE],
+                api_key=self._keys[API_KEY_VARIABLE],
                 max_tokens=MAX_NEW_TOKENS,
                 seed=self._config.seed,
                 check_service=self._check_service,

@@ -1,6 +1,7 @@
 """`openrlhf-alp`: one table of commands. Training runs by `openrlhf_alp.cli.train_ppo_ray`."""
 
 import argparse
+import importlib.metadata
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -50,6 +51,8 @@ def build_parser() -> argparse.ArgumentParser:
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    version = importlib.metadata.version("openrlhf-alp")
+    parser.add_argument("--version", action="version", version=f"openrlhf-alp {version}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for name, command in COMMANDS.items():
         subparser = commands.add_parser(

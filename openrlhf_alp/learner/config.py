@@ -13,9 +13,8 @@ from types import SimpleNamespace
 from typing import Literal
 
 from openrlhf_alp.alp import METHODS, PerturbationConfig, UnifiedRatioConfig
+from openrlhf_alp.clients.keys import ADMIN_KEY_VARIABLE, API_KEY_VARIABLE
 
-API_KEY_VARIABLE = "OPENRLHF_ALP_ROLLOUT_API_KEY"
-ADMIN_KEY_VARIABLE = "OPENRLHF_ALP_ROLLOUT_ADMIN_KEY"
 _OUR_FLAGS = ("--alp.", "--rollout.request_timeout_s", "--rollout.ready_timeout_s")
 
 

@@ -11,8 +11,9 @@ from typing import Any
 from transformers import AutoConfig, AutoTokenizer
 
 from openrlhf_alp.clients.contract import LearnerExpectation, check_contract
+from openrlhf_alp.clients.keys import ADMIN_KEY_VARIABLE, API_KEY_VARIABLE
 from openrlhf_alp.clients.rollout import RolloutClient
-from openrlhf_alp.learner.config import ADMIN_KEY_VARIABLE, API_KEY_VARIABLE, ServiceConfig
+from openrlhf_alp.learner.config import ServiceConfig
 from openrlhf_alp.learner.reward import MATH_VERIFY
 
 

@@ -21,10 +21,11 @@ from uuid import uuid4
 import ray
 
 from openrlhf_alp.clients.http import Timeouts
+from openrlhf_alp.clients.keys import ADMIN_KEY_VARIABLE, API_KEY_VARIABLE
 from openrlhf_alp.clients.rollout import RolloutClient
 from openrlhf_alp.episodes.records import Completion, Episode, SamplingConfig, VersionSpan
 from openrlhf_alp.episodes.single_turn import run_single_turn
-from openrlhf_alp.learner.config import ADMIN_KEY_VARIABLE, API_KEY_VARIABLE, ServiceConfig
+from openrlhf_alp.learner.config import ServiceConfig
 from openrlhf_alp.learner.reward import build_reward
 from openrlhf_alp.rewards.protocol import RewardUnavailable
 from services.rollout.schemas import GenerateRequest, Sampling

@@ -34,6 +34,9 @@ Settle = Callable[[SimpleNamespace], SimpleNamespace]
 
 OPENRLHF_VERSION = "0.11.2"
 UPSTREAM_MAIN = "openrlhf.cli.train_ppo_ray"
+USAGE = "python -m openrlhf_alp.cli.train_ppo_ray --actor.model_name_or_path MODEL ... (see --help)"
+    "python -m openrlhf_alp.cli.train_ppo_ray --actor.model_name_or_path MODEL ... (all: --help)"
+)
 
 
 class UpstreamDriftError(RuntimeError):
@@ -285,6 +288,8 @@ def _hooked_parser(add_arguments: AddArguments, settle: Settle) -> Iterator[None
 
     def parse_args_with_ours(parser: argparse.ArgumentParser, *args: Any, **kwargs: Any) -> Any:
         argparse.ArgumentParser.parse_args = parse_args  # type: ignore[method-assign]
+        # 165 lines of flags would bury the error that they stand above.
+        parser.usage = USAGE
         add_arguments(parser)
         return parse_args(parser, *args, **kwargs)
 

@@ -1,3 +1,4 @@
+import importlib.metadata
 import subprocess
 import sys
 
@@ -16,6 +17,13 @@ def test_help_lists_every_command_and_points_to_training_and_services(capsys):
         assert command.help.split()[0] in shown
     assert "openrlhf_alp.cli.train_ppo_ray --help" in shown
     assert "services.rollout --help" in shown
+
+
+def test_the_version_is_that_of_the_package(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["--version"])
+    assert stopped.value.code == 0
+    assert capsys.readouterr().out == f"openrlhf-alp {importlib.metadata.version('openrlhf-alp')}\n"
 
 
 @pytest.mark.parametrize("arguments", [[], ["no-such-command"], ["demo", "--method", "grpo"]])

@@ -51,6 +51,27 @@ def test_our_flags_and_upstreams_are_parsed_together(
     assert args.actor.eps_clip_low_high == (0.2, 0.2)  # set by upstream's validation
 
 
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--alp.method", "grpo"), "argument --alp.method: invalid choice: 'grpo'"),
+        (("--alp.sigmaO", "0.1"), "unrecognized arguments: --alp.sigmaO 0.1"),
+    ],
+)
+def test_a_wrong_flag_shows_one_line_of_usage_and_the_error(
+    parse: Callable[..., SimpleNamespace],
+    capsys: pytest.CaptureFixture,
+    flags: tuple[str, ...],
+    message: str,
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        parse(*flags)
+    assert stopped.value.code == 2
+    usage, error = capsys.readouterr().err.splitlines()
+    assert usage == f"usage: {seams.USAGE}"
+    assert message in error
+
+
 @pytest.mark.e2e
 def test_one_help_shows_both_sets_of_flags() -> None:
     result = subprocess.run(
