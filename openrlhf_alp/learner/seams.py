@@ -34,9 +34,7 @@ Settle = Callable[[SimpleNamespace], SimpleNamespace]
 
 OPENRLHF_VERSION = "0.11.2"
 UPSTREAM_MAIN = "openrlhf.cli.train_ppo_ray"
-USAGE = "python -m openrlhf_alp.cli.train_ppo_ray --actor.model_name_or_path MODEL ... (see --help)"
-    "python -m openrlhf_alp.cli.train_ppo_ray --actor.model_name_or_path MODEL ... (all: --help)"
-)
+USAGE = "python -m openrlhf_alp.cli.train_ppo_ray --actor.model_name_or_path MODEL [flags]"
 
 
 class UpstreamDriftError(RuntimeError):
