@@ -93,6 +93,7 @@ def _start_engine(
             max_model_len=settings.max_model_len,
             eos_token_ids=eos_token_ids,
             seed=settings.seed,
+            faults=settings.faults,
         )
     try:
         from services.rollout.vllm_engine import VllmEngine

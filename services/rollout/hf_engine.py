@@ -5,6 +5,7 @@ one plain forward pass. For tests and for machines without vLLM; not for speed.
 """
 
 import asyncio
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from services.rollout.engine import (
     LoadPlan,
     TokenSink,
 )
+from services.rollout.faults import FaultPlan
 from services.rollout.schemas import PauseMode, Sampling
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -78,17 +80,27 @@ class _Running:
 class HfEngine:
     """Draws one token per running job and step, in order of arrival."""
 
-    def __init__(self, model: Any, tokenizer: Any, info: EngineInfo, *, seed: int = 0) -> None:
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        info: EngineInfo,
+        *,
+        seed: int = 0,
+        faults: FaultPlan | None = None,
+    ) -> None:
         self._model = model
         self._tokenizer = tokenizer
         self._info = info
+        self._faults = faults or FaultPlan()
         self._shared_generator = torch.Generator().manual_seed(seed)
         self._running: dict[str, _Running] = {}
         self._unpaused = asyncio.Event()
         self._unpaused.set()
         self._stepper: asyncio.Task[None] | None = None
-        self._closed = False
+        self._dead: str | None = None
         self._num_jobs = 0
+        self._num_drawn = 0
 
     @classmethod
     def load(
@@ -100,6 +112,7 @@ class HfEngine:
         max_model_len: int | None,
         eos_token_ids: tuple[int, ...],
         seed: int = 0,
+        faults: FaultPlan | None = None,
     ) -> "HfEngine":
         """Load a model folder. Weights keep `dtype`'s precision; arithmetic is float32."""
         model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=_DTYPES[dtype])
@@ -114,7 +127,7 @@ class HfEngine:
             max_model_len=max_model_len or config.max_position_embeddings,
             eos_token_ids=eos_token_ids,
         )
-        return cls(model, tokenizer, info, seed=seed)
+        return cls(model, tokenizer, info, seed=seed, faults=faults)
 
     @property
     def info(self) -> EngineInfo:
@@ -125,9 +138,13 @@ class HfEngine:
         """Jobs ever started: what a retry must not raise."""
         return self._num_jobs
 
+    @property
+    def num_drawn(self) -> int:
+        """Tokens ever drawn, those of unfinished jobs included."""
+        return self._num_drawn
+
     async def sample(self, job: Job, on_tokens: TokenSink | None = None) -> JobResult:
-        if self._closed:
-            raise EngineDeadError("the engine is closed")
+        await self.check()
         self._num_jobs += 1
         seed = job.sampling.seed
         generator = None if seed is None else torch.Generator().manual_seed(seed + job.index)
@@ -155,7 +172,9 @@ class HfEngine:
                         self._step(running)
                     except Exception as error:
                         running.done.set_exception(error)
-            await asyncio.sleep(0)
+                    if self._num_drawn == self._faults.kill_after_tokens:
+                        self._die("it was killed as its fault plan says")
+            await asyncio.sleep(self._faults.step_s)
 
     @torch.no_grad()
     def _step(self, running: _Running) -> None:
@@ -172,8 +191,12 @@ class HfEngine:
         else:
             generator = running.generator or self._shared_generator
             token = int(torch.multinomial(log_probs.exp(), 1, generator=generator))
+        self._num_drawn += 1
+        logprob = float(log_probs[0, token])
         running.token_ids.append(token)
-        running.logprobs.append(float(log_probs[0, token]))
+        running.logprobs.append(
+            math.nan if self._num_drawn == self._faults.nan_at_token else logprob
+        )
         if running.on_tokens is not None:
             running.on_tokens(running.token_ids[-1:], running.logprobs[-1:])
         self._maybe_finish(running, token)
@@ -232,16 +255,19 @@ class HfEngine:
         """Nothing is cached: every token is drawn from a full forward pass."""
 
     async def check(self) -> None:
-        if self._closed:
-            raise EngineDeadError("the engine is closed")
+        if self._dead is not None:
+            raise EngineDeadError(self._dead)
 
     async def add_native_routes(self, app: FastAPI, keys: tuple[str, ...]) -> None:
         """There are none."""
 
     async def close(self) -> None:
-        self._closed = True
+        self._die("the engine is closed")
         if self._stepper is not None:
             self._stepper.cancel()
+
+    def _die(self, cause: str) -> None:
+        self._dead = cause
         for running in self._running.values():
             if not running.done.done():
-                running.done.set_exception(EngineDeadError("the engine is closed"))
+                running.done.set_exception(EngineDeadError(cause))

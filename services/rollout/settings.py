@@ -3,8 +3,10 @@
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field, SecretStr
+from pydantic import Field, SecretStr, ValidationInfo, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from services.rollout.faults import FaultPlan
 
 ENV_PREFIX = "OPENRLHF_ALP_ROLLOUT_"
 
@@ -92,5 +94,15 @@ class RolloutSettings(BaseSettings):
     drain_s: float = Field(default=10.0, ge=1.0)
     """Seconds that running requests get after a stop signal."""
 
+    faults: FaultPlan = FaultPlan()
+    """Faults to rehearse, with --engine hf only."""
+
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
     """Level of the JSON log on stderr."""
+
+    @field_validator("faults")
+    @classmethod
+    def _only_on_purpose(cls, faults: FaultPlan, info: ValidationInfo) -> FaultPlan:
+        if faults != FaultPlan() and info.data.get("engine") != "hf":
+            raise ValueError("faults are committed by the deterministic engine only: --engine hf")
+        return faults

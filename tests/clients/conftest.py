@@ -11,6 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from openrlhf_alp.clients.http import Backoff, Timeouts
 from openrlhf_alp.clients.rollout import RolloutClient
 from services.rollout.app import create_app
+from services.rollout.faults import FaultPlan
 from services.rollout.hf_engine import HfEngine
 from services.rollout.service import RolloutService, build_service, read_model_folder
 from services.rollout.settings import RolloutSettings
@@ -61,13 +62,16 @@ async def make_service(model_folder: Path, tmp_path: Path) -> AsyncIterator[Make
     model = read_model_folder(settings)
     made: list[RolloutService] = []
 
-    def make(*, own_folder: bool = False, **changes: object) -> RolloutService:
+    def make(
+        *, own_folder: bool = False, faults: FaultPlan | None = None, **changes: object
+    ) -> RolloutService:
         engine = HfEngine.load(
             model.path,
             model.tokenizer,
             dtype="float32",
             max_model_len=None,
             eos_token_ids=model.eos_token_ids,
+            faults=faults,
         )
         weights_dir = tmp_path / (f"weights-{len(made)}" if own_folder else "weights")
         weights_dir.mkdir(exist_ok=True)

@@ -6,6 +6,8 @@ The faults of the plan, each drawn for a share of the calls to two servers:
     503, 429  an overloaded or restarting service        drop_reply    it breaks after the service
     500       a bug in the service                       truncate      the reply is cut short
     slow      other work runs first
+
+Then the faults of the engine itself: killed after k tokens, a NaN.
 """
 
 import asyncio
@@ -14,10 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import pytest
 import torch
 from transformers import LlamaForCausalLM
 
+from openrlhf_alp.clients.errors import InvalidReply
 from openrlhf_alp.clients.push import WeightPusher
+from services.rollout.faults import FaultPlan as EngineFaults
 from services.rollout.schemas import GenerateRequest, GenerateResponse, Sampling
 
 NUM_REQUESTS = 300
@@ -126,3 +131,38 @@ async def test_a_thousand_faults_lose_double_and_mislabel_nothing(
         assert_labelled(reply, models)
     spans = [s for reply in replies.values() for sample in reply.samples for s in sample.spans]
     assert {span.version for span in spans} >= set(range(NUM_UPDATES))
+
+
+async def test_what_an_engine_killed_after_k_tokens_left_is_drawn_by_another_server(
+    make_service: Any, network: Any, make_client: Any, model_folder: Path
+) -> None:
+    killed = make_service(faults=EngineFaults(kill_after_tokens=11))
+    healthy = make_service()
+    urls = [network.add("a", killed), network.add("b", healthy)]
+    models = {killed.contract().digest: LlamaForCausalLM.from_pretrained(model_folder)}
+    sampling = Sampling(max_tokens=4, ignore_eos=True)
+    requests = [
+        GenerateRequest(request_id=f"q-{i}", token_ids=PROMPT, n=2, sampling=sampling)
+        for i in range(8)
+    ]
+    async with make_client(*urls) as client:
+        replies = await asyncio.gather(*(client.generate(request) for request in requests))
+    assert [reply.request_id for reply in replies] == [f"q-{i}" for i in range(8)]
+    for reply in replies:
+        assert [len(sample.token_ids) for sample in reply.samples] == [4, 4]
+        assert_labelled(reply, models)
+    # Four requests were balanced to each; the killed engine had eight jobs and finished none.
+    assert (killed.engine.num_drawn, killed.versions.num_running) == (11, 0)
+    assert (healthy.engine.num_jobs, healthy.engine.num_drawn) == (16, 64)
+
+
+async def test_a_nan_log_prob_of_the_engine_is_never_a_reply(
+    make_service: Any, network: Any, make_client: Any
+) -> None:
+    service = make_service(faults=EngineFaults(nan_at_token=3))
+    sampling = Sampling(max_tokens=4, ignore_eos=True)
+    request = GenerateRequest(request_id="q", token_ids=PROMPT, sampling=sampling)
+    async with make_client(network.add("a", service)) as client:
+        with pytest.raises(InvalidReply, match=r"not a finite number.*Fix:"):
+            await client.generate(request)
+        assert len((await client.generate(request)).samples[0].logprobs) == 4

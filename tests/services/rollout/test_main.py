@@ -71,6 +71,7 @@ def test_an_id_in_the_local_cache_is_used_without_network(
         (["--model", "m", "--surprise", "1"], "surprise"),
         (["--model", "m", "--host", "0.0.0.0", "--port", "0"], "--api-key"),
         (["--model", "m", "--api-key", "short", "--port", "0"], "--api-key"),
+        (["--model", "m", "--faults.kill-after-tokens", "9"], "--engine hf"),
     ],
 )
 def test_bad_flags_are_exit_2_and_named(flags: list[str], message: str) -> None:
