@@ -113,7 +113,7 @@ class RolloutClient:
         return {server.channel.url: server.state for server in self._fleet.servers}
 
     def require_version(self, version: int) -> None:
-        """From now on refuse replies of servers that serve less than `version`."""
+        """Refuse servers that serve less than `version` for every request sent from now on."""
         self._fleet.min_version = version
 
     async def contract(self) -> Contract:
@@ -284,6 +284,9 @@ class RolloutClient:
         self, server: Server, request: GenerateRequest, body: bytes, give_up_s: float
     ) -> GenerateResponse:
         channel = server.channel
+        # A request that was under way when the requirement rose may bring back older tokens: its
+        # spans name their versions, and its server has missed nothing.
+        min_version = self._fleet.min_version
         server.num_outstanding += request.n
         server.num_sent += request.n
         try:
@@ -302,8 +305,8 @@ class RolloutClient:
         _check_reply(request, reply, channel.url)
         # What the server serves now: the reply itself may be a kept one of an older version.
         serving = int(response.headers.get(VERSION_HEADER, reply.version))
-        if serving < self._fleet.min_version:
-            needed = f"serves version {serving}, needed is {self._fleet.min_version}"
+        if serving < min_version:
+            needed = f"serves version {serving}, needed is {min_version}"
             self._fleet.mark_stale(server, needed)
             raise _Retry(ServiceUnavailable(f"{channel.url} {needed}."))
         return reply

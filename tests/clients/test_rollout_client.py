@@ -13,6 +13,7 @@ from openrlhf_alp.clients.errors import (
     ServiceUnavailable,
     Unauthorized,
 )
+from openrlhf_alp.clients.fleet import ServerState
 from openrlhf_alp.clients.rollout import RolloutClient
 from services.common.wire import MSGPACK_TYPE, decode
 from services.rollout.schemas import GenerateRequest, Sampling
@@ -214,6 +215,19 @@ async def test_servers_with_different_contracts_are_refused(
     async with make_client(*urls) as client:
         with pytest.raises(InvalidReply, match="http://b and http://a"):
             await client.contract()
+
+
+async def test_a_request_under_way_while_weights_are_pushed_may_bring_older_tokens(
+    make_service: Any, network: Any, make_client: Any
+) -> None:
+    async with make_client(network.add("a", make_service()), total_s=1.0) as client:
+        # The server answers with version 0; before the reply is read, version 1 is required.
+        network.after = lambda *_: client.require_version(1)
+        reply = await client.generate(request())
+        assert {span.version for span in reply.samples[0].spans} == {0}
+        assert client.states() == {"http://a": ServerState.HEALTHY}
+        with pytest.raises(ServiceUnavailable, match="No server serves version 1"):
+            await client.generate(request("r-2"))
 
 
 def test_a_client_without_urls_is_refused_at_once() -> None:
