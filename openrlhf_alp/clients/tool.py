@@ -1,5 +1,8 @@
 """Client of the tool service: run model-written code, in fresh interpreters or in sessions.
 
+Several services share the load: a run goes to the least loaded one, and to another when that one
+fails; a session stays where it was opened.
+
 A failing program is an answer, not an exception. Refusals that say "never ran" (429, 502, 503) are
 repeated within the time budget. A reply that is lost on the way is repeated only where that is
 safe: in sessions, where the step number makes a cell run once. A stateless run is repeated as well,
@@ -8,6 +11,8 @@ since a fresh interpreter keeps nothing.
 
 import asyncio
 import time
+from collections.abc import Sequence
+from dataclasses import dataclass
 from types import TracebackType
 from typing import TypeVar
 
@@ -21,6 +26,7 @@ from services.tool.schemas import (
     CellResult,
     ExecuteRequest,
     ExecuteResult,
+    IsolationReport,
     SessionInfo,
     SessionRequest,
 )
@@ -28,12 +34,22 @@ from services.tool.schemas import (
 Reply = TypeVar("Reply", bound=BaseModel)
 
 
+@dataclass(slots=True, kw_only=True)
+class _Server:
+    """One tool service and what is known about it."""
+
+    url: str
+    http: httpx.AsyncClient
+    num_running: int = 0
+    avoid_until_s: float = 0.0  # monotonic
+
+
 class ToolClient:
-    """Connections to one tool service; use it as an async context manager.
+    """Connections to one or more tool services; use it as an async context manager.
 
     Args:
-        url: base URL of the service.
-        api_key: its bearer key.
+        urls: base URLs of the services.
+        api_key: their bearer key.
         timeouts: limits of every call; `total_s` covers all attempts of one.
         backoff: waiting between attempts.
         transport: replaces the network, for tests.
@@ -41,23 +57,30 @@ class ToolClient:
 
     def __init__(
         self,
-        url: str,
+        urls: Sequence[str],
         *,
         api_key: str,
         timeouts: Timeouts | None = None,
         backoff: Backoff | None = None,
         transport: httpx.AsyncBaseTransport | None = None,
     ) -> None:
-        self.url = url.rstrip("/")
+        if not urls or isinstance(urls, str):
+            raise ValueError(f"urls={urls!r}: give a list with at least one tool service URL")
         self._timeouts = timeouts or Timeouts()
         self._backoff = backoff or Backoff()
-        self._http = httpx.AsyncClient(
-            base_url=self.url,
-            timeout=self._timeouts.httpx(),
-            limits=httpx.Limits(max_connections=None, max_keepalive_connections=256),
-            transport=transport,
-            headers={"authorization": f"Bearer {api_key}"},
-        )
+        self._servers = [
+            _Server(
+                url=url.rstrip("/"),
+                http=httpx.AsyncClient(
+                    base_url=url.rstrip("/"),
+                    timeout=self._timeouts.httpx(),
+                    limits=httpx.Limits(max_connections=None, max_keepalive_connections=256),
+                    transport=transport,
+                    headers={"authorization": f"Bearer {api_key}"},
+                ),
+            )
+            for url in urls
+        ]
 
     async def __aenter__(self) -> "ToolClient":
         return self
@@ -68,7 +91,25 @@ class ToolClient:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        await self._http.aclose()
+        await self.aclose()
+
+    async def aclose(self) -> None:
+        """Close every connection."""
+        await asyncio.gather(*(server.http.aclose() for server in self._servers))
+
+    async def isolation(self) -> list[IsolationReport]:
+        """What each service's sandbox stands on, in the order of the URLs.
+
+        Raises:
+            ServiceUnavailable: a service does not answer.
+            Unauthorized: the key is wrong.
+        """
+        give_up_s = time.monotonic() + self._timeouts.connect_s
+        reports = []
+        for server in self._servers:
+            response = await self._send(server, "GET", "/v1/isolation", "", give_up_s)
+            reports.append(self._parse(response, server, IsolationReport))
+        return reports
 
     async def execute(self, request: ExecuteRequest) -> ExecuteResult:
         """Run one program in a fresh interpreter.
@@ -77,52 +118,68 @@ class ToolClient:
             ServiceUnavailable: nobody ran it within `total_s`.
             RequestRejected: the request asks for more than the service allows.
         """
-        return await self._post("/v1/execute", request, ExecuteResult)
+        result, _ = await self._post("/v1/execute", request, ExecuteResult)
+        return result
 
     async def open_session(self, request: SessionRequest) -> "ToolSession":
         """Open a persistent interpreter. A lost reply may leave one behind until its TTL."""
-        info = await self._post("/v1/sessions", request, SessionInfo)
-        return ToolSession(self, info.session_id)
+        info, server = await self._post("/v1/sessions", request, SessionInfo)
+        return ToolSession(self, server, info.session_id)
 
-    async def _post(self, path: str, body: BaseModel, model: type[Reply]) -> Reply:
+    async def _post(
+        self, path: str, body: BaseModel, model: type[Reply], *, only: _Server | None = None
+    ) -> tuple[Reply, _Server]:
+        """The reply and the server that gave it; `only` keeps all attempts on one server."""
         content = body.model_dump_json()
         give_up_s = time.monotonic() + self._timeouts.total_s
         attempt = 0
         while True:
+            server = only or self._best()
             retry_after = None
             try:
-                response = await self._send(path, content, give_up_s)
+                response = await self._send(server, "POST", path, content, give_up_s)
                 if response.status_code not in RETRYABLE:
-                    return self._parse(response, model)
+                    return self._parse(response, server, model), server
                 retry_after = response.headers.get("retry-after")
-                failure = error_of(response, self.url)
+                failure = error_of(response, server.url)
             except ServiceUnavailable as error:
                 failure = error
             attempt += 1
             delay_s = self._backoff.delay_s(attempt, retry_after)
-            if time.monotonic() + delay_s >= give_up_s:
+            server.avoid_until_s = time.monotonic() + delay_s
+            if server.avoid_until_s >= give_up_s:
                 raise failure
-            await asyncio.sleep(delay_s)
+            if only or self._best().avoid_until_s > time.monotonic():
+                await asyncio.sleep(delay_s)
 
-    async def _send(self, path: str, content: str, give_up_s: float) -> httpx.Response:
+    def _best(self) -> _Server:
+        now_s = time.monotonic()
+        return min(self._servers, key=lambda s: (s.avoid_until_s > now_s, s.num_running))
+
+    async def _send(
+        self, server: _Server, method: str, path: str, content: str, give_up_s: float
+    ) -> httpx.Response:
         headers = {"content-type": "application/json"}
+        server.num_running += 1
         try:
             async with asyncio.timeout(max(0.001, give_up_s - time.monotonic())):
-                return await self._http.post(path, content=content, headers=headers)
+                return await server.http.request(method, path, content=content, headers=headers)
         except (httpx.TransportError, TimeoutError) as error:
             raise ServiceUnavailable(
-                f"{self.url} does not answer ({type(error).__name__} {error}). Fix: check that "
+                f"{server.url} does not answer ({type(error).__name__} {error}). Fix: check that "
                 "the tool service runs there; its log says why it stopped."
             ) from error
+        finally:
+            server.num_running -= 1
 
-    def _parse(self, response: httpx.Response, model: type[Reply]) -> Reply:
+    def _parse(self, response: httpx.Response, server: _Server, model: type[Reply]) -> Reply:
         if response.status_code >= 400:
-            raise error_of(response, self.url)
+            raise error_of(response, server.url)
         try:
             return model.model_validate_json(response.content)
         except ValueError as error:
             raise InvalidReply(
-                f"{self.url} sent a reply that does not parse ({error}). Fix: install the same "
+                f"{server.url} sent a reply that does not parse ({error}). Fix: install the same "
                 "release of services and learner."
             ) from error
 
@@ -130,8 +187,9 @@ class ToolClient:
 class ToolSession:
     """One persistent interpreter; numbers its cells so that a repeat after a lost reply is safe."""
 
-    def __init__(self, client: ToolClient, session_id: str) -> None:
+    def __init__(self, client: ToolClient, server: _Server, session_id: str) -> None:
         self._client = client
+        self._server = server
         self.session_id = session_id
         self._next_step = 0
 
@@ -144,12 +202,14 @@ class ToolSession:
         """
         request = CellRequest(code=code, step=self._next_step, timeout_s=timeout_s)
         path = f"/v1/sessions/{self.session_id}/execute"
-        result = await self._client._post(path, request, CellResult)
+        result, _ = await self._client._post(path, request, CellResult, only=self._server)
         self._next_step += 1
         return result
 
     async def close(self) -> None:
         """End the session on the server; a session that is gone already is fine."""
-        response = await self._client._http.delete(f"/v1/sessions/{self.session_id}")
+        path = f"/v1/sessions/{self.session_id}"
+        give_up_s = time.monotonic() + self._client._timeouts.connect_s
+        response = await self._client._send(self._server, "DELETE", path, "", give_up_s)
         if response.status_code not in (204, 404, 410):
-            raise error_of(response, self._client.url)
+            raise error_of(response, self._server.url)

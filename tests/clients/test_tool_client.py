@@ -46,7 +46,7 @@ class Lossy(httpx.AsyncBaseTransport):
 
 
 def connect(app: FastAPI, losses: int = 0, key: str = KEY) -> ToolClient:
-    return ToolClient("http://tool", api_key=key, backoff=FAST, transport=Lossy(app, losses))
+    return ToolClient(["http://tool"], api_key=key, backoff=FAST, transport=Lossy(app, losses))
 
 
 async def test_a_program_is_run_and_a_failing_one_is_an_answer(app: FastAPI) -> None:
@@ -60,7 +60,7 @@ async def test_a_cell_whose_reply_is_lost_runs_once(app: FastAPI) -> None:
     async with connect(app) as client:
         session = await client.open_session(SessionRequest())
         await session.run("n = 1")
-        client._http._transport = Lossy(app, 2)
+        client._servers[0].http._transport = Lossy(app, 2)
         again = await session.run("n += 1\nn")
         assert (again.result, again.replayed) == ("2", True)
         assert (await session.run("n")).result == "2"
@@ -82,7 +82,7 @@ async def test_a_request_above_the_limits_and_a_wrong_key_are_not_repeated(app: 
 
 async def test_a_service_that_never_answers_is_given_up_in_time(app: FastAPI) -> None:
     client = ToolClient(
-        "http://tool",
+        ["http://tool"],
         api_key=KEY,
         timeouts=Timeouts(total_s=0.3),
         backoff=FAST,
@@ -91,3 +91,39 @@ async def test_a_service_that_never_answers_is_given_up_in_time(app: FastAPI) ->
     async with client:
         with pytest.raises(ServiceUnavailable, match="does not answer"):
             await client.execute(ExecuteRequest(code="1"))
+
+
+class OneDown(httpx.AsyncBaseTransport):
+    """Two services, of which one refuses connections."""
+
+    def __init__(self, app: FastAPI) -> None:
+        self._inner = httpx.ASGITransport(app=app)
+
+    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+        if request.url.host == "down":
+            raise httpx.ConnectError("refused", request=request)
+        return await self._inner.handle_async_request(request)
+
+
+async def test_another_service_runs_what_a_lost_one_cannot(app: FastAPI) -> None:
+    urls = ["http://down", "http://up"]
+    async with ToolClient(urls, api_key=KEY, backoff=FAST, transport=OneDown(app)) as client:
+        for number in range(4):
+            answer = await client.execute(ExecuteRequest(code=f"print({number})"))
+            assert answer.stdout == f"{number}\n"
+        session = await client.open_session(SessionRequest())
+        assert (await session.run("6 * 7")).result == "42"
+        await session.close()
+        with pytest.raises(ServiceUnavailable, match="http://down does not answer"):
+            await client.isolation()
+
+
+async def test_the_isolation_of_every_service_can_be_asked_for(app: FastAPI) -> None:
+    async with connect(app) as client:
+        (report,) = await client.isolation()
+    assert report.level in ("full", "uid", "basic")
+
+
+async def test_a_url_that_is_no_list_is_refused() -> None:
+    with pytest.raises(ValueError, match="give a list"):
+        ToolClient("http://tool", api_key=KEY)
