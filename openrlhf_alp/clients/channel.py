@@ -16,6 +16,7 @@ from services.rollout.schemas import UploadStatus
 
 _UPLOAD_ATTEMPTS = 5
 _PIECE_BYTES = 4 * 2**20
+_CONTROL_PATHS = ("/v1/weights/", "/v1/pause", "/v1/resume", "/v1/sleep", "/v1/wake_up")
 
 Reply = TypeVar("Reply", bound=BaseModel)
 
@@ -66,8 +67,7 @@ class Channel:
         Raises:
             ServiceUnavailable: no reply. Its cause tells a lost connection from a refused one.
         """
-        is_control = path.startswith("/v1/weights/") or path in {"/v1/pause", "/v1/resume"}
-        key = self._control_key if is_control else self._data_key
+        key = self._control_key if path.startswith(_CONTROL_PATHS) else self._data_key
         headers = {"authorization": f"Bearer {key}"}
         if body is not None:
             headers["content-type"] = MSGPACK_TYPE

@@ -3,7 +3,7 @@
 ServiceError                        anything below
 |- ServiceUnavailable               no server answered within the retry budget
 |- DeadlineExceeded                 the server gave up at the request's own deadline
-|- RequestRejected                  the request is wrong (4xx); sending it again cannot help
+|- RequestRejected                  the request is wrong (4xx, 501); sending it again cannot help
 |  `- Unauthorized                  the bearer key is missing or wrong
 |- InvalidReply                     a reply that breaks the contract (lengths, NaN, no parse)
 |  `- IncompleteReply               a body cut short on the way; the server has kept the whole

@@ -79,6 +79,6 @@ def error_of(response: httpx.Response, url: str) -> ServiceError:
         return DeadlineExceeded(message)
     if code == "invalid_logprobs":
         return InvalidReply(message)
-    if status >= 500 or status == 429:
+    if status == 429 or (status >= 500 and status != 501):
         return ServiceUnavailable(message)
     return RequestRejected(message, status=status, code=code, field=field)

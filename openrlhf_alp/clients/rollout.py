@@ -38,6 +38,9 @@ from services.rollout.schemas import (
     PauseMode,
     PauseRequest,
     PrepareRequest,
+    SleepLevel,
+    SleepMode,
+    SleepRequest,
     WeightsStatus,
 )
 
@@ -249,6 +252,20 @@ class RolloutClient:
     async def resume(self) -> None:
         """Draw tokens again on every server."""
         await self._on_all(lambda c: c.post("/v1/resume", None, Health))
+
+    async def sleep(self, level: SleepLevel = 1, mode: SleepMode = "wait") -> None:
+        """Give the accelerators' memory back on every server, until `wake_up`.
+
+        Raises:
+            ServiceUnavailable: a server does not answer.
+            RequestRejected: a server cannot sleep; it says why.
+        """
+        request = SleepRequest(level=level, mode=mode)
+        await self._on_all(lambda c: c.post("/v1/sleep", request, Health))
+
+    async def wake_up(self) -> None:
+        """Serve again on every server what was serving before `sleep`."""
+        await self._on_all(lambda c: c.post("/v1/wake_up", None, Health))
 
     async def wait_ready(self, timeout_s: float) -> None:
         """Return when every server would serve a request.

@@ -7,7 +7,7 @@ from typing import Protocol
 
 from fastapi import FastAPI
 
-from services.rollout.schemas import FinishReason, PauseMode, Sampling
+from services.rollout.schemas import FinishReason, PauseMode, Sampling, SleepLevel, SleepMode
 
 LoadPlan = Mapping[Path, Sequence[str]]
 """safetensors file -> names of the tensors to take from it; together the whole model."""
@@ -20,6 +20,10 @@ LOGPROBS_MODE = "processed_logprobs"
 
 class EngineDeadError(RuntimeError):
     """The engine will never answer again; the process has to be restarted."""
+
+
+class NoSleepModeError(RuntimeError):
+    """This engine cannot sleep as it was started; the message says why and what to do."""
 
 
 class BadJobError(ValueError):
@@ -86,6 +90,16 @@ class Engine(Protocol):
 
     async def resume(self) -> None:
         """Draw again; jobs that were kept or arrived while paused go on."""
+
+    async def sleep(self, level: SleepLevel, mode: SleepMode) -> None:
+        """Free the memory of the cache (level 1: weights go to host memory; 2: are dropped).
+
+        Raises:
+            NoSleepModeError: before anything changed.
+        """
+
+    async def wake_up(self, plan: LoadPlan | None) -> None:
+        """Take the memory back, load `plan` into dropped weights, and draw again."""
 
     async def load_weights(self, plan: LoadPlan) -> None:
         """Load the whole model as `plan` says. The engine is paused."""

@@ -32,7 +32,7 @@ from services.rollout.engine import (
     TokenSink,
 )
 from services.rollout.faults import FaultPlan
-from services.rollout.schemas import PauseMode, Sampling
+from services.rollout.schemas import PauseMode, Sampling, SleepLevel, SleepMode
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -242,6 +242,19 @@ class HfEngine:
 
     async def resume(self) -> None:
         self._unpaused.set()
+
+    async def sleep(self, level: SleepLevel, mode: SleepMode) -> None:
+        """Nothing is freed; at level 2 the weights are zeroed, which a lost reload would show."""
+        await self.pause(mode)
+        if level == 2:
+            with torch.no_grad():
+                for parameter in self._model.parameters():
+                    parameter.zero_()
+
+    async def wake_up(self, plan: LoadPlan | None) -> None:
+        if plan is not None:
+            await self.load_weights(plan)
+        await self.resume()
 
     async def load_weights(self, plan: LoadPlan) -> None:
         def load() -> None:

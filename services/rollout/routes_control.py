@@ -15,6 +15,7 @@ from services.rollout.schemas import (
     Health,
     PauseRequest,
     PrepareRequest,
+    SleepRequest,
     UploadStatus,
     WeightsStatus,
 )
@@ -23,21 +24,27 @@ from services.rollout.service import RolloutService
 UPLOAD_PATH = "/v1/weights/files/"
 
 _ERRORS: dict[int | str, dict[str, Any]] = {
-    status: {"model": ErrorBody} for status in (401, 409, 413, 422, 503, 507)
+    status: {"model": ErrorBody} for status in (401, 409, 413, 422, 501, 503, 507)
 }
 _Name = Annotated[FileName, Path()]
 _Offset = Annotated[int, Query(ge=0, le=2**62)]
 
 
 def control_routes(service: RolloutService) -> APIRouter:
-    """Weights, pause and resume, under /v1."""
+    """Weights, pause and resume, sleep and wake-up, under /v1."""
     router = APIRouter(
         prefix="/v1",
         route_class=WireRoute,
         responses=_ERRORS,
         tags=["control"],
     )
+    _add_updates(router, service)
+    _add_uploads(router, service)
+    _add_switches(router, service)
+    return router
 
+
+def _add_updates(router: APIRouter, service: RolloutService) -> None:
     @router.post("/weights/prepare", response_model=WeightsStatus)
     async def prepare(body: PrepareRequest, request: Request) -> Response:
         """Stage an update and prove it; the old version goes on serving."""
@@ -53,18 +60,8 @@ def control_routes(service: RolloutService) -> APIRouter:
         """Forget the staged update."""
         return reply(request, await service.weights.abort())
 
-    @router.post("/pause", response_model=Health)
-    async def pause(body: PauseRequest, request: Request) -> Response:
-        """Stop drawing tokens; returns when none is being drawn."""
-        await service.engine.pause(body.mode)
-        return reply(request, ok(service))
 
-    @router.post("/resume", response_model=Health)
-    async def resume(request: Request) -> Response:
-        """Draw tokens again."""
-        await service.engine.resume()
-        return reply(request, ok(service))
-
+def _add_uploads(router: APIRouter, service: RolloutService) -> None:
     @router.get("/weights/files/{name}", response_model=UploadStatus)
     async def upload_status(name: _Name, request: Request) -> Response:
         """How much of a file has arrived, for going on after a lost connection."""
@@ -80,7 +77,33 @@ def control_routes(service: RolloutService) -> APIRouter:
             return Response(status_code=400)  # nobody reads it; what arrived is kept
         return reply(request, UploadStatus(name=name, num_bytes=size))
 
-    return router
+
+def _add_switches(router: APIRouter, service: RolloutService) -> None:
+    @router.post("/pause", response_model=Health)
+    async def pause(body: PauseRequest, request: Request) -> Response:
+        """Stop drawing tokens; returns when none is being drawn."""
+        service.weights.require_awake()
+        await service.engine.pause(body.mode)
+        return reply(request, ok(service))
+
+    @router.post("/resume", response_model=Health)
+    async def resume(request: Request) -> Response:
+        """Draw tokens again."""
+        service.weights.require_awake()
+        await service.engine.resume()
+        return reply(request, ok(service))
+
+    @router.post("/sleep", response_model=Health)
+    async def sleep(body: SleepRequest, request: Request) -> Response:
+        """Give the accelerator's memory back; generate answers 503 until wake_up."""
+        await service.weights.sleep(body)
+        return reply(request, ok(service))
+
+    @router.post("/wake_up", response_model=Health)
+    async def wake_up(request: Request) -> Response:
+        """Take the memory back and serve the version that was serving."""
+        await service.weights.wake_up()
+        return reply(request, ok(service))
 
 
 def ok(service: RolloutService) -> Health:

@@ -84,11 +84,19 @@ def generate_routes(service: RolloutService) -> APIRouter:
 
 
 def require_weights(service: RolloutService) -> None:
-    """Refuse work while a failed update has left the engine's weights unknown.
+    """Refuse work while the engine sleeps, or a failed update has left its weights unknown.
 
     Raises:
         ApiError: 503.
     """
+    if service.weights.state == "sleeping":
+        raise ApiError(
+            503,
+            "sleeping",
+            "This server sleeps.",
+            fix="Use another server, or POST /v1/wake_up with the admin key.",
+            headers={"Retry-After": "1"},
+        )
     if service.weights.state == "failed":
         raise ApiError(
             503,

@@ -22,7 +22,9 @@ FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-][A-Za-z0-9._-]{0,127}$")
 RequestId = Annotated[str, Field(pattern=r"^[A-Za-z0-9._:-]{1,128}$")]
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 FinishReason = Literal["stop", "length", "abort"]
-WeightState = Literal["serving", "committing", "failed"]
+WeightState = Literal["serving", "committing", "sleeping", "failed"]
+SleepLevel = Literal[1, 2]
+SleepMode = Literal["wait", "abort"]
 PauseMode = Literal["keep", "wait", "abort"]
 
 
@@ -267,6 +269,16 @@ class PauseRequest(_Wire):
     """Stop drawing tokens."""
 
     mode: PauseMode = "keep"
+
+
+class SleepRequest(_Wire):
+    """Give the accelerator's memory back until wake_up; generation is refused meanwhile."""
+
+    level: SleepLevel = 1
+    """1 keeps the weights in host memory; 2 drops them, and wake_up reads the serving files."""
+
+    mode: SleepMode = "wait"
+    """What happens to running requests: finish first, or end as `abort`."""
 
 
 class Health(_Wire):

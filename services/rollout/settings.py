@@ -70,6 +70,9 @@ class RolloutSettings(BaseSettings):
     gpu_memory_utilization: float = Field(default=0.9, gt=0.0, le=1.0)
     """Share of each GPU's memory that vLLM takes (GPU engine)."""
 
+    sleep_mode: bool = False
+    """Let POST /v1/sleep free the GPU's memory (GPU engine)."""
+
     weights_dir: Path | None = None
     """Shared folder for weight updates; a private one in /dev/shm when absent."""
 

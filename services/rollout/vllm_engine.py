@@ -27,10 +27,11 @@ from services.rollout.engine import (
     Job,
     JobResult,
     LoadPlan,
+    NoSleepModeError,
     TokenSink,
 )
 from services.rollout.openai_routes import add_openai_routes
-from services.rollout.schemas import FinishReason, PauseMode, Sampling
+from services.rollout.schemas import FinishReason, PauseMode, Sampling, SleepLevel, SleepMode
 from services.rollout.settings import RolloutSettings
 from services.rollout.vllm_executor import TIED
 
@@ -82,6 +83,7 @@ def engine_args(settings: RolloutSettings) -> AsyncEngineArgs:
         # Sampling defaults of the model's generation config never apply.
         generation_config="vllm",
         enable_prefix_caching=True,
+        enable_sleep_mode=settings.sleep_mode,
         worker_extension_cls="services.rollout.vllm_worker.WeightReloader",
         enable_log_requests=False,
         **extra,
@@ -248,6 +250,23 @@ class VllmEngine:
 
     async def resume(self) -> None:
         await self._llm.resume_generation()
+
+    async def sleep(self, level: SleepLevel, mode: SleepMode) -> None:
+        if not self._llm.model_config.enable_sleep_mode:
+            # vLLM would abort every request and then free nothing.
+            raise NoSleepModeError(
+                "vLLM has no sleep mode on CPUs"
+                if current_platform.is_cpu()
+                else "the service was started without --sleep-mode"
+            )
+        await self._llm.sleep(level, mode)
+
+    async def wake_up(self, plan: LoadPlan | None) -> None:
+        # vLLM schedules again with the last tag: no request can meet weights that are not loaded.
+        await self._llm.wake_up(["weights"])
+        if plan is not None:
+            await self.load_weights(plan)
+        await self._llm.wake_up(["kv_cache"])
 
     async def load_weights(self, plan: LoadPlan) -> None:
         by_path = {str(path): list(names) for path, names in plan.items()}

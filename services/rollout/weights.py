@@ -4,6 +4,8 @@
              digest.                                              The old version goes on serving.
     commit:  pause -> load -> reset the prefix cache -> stamp -> resume.  On failure: load the old.
 
+Between sleep and wake_up an update can be prepared but not committed.
+
 A learner that dies between or during these leaves the old version serving.
 """
 
@@ -13,11 +15,13 @@ import time
 
 from services.common.errors import ApiError
 from services.rollout import metrics
-from services.rollout.engine import Engine
+from services.rollout.engine import Engine, NoSleepModeError
 from services.rollout.schemas import (
     CommitRequest,
     CommitResponse,
     PrepareRequest,
+    SleepLevel,
+    SleepRequest,
     TensorSpec,
     WeightsStatus,
     WeightState,
@@ -42,6 +46,7 @@ class WeightStore:
         self._staged: Staged | None = None
         self._state: WeightState = "serving"
         self._detail: str | None = None
+        self._sleep_level: SleepLevel = 1
         self._lock = asyncio.Lock()
         self._commit_task: asyncio.Task[CommitResponse] | None = None
 
@@ -92,6 +97,63 @@ class WeightStore:
         """Serve the staged update. Runs to its end even when the caller goes away."""
         self._commit_task = asyncio.create_task(self._commit(request))
         return await asyncio.shield(self._commit_task)
+
+    async def sleep(self, request: SleepRequest) -> None:
+        """Free the engine's memory. Repeating it changes nothing.
+
+        Raises:
+            ApiError: 501 when the engine cannot sleep, 503 when its weights are unknown.
+        """
+        async with self._exclusive():
+            if self._state == "sleeping":
+                return
+            if self._state == "failed":
+                raise ApiError(503, "weights_failed", str(self._detail), fix="Do what it says.")
+            self._state, self._sleep_level = "sleeping", request.level
+            try:
+                await self._engine.sleep(request.level, request.mode)
+            except NoSleepModeError as error:
+                self._state = "serving"
+                raise ApiError(
+                    501,
+                    "no_sleep_mode",
+                    f"This server cannot sleep: {error}.",
+                    fix="Start it on a GPU with --sleep-mode, or use /v1/pause.",
+                ) from error
+
+    async def wake_up(self) -> None:
+        """Serve the version that was serving again. A server that is awake stays as it is.
+
+        Raises:
+            ApiError: 503 when the engine does not come back; nothing is served any more.
+        """
+        async with self._exclusive():
+            if self._state != "sleeping":
+                return
+            try:
+                dropped = self._sleep_level == 2
+                await self._engine.wake_up(load_plan(self._serving) if dropped else None)
+            except Exception as error:
+                logger.exception("wake-up failed")
+                self._state, self._detail = "failed", "The engine did not wake up."
+                raise ApiError(
+                    503, "wake_up_failed", self._detail, fix="Restart this service; see its log."
+                ) from error
+            self._state = "serving"
+
+    def require_awake(self) -> None:
+        """Refuse what a sleeping engine would not survive.
+
+        Raises:
+            ApiError: 409.
+        """
+        if self._state == "sleeping":
+            raise ApiError(
+                409,
+                "sleeping",
+                "This server sleeps: its weights are not in memory.",
+                fix="POST /v1/wake_up first.",
+            )
 
     async def close(self) -> None:
         """Let a running commit end, then remove what was staged."""
@@ -144,6 +206,7 @@ class WeightStore:
         async with self._exclusive():
             if wanted == self._versions.current and self._state == "serving":
                 return _response(wanted, pause_s=0.0, load_s=0.0, total_s=0.0)
+            self.require_awake()
             staged = self._staged
             if staged is None or staged.version != wanted:
                 raise ApiError(

@@ -16,6 +16,7 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
+from openrlhf_alp.clients.errors import RequestRejected
 from openrlhf_alp.clients.push import WeightPusher
 from openrlhf_alp.clients.rollout import RolloutClient
 from services.rollout.schemas import GenerateRequest, Sampling
@@ -209,6 +210,15 @@ async def running_requests(http: httpx.AsyncClient) -> float:
     text = (await http.get("/metrics")).text
     lines = [line for line in text.splitlines() if line.startswith("vllm:num_requests_running")]
     return sum(float(line.rpartition(" ")[2]) for line in lines)
+
+
+async def test_sleep_is_refused_on_a_cpu_and_costs_no_request(url: str) -> None:
+    async with client(url) as rollout:
+        running = asyncio.create_task(rollout.generate(request("awake", max_tokens=100)))
+        with pytest.raises(RequestRejected, match="no sleep mode on CPUs") as refused:
+            await rollout.sleep()
+        assert refused.value.status == 501
+        assert {sample.finish_reason for sample in (await running).samples} <= {"stop", "length"}
 
 
 async def test_the_engine_process_and_its_metrics_are_seen_by_the_probes(url: str) -> None:
