@@ -27,6 +27,27 @@ class BadCompletionError(EpisodeError):
     """The engine's reply cannot be trained on (NaN, missing, empty, cut short)."""
 
 
+class ToolLostError(EpisodeError):
+    """Code could not be run, through no fault of the policy: drop the episode's group and count it.
+
+    Attributes:
+        reason: short stable name, used as a metric (for example `tool_sandbox_error`).
+    """
+
+    def __init__(self, *, reason: str, detail: str) -> None:
+        super().__init__(f"code could not be run ({reason}): {detail}")
+        self.reason = reason
+        self.detail = detail
+
+    def __reduce__(self) -> tuple[object, ...]:
+        # Ray pickles exceptions, and keyword-only arguments do not survive the default way.
+        return (_rebuild_tool_lost, (self.reason, self.detail))
+
+
+def _rebuild_tool_lost(reason: str, detail: str) -> ToolLostError:
+    return ToolLostError(reason=reason, detail=detail)
+
+
 class StopReason(StrEnum):
     """Why the policy stopped. Every episode has exactly one."""
 
@@ -38,6 +59,12 @@ class StopReason(StrEnum):
 
     LENGTH = "length"
     """The token budget ran out in the middle of the answer: the episode is truncated."""
+
+    TOOL_LIMIT = "tool_limit"
+    """The policy called a tool once more than an episode may; the call was not run."""
+
+    NO_ROOM = "no_room"
+    """After a tool call the budget has no room for its output and an answer: truncated."""
 
 
 class TurnKind(StrEnum):
@@ -154,6 +181,24 @@ class Turn:
     text: str
     """For people and rewards, special tokens left out."""
 
+    void: bool = False
+    """An ACTION turn that neither calls a tool nor gives a final answer (paper, appendix E)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ToolCall:
+    """One piece of code that was run, for metrics and transcripts."""
+
+    code: str
+    status: str
+    """How it ended: a value of `code_blocks.CodeStatus`."""
+
+    total_s: float
+    """From asking to having the result: queueing and retries included."""
+
+    run_s: float
+    """Of these, seconds in which the code ran."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Timings:
@@ -164,6 +209,9 @@ class Timings:
 
     reward_s: float
     """Waiting for the reward, queueing included."""
+
+    tool_s: float = 0.0
+    """Waiting for the tool service, queueing included."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -194,6 +242,9 @@ class Episode:
 
     reward_detail: Mapping[str, float] = field(default_factory=dict)
     """Named numbers for metrics: the same names, in the same order, for every episode."""
+
+    tool_calls: tuple[ToolCall, ...] = ()
+    """Code that was run, in order."""
 
     timings: Timings
 
@@ -226,7 +277,12 @@ class Episode:
     @property
     def truncated(self) -> bool:
         """Whether the token budget, not the policy, ended the episode."""
-        return self.stop_reason is StopReason.LENGTH
+        return self.stop_reason in (StopReason.LENGTH, StopReason.NO_ROOM)
+
+    @property
+    def void(self) -> bool:
+        """Whether a turn of the policy led nowhere: no tool call and no final answer."""
+        return any(turn.void for turn in self.turns)
 
     @property
     def min_version(self) -> int:

@@ -12,9 +12,8 @@ from openrlhf_alp.episodes.records import (
     SamplingConfig,
     StopReason,
     Timings,
-    Turn,
-    TurnKind,
 )
+from openrlhf_alp.episodes.transcript import Transcript
 from openrlhf_alp.rewards.protocol import Reward
 
 
@@ -38,34 +37,21 @@ async def run_single_turn(
         RewardUnavailable: the reward could not be computed.
         Exception: whatever `generate` raises once its own retries are used up.
     """
-    if not prompt_ids:
-        raise ValueError(f"request {request_id}: the prompt has no tokens")
-
+    transcript = Transcript.begin(
+        request_id=request_id, prompt=prompt, label=label, prompt_ids=prompt_ids
+    )
     started_s = time.monotonic()
     completion = await generate(request_id=request_id, prompt_ids=prompt_ids, sampling=sampling)
     generated_s = time.monotonic()
     stop_reason = check_completion(completion, request_id=request_id)
     response = decode(completion.token_ids)
+    transcript.add_sampled(completion)
+    transcript.close_turn(response)
     result = await reward.score(prompt=prompt, response=response, label=label)
     rewarded_s = time.monotonic()
-
-    num_prompt, num_sampled = len(prompt_ids), len(completion.token_ids)
-    total = num_prompt + num_sampled
-    return Episode(
-        request_id=request_id,
-        prompt=prompt,
-        label=label,
-        token_ids=(*prompt_ids, *completion.token_ids),
-        logprobs=(*(0.0,) * num_prompt, *completion.logprobs),
-        action_mask=(*(False,) * num_prompt, *(True,) * num_sampled),
-        turns=(
-            Turn(kind=TurnKind.PROMPT, start=0, end=num_prompt, text=prompt),
-            Turn(kind=TurnKind.ACTION, start=num_prompt, end=total, text=response),
-        ),
-        spans=tuple(span.shifted(num_prompt) for span in completion.spans),
+    return transcript.episode(
         stop_reason=stop_reason,
-        reward=result.value,
-        reward_detail=result.detail,
+        reward=result,
         timings=Timings(generate_s=generated_s - started_s, reward_s=rewarded_s - generated_s),
     )
 

@@ -1,0 +1,108 @@
+"""Builds an episode on its token axis, turn by turn: ids are only ever appended."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from openrlhf_alp.episodes.records import (
+    Completion,
+    Episode,
+    StopReason,
+    Timings,
+    ToolCall,
+    Turn,
+    TurnKind,
+    VersionSpan,
+)
+from openrlhf_alp.rewards.protocol import RewardResult
+
+
+@dataclass(slots=True, kw_only=True)
+class Transcript:
+    """What prompt, policy and tools have said so far; `token_ids` is what the engine sees next."""
+
+    request_id: str
+    prompt: str
+    label: str
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    action_mask: list[bool] = field(default_factory=list)
+    turns: list[Turn] = field(default_factory=list)
+    spans: list[VersionSpan] = field(default_factory=list)
+    tool_calls: list[ToolCall] = field(default_factory=list)
+
+    @classmethod
+    def begin(
+        cls, *, request_id: str, prompt: str, label: str, prompt_ids: Sequence[int]
+    ) -> "Transcript":
+        """A transcript that holds the prompt.
+
+        Raises:
+            ValueError: the prompt has no tokens.
+        """
+        if not prompt_ids:
+            raise ValueError(f"request {request_id}: the prompt has no tokens")
+        transcript = cls(request_id=request_id, prompt=prompt, label=label)
+        transcript._add_unsampled(TurnKind.PROMPT, prompt_ids, prompt)
+        return transcript
+
+    @property
+    def num_after_prompt(self) -> int:
+        """Tokens of all kinds after the prompt."""
+        return len(self.token_ids) - self.turns[0].end
+
+    @property
+    def open_ids(self) -> list[int]:
+        """Ids sampled since the last turn was closed."""
+        return self.token_ids[self.turns[-1].end :]
+
+    def add_sampled(self, completion: Completion) -> None:
+        """Append what the policy sampled; `close_turn` makes a turn of it."""
+        offset = len(self.token_ids)
+        self.token_ids += completion.token_ids
+        self.logprobs += completion.logprobs
+        self.action_mask += [True] * len(completion.token_ids)
+        self.spans += [span.shifted(offset) for span in completion.spans]
+
+    def close_turn(self, text: str, *, void: bool = False) -> None:
+        """Make one ACTION turn of everything sampled since the last turn."""
+        start, end = self.turns[-1].end, len(self.token_ids)
+        self.turns.append(Turn(kind=TurnKind.ACTION, start=start, end=end, text=text, void=void))
+
+    def add_observation(self, token_ids: Sequence[int], text: str) -> None:
+        """Append what the environment said: log-prob 0.0, never trained on."""
+        self._add_unsampled(TurnKind.OBSERVATION, token_ids, text)
+
+    def text_of_policy(self) -> list[str]:
+        """The policy's own text, one entry per turn."""
+        return [turn.text for turn in self.turns if turn.kind is TurnKind.ACTION]
+
+    def episode(
+        self, *, stop_reason: StopReason, reward: RewardResult, timings: Timings
+    ) -> Episode:
+        """The finished, checked record.
+
+        Raises:
+            EpisodeError: no token was sampled, or the record breaks the token axis.
+        """
+        return Episode(
+            request_id=self.request_id,
+            prompt=self.prompt,
+            label=self.label,
+            token_ids=tuple(self.token_ids),
+            logprobs=tuple(self.logprobs),
+            action_mask=tuple(self.action_mask),
+            turns=tuple(self.turns),
+            spans=tuple(self.spans),
+            stop_reason=stop_reason,
+            reward=reward.value,
+            reward_detail=reward.detail,
+            tool_calls=tuple(self.tool_calls),
+            timings=timings,
+        )
+
+    def _add_unsampled(self, kind: TurnKind, token_ids: Sequence[int], text: str) -> None:
+        start = len(self.token_ids)
+        self.token_ids += token_ids
+        self.logprobs += [0.0] * len(token_ids)
+        self.action_mask += [False] * len(token_ids)
+        self.turns.append(Turn(kind=kind, start=start, end=len(self.token_ids), text=text))
