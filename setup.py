@@ -16,6 +16,8 @@ WIRE = [
 LEARNER = [
     *WIRE,
     "openrlhf==0.11.2",
+    "datasets>=3",
+    "pyarrow>=15",
     "transformers==5.15.0",
     "deepspeed==0.19.6",
     "ray[default]==2.55.0",

@@ -1,0 +1,198 @@
+"""Where published problem sets keep the problem and its answer.
+
+A format names fields: dots descend into objects, `A+B` joins two fields with a space, and of
+several names the first that is filled counts. Chat messages stand for their last user message.
+"""
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from openrlhf_alp.data.labels import label_texts
+from openrlhf_alp.data.sources import Row, source_stem
+
+_ROWS_LOOKED_AT = 100
+"""A field may be empty in the first rows; it is looked for in this many."""
+
+_INSTRUCTIONS = re.compile(
+    r"""
+    ^\s*solve\ the\ following\ math\ problem\ step\ by\ step\.\ the\ last\ line\ .{0,200}?
+        answer\ to\ the\ problem\.
+    | remember\ to\ put\ your\ answer\ on\ its\ own\ line\ after\ "answer:"\.?\s*$
+    | (?:please\ reason|let's\ think)\ step\ by\ step,?\ and\ (?:put|output)\ (?:your|the)\ final
+        \ answer\ (?:within|in)\ (?:\\\\?boxed\{\}|\$\\boxed\{\}\$)\.?\s*$
+    """,
+    re.VERBOSE | re.IGNORECASE | re.DOTALL,
+)
+"""What DAPO-Math, Guru and Qwen put around a problem. It asks for other answer forms than our
+templates do, and the same problem from two sets would not be seen to be the same."""
+
+
+class UnknownFormatError(Exception):
+    """No format fits the rows; the message lists the fields found and the fields known."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RowFormat:
+    """The fields of one kind of problem set."""
+
+    name: str
+    found_in: str
+    """Sets that look like this, for people."""
+
+    problem: tuple[str, ...]
+    label: tuple[str, ...]
+    id: tuple[str, ...] = ("id", "unique_id", "ID", "idx", "extra_info.index")
+
+    def fits(self, rows: Iterable[Mapping[str, Any]]) -> bool:
+        """Whether some row has a problem and some row has a label."""
+        seen = list(rows)
+        return all(
+            any(_first(row, fields) is not None for row in seen)
+            for fields in (self.problem, self.label)
+        )
+
+    @property
+    def fields(self) -> str:
+        """For messages: the fields that a row of this format has."""
+        return f"{' or '.join(self.problem)}, with {' or '.join(self.label)}"
+
+
+FORMATS = {
+    row_format.name: row_format
+    for row_format in (
+        RowFormat(
+            name="simplerl",
+            found_in="SimpleRL, SimpleRL-Zoo",
+            problem=("question",),
+            label=("gt_answer", "ground_truth_answer"),
+        ),
+        RowFormat(
+            name="rstar2",
+            found_in="rStar2-Agent, DAPO-Math, Guru: the rows of verl",
+            problem=("extra_info.question", "prompt"),
+            label=("reward_model.ground_truth",),
+        ),
+        RowFormat(
+            name="deepscaler",
+            found_in="DeepScaleR, MATH, AIME, OlympiadBench, Minerva",
+            problem=("problem",),
+            label=("answer", "gt"),
+        ),
+        RowFormat(
+            name="plain",
+            found_in="files of this command's own kind, GSM8K, SVAMP",
+            problem=("input", "Body+Question", "question"),
+            label=("label", "answer", "Answer"),
+        ),
+    )
+}
+"""In the order in which `auto` tries them."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Problem:
+    """A problem and its answer, without any prompt around it."""
+
+    text: str
+    """Empty when the row has none."""
+
+    labels: tuple[str, ...]
+    """The answer, or the members of a list of answers. Empty when the row has none."""
+
+    datasource: str
+    id: str
+    had_instructions: bool
+    """Answer-form instructions were cut from the text."""
+
+    row: Row
+
+    @property
+    def label(self) -> str:
+        """The answer; the first of several."""
+        return self.labels[0]
+
+
+def plain_format(problem_field: str, label_field: str) -> RowFormat:
+    """The format of a file whose fields the user names."""
+    return RowFormat(
+        name="plain", found_in="your fields", problem=(problem_field,), label=(label_field,)
+    )
+
+
+def detect_format(rows: Sequence[Row]) -> RowFormat:
+    """The first format that fits the first rows.
+
+    Raises:
+        UnknownFormatError: none fits.
+    """
+    objects = [row.content for row in rows[:_ROWS_LOOKED_AT] if isinstance(row.content, dict)]
+    for row_format in FORMATS.values():
+        if row_format.fits(objects):
+            return row_format
+    raise UnknownFormatError(_unknown(rows[0].source, objects))
+
+
+def check_format(row_format: RowFormat, rows: Sequence[Row]) -> None:
+    """The format that the user named fits the first rows.
+
+    Raises:
+        UnknownFormatError: it does not.
+    """
+    objects = [row.content for row in rows[:_ROWS_LOOKED_AT] if isinstance(row.content, dict)]
+    if not row_format.fits(objects):
+        raise UnknownFormatError(
+            f"{_unknown(rows[0].source, objects)}\n"
+            f"asked for was {row_format.name}: {row_format.fields}"
+        )
+
+
+def to_problem(row: Row, row_format: RowFormat) -> Problem:
+    """Takes the fields out of a row whose content is an object."""
+    text = _text_of(_first(row.content, row_format.problem))
+    problem = _INSTRUCTIONS.sub("", text).strip()
+    datasource = _first(row.content, ("data_source", "datasource", "extra_info.data_source"))
+    given_id = _first(row.content, row_format.id)
+    return Problem(
+        text=problem,
+        labels=label_texts(_first(row.content, row_format.label)),
+        datasource=str(datasource or source_stem(row.source)),
+        id=f"{source_stem(row.source)}:{row.number}" if given_id is None else str(given_id),
+        had_instructions=problem != text.strip(),
+        row=row,
+    )
+
+
+def _unknown(source: str, objects: Sequence[Mapping[str, Any]]) -> str:
+    names = sorted({name for row in objects for name in row})
+    lines = [
+        f"{source}: no format fits. Its rows have the fields: {', '.join(names) or '(no objects)'}",
+        *(f"  {known.name:<10} needs {known.fields}" for known in FORMATS.values()),
+        "Name the fields yourself: --problem-field NAME --label-field NAME",
+    ]
+    return "\n".join(lines)
+
+
+def _first(row: Mapping[str, Any], fields: Iterable[str]) -> Any:
+    """The value of the first field that is there and filled, else None."""
+    for field in fields:
+        parts = [_descend(row, name) for name in field.split("+")]
+        if None not in parts:
+            return parts[0] if len(parts) == 1 else " ".join(map(_text_of, parts))
+    return None
+
+
+def _descend(row: Any, path: str) -> Any:
+    for name in path.split("."):
+        if not isinstance(row, Mapping):
+            return None
+        row = row.get(name)
+    return None if row in ("", []) else row
+
+
+def _text_of(value: Any) -> str:
+    if isinstance(value, list):
+        said = [m for m in value if isinstance(m, Mapping) and m.get("role") == "user"]
+        return _text_of(said[-1].get("content")) if said else ""
+    return value if isinstance(value, str) else ""

@@ -1,0 +1,96 @@
+"""Gold answers: one bare expression out of the forms that problem sets use, and its kind."""
+
+import re
+from enum import StrEnum
+from typing import Any
+
+_SOLUTION_MARK = "####"
+"""GSM8K ends a worked solution with this and the answer."""
+
+_WHOLLY_BOXED = re.compile(r"\s*\$?\\boxed\{(.*)\}\$?\.?\s*", re.DOTALL)
+
+_MATH_PIECES = re.compile(r"\s*\$[^$]*\$(?:\s*,\s*\$[^$]*\$)*\s*\.?\s*")
+"""`$1$` or `$1$,$2$`: dollar signs around each answer of a list, and nothing else."""
+
+_SCIENTIFIC = re.compile(r"([-+]?\d+(?:\.\d+)?)[eE]([-+]?\d+)")
+
+_LETTERS = re.compile(r"[A-Za-z](?:\s*[-,]\s*[A-Za-z])+")
+
+
+def label_texts(value: Any) -> tuple[str, ...]:
+    """The answer as a bare expression, or each of several; empty when there is none.
+
+    145.0 is 145. The boxing, the dollar signs and what stands before `####` go. Whether the members
+    of a list are ways to write one answer (Minerva) or parts of it, they do not say.
+    """
+    values = value if isinstance(value, list) else [value]
+    return tuple(dict.fromkeys(text for text in map(_label_text, values) if text))
+
+
+def _label_text(value: Any) -> str:
+    match value:
+        case None:
+            return ""
+        case float() if value.is_integer():
+            return str(int(value))
+    return _bare(str(value))
+
+
+def _bare(text: str) -> str:
+    text = text.rpartition(_SOLUTION_MARK)[2].strip()
+    if (boxed := _WHOLLY_BOXED.fullmatch(text)) and _is_balanced(boxed[1]):
+        text = boxed[1].strip()
+    # A currency sign and a thin space are no mathematics; math-verify reads \$5 as nothing.
+    text = text.replace("\\$", "").replace("\\!", "")
+    if _MATH_PIECES.fullmatch(text):
+        text = ", ".join(piece.strip() for piece in text.split("$")[1::2])
+    if number := _SCIENTIFIC.fullmatch(text.strip()):
+        # As LaTeX, 7e37 is 7 times Euler's number times 37.
+        return f"{number[1]} \\times 10^{{{int(number[2])}}}"
+    # Without dollar signs, the reward takes "p - q" and "D, E" for words.
+    return f"${text}$" if _LETTERS.fullmatch(text) else text.strip()
+
+
+def _is_balanced(text: str) -> bool:
+    """Whether every brace is closed; "1} and \\boxed{2" is two boxes and not one."""
+    depth = 0
+    for character in text:
+        depth += {"{": 1, "}": -1}.get(character, 0)
+        if depth < 0:
+            return False
+    return depth == 0
+
+
+class LabelKind(StrEnum):
+    """What an answer looks like; for the summary only."""
+
+    INTEGER = "integer"
+    DECIMAL = "decimal"
+    FRACTION = "fraction"
+    CHOICE = "choice"
+    """One capital letter: the problem may be a multiple-choice question."""
+    EQUATION = "equation"
+    TUPLE = "tuple or interval"
+    SEVERAL = "several answers"
+    TEXT = "text"
+    EXPRESSION = "expression"
+
+
+_KINDS = (
+    (LabelKind.INTEGER, re.compile(r"[-+]?(?:\d+|\d{1,3}(?:,\d{3})+)")),
+    (LabelKind.DECIMAL, re.compile(r"[-+]?\d*\.\d+(?:[eE][-+]?\d+)?")),
+    (LabelKind.FRACTION, re.compile(r"-?(?:\d+/\d+|\\[dt]?frac\s*(?:\{-?\d+\}|\d)(?:\{\d+\}|\d))")),
+    (LabelKind.CHOICE, re.compile(r"(?:\\text(?:bf)?\{)?\(?[A-F]\)?\}?")),
+    (LabelKind.EQUATION, re.compile(r"[^=]+=[^=]+", re.DOTALL)),
+    (LabelKind.TUPLE, re.compile(r"(?:\\left)?\s*[(\[][^()]*,[^()]*[)\]]", re.DOTALL)),
+    (LabelKind.SEVERAL, re.compile(r".*,.*", re.DOTALL)),
+    (LabelKind.TEXT, re.compile(r"\\text\{[^}]*\}|[A-Za-z][A-Za-z ]+")),
+)
+
+
+def label_kind(label: str) -> LabelKind:
+    """The kind of a bare label."""
+    for kind, pattern in _KINDS:
+        if pattern.fullmatch(label):
+            return kind
+    return LabelKind.EXPRESSION
