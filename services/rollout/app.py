@@ -17,7 +17,7 @@ from services.common.wire_routes import WireRoute, reply
 from services.rollout import metrics
 from services.rollout.engine import EngineDeadError
 from services.rollout.routes_control import UPLOAD_PATH, control_routes, ok
-from services.rollout.routes_generate import generate_routes, require_weights
+from services.rollout.routes_generate import generate_routes
 from services.rollout.schemas import (
     Contract,
     Health,
@@ -90,7 +90,7 @@ def _probe_routes(service: RolloutService) -> APIRouter:
     @router.get("/readyz", responses={503: {"model": ErrorBody}})
     async def readyz() -> Health:
         """Whether requests would be served: a live engine and whole weights."""
-        require_weights(service)
+        service.weights.require_serving()
         return await livez()
 
     @router.get("/metrics")

@@ -9,10 +9,13 @@ from starlette.responses import Response
 
 from services.common.disconnect import ClientGone, while_connected
 from services.common.errors import ApiError, ErrorBody
+from services.common.wire import media_type_of
 from services.common.wire_routes import WireRoute, reply
-from services.rollout.generator import check_request
+from services.rollout.batch import ItemStream, stream_batch
 from services.rollout.schemas import (
     VERSION_HEADER,
+    BatchItem,
+    BatchRequest,
     ForgetReply,
     GenerateRequest,
     GenerateResponse,
@@ -29,6 +32,9 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"model": ErrorBody} for status in (401, 404, 409, 410, 413, 422, 429, 500, 503, 504)
 }
 _RUNNING: dict[int | str, dict[str, Any]] = {202: {"model": RunningReply}}
+_BATCH: dict[int | str, dict[str, Any]] = {
+    200: {"model": BatchItem, "description": "One for each request, in the order they finish."}
+}
 
 _WaitS = Annotated[float, Query(ge=0.0, le=3600.0, allow_inf_nan=False)]
 _Deadline = Annotated[float | None, Header(alias="x-request-deadline", gt=0.0, allow_inf_nan=False)]
@@ -48,13 +54,22 @@ def generate_routes(service: RolloutService) -> APIRouter:
         x-request-deadline is an absolute time in Unix seconds. With Accept: text/event-stream the
         reply is a stream of `tokens` events, then one `done` or `error` event.
         """
-        check_request(body, service.engine.info)
-        require_weights(service)
         remaining_s = _remaining_s(deadline)
         if EVENT_STREAM in request.headers.get("accept", ""):
             return stream_events(service, body, remaining_s)
-        service.ledger.submit(body, lambda: service.generator.run(body, remaining_s))
+        service.start(body, remaining_s)
         return await _answer(request, body.request_id, None)
+
+    @router.post("/generate/batch", response_class=ItemStream, responses=_BATCH)
+    async def batch(body: BatchRequest, request: Request, deadline: _Deadline = None) -> ItemStream:
+        """Many requests at once; each reply or error as it comes, one JSON line or msgpack object.
+
+        Each request behaves as if it had been sent alone: the same ids, retries and limits. Only a
+        body that does not match the schema is refused as a whole.
+        """
+        return stream_batch(
+            service, body, _remaining_s(deadline), media_type_of(request.headers.get("accept"))
+        )
 
     @router.get("/generate/{request_id}", response_model=GenerateResponse, responses=_RUNNING)
     async def attach(
@@ -81,29 +96,6 @@ def generate_routes(service: RolloutService) -> APIRouter:
         return result
 
     return router
-
-
-def require_weights(service: RolloutService) -> None:
-    """Refuse work while the engine sleeps, or a failed update has left its weights unknown.
-
-    Raises:
-        ApiError: 503.
-    """
-    if service.weights.state == "sleeping":
-        raise ApiError(
-            503,
-            "sleeping",
-            "This server sleeps.",
-            fix="Use another server, or POST /v1/wake_up with the admin key.",
-            headers={"Retry-After": "1"},
-        )
-    if service.weights.state == "failed":
-        raise ApiError(
-            503,
-            "weights_failed",
-            str(service.weights.detail),
-            fix="Use another server until this one has had a full update.",
-        )
 
 
 def _remaining_s(deadline: float | None) -> float | None:

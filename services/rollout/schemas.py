@@ -14,6 +14,7 @@ VERSION_HEADER = "x-weight-version"
 """Response header of generate routes: the version serving when the reply was sent."""
 
 MAX_SAMPLES = 1024
+MAX_BATCH = 1024
 MAX_TOKEN_ID = 2**31 - 1
 MIN_SAMPLED_TEMPERATURE = 0.01
 
@@ -95,6 +96,12 @@ class GenerateRequest(_Wire):
     """Seconds from arrival after which the work is cancelled and 504 is answered."""
 
 
+class BatchRequest(_Wire):
+    """Many generate requests in one call, each with its own id, retried and cancelled by it."""
+
+    requests: list[GenerateRequest] = Field(min_length=1, max_length=MAX_BATCH)
+
+
 class Span(_Wire):
     """Positions [start, end) of a sample were drawn by this version of the weights."""
 
@@ -137,6 +144,29 @@ class GenerateResponse(_Wire):
     """The version serving when the reply was made; the spans say who drew each token."""
 
     timings: Timings
+
+
+class ItemError(_Wire):
+    """What went wrong with one request of a batch, as in the error body of a request alone."""
+
+    code: str
+    message: str
+    fix: str
+    field: str | None
+
+
+class BatchItem(_Wire):
+    """One finished request of a batch: its reply or its error."""
+
+    index: int
+    """Place in the batch; items come in the order in which they finish."""
+
+    request_id: str
+    status: int
+    """The HTTP status that the request would have had alone."""
+
+    response: GenerateResponse | None = None
+    error: ItemError | None = None
 
 
 class TokensEvent(_Wire):

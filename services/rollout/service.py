@@ -15,9 +15,9 @@ from services.rollout.fingerprint import (
     object_hash,
     tokenizer_hash,
 )
-from services.rollout.generator import Generator
+from services.rollout.generator import Generator, SampleSink, check_request
 from services.rollout.ledger import Ledger, LedgerLimits
-from services.rollout.schemas import API_VERSION, Contract
+from services.rollout.schemas import API_VERSION, Contract, GenerateRequest
 from services.rollout.settings import RolloutSettings
 from services.rollout.staging import (
     TIED_HEAD,
@@ -65,6 +65,27 @@ class RolloutService:
         return self.static_contract.model_copy(
             update={"version": current.number, "digest": current.digest}
         )
+
+    def start(
+        self,
+        request: GenerateRequest,
+        limit_s: float | None,
+        on_tokens: SampleSink | None = None,
+    ) -> None:
+        """Make sure that a request is running or finished; `ledger.attach` waits for its reply.
+
+        Args:
+            request: what to draw.
+            limit_s: seconds from now; the tighter of this and the request's own holds.
+            on_tokens: told of tokens as they are drawn, when this call starts the run.
+
+        Raises:
+            ApiError: 422 for what can never run, 503 without whole weights, 409, 429 as
+                `Ledger.submit`.
+        """
+        check_request(request, self.engine.info)
+        self.weights.require_serving()
+        self.ledger.submit(request, lambda: self.generator.run(request, limit_s, on_tokens))
 
     async def close(self) -> None:
         """Cancel what runs, end the engine and remove staged files."""

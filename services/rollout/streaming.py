@@ -27,14 +27,14 @@ def stream_events(
     """Start or attach to a run and stream it.
 
     Raises:
-        ApiError: as `Ledger.submit`; what fails later becomes an `error` event.
+        ApiError: as `RolloutService.start`; what fails later becomes an `error` event.
     """
     queue: asyncio.Queue[TokensEvent] = asyncio.Queue()
 
     def sink(index: int, token_ids: list[int], logprobs: list[float]) -> None:
         queue.put_nowait(TokensEvent(index=index, token_ids=token_ids, logprobs=logprobs))
 
-    service.ledger.submit(request, lambda: service.generator.run(request, deadline_s, sink))
+    service.start(request, deadline_s, sink)
     return StreamingResponse(_events(service, request.request_id, queue), media_type=EVENT_STREAM)
 
 

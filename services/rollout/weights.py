@@ -107,8 +107,7 @@ class WeightStore:
         async with self._exclusive():
             if self._state == "sleeping":
                 return
-            if self._state == "failed":
-                raise ApiError(503, "weights_failed", str(self._detail), fix="Do what it says.")
+            self.require_serving()
             self._state, self._sleep_level = "sleeping", request.level
             try:
                 await self._engine.sleep(request.level, request.mode)
@@ -140,6 +139,28 @@ class WeightStore:
                     503, "wake_up_failed", self._detail, fix="Restart this service; see its log."
                 ) from error
             self._state = "serving"
+
+    def require_serving(self) -> None:
+        """Refuse work while the engine sleeps, or a failed update has left its weights unknown.
+
+        Raises:
+            ApiError: 503.
+        """
+        if self._state == "sleeping":
+            raise ApiError(
+                503,
+                "sleeping",
+                "This server sleeps.",
+                fix="Use another server, or POST /v1/wake_up with the admin key.",
+                headers={"Retry-After": "1"},
+            )
+        if self._state == "failed":
+            raise ApiError(
+                503,
+                "weights_failed",
+                str(self._detail),
+                fix="Use another server until this one has had a full update.",
+            )
 
     def require_awake(self) -> None:
         """Refuse what a sleeping engine would not survive.
