@@ -153,7 +153,7 @@ def _sandbox_failed(answer: ExecuteResult) -> bool:
 
 def _refused(error: RequestRejected) -> CodeResult:
     """A program too long for the service is the policy's doing; anything else is ours."""
-    if error.status != _TOO_LARGE:
+    if error.status != _TOO_LARGE and error.field != "code":
         raise error
     return CodeResult(status=CodeStatus.REJECTED, message="the program is too long")
 

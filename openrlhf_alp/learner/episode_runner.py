@@ -1,0 +1,135 @@
+"""Which kind of episode a prompt becomes, and what of it is logged and trained on.
+
+flags -> EpisodeRunner -> Episode -> to_response -> OpenRLHF's Experience
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Protocol
+
+from openrlhf_alp.clients.http import Timeouts
+from openrlhf_alp.clients.tool import ToolClient
+from openrlhf_alp.episodes.observation import chat_template, plain_template
+from openrlhf_alp.episodes.protocols import Generate
+from openrlhf_alp.episodes.records import Episode, SamplingConfig
+from openrlhf_alp.episodes.single_turn import run_single_turn
+from openrlhf_alp.episodes.tool_integrated import run_tool_integrated
+from openrlhf_alp.episodes.void import VoidPolicy, trained_ranges
+from openrlhf_alp.learner.interpreter import SessionInterpreter, StatelessInterpreter
+from openrlhf_alp.learner.tool_config import ToolConfig
+from openrlhf_alp.learner.tool_metrics import tool_metrics
+from openrlhf_alp.rewards.protocol import Reward
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Task:
+    """One prompt of the dataset, tokenised."""
+
+    prompt: str
+    label: str
+    prompt_ids: Sequence[int]
+
+
+class EpisodeRunner(Protocol):
+    """Plays one episode; the same runner serves every prompt of a run."""
+
+    async def __call__(
+        self, *, request_id: str, task: Task, sampling: SamplingConfig, tokenizer: Any
+    ) -> Episode: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SingleTurnRunner:
+    """One prompt, one answer."""
+
+    generate: Generate
+    reward: Reward
+
+    async def __call__(
+        self, *, request_id: str, task: Task, sampling: SamplingConfig, tokenizer: Any
+    ) -> Episode:
+        return await run_single_turn(
+            request_id=request_id,
+            prompt=task.prompt,
+            label=task.label,
+            prompt_ids=task.prompt_ids,
+            generate=self.generate,
+            decode=partial(tokenizer.decode, skip_special_tokens=True),
+            reward=self.reward,
+            sampling=sampling,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ToolIntegratedRunner:
+    """Reason, run code, read, answer; `sampling.max_tokens` is the budget of the episode."""
+
+    generate: Generate
+    reward: Reward
+    client: ToolClient
+    tool: ToolConfig
+
+    async def __call__(
+        self, *, request_id: str, task: Task, sampling: SamplingConfig, tokenizer: Any
+    ) -> Episode:
+        interpreter = SessionInterpreter if self.tool.session else StatelessInterpreter
+        template = chat_template if self.tool.template == "chat" else plain_template
+        return await run_tool_integrated(
+            request_id=request_id,
+            prompt=task.prompt,
+            label=task.label,
+            prompt_ids=task.prompt_ids,
+            generate=self.generate,
+            interpreter=interpreter(self.client, timeout_s=self.tool.timeout_s),
+            # A special token that a program prints stays plain text.
+            encode=partial(tokenizer.encode, add_special_tokens=False, split_special_tokens=True),
+            decode=partial(tokenizer.decode, skip_special_tokens=True),
+            template=template(tokenizer),
+            reward=self.reward,
+            sampling=sampling,
+            config=self.tool.limits(max_tokens=sampling.max_tokens),
+        )
+
+
+def build_runner(
+    *, generate: Generate, reward: Reward, tool: ToolConfig, tool_key: str
+) -> EpisodeRunner:
+    """The runner that the flags ask for: tool-integrated when there is a tool service."""
+    if not tool.urls:
+        return SingleTurnRunner(generate=generate, reward=reward)
+    client = tool_client(tool, tool_key)
+    return ToolIntegratedRunner(generate=generate, reward=reward, client=client, tool=tool)
+
+
+def tool_client(tool: ToolConfig, key: str) -> ToolClient:
+    """Connections to the tool services, with the time limits of the flags."""
+    limit_s = tool.request_timeout_s
+    timeouts = Timeouts(read_s=limit_s, total_s=limit_s)
+    return ToolClient(tool.urls, api_key=key, timeouts=timeouts)
+
+
+def to_response(episode: Episode, *, tool: ToolConfig | None = None) -> dict[str, Any]:
+    """The dictionary that OpenRLHF's `_process_response_into_experience` reads.
+
+    Args:
+        tool: of a tool-integrated run; adds its metrics and leaves void turns out of the loss.
+    """
+    void: VoidPolicy = tool.void if tool else "off"
+    return {
+        "prompt": episode.prompt,
+        "label": episode.label,
+        "observation_tokens": list(episode.token_ids),
+        "action_ranges": trained_ranges(episode, void),
+        "rollout_log_probs": list(episode.logprobs),
+        "reward": episode.reward,
+        "scores": episode.reward,
+        "truncated": episode.truncated,
+        "extra_logs": {
+            "rollout/policy_version": float(episode.max_version),
+            **{f"reward/{name}": value for name, value in episode.reward_detail.items()},
+            **(tool_metrics(episode, tool) if tool else {}),
+        },
+    }
