@@ -9,6 +9,7 @@ WIRE = [
     "blake3>=1.0",
     "httpx>=0.27",
     "msgpack>=1.0",
+    "opentelemetry-api>=1.27",
     "orjson>=3.10",
     "pydantic>=2.12",
     "safetensors>=0.6.2",

@@ -11,6 +11,7 @@ from pydantic import BaseModel
 
 from openrlhf_alp.clients.errors import IncompleteReply, InvalidReply, ServiceUnavailable
 from openrlhf_alp.clients.http import Backoff, Timeouts, error_of
+from openrlhf_alp.clients.trace import trace_headers
 from services.common.wire import MSGPACK_TYPE, decode, encode, media_type_of
 from services.rollout.schemas import UploadStatus
 
@@ -68,7 +69,7 @@ class Channel:
             ServiceUnavailable: no reply. Its cause tells a lost connection from a refused one.
         """
         key = self._control_key if path.startswith(_CONTROL_PATHS) else self._data_key
-        headers = {"authorization": f"Bearer {key}"}
+        headers = {"authorization": f"Bearer {key}", **trace_headers()}
         if body is not None:
             headers["content-type"] = MSGPACK_TYPE
         try:
@@ -133,7 +134,7 @@ class Channel:
                     url,
                     params={"offset": arrived},
                     content=_read_from(path, arrived),
-                    headers={"authorization": f"Bearer {self._control_key}"},
+                    headers={"authorization": f"Bearer {self._control_key}", **trace_headers()},
                 )
                 return self.parse(response, UploadStatus).num_bytes
             except (httpx.TransportError, ServiceUnavailable) as error:

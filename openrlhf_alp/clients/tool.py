@@ -21,6 +21,7 @@ from pydantic import BaseModel
 
 from openrlhf_alp.clients.errors import InvalidReply, ServiceUnavailable
 from openrlhf_alp.clients.http import RETRYABLE, Backoff, Timeouts, error_of
+from openrlhf_alp.clients.trace import trace_headers
 from services.tool.schemas import (
     CellRequest,
     CellResult,
@@ -159,7 +160,7 @@ class ToolClient:
     async def _send(
         self, server: _Server, method: str, path: str, content: str, give_up_s: float
     ) -> httpx.Response:
-        headers = {"content-type": "application/json"}
+        headers = {"content-type": "application/json", **trace_headers()}
         server.num_running += 1
         try:
             async with asyncio.timeout(max(0.001, give_up_s - time.monotonic())):

@@ -8,7 +8,8 @@ REQUEST_ID_HEADER = "x-request-id"
 TRACEPARENT_HEADER = "traceparent"
 
 _SAFE_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
-_TRACEPARENT = re.compile(r"00-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
+# W3C Trace Context: version, trace id, the caller's span id, flags; an id of zeros is none.
+_TRACEPARENT = re.compile(r"00-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}")
 
 _request_id: ContextVar[str] = ContextVar("request_id", default="-")
 _traceparent: ContextVar[str | None] = ContextVar("traceparent", default=None)
@@ -22,6 +23,12 @@ def current_request_id() -> str:
 def current_traceparent() -> str | None:
     """The W3C traceparent header of the request being handled, when it had a valid one."""
     return _traceparent.get()
+
+
+def current_trace_id() -> str | None:
+    """The trace that the request being handled belongs to: 32 hex digits."""
+    traceparent = _traceparent.get()
+    return None if traceparent is None else traceparent.split("-")[1]
 
 
 def enter_request(request_id: str | None, traceparent: str | None) -> str:

@@ -1,11 +1,11 @@
-"""One JSON object per log line on stderr, each with the id of the request it belongs to."""
+"""One JSON object per log line on stderr, each with the ids of its request and trace."""
 
 import json
 import logging
 import sys
 import time
 
-from services.common.context import current_request_id
+from services.common.context import current_request_id, current_trace_id
 
 _STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
 
@@ -24,6 +24,9 @@ class JsonFormatter(logging.Formatter):
         request_id = current_request_id()
         if request_id != "-":
             line["request_id"] = request_id
+        trace_id = current_trace_id()
+        if trace_id is not None:
+            line["trace_id"] = trace_id
         line |= {key: value for key, value in vars(record).items() if key not in _STANDARD}
         if record.exc_info:
             line["exception"] = self.formatException(record.exc_info)

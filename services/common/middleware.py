@@ -8,10 +8,15 @@ import logging
 import time
 
 from fastapi import FastAPI
-from starlette.datastructures import Headers, MutableHeaders
+from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from services.common.context import REQUEST_ID_HEADER, TRACEPARENT_HEADER, enter_request
+from services.common.context import (
+    REQUEST_ID_HEADER,
+    TRACEPARENT_HEADER,
+    current_traceparent,
+    enter_request,
+)
 from services.common.errors import ApiError, error_response, internal_error_response
 
 logger = logging.getLogger(__name__)
@@ -20,7 +25,7 @@ _PROBES = frozenset({"/livez", "/readyz", "/metrics"})
 
 
 class RequestContext:
-    """Give each request an id, echo it, log one line, and turn an unforeseen error into a 500."""
+    """Give each request an id, echo it and the trace, log one line, answer 500 to a bug of ours."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -31,6 +36,10 @@ class RequestContext:
             return
         headers = Headers(scope=scope)
         request_id = enter_request(headers.get(REQUEST_ID_HEADER), headers.get(TRACEPARENT_HEADER))
+        echoed = [(REQUEST_ID_HEADER.encode(), request_id.encode())]
+        traceparent = current_traceparent()
+        if traceparent is not None:
+            echoed.append((TRACEPARENT_HEADER.encode(), traceparent.encode()))
         started_s = time.perf_counter()
         status = 0
 
@@ -38,7 +47,7 @@ class RequestContext:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                MutableHeaders(scope=message)[REQUEST_ID_HEADER] = request_id
+                message = {**message, "headers": [*message.get("headers", ()), *echoed]}
             await send(message)
 
         try:

@@ -11,6 +11,7 @@ from fastapi import FastAPI
 from openrlhf_alp.clients.errors import RequestRejected, ServiceUnavailable, Unauthorized
 from openrlhf_alp.clients.http import Backoff, Timeouts
 from openrlhf_alp.clients.tool import ToolClient
+from openrlhf_alp.clients.trace import trace_headers
 from services.tool.app import create_app
 from services.tool.schemas import ExecuteRequest, SessionRequest
 from services.tool.service import ToolService
@@ -127,3 +128,20 @@ async def test_the_isolation_of_every_service_can_be_asked_for(app: FastAPI) -> 
 async def test_a_url_that_is_no_list_is_refused() -> None:
     with pytest.raises(ValueError, match="give a list"):
         ToolClient("http://tool", api_key=KEY)
+
+
+async def test_code_belongs_to_the_trace_of_the_task_that_sends_it(app: FastAPI) -> None:
+    replies = []
+
+    class Keeping(Lossy):
+        async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+            replies.append(await super().handle_async_request(request))
+            return replies[-1]
+
+    async with connect(app) as client:
+        client._servers[0].http._transport = Keeping(app, 0)
+        session = await client.open_session(SessionRequest())
+        await session.run("1")
+        await session.close()
+    assert {reply.headers["traceparent"] for reply in replies} == {trace_headers()["traceparent"]}
+    assert len(replies) == 3

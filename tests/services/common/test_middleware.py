@@ -17,6 +17,22 @@ async def test_an_unsafe_request_id_is_replaced(client: httpx.AsyncClient) -> No
         assert len(response.headers["x-request-id"]) == 16
 
 
+async def test_a_valid_traceparent_is_echoed_and_another_is_not(
+    client: httpx.AsyncClient,
+) -> None:
+    valid = f"00-{'ab' * 16}-{'cd' * 8}-01"
+    response = await client.get("/nowhere", headers={"traceparent": valid})
+    assert response.headers["traceparent"] == valid
+    for bad in (
+        f"00-{'0' * 32}-{'cd' * 8}-01",
+        f"00-{'ab' * 16}-{'0' * 16}-01",
+        "00-ab-cd-01",
+        "x",
+    ):
+        response = await client.get("/nowhere", headers={"traceparent": bad})
+        assert "traceparent" not in response.headers
+
+
 async def test_a_declared_body_above_the_limit_is_a_413(client: httpx.AsyncClient) -> None:
     response = await client.post("/echo", content=GOOD + b" " * 10_000, headers=JSON)
     assert response.status_code == 413
