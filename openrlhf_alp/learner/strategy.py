@@ -57,7 +57,10 @@ class AlpStrategy(DeepspeedStrategy):
         """
         for entry in models:
             if self.alp.perturbed and isinstance(entry, tuple) and isinstance(entry[0], Actor):
-                attach(entry[0].model, self.alp.perturbation_config())
+                model = entry[0].model
+                # DeepSpeed casts parameters to the model's dtype, but under ZeRO-3, where it wants
+                # one dtype just the same, only those that it has partitioned while loading.
+                attach(model, self.alp.perturbation_config()).to(model.dtype)
         return super().prepare(*models)
 
     def _get_model_parameters(self, model: nn.Module, **kwargs: Any) -> tuple[nn.Module, Any]:

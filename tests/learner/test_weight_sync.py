@@ -1,0 +1,73 @@
+"""Under ZeRO-3 the pushed tensors are the whole parameters, gathered a bucket at a time."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from openrlhf_alp.learner.weight_sync import _buckets
+
+RANK = Path(__file__).with_name("zero3_rank.py")
+
+
+def test_buckets_keep_the_order_and_the_limit_and_a_large_parameter_stands_alone() -> None:
+    sizes = {"a": 2, "b": 2, "c": 9, "d": 1, "e": 2}  # float32: 4 bytes each
+    named = [(name, nn.Parameter(torch.zeros(size))) for name, size in sizes.items()]
+    buckets = [[name for name, _ in bucket] for bucket in _buckets(named, 16)]
+    assert buckets == [["a", "b"], ["c"], ["d", "e"]]
+
+
+@pytest.mark.e2e
+def test_zero3_ranks_push_what_they_export(
+    parse: Callable[..., SimpleNamespace], tmp_path: Path
+) -> None:
+    world_size = 2
+    args = parse(
+        *("--alp.enable", "--alp.sigma0", "0.01", "--ds.zero_stage", "3"),
+        *("--actor.num_gpus_per_node", str(world_size), "--train.batch_size", str(4 * world_size)),
+        *("--rollout.micro_batch_size", "1", "--ds.param_dtype", "bf16"),
+    )
+    args_file, pushed_file = tmp_path / "args.pickle", tmp_path / "pushed.safetensors"
+    args_file.write_bytes(pickle.dumps(args))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, RANK, str(rank), str(world_size), str(port), args_file, pushed_file],
+            env={**os.environ, "OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(world_size)
+    ]
+    try:
+        outputs = [rank.communicate(timeout=240)[0] for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+            rank.wait()
+    assert [rank.returncode for rank in ranks] == [0] * world_size, "\n".join(outputs)[-4000:]
+
+    pushed = load_file(pushed_file)
+    exported = load_file(Path(args.ckpt.output_dir) / "model.safetensors")
+    assert pushed.keys() == exported.keys()
+    assert all(torch.equal(tensor, exported[name]) for name, tensor in pushed.items())
+    before = load_file(Path(args.actor.model_name_or_path) / "model.safetensors")
+    assert any(not torch.equal(tensor, before[name]) for name, tensor in pushed.items())
+    report = json.loads(pushed_file.with_suffix(".json").read_text())
+    assert 1 < report["num_gatherings"] < len(pushed)
+    assert report["shards"]["model.embed_tokens.weight"] == 0  # partitioned before and after
