@@ -108,6 +108,8 @@ class ServiceConfig:
     """Longest time one episode may take, retries included."""
     ready_timeout_s: float
     """Longest wait for a service that is still starting."""
+    max_staleness: int | None
+    """Groups with a token older than this many pushes are dropped; None keeps all."""
     metrics_jsonl: str | None
     """File that gets one JSON object per global step."""
 
@@ -185,6 +187,13 @@ def _add_service_arguments(group: argparse._ArgumentGroup) -> None:
     )
     add("--rollout.request_timeout_s", type=float, default=300.0, help="limit of one episode")
     add("--rollout.ready_timeout_s", type=float, default=120.0, help="wait for a starting service")
+    add(
+        "--rollout.max_staleness",
+        type=int,
+        default=None,
+        metavar="N",
+        help="drop groups with a token sampled more than N weight pushes ago (default: keep all)",
+    )
     add("--logger.metrics_jsonl", default=None, help="file that gets one JSON object per step")
 
 
@@ -213,6 +222,7 @@ def read_service(args: SimpleNamespace) -> ServiceConfig:
         urls=tuple(url.rstrip("/") for url in args.rollout.service_urls),
         request_timeout_s=args.rollout.request_timeout_s,
         ready_timeout_s=args.rollout.ready_timeout_s,
+        max_staleness=args.rollout.max_staleness,
         metrics_jsonl=args.logger.metrics_jsonl,
     )
 
@@ -231,7 +241,23 @@ def settle(args: SimpleNamespace) -> SimpleNamespace:
         _settle_alp(args)
     if args.rollout_service.urls:
         _settle_service(args)
+    _check_staleness(args.rollout_service)
     return args
+
+
+def _check_staleness(service: ServiceConfig) -> None:
+    if service.max_staleness is None:
+        return
+    if service.max_staleness < 0:
+        raise ValueError(
+            f"--rollout.max_staleness is {service.max_staleness}; it must be 0 (only tokens of the "
+            "version that is updated) or above. Leave it out to keep every group."
+        )
+    if not service.urls:
+        raise ValueError(
+            "--rollout.max_staleness needs --rollout.service_urls: OpenRLHF's own engines do not "
+            "say which version sampled a token."
+        )
 
 
 def _settle_alp(args: SimpleNamespace) -> None:

@@ -10,6 +10,8 @@ from openrlhf.trainer.ppo_utils.experience import Experience
 from openrlhf.trainer.ppo_utils.experience_maker import RemoteExperienceMaker
 from openrlhf.trainer.ppo_utils.samples_generator import SamplesGenerator
 
+from openrlhf_alp.learner.staleness import TOKEN_VERSIONS
+
 SAMPLE_ID = "alp/sample_id"
 """Key in `Experience.info`: the sample's number in this run, part of the key of its noise."""
 
@@ -57,6 +59,8 @@ class AlpSamplesGenerator(SamplesGenerator):
 
     def _process_response_into_experience(self, response: dict, **kwargs: Any) -> Experience:
         experience = super()._process_response_into_experience(response, **kwargs)
+        if "token_versions" in response:  # from a rollout service, not from upstream's engines
+            experience.info[TOKEN_VERSIONS] = [response["token_versions"]]
         experience.info[SAMPLE_ID] = torch.tensor([self._num_samples])
         self._num_samples += 1
         return experience

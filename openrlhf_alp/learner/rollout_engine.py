@@ -61,6 +61,7 @@ class RolloutEngine:
         )
         self.service = service
         self.reward = build_reward(reward_urls)
+        self.version = 0
         self.dropped: Counter[str] = Counter()
         self.unfinished = 0
 
@@ -156,18 +157,27 @@ class RolloutEngine:
         )
 
     async def require_version(self, version: int) -> None:
-        """Refuse tokens of a server that missed the push of `version`."""
+        """Refuse, from now on, a server that missed the push of `version`."""
+        self.version = version
         self.client.require_version(version)
+
+    async def get_version(self) -> int:
+        """The version last pushed: the one that the next update starts from."""
+        return self.version
 
     def keys(self) -> tuple[str, str]:
         """API and admin key, for the rank that pushes weights."""
         return self._keys
 
     async def pause_generation(self) -> None:
-        await self.client.pause()
+        """Nothing to do before a push: a server pauses itself for the swap alone.
+
+        Upstream asks for it in partial rollouts. A pause from here would stop generation while the
+        weights are gathered and written too, and for ever if the learner died meanwhile.
+        """
 
     async def resume_generation(self) -> None:
-        await self.client.resume()
+        """Nothing was paused, see `pause_generation`."""
 
 
 async def _all_or_first_error(episodes: list[Any]) -> list[Episode]:
@@ -192,6 +202,7 @@ def to_response(episode: Episode) -> dict[str, Any]:
         "reward": episode.reward,
         "scores": episode.reward,
         "truncated": episode.truncated,
+        "token_versions": [(span.version, span.end - span.start) for span in episode.spans],
         "extra_logs": {
             "rollout/policy_version": float(episode.max_version),
             **{f"reward/{name}": value for name, value in episode.reward_detail.items()},

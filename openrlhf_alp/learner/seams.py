@@ -12,6 +12,8 @@ copied.
       create_vllm_engines         -> one RolloutEngine per service URL
       PolicyModelActor            -> AlpPolicyModelActor -> AlpActorPPOTrainer -> UnifiedPolicyLoss
       PPOTrainer                  -> AlpPPOTrainer -> AlpExperienceMaker, AlpSamplesGenerator
+      PPOTrainerAsync             -> AlpPPOTrainerAsync -> AlpTrainingActor -> AlpExperienceMaker
+                                                        -> AlpGenerateSamplesActor
 """
 
 from __future__ import annotations
@@ -54,6 +56,7 @@ class Seam:
 
 
 _MAKER = "openrlhf.trainer.ppo_utils.experience_maker:RemoteExperienceMaker"
+_ASYNC = "openrlhf.trainer.ppo_trainer_async"
 _GENERATOR = "openrlhf.trainer.ppo_utils.samples_generator:SamplesGenerator"
 
 SEAMS = (
@@ -122,6 +125,46 @@ SEAMS = (
         symbol="openrlhf.trainer.ppo_trainer:PPOTrainer.save_logs_and_checkpoints",
         parameters=("self", "global_step", "logs_dict", "client_states"),
         replaced_by="openrlhf_alp.learner.trainer:RemoteAlpPPOTrainer",
+    ),
+    Seam(
+        symbol="openrlhf.trainer.ppo_trainer:PPOTrainer.train_step",
+        parameters=("self", "rollout_samples", "global_step"),
+        replaced_by="openrlhf_alp.learner.trainer:RemoteAlpPPOTrainer",
+    ),
+    Seam(
+        symbol=f"{_ASYNC}:TrainingActor.train_step",
+        parameters=("self", "rollout_samples", "global_step"),
+        replaced_by="openrlhf_alp.learner.trainer:RemoteAlpTrainingActor",
+    ),
+    Seam(
+        symbol=f"{_ASYNC}:TrainingActor.save_logs_and_checkpoints",
+        parameters=("self", "global_step", "logs_dict", "client_states"),
+        replaced_by="openrlhf_alp.learner.trainer:RemoteAlpTrainingActor",
+    ),
+    Seam(
+        symbol=f"{_ASYNC}:TrainingActor.broadcast_to_vllm",
+        parameters=("self",),
+        replaced_by="openrlhf_alp.learner.trainer:RemoteAlpTrainingActor",
+    ),
+    Seam(
+        symbol=f"{_ASYNC}:TrainingActor.fit",
+        parameters=("self", "global_step"),
+        replaced_by="openrlhf_alp.learner.trainer:RemoteAlpTrainingActor",
+    ),
+    Seam(
+        symbol=f"{_ASYNC}:GenerateSamplesActor.fit",
+        parameters=("self", "episode", "total_consumed_prompts"),
+        replaced_by="openrlhf_alp.learner.trainer:RemoteAlpGenerateSamplesActor",
+    ),
+    Seam(
+        symbol=f"{_ASYNC}:PPOTrainerAsync.__init__",
+        parameters=("self", "pretrain", "strategy"),
+        replaced_by="openrlhf_alp.learner.trainer:RemoteAlpPPOTrainerAsync",
+    ),
+    Seam(
+        symbol=f"{_ASYNC}:PPOTrainerAsync.fit",
+        parameters=("self",),
+        replaced_by="openrlhf_alp.learner.trainer:RemoteAlpPPOTrainerAsync",
     ),
     Seam(
         symbol="openrlhf.trainer.ray:create_vllm_engines",
@@ -196,12 +239,13 @@ def _resolve(symbol: str) -> Callable[..., Any]:
 def installed() -> Iterator[None]:
     """Put our classes where OpenRLHF looks its own up, for the length of the block."""
     import openrlhf.trainer.ppo_trainer
+    import openrlhf.trainer.ppo_trainer_async
     import openrlhf.trainer.ray.ppo_actor
     import openrlhf.utils.deepspeed
 
     from openrlhf_alp.learner.actor import RemoteAlpPolicyModelActor
     from openrlhf_alp.learner.strategy import AlpStrategy
-    from openrlhf_alp.learner.trainer import RemoteAlpPPOTrainer
+    from openrlhf_alp.learner.trainer import RemoteAlpPPOTrainer, RemoteAlpPPOTrainerAsync
 
     with (
         mock.patch.object(openrlhf.utils.deepspeed, "DeepspeedStrategy", AlpStrategy),
@@ -209,6 +253,9 @@ def installed() -> Iterator[None]:
             openrlhf.trainer.ray.ppo_actor, "PolicyModelActor", RemoteAlpPolicyModelActor
         ),
         mock.patch.object(openrlhf.trainer.ppo_trainer, "PPOTrainer", RemoteAlpPPOTrainer),
+        mock.patch.object(
+            openrlhf.trainer.ppo_trainer_async, "PPOTrainerAsync", RemoteAlpPPOTrainerAsync
+        ),
     ):
         yield
 

@@ -1,4 +1,8 @@
-"""The single controller: first push of weights, one JSON line per step."""
+"""The controller, synchronous or asynchronous: first push, staleness, one JSON line per step.
+
+AlpPPOTrainer       rollout -> train_step -> push
+AlpPPOTrainerAsync  GenerateSamplesActor -- queue --> AlpTrainingActor: train_step -> push
+"""
 
 from __future__ import annotations
 
@@ -12,72 +16,163 @@ from typing import Any
 from unittest import mock
 
 import ray
-from openrlhf.trainer import ppo_trainer
+from openrlhf.trainer import ppo_trainer, ppo_trainer_async
 
 from openrlhf_alp.learner.experience import AlpExperienceMaker, AlpSamplesGenerator
 from openrlhf_alp.learner.remote import undecorated
+from openrlhf_alp.learner.staleness import StalenessGate
 
 logger = logging.getLogger(__name__)
 
+_UpstreamTraining = undecorated(ppo_trainer_async.TrainingActor)
+_UpstreamGenerate = undecorated(ppo_trainer_async.GenerateSamplesActor)
+
 
 @contextmanager
-def _our_parts() -> Iterator[None]:
-    """Let OpenRLHF's constructors build our experience maker and samples generator."""
+def _replaced(module: Any, **ours: Any) -> Iterator[None]:
+    """Let OpenRLHF's constructors, which look classes up in their module, build ours."""
     with ExitStack() as stack:
-        for name, ours in (
-            ("RemoteExperienceMaker", AlpExperienceMaker),
-            ("SamplesGenerator", AlpSamplesGenerator),
-        ):
-            stack.enter_context(mock.patch.object(ppo_trainer, name, ours))
+        for name, replacement in ours.items():
+            stack.enter_context(mock.patch.object(module, name, replacement))
         yield
 
 
-class AlpPPOTrainer(undecorated(ppo_trainer.PPOTrainer)):  # type: ignore[misc]
-    """Upstream: `openrlhf.trainer.ppo_trainer.PPOTrainer`."""
+class _ServiceTraining:
+    """What both trainers add to `BasePPOTrainer` when rollouts come from the service."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    args: Any
+    vllm_engines: Any
+
+    def _start_counting(self) -> None:
         self.num_steps = 0
-        with _our_parts():
-            super().__init__(*args, **kwargs)
+        rollout = self.args.rollout
+        self.gate = StalenessGate(
+            samples_per_prompt=rollout.n_samples_per_prompt,
+            samples_per_step=rollout.n_samples_per_prompt * rollout.batch_size,
+            max_staleness=self.args.rollout_service.max_staleness,
+        )
 
-    def fit(self, global_step: int = 0) -> None:
-        # A long-lived service may hold the weights of another run: make it ours before step 1.
-        if self.args.rollout_service.urls:
-            self.broadcast_to_vllm()
-        super().fit(global_step)
-        if self.num_steps == 0 and self.args.rollout_service.urls:
-            self._require_some_groups()
+    @property
+    def uses_service(self) -> bool:
+        return bool(self.args.rollout_service.urls)
+
+    def train_step(self, rollout_samples: list[Any], global_step: int) -> tuple[dict, int]:
+        """One update, or none (no status, the same step) while fresh samples are missing."""
+        if not self.uses_service:
+            return super().train_step(rollout_samples, global_step)  # type: ignore[misc]
+        version = ray.get(self.vllm_engines[0].get_version.remote())
+        admitted = self.gate.admit(rollout_samples, version)
+        if not admitted:
+            return {}, global_step
+        status, global_step = super().train_step(admitted, global_step)  # type: ignore[misc]
+        return {**status, **self.gate.take_metrics()}, global_step
+
+    def save_logs_and_checkpoints(
+        self, global_step: int, logs_dict: dict | None = None, client_states: dict | None = None
+    ) -> None:
+        logs_dict = logs_dict if logs_dict is not None else {}
+        if "rollout/num_samples" not in logs_dict:
+            return  # no update was made: the samples wait for others
+        self.num_steps += 1
+        if self.uses_service:
+            dropped = sum(self._take_dropped_groups().values())
+            logs_dict["rollout/dropped_groups"] = float(dropped)
+        if self.args.rollout_service.metrics_jsonl:
+            _append_json_line(self.args.rollout_service.metrics_jsonl, global_step, logs_dict)
+        super().save_logs_and_checkpoints(  # type: ignore[misc]
+            global_step, logs_dict, client_states
+        )
 
     def _require_some_groups(self) -> None:
         """A run that lost every group has trained nothing and must not look like a success."""
-        dropped = self._take_dropped_groups()
-        if dropped:
+        if self.gate.waiting:
+            logger.warning(
+                "%d samples were not trained on: too few were fresh for another step",
+                len(self.gate.waiting),
+            )
+        dropped = self._take_dropped_groups() if self.uses_service else None
+        if self.num_steps == 0 and dropped:
             reasons = ", ".join(f"{count} x {reason}" for reason, count in dropped.items())
             raise RuntimeError(
                 f"no step was made: every group was dropped ({reasons}). Look at the labels and "
                 "prompts of --data.prompt_dataset, and at --reward.remote_url."
             )
 
-    def save_logs_and_checkpoints(
-        self, global_step: int, logs_dict: dict | None = None, client_states: dict | None = None
-    ) -> None:
-        self.num_steps += 1
-        logs_dict = logs_dict if logs_dict is not None else {}
-        if self.args.rollout_service.urls:
-            dropped = sum(self._take_dropped_groups().values())
-            logs_dict["rollout/dropped_groups"] = float(dropped)
-        if self.args.rollout_service.metrics_jsonl:
-            _append_json_line(self.args.rollout_service.metrics_jsonl, global_step, logs_dict)
-        super().save_logs_and_checkpoints(global_step, logs_dict, client_states)
-
     def _take_dropped_groups(self) -> Counter[str]:
         """Groups dropped since the last call, by reason; each reason is also logged."""
         counts: Counter[str] = Counter()
         for drops in ray.get([e.take_dropped_groups.remote() for e in self.vllm_engines]):
             counts.update(drops)
+        if stale := self.gate.take_dropped_groups():
+            counts[f"older than --rollout.max_staleness {self.gate.max_staleness}"] = stale
         for reason, count in counts.items():
             logger.warning("dropped %d group(s): %s", count, reason)
         return counts
+
+
+class AlpPPOTrainer(_ServiceTraining, undecorated(ppo_trainer.PPOTrainer)):  # type: ignore[misc]
+    """Upstream: `openrlhf.trainer.ppo_trainer.PPOTrainer`."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        with _replaced(
+            ppo_trainer,
+            RemoteExperienceMaker=AlpExperienceMaker,
+            SamplesGenerator=AlpSamplesGenerator,
+        ):
+            super().__init__(*args, **kwargs)
+        self._start_counting()
+
+    def fit(self, global_step: int = 0) -> None:
+        # A long-lived service may hold the weights of another run: make it ours before step 1.
+        if self.uses_service:
+            self.broadcast_to_vllm()
+        super().fit(global_step)
+        self._require_some_groups()
+
+
+class AlpTrainingActor(_ServiceTraining, _UpstreamTraining):  # type: ignore[misc,valid-type]
+    """Upstream: `openrlhf.trainer.ppo_trainer_async.TrainingActor`."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        with _replaced(ppo_trainer, RemoteExperienceMaker=AlpExperienceMaker):
+            super().__init__(*args, **kwargs)
+        self._start_counting()
+
+    def broadcast_to_vllm(self) -> None:
+        # Ray pickles an inherited method by value, with a copy of its class, and `super()` in it
+        # then refuses our instance; a method of our own goes by reference.
+        super().broadcast_to_vllm()
+
+    def fit(self, global_step: int = 0) -> None:
+        super().fit(global_step)
+        self._require_some_groups()
+
+
+class AlpGenerateSamplesActor(_UpstreamGenerate):  # type: ignore[misc,valid-type]
+    """Upstream: `openrlhf.trainer.ppo_trainer_async.GenerateSamplesActor`."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        with _replaced(ppo_trainer_async, SamplesGenerator=AlpSamplesGenerator):
+            super().__init__(*args, **kwargs)
+
+
+class AlpPPOTrainerAsync(undecorated(ppo_trainer_async.PPOTrainerAsync)):  # type: ignore[misc]
+    """Upstream: `openrlhf.trainer.ppo_trainer_async.PPOTrainerAsync`."""
+
+    def __init__(self, pretrain: str, strategy: Any, *args: Any, **kwargs: Any) -> None:
+        self.uses_service = bool(strategy.args.rollout_service.urls)
+        with _replaced(
+            ppo_trainer_async,
+            GenerateSamplesActor=RemoteAlpGenerateSamplesActor,
+            TrainingActor=RemoteAlpTrainingActor,
+        ):
+            super().__init__(pretrain, strategy, *args, **kwargs)
+
+    def fit(self) -> None:
+        # Before a single token is drawn, as in `AlpPPOTrainer.fit`.
+        if self.uses_service:
+            ray.get(self.trainer_actor.broadcast_to_vllm.remote())
+        super().fit()
 
 
 def _append_json_line(path: str, global_step: int, logs: dict[str, Any]) -> None:
@@ -88,6 +183,8 @@ def _append_json_line(path: str, global_step: int, logs: dict[str, Any]) -> None
         lines.write(json.dumps({"global_step": global_step, **numbers}) + "\n")
 
 
-# Another name than the class: Ray then ships the class by reference and workers import it from
-# here.
+# Other names than the classes: Ray then ships a class by reference and workers import it from here.
 RemoteAlpPPOTrainer = ray.remote(AlpPPOTrainer)
+RemoteAlpTrainingActor = ray.remote(AlpTrainingActor)
+RemoteAlpGenerateSamplesActor = ray.remote(AlpGenerateSamplesActor)
+RemoteAlpPPOTrainerAsync = ray.remote(AlpPPOTrainerAsync)

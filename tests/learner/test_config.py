@@ -75,6 +75,7 @@ def test_with_a_service_there_is_one_engine_per_url(parse: Parse, service_keys: 
         (["--alp.enable", "--alp.lr", "-1"], "--alp.lr is -1"),
         (["--alp.enable", "--alp.dual_clip", "0.5"], "--alp.dual_clip is 0.5"),
         (["--alp.enable", "--alp.calibration_factor", "0"], "--alp.calibration_factor is 0"),
+        (["--rollout.max_staleness", "1"], "needs --rollout.service_urls"),
     ],
 )
 def test_contradictions_are_named(parse: Parse, flags: list[str], message: str) -> None:
@@ -89,6 +90,7 @@ def test_contradictions_are_named(parse: Parse, flags: list[str], message: str) 
         (["--ds.lora.rank", "8"], "--ds.lora.rank 0"),
         (["--data.max_images_per_prompt", "1"], "serves text only"),
         (["--algo.dynamic_filtering_enable"], "divides by zero"),
+        (["--rollout.max_staleness", "-1"], "--rollout.max_staleness is -1"),
     ],
 )
 def test_what_the_service_cannot_do_is_refused(

@@ -17,7 +17,9 @@ from openrlhf_alp.rewards.protocol import RewardResult, RewardUnavailable
 
 pytestmark = [pytest.mark.e2e, pytest.mark.filterwarnings("ignore")]
 
-SERVICE = ServiceConfig(urls=(), request_timeout_s=60.0, ready_timeout_s=60.0, metrics_jsonl=None)
+SERVICE = ServiceConfig(
+    urls=(), request_timeout_s=60.0, ready_timeout_s=60.0, max_staleness=None, metrics_jsonl=None
+)
 SAMPLING = SimpleNamespace(temperature=1.0, top_p=1.0, top_k=-1, max_tokens=6, min_tokens=1)
 PROMPT = "What is 3 + 4?"
 
