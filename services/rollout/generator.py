@@ -38,6 +38,15 @@ def check_request(request: GenerateRequest, info: EngineInfo) -> None:
             "Shorten the prompt, or start the service with a larger --max-model-len.",
             "token_ids",
         )
+    room = info.max_model_len - prompt_length
+    if request.sampling.max_tokens > room:
+        raise _unprocessable(
+            "max_tokens_too_large",
+            f"max_tokens is {request.sampling.max_tokens}; a prompt of {prompt_length} tokens "
+            f"leaves room for {room} in a model of {info.max_model_len}.",
+            "Ask for what fits: a sample cut short by the context would pass for a long answer.",
+            "sampling.max_tokens",
+        )
     largest = max(request.token_ids)
     if largest >= info.vocab_size:
         raise _unprocessable(

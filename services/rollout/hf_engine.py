@@ -223,8 +223,7 @@ class HfEngine:
                 if stop in text:
                     running.finish("stop", stop)
                     break
-        total = len(running.job.token_ids) + drawn
-        if drawn >= sampling.max_tokens or total >= self._info.max_model_len:
+        if drawn >= sampling.max_tokens:
             running.finish("length")
 
     def num_tokens(self, job_id: str) -> int | None:

@@ -37,7 +37,8 @@ class Sampling(_Wire):
     """How tokens are drawn. Log-probs in the reply are those of the distribution so described."""
 
     max_tokens: int = Field(ge=1, le=10_000_000)
-    """At most this many sampled tokens, an end-of-sequence token included."""
+    """At most this many sampled tokens, an end-of-sequence token included. Together with the
+    prompt they have to fit into the contract's max_model_len."""
 
     min_tokens: int = Field(default=0, ge=0, le=10_000_000)
     """End-of-sequence and stop tokens are forbidden before this many tokens."""

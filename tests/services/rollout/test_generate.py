@@ -95,6 +95,7 @@ async def test_spans_cover_each_sample_with_the_serving_version(http: httpx.Asyn
         ({"sampling": {"temperature": 2.5}}, "sampling.temperature"),
         ({"sampling": {"min_tokens": 9}}, "sampling.min_tokens"),
         ({"sampling": {"max_tokens": 0}}, "sampling.max_tokens"),
+        ({"sampling": {"max_tokens": 252}}, "sampling.max_tokens"),
         ({"sampling": {"stop_token_ids": [999]}}, "sampling.stop_token_ids"),
         ({"sampling": {"stop": [""]}}, "sampling.stop.0"),
     ],
