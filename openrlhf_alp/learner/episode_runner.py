@@ -95,12 +95,11 @@ class ToolIntegratedRunner:
 
 
 def build_runner(
-    *, generate: Generate, reward: Reward, tool: ToolConfig, tool_key: str
+    *, generate: Generate, reward: Reward, tool: ToolConfig, client: ToolClient | None
 ) -> EpisodeRunner:
     """The runner that the flags ask for: tool-integrated when there is a tool service."""
-    if not tool.urls:
+    if client is None:
         return SingleTurnRunner(generate=generate, reward=reward)
-    client = tool_client(tool, tool_key)
     return ToolIntegratedRunner(generate=generate, reward=reward, client=client, tool=tool)
 
 
@@ -127,6 +126,7 @@ def to_response(episode: Episode, *, tool: ToolConfig | None = None) -> dict[str
         "reward": episode.reward,
         "scores": episode.reward,
         "truncated": episode.truncated,
+        "token_versions": [(span.version, span.end - span.start) for span in episode.spans],
         "extra_logs": {
             "rollout/policy_version": float(episode.max_version),
             **{f"reward/{name}": value for name, value in episode.reward_detail.items()},

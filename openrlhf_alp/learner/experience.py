@@ -11,6 +11,7 @@ from openrlhf.trainer.ppo_utils.experience_maker import RemoteExperienceMaker
 from openrlhf.trainer.ppo_utils.samples_generator import SamplesGenerator
 
 from openrlhf_alp.learner.staleness import TOKEN_VERSIONS
+from openrlhf_alp.learner.tool_metrics import VOID
 
 SAMPLE_ID = "alp/sample_id"
 """Key in `Experience.info`: the sample's number in this run, part of the key of its noise."""
@@ -26,9 +27,17 @@ class AlpExperienceMaker(RemoteExperienceMaker):
     def make_experience(self, samples_list: list[Experience]) -> list[Experience]:
         self._samples_list = samples_list
         try:
-            return super().make_experience(samples_list)
+            experiences = super().make_experience(samples_list)
         finally:
             del self._samples_list
+        for experience in experiences:
+            _zero_metrics_of_untrained(experience)
+        return experiences
+
+    def compute_advantages_and_returns(self, experiences: list[Experience]) -> list[Experience]:
+        if self.args.tool_service.void_baseline == "drop":
+            leave_void_out_of_baseline(experiences, self.args.rollout.n_samples_per_prompt)
+        return super().compute_advantages_and_returns(experiences)
 
     def _dispatch_forward(self, group: Any, sync_condition: bool, **kwargs: Any) -> Any:
         if group is not self.actor_model_group or not self.args.alp.enable:
@@ -49,6 +58,36 @@ def _masked_rollout_log_probs(sample: Experience) -> torch.Tensor:
     return sample.rollout_log_probs * sample.action_mask
 
 
+def _zero_metrics_of_untrained(experience: Experience) -> None:
+    """Upstream's means over a sample's trained tokens are 0 / 0 where a void turn left none."""
+    untrained = experience.action_mask.sum(-1) == 0
+    for name in ("kl", "logprobs_diff"):
+        experience.info[name] = experience.info[name].masked_fill(untrained, 0.0)
+
+
+def leave_void_out_of_baseline(experiences: list[Experience], samples_per_prompt: int) -> None:
+    """Give void samples the mean reward of their group's others, so that they do not move it.
+
+    Their own advantage becomes 0. With `group_norm` the standard deviation is that of the whole
+    group, in which they now sit at the mean. A group of void samples only keeps its rewards.
+
+    Args:
+        experiences: all samples of the step; `index` holds their places in the order of prompts.
+        samples_per_prompt: size of a group.
+    """
+    places = torch.tensor([place for e in experiences for place in e.index])
+    rewards = torch.cat([e.rewards for e in experiences]).float()
+    void = torch.cat([e.info[VOID] for e in experiences]).bool()
+    groups = places // samples_per_prompt
+    for group in groups[void].unique():
+        others = (groups == group) & ~void
+        if others.any():
+            rewards[(groups == group) & void] = rewards[others].mean()
+    sizes = [len(e.index) for e in experiences]
+    for experience, own in zip(experiences, rewards.split(sizes), strict=True):
+        experience.rewards = own
+
+
 class AlpSamplesGenerator(SamplesGenerator):
     """Upstream: `SamplesGenerator`, built in `PPOTrainer.__init__` and `GenerateSamplesActor`.
 
@@ -59,7 +98,7 @@ class AlpSamplesGenerator(SamplesGenerator):
 
     def _process_response_into_experience(self, response: dict, **kwargs: Any) -> Experience:
         experience = super()._process_response_into_experience(response, **kwargs)
-        if "token_versions" in response:  # from a rollout service, not from upstream's engines
+        if self.args.rollout_service.urls:  # upstream's own engines have no versions
             experience.info[TOKEN_VERSIONS] = [response["token_versions"]]
         experience.info[SAMPLE_ID] = torch.tensor([self._num_samples])
         self._num_samples += 1

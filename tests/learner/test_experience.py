@@ -16,6 +16,7 @@ from openrlhf_alp.learner.experience import (
     AlpSamplesGenerator,
     _masked_rollout_log_probs,
 )
+from openrlhf_alp.learner.staleness import TOKEN_VERSIONS
 
 
 def response(prompt: str) -> dict[str, Any]:
@@ -28,12 +29,16 @@ def response(prompt: str) -> dict[str, Any]:
         "reward": 1.0,
         "scores": 1.0,
         "truncated": False,
+        "token_versions": [(3, 1), (4, 1)],
         "extra_logs": {},
     }
 
 
 def generator(samples_per_prompt: int = 2) -> AlpSamplesGenerator:
-    args = SimpleNamespace(rollout=SimpleNamespace(n_samples_per_prompt=samples_per_prompt))
+    args = SimpleNamespace(
+        rollout=SimpleNamespace(n_samples_per_prompt=samples_per_prompt),
+        rollout_service=SimpleNamespace(urls=("http://127.0.0.1:1",)),
+    )
     return AlpSamplesGenerator(SimpleNamespace(args=args), None, None, None, [])
 
 
@@ -49,6 +54,11 @@ def test_the_rollouts_log_probs_take_the_place_of_the_old_ones() -> None:
     experience = generator()._process_response_into_experience(response("a"))
     # Shifted to predictions: positions 1, 2, 3 of the episode; the first is still the prompt's.
     assert _masked_rollout_log_probs(experience).tolist() == [[0.0, -0.5, -0.25]]
+
+
+def test_a_sample_says_which_version_sampled_each_of_its_tokens() -> None:
+    experience = generator()._process_response_into_experience(response("a"))
+    assert experience.info[TOKEN_VERSIONS] == [[(3, 1), (4, 1)]]
 
 
 def test_a_rollout_without_log_probs_is_refused() -> None:

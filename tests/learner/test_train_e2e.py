@@ -93,6 +93,34 @@ def test_a_run_trains_pushes_and_exports_a_clean_model(
         assert not [name for name in exported.keys() if "alp" in name]  # noqa: SIM118
 
 
+def test_partial_rollouts_train_while_generating_and_old_tokens_are_dropped_and_counted(
+    tiny_model: Path, hf_service: Any, tmp_path: Path
+) -> None:
+    batches = 6
+    flags = (
+        *("--alp.enable", "--alp.sigma0", "0.01", "--rollout.max_new_tokens", "40"),
+        *("--train.async_enable", "--train.partial_rollout_enable", "--rollout.max_staleness", "0"),
+    )
+    arguments = command(tiny_model, tmp_path, hf_service.url, steps=batches, flags=flags)
+    log = tmp_path / "train.log"
+    status, output, left = finish(start(arguments, log), log)
+    assert status == 0, output[-4000:]
+    assert not left
+    steps = metrics(tmp_path)
+    # How many batches an update overtakes depends on the machine. The first is never one of them,
+    # and one that was generated after a drop is fresh: nothing was pushed meanwhile.
+    assert [step["global_step"] for step in steps] == list(range(1, len(steps) + 1))
+    assert len(steps) >= batches // 2
+    assert all(step["rollout/staleness_max"] == 0 for step in steps)
+    assert all(step["rollout/num_samples"] == 4 for step in steps)
+    versions = [step["rollout/policy_version"] for step in steps]
+    assert versions == [versions[0] + i for i in range(len(steps))]
+    # Every group was trained on or dropped, but for those after the last step.
+    dropped = sum(step["rollout/dropped_groups"] for step in steps)
+    missing = (batches - len(steps)) * PROMPTS_PER_STEP - dropped
+    assert 0 <= missing <= 2 * PROMPTS_PER_STEP
+
+
 def test_a_service_that_dies_in_a_step_ends_the_run_with_its_name(
     tiny_model: Path, tmp_path: Path, start_service: Any
 ) -> None:
