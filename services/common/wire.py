@@ -15,6 +15,7 @@ from pydantic import BaseModel
 
 JSON_TYPE = "application/json"
 MSGPACK_TYPE = "application/msgpack"
+NDJSON_TYPE = "application/x-ndjson"
 
 _FLOAT32_CODE = 1
 _INT32_CODE = 2

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Coroutine
 from typing import Any
 
+from fastapi import FastAPI
 from fastapi.routing import APIRoute
 from pydantic import BaseModel
 from starlette.datastructures import Headers
@@ -10,7 +11,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from services.common.errors import ApiError
-from services.common.wire import JSON_TYPE, MSGPACK_TYPE, decode, encode, media_type_of
+from services.common.wire import JSON_TYPE, MSGPACK_TYPE, NDJSON_TYPE, decode, encode, media_type_of
 
 
 def reply(request: Request, model: BaseModel, *, status: int = 200) -> Response:
@@ -54,3 +55,28 @@ class WireRoute(APIRoute):
             return await handler(_WireRequest(request.scope, request.receive))
 
         return wire_handler
+
+
+def document_msgpack(app: FastAPI) -> None:
+    """List msgpack beside JSON in the OpenAPI document, wherever a WireRoute speaks both."""
+    generate = app.openapi
+
+    def openapi() -> dict[str, Any]:
+        document = generate()
+        for route in app.routes:
+            if isinstance(route, WireRoute) and route.include_in_schema:
+                for method in route.methods:
+                    _add_msgpack(document["paths"][route.path_format][method.lower()])
+        return document
+
+    app.openapi = openapi  # type: ignore[method-assign]
+
+
+def _add_msgpack(operation: dict[str, Any]) -> None:
+    """Errors stay JSON: a caller that cannot parse msgpack has to be able to read them."""
+    replies = [reply for status, reply in operation["responses"].items() if status.startswith("2")]
+    for body in [operation.get("requestBody", {}), *replies]:
+        content = body.get("content", {})
+        for media_type in (JSON_TYPE, NDJSON_TYPE):
+            if media_type in content:
+                content[MSGPACK_TYPE] = content[media_type]

@@ -7,13 +7,13 @@ from typing import Any
 from fastapi import APIRouter, Depends, FastAPI
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.requests import Request
-from starlette.responses import Response
+from starlette.responses import PlainTextResponse, Response
 
 from services.common.auth import require_key
 from services.common.errors import ApiError, ErrorBody, install_error_handlers
 from services.common.looplag import watch_loop_lag
 from services.common.middleware import install_middleware
-from services.common.wire_routes import WireRoute, reply
+from services.common.wire_routes import WireRoute, document_msgpack, reply
 from services.rollout import metrics
 from services.rollout.engine import EngineDeadError
 from services.rollout.routes_control import UPLOAD_PATH, control_routes, ok
@@ -46,7 +46,14 @@ def create_app(
         async with watch_loop_lag(metrics.LOOP_LAG_SECONDS.observe):
             yield
 
-    app = FastAPI(title="openrlhf-alp rollout service", version="1", lifespan=lifespan)
+    app = FastAPI(
+        title="openrlhf-alp rollout service",
+        version="1",
+        lifespan=lifespan,
+        # FastAPI's pages for people load scripts from the Internet, which a server may not reach.
+        docs_url=None,
+        redoc_url=None,
+    )
     install_error_handlers(app)
     install_middleware(
         app, max_body_bytes=settings.max_body_bytes, body_limit_exempt=(UPLOAD_PATH,)
@@ -56,6 +63,7 @@ def create_app(
     app.include_router(_data_routes(service), dependencies=[Depends(data_key)])
     app.include_router(control_routes(service), dependencies=[Depends(control_key)])
     app.include_router(_probe_routes(service))
+    document_msgpack(app)
     return app
 
 
@@ -93,7 +101,7 @@ def _probe_routes(service: RolloutService) -> APIRouter:
         service.weights.require_serving()
         return await livez()
 
-    @router.get("/metrics")
+    @router.get("/metrics", response_class=PlainTextResponse)
     async def prometheus() -> Response:
         """Prometheus metrics of the engine and of this service."""
         return Response(generate_latest(), media_type=CONTENT_TYPE_LATEST)

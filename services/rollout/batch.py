@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator
 from starlette.responses import StreamingResponse
 
 from services.common.errors import ApiError
-from services.common.wire import MSGPACK_TYPE, encode
+from services.common.wire import MSGPACK_TYPE, NDJSON_TYPE, encode
 from services.rollout.schemas import BatchItem, BatchRequest, GenerateRequest, ItemError
 from services.rollout.service import RolloutService
 
@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 class ItemStream(StreamingResponse):
     """BatchItems, one JSON line each; or msgpack objects one after the other."""
 
-    media_type = "application/x-ndjson"
+    media_type = NDJSON_TYPE
 
 
 def stream_batch(

@@ -26,6 +26,11 @@ UPLOAD_PATH = "/v1/weights/files/"
 _ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"model": ErrorBody} for status in (401, 409, 413, 422, 501, 503, 507)
 }
+_RAW_BODY = {
+    "requestBody": {
+        "content": {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}}
+    }
+}
 _Name = Annotated[FileName, Path()]
 _Offset = Annotated[int, Query(ge=0, le=2**62)]
 
@@ -68,7 +73,7 @@ def _add_uploads(router: APIRouter, service: RolloutService) -> None:
         size = service.uploads.size(name)
         return reply(request, UploadStatus(name=name, num_bytes=size))
 
-    @router.put("/weights/files/{name}", response_model=UploadStatus)
+    @router.put("/weights/files/{name}", response_model=UploadStatus, openapi_extra=_RAW_BODY)
     async def upload(name: _Name, request: Request, offset: _Offset = 0) -> Response:
         """Append the raw body at `offset`. Prepare then takes the file as `uploads/<name>`."""
         try:

@@ -32,6 +32,9 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"model": ErrorBody} for status in (401, 404, 409, 410, 413, 422, 429, 500, 503, 504)
 }
 _RUNNING: dict[int | str, dict[str, Any]] = {202: {"model": RunningReply}}
+_STREAM: dict[int | str, dict[str, Any]] = {
+    200: {"content": {EVENT_STREAM: {"schema": {"type": "string"}}}}
+}
 _BATCH: dict[int | str, dict[str, Any]] = {
     200: {"model": BatchItem, "description": "One for each request, in the order they finish."}
 }
@@ -44,7 +47,7 @@ def generate_routes(service: RolloutService) -> APIRouter:
     """Routes under /v1/generate."""
     router = APIRouter(prefix="/v1", route_class=WireRoute, responses=_ERRORS, tags=["data"])
 
-    @router.post("/generate", response_model=GenerateResponse)
+    @router.post("/generate", response_model=GenerateResponse, responses=_STREAM)
     async def generate(
         body: GenerateRequest, request: Request, deadline: _Deadline = None
     ) -> Response:

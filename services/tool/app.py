@@ -49,7 +49,10 @@ def create_app(service: ToolService, api_key: str | None) -> FastAPI:
         async with tools.session_manager.run():
             yield
 
-    app = FastAPI(title="Tool service", version="1", lifespan=lifespan)
+    # FastAPI's pages for people load scripts from the Internet, which a server may not reach.
+    app = FastAPI(
+        title="Tool service", version="1", lifespan=lifespan, docs_url=None, redoc_url=None
+    )
     app.state.service = service
     guarded = [Depends(require_key(api_key))] if api_key is not None else []
     for router in (_execution_router(), build_session_router(), fusion.build_router()):

@@ -5,6 +5,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
+import msgpack
 import pytest
 import schemathesis
 from fastapi import FastAPI
@@ -12,10 +14,22 @@ from hypothesis import HealthCheck, given, settings
 from schemathesis import GenerationMode
 from schemathesis.core.transport import Response as Reply
 
+from services.common.wire import MSGPACK_TYPE
 from services.rollout.app import create_app
 from services.rollout.hf_engine import HfEngine
 from services.rollout.service import build_service, read_model_folder
 from services.rollout.settings import RolloutSettings
+
+
+@schemathesis.serializer(MSGPACK_TYPE)
+def as_msgpack(_: schemathesis.SerializationContext, value: Any) -> bytes:
+    """What msgpack cannot hold goes out as a byte that is no msgpack."""
+    try:
+        packed: bytes = msgpack.packb(value)
+        return packed
+    except (OverflowError, TypeError, ValueError):
+        return b"\xc1"
+
 
 KEY = "admin-key-for-tests"
 # A client cannot cause these; 503, 504 and 507 are answers, not bugs.
@@ -38,6 +52,30 @@ def app(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
     service = build_service(engine, model, chosen, tmp_path_factory.mktemp("weights"))
     yield create_app(chosen, service, api_key="api-key-for-tests", admin_key=KEY)
     asyncio.run(service.close())
+
+
+def test_the_document_names_every_form_of_a_body(app: FastAPI) -> None:
+    paths = app.openapi()["paths"]
+    json_or_msgpack = {"application/json", MSGPACK_TYPE}
+    for path in ("/v1/weights/prepare", "/v1/weights/commit", "/v1/pause", "/v1/sleep"):
+        operation = paths[path]["post"]
+        assert set(operation["requestBody"]["content"]) == json_or_msgpack
+        assert set(operation["responses"]["200"]["content"]) == json_or_msgpack
+    generate = paths["/v1/generate"]["post"]
+    assert set(generate["requestBody"]["content"]) == json_or_msgpack
+    assert set(generate["responses"]["200"]["content"]) == {*json_or_msgpack, "text/event-stream"}
+    assert set(generate["responses"]["422"]["content"]) == {"application/json"}
+    batch = paths["/v1/generate/batch"]["post"]
+    assert set(batch["responses"]["200"]["content"]) == {"application/x-ndjson", MSGPACK_TYPE}
+    upload = paths["/v1/weights/files/{name}"]["put"]
+    assert set(upload["requestBody"]["content"]) == {"application/octet-stream"}
+
+
+@pytest.mark.parametrize("path", ["/docs", "/redoc"])
+async def test_no_page_needs_the_internet(app: FastAPI, path: str) -> None:
+    transport = httpx.ASGITransport(app=app)
+    async with httpx.AsyncClient(transport=transport, base_url="http://rollout") as http:
+        assert (await http.get(path)).status_code == 404
 
 
 @pytest.mark.parametrize("mode", list(GenerationMode))
