@@ -12,17 +12,17 @@ from pathlib import Path
 from rich.console import Console
 
 from openrlhf_alp.cli.prepare_view import PrepareView
+from openrlhf_alp.data.errors import DataError, SourceError
 from openrlhf_alp.data.formats import (
     FORMATS,
     RowFormat,
-    UnknownFormatError,
     check_format,
     detect_format,
     plain_format,
 )
-from openrlhf_alp.data.sources import Row, SourceError, read_rows
+from openrlhf_alp.data.sources import Row, read_rows
 from openrlhf_alp.data.templates import TEMPLATES
-from openrlhf_alp.data.tokens import TokenCounter, TokenizerError
+from openrlhf_alp.data.tokens import TokenCounter
 
 _DEFAULT_TEMPLATE = "chat-math"
 _MAX_DEFAULT_WORKERS = 8
@@ -132,21 +132,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Prepares; returns 0, 1 (no row could be kept) or 2 (wrong options, input or output)."""
-    # Here and not above: it imports sympy, and `--help` should not wait for that.
-    from openrlhf_alp.data.output import OutputError
-
     view = PrepareView(Console())
     fields = {field: getattr(arguments, field) for field in PrepareConfig.__dataclass_fields__}
     try:
-        return _prepare(PrepareConfig(**{**fields, "sources": tuple(arguments.sources)}), view)
-    except (
-        *(ValueError, SourceError, UnknownFormatError, TokenizerError, OutputError, OSError),
-    ) as error:
+        config = PrepareConfig(**{**fields, "sources": tuple(arguments.sources)})
+    except ValueError as error:
+        view.error(str(error))
+        return 2
+    try:
+        return _prepare(config, view)
+    except (DataError, OSError) as error:
         view.error(str(error))
         return 2
 
 
 def _prepare(config: PrepareConfig, view: PrepareView) -> int:
+    # Here and not above: these import sympy, and `--help` should not wait for that.
     from openrlhf_alp.data.output import OutputFiles
     from openrlhf_alp.data.prepare import Options, prepare
     from openrlhf_alp.data.summary import summarise

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from openrlhf_alp.data.errors import UnknownFormatError
 from openrlhf_alp.data.labels import label_texts
 from openrlhf_alp.data.sources import Row, source_stem
 
@@ -27,10 +28,6 @@ _INSTRUCTIONS = re.compile(
 )
 """What DAPO-Math, Guru and Qwen put around a problem. It asks for other answer forms than our
 templates do, and the same problem from two sets would not be seen to be the same."""
-
-
-class UnknownFormatError(Exception):
-    """No format fits the rows; the message lists the fields found and the fields known."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

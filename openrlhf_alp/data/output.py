@@ -9,12 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from openrlhf_alp.data.errors import OutputError
 from openrlhf_alp.data.prepare import Prepared
 from openrlhf_alp.data.summary import Summary
-
-
-class OutputError(Exception):
-    """The output cannot be written; the message says why."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -10,13 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from openrlhf_alp.data.errors import SourceError
+
 LOCAL_SUFFIXES = (".jsonl", ".json", ".parquet")
 
 _PARQUET_BATCH_ROWS = 1024
-
-
-class SourceError(Exception):
-    """A source that cannot be read at all; the message says why and what to do."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

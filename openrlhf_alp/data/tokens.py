@@ -3,11 +3,8 @@
 from collections.abc import Sequence
 from typing import Any
 
+from openrlhf_alp.data.errors import TokenizerError
 from openrlhf_alp.data.templates import Message
-
-
-class TokenizerError(Exception):
-    """There is no usable tokenizer; the message says what is missing."""
 
 
 class TokenCounter:

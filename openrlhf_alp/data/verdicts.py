@@ -6,9 +6,11 @@ that training uses, in its worker processes with their limits.
 """
 
 import asyncio
+import concurrent.futures
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from openrlhf_alp.data.errors import ComparisonError
 from openrlhf_alp.rewards.math import MathReward
 from openrlhf_alp.rewards.protocol import RewardUnavailable
 
@@ -41,19 +43,26 @@ def compare(
     comparisons: Sequence[Comparison],
     *,
     num_workers: int,
+    timeout_s: float = _TIMEOUT_S,
     on_done: Callable[[], None] = lambda: None,
 ) -> list[Verdict]:
-    """One verdict per comparison, in order; `on_done` is called after each."""
+    """One verdict per comparison, in order; `on_done` is called after each.
+
+    Raises:
+        ComparisonError: there are no worker processes.
+    """
     if not comparisons:
         return []
-    return asyncio.run(_compare(comparisons, num_workers, on_done))
+    reward = MathReward(num_workers=num_workers, timeout_s=timeout_s)
+    try:
+        return asyncio.run(_compare(comparisons, reward, on_done))
+    finally:
+        reward.close()
 
 
 async def _compare(
-    comparisons: Sequence[Comparison], num_workers: int, on_done: Callable[[], None]
+    comparisons: Sequence[Comparison], reward: MathReward, on_done: Callable[[], None]
 ) -> list[Verdict]:
-    reward = MathReward(num_workers=num_workers, timeout_s=_TIMEOUT_S)
-
     async def verdict(comparison: Comparison) -> Verdict:
         try:
             result = await reward.score(
@@ -63,12 +72,14 @@ async def _compare(
                 label=comparison.label,
             )
         except RewardUnavailable as error:
+            if isinstance(error.__cause__, concurrent.futures.BrokenExecutor):
+                raise ComparisonError(
+                    f"the processes that check labels do not start: {error.__cause__}. See above "
+                    "for their traceback; a script needs a file and `if __name__ == '__main__'`"
+                ) from error
             return Verdict(equal=False, unavailable=error.reason, detail=error.detail)
         finally:
             on_done()
         return Verdict(equal=result.value == 1.0 or result.detail["unevaluated"] == 1.0)
 
-    try:
-        return await asyncio.gather(*map(verdict, comparisons))
-    finally:
-        reward.close()
+    return await asyncio.gather(*map(verdict, comparisons))
