@@ -20,6 +20,7 @@ from openrlhf_alp.learner.calibrate import calibrate
 from openrlhf_alp.learner.config import AlpConfig
 from openrlhf_alp.learner.experience import SAMPLE_ID
 from openrlhf_alp.learner.policy_loss import UnifiedPolicyLoss
+from openrlhf_alp.learner.recheck import recheck
 from openrlhf_alp.learner.remote import undecorated
 from openrlhf_alp.learner.strategy import perturbation_of, without_sigma
 from openrlhf_alp.learner.weight_sync import push_weights
@@ -49,6 +50,7 @@ class AlpActorPPOTrainer(ppo_actor.ActorPPOTrainer):
         self.perturbation = perturbation_of(self.actor)
         self.needs_calibration = self.alp.calibrates
         self.calibration_metrics: dict[str, float] = {}
+        self.num_trainings = 0
         if self.alp.enable:
             self.actor_loss_fn = UnifiedPolicyLoss(
                 self.alp.ratio_config(),
@@ -69,8 +71,12 @@ class AlpActorPPOTrainer(ppo_actor.ActorPPOTrainer):
         if self.needs_calibration:
             self.calibration_metrics = calibrate(self)
             self.needs_calibration = False
+        every = self.args.rollout_service.preflight_every
+        preflight = recheck(self) if every and self.num_trainings % every == 0 else {}
+        self.num_trainings += 1
         self.telemetry = RatioTelemetry()
         status = super().ppo_train(kl_ctl)
+        status.update(preflight)
         if self.alp.enable:
             status.update(self._ratio_metrics())
         if self.perturbation is not None:
@@ -84,11 +90,23 @@ class AlpActorPPOTrainer(ppo_actor.ActorPPOTrainer):
         info = dict(experience.info)
         sample_ids = info.pop(SAMPLE_ID, None)
         experience.info = info
+        loss_batch_info = self._countable(loss_batch_info, step)
         with self._perturbed(experience, sample_ids):
             result = super().training_step(experience, kl_ctl, step, loss_batch_info)
         if self.alp.enable:
             self._record_ratios(experience, result)
         return result
+
+    def _countable(self, loss_batch_info: dict | None, step: int) -> dict | None:
+        """Normalisers above 0: an optimizer step of void episodes only has loss 0, not NaN.
+
+        None stands for the dynamic batches, whose counts upstream keeps in its buffer.
+        """
+        if loss_batch_info is None:
+            counts = self.replay_buffer.dynamic_batch_num_tokens
+            counts[step] = counts[step] or 1.0
+            return None
+        return {name: count if count > 0 else 1.0 for name, count in loss_batch_info.items()}
 
     @contextmanager
     def _perturbed(self, experience: Experience, sample_ids: Any) -> Iterator[None]:

@@ -10,6 +10,7 @@ from openrlhf.trainer.ppo_utils.experience import Experience, make_experience_ba
 
 from openrlhf_alp.alp import calibrate_sigma0, k3_kl
 from openrlhf_alp.learner.experience import SAMPLE_ID
+from openrlhf_alp.learner.mismatch import learner_log_probs
 
 if TYPE_CHECKING:
     from openrlhf_alp.learner.actor import AlpActorPPOTrainer
@@ -36,7 +37,7 @@ def calibrate(trainer: AlpActorPPOTrainer) -> dict[str, float]:
     perturbation, alp = trainer.perturbation, trainer.alp
     assert perturbation is not None, "calibration without a perturbation"
     batch = _first_samples(trainer)
-    clean = _log_probs(trainer, batch)
+    clean = learner_log_probs(trainer.actor, batch)
     mismatch = _mean_over_ranks(k3_kl(clean, batch.rollout_log_probs, batch.action_mask))
     sample_ids = torch.as_tensor([int(i) for i in batch.info[SAMPLE_ID]])
 
@@ -47,7 +48,7 @@ def calibrate(trainer: AlpActorPPOTrainer) -> dict[str, float]:
             sample_ids=sample_ids.to(batch.sequences.device),
             attention_mask=batch.attention_mask,
         ):
-            noisy = _log_probs(trainer, batch)
+            noisy = learner_log_probs(trainer.actor, batch)
         return _mean_over_ranks(k3_kl(noisy, clean, batch.action_mask))
 
     # In bfloat16 the faintest noise flips roundings and these flips alone move the log-probs about
@@ -78,14 +79,6 @@ def _first_samples(trainer: AlpActorPPOTrainer) -> Experience:
     items = trainer.replay_buffer.items[:NUM_SAMPLES]
     batch = make_experience_batch(items, trainer.args.ds.packing_samples)
     return batch.to_device(torch.cuda.current_device())
-
-
-def _log_probs(trainer: AlpActorPPOTrainer, batch: Experience) -> torch.Tensor:
-    """(B, T-1) float32 log-probs of the learner, in evaluation mode as for an "old" pass."""
-    trainer.actor.eval()
-    log_probs = trainer.actor(batch.sequences, batch.action_mask, batch.attention_mask)
-    trainer.actor.train()
-    return log_probs
 
 
 def _mean_over_ranks(value: float) -> float:

@@ -1,7 +1,8 @@
-"""The `--alp.*` and `--rollout.*` flags, read once into frozen dataclasses.
+"""The `--alp.*`, `--rollout.*` and `--tool.*` flags, read once into frozen dataclasses.
 
-OpenRLHF hands one nested namespace to every process. Ours ride on it as two objects, `args.alp`
-(AlpConfig) and `args.rollout_service` (ServiceConfig); nothing below the CLI parses a flag again.
+OpenRLHF hands one nested namespace to every process. Ours ride on it as three objects, `args.alp`
+(AlpConfig), `args.rollout_service` (ServiceConfig) and `args.tool_service` (ToolConfig); nothing
+below the CLI parses a flag again.
 """
 
 from __future__ import annotations
@@ -14,8 +15,11 @@ from typing import Literal
 
 from openrlhf_alp.alp import METHODS, PerturbationConfig, UnifiedRatioConfig
 from openrlhf_alp.clients.keys import ADMIN_KEY_VARIABLE, API_KEY_VARIABLE
+from openrlhf_alp.learner.tool_config import add_tool_arguments, check_tool, read_tool
 
-_OUR_FLAGS = ("--alp.", "--rollout.request_timeout_s", "--rollout.ready_timeout_s")
+_OUR_FLAGS = (
+    "--alp.", "--tool.", "--tir.", "--rollout.request_timeout_s", "--rollout.ready_timeout_s"
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,6 +114,10 @@ class ServiceConfig:
     """Longest wait for a service that is still starting."""
     max_staleness: int | None
     """Groups with a token older than this many pushes are dropped; None keeps all."""
+    preflight_every: int
+    """Measure the mismatch of learner and rollouts at every so many steps; 0 never."""
+    preflight_stop: bool
+    """End the run when that mismatch is broken."""
     metrics_jsonl: str | None
     """File that gets one JSON object per global step."""
 
@@ -118,6 +126,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add our flags to OpenRLHF's parser; one `--help` then shows both."""
     _add_alp_arguments(parser.add_argument_group("Adaptive Layerwise Perturbation"))
     _add_service_arguments(parser.add_argument_group("rollout service and run folder"))
+    add_tool_arguments(parser.add_argument_group("tool-integrated episodes"))
     for action in parser._actions:
         ours = any(option.startswith(_OUR_FLAGS) for option in action.option_strings)
         if ours and action.default not in (None, False, []) and action.help:
@@ -194,6 +203,19 @@ def _add_service_arguments(group: argparse._ArgumentGroup) -> None:
         metavar="N",
         help="drop groups with a token sampled more than N weight pushes ago (default: keep all)",
     )
+    add(
+        "--rollout.preflight_every",
+        type=int,
+        default=0,
+        metavar="N",
+        help="measure the log-prob mismatch of learner and rollouts at every N-th step, before its "
+        "update, as preflight/*; a bad one is a warning (see openrlhf-alp preflight; default: off)",
+    )
+    add(
+        "--rollout.preflight_stop",
+        action="store_true",
+        help="end the run when that mismatch is broken",
+    )
     add("--logger.metrics_jsonl", default=None, help="file that gets one JSON object per step")
 
 
@@ -223,6 +245,8 @@ def read_service(args: SimpleNamespace) -> ServiceConfig:
         request_timeout_s=args.rollout.request_timeout_s,
         ready_timeout_s=args.rollout.ready_timeout_s,
         max_staleness=args.rollout.max_staleness,
+        preflight_every=args.rollout.preflight_every,
+        preflight_stop=args.rollout.preflight_stop,
         metrics_jsonl=args.logger.metrics_jsonl,
     )
 
@@ -237,12 +261,31 @@ def settle(args: SimpleNamespace) -> SimpleNamespace:
     """
     args.alp = read_alp(args.alp)
     args.rollout_service = read_service(args)
+    args.tool_service = read_tool(args)
     if args.alp.enable:
         _settle_alp(args)
     if args.rollout_service.urls:
         _settle_service(args)
     _check_staleness(args.rollout_service)
+    _check_preflight(args)
+    check_tool(args)
     return args
+
+
+def _check_preflight(args: SimpleNamespace) -> None:
+    service = args.rollout_service
+    if service.preflight_every < 0 or (service.preflight_stop and not service.preflight_every):
+        raise ValueError(
+            f"--rollout.preflight_every is {service.preflight_every}; give the number of steps "
+            "from one measurement to the next. 0 means never, which leaves "
+            "--rollout.preflight_stop nothing to stop on."
+        )
+    has_log_probs = service.urls or args.algo.advantage.is_correction_level != "off"
+    if service.preflight_every and not has_log_probs:
+        raise ValueError(
+            "--rollout.preflight_every needs the log-probs of the rollouts: set "
+            "--rollout.service_urls or --alp.enable."
+        )
 
 
 def _check_staleness(service: ServiceConfig) -> None:

@@ -76,6 +76,9 @@ def test_with_a_service_there_is_one_engine_per_url(parse: Parse, service_keys: 
         (["--alp.enable", "--alp.dual_clip", "0.5"], "--alp.dual_clip is 0.5"),
         (["--alp.enable", "--alp.calibration_factor", "0"], "--alp.calibration_factor is 0"),
         (["--rollout.max_staleness", "1"], "needs --rollout.service_urls"),
+        (["--rollout.preflight_every", "2"], "needs the log-probs of the rollouts"),
+        (["--rollout.preflight_every", "-2"], "--rollout.preflight_every is -2"),
+        (["--rollout.preflight_stop"], "--rollout.preflight_every is 0"),
     ],
 )
 def test_contradictions_are_named(parse: Parse, flags: list[str], message: str) -> None:

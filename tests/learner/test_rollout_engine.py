@@ -18,7 +18,13 @@ from openrlhf_alp.rewards.protocol import RewardResult, RewardUnavailable
 pytestmark = [pytest.mark.e2e, pytest.mark.filterwarnings("ignore")]
 
 SERVICE = ServiceConfig(
-    urls=(), request_timeout_s=60.0, ready_timeout_s=60.0, max_staleness=None, metrics_jsonl=None
+    urls=(),
+    request_timeout_s=60.0,
+    ready_timeout_s=60.0,
+    max_staleness=None,
+    preflight_every=0,
+    preflight_stop=False,
+    metrics_jsonl=None,
 )
 SAMPLING = SimpleNamespace(temperature=1.0, top_p=1.0, top_k=-1, max_tokens=6, min_tokens=1)
 PROMPT = "What is 3 + 4?"
