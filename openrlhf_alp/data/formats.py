@@ -21,7 +21,8 @@ _INSTRUCTIONS = re.compile(
     ^\s*solve\ the\ following\ math\ problem\ step\ by\ step\.\ the\ last\ line\ .{0,200}?
         answer\ to\ the\ problem\.
     | remember\ to\ put\ your\ answer\ on\ its\ own\ line\ after\ "answer:"\.?\s*$
-    | (?:please\ reason|let's\ think)\ step\ by\ step,?\ and\ (?:put|output)\ (?:your|the)\ final
+    | (?:please|(?:please\ reason|let's\ think)\ step\ by\ step,?\ and)
+        \ (?:put|output)\ (?:your|the)\ final
         \ answer\ (?:within|in)\ (?:\\\\?boxed\{\}|\$\\boxed\{\}\$)\.?\s*$
     """,
     re.VERBOSE | re.IGNORECASE | re.DOTALL,

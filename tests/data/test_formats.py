@@ -78,6 +78,7 @@ def test_messages_stand_for_the_last_user_message():
         "of the form Answer: $Answer (without quotes) where $Answer is the answer to the problem."
         '\n\nWhat is 3 + 4?\n\nRemember to put your answer on its own line after "Answer:".',
         "What is 3 + 4? Let's think step by step and output the final answer within \\boxed{}.",
+        "What is 3 + 4? Please output the final answer within \\boxed{}.",
         "What is 3 + 4?\nPlease reason step by step, and put your final answer within \\boxed{}.",
     ],
 )
