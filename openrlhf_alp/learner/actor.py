@@ -37,6 +37,9 @@ LOSS_FRACTIONS = (
 )
 """Fields of LossOutput that are metrics, each a mean over action tokens."""
 
+_NO_WEIGHT = 1e-6
+"""In place of a token count of 0, which upstream divides by: no weight beside any real count."""
+
 
 class AlpActorPPOTrainer(ppo_actor.ActorPPOTrainer):
     """Upstream: `openrlhf.trainer.ray.ppo_actor.ActorPPOTrainer`.
@@ -95,6 +98,8 @@ class AlpActorPPOTrainer(ppo_actor.ActorPPOTrainer):
             result = super().training_step(experience, kl_ctl, step, loss_batch_info)
         if self.alp.enable:
             self._record_ratios(experience, result)
+        if result["num_action_tokens"] == 0:
+            _weigh_nothing(result)
         return result
 
     def _countable(self, loss_batch_info: dict | None, step: int) -> dict | None:
@@ -168,6 +173,14 @@ class AlpActorPPOTrainer(ppo_actor.ActorPPOTrainer):
                     ray.get([e.require_version.remote(pushed.version) for e in engines])
             else:
                 super().broadcast_to_vllm()
+
+
+def _weigh_nothing(result: dict[str, Any]) -> None:
+    """For a micro-batch of void episodes only: upstream divides by its tokens."""
+    result["num_action_tokens"] = _NO_WEIGHT
+    for name, weight in result["weights"].items():
+        if weight == "token":
+            result["metrics"][name] = 0.0
 
 
 class AlpPolicyModelActor(undecorated(ppo_actor.PolicyModelActor)):  # type: ignore[misc]

@@ -17,7 +17,7 @@ import torch
 from openrlhf_alp.clients.errors import ServiceError
 from openrlhf_alp.episodes.records import EpisodeError
 from openrlhf_alp.learner import config, seams
-from openrlhf_alp.learner.preflight import check_data, check_model, check_services
+from openrlhf_alp.learner.preflight import check_data, check_model, check_services, check_tools
 
 LOGICAL_DEVICES = 8
 """Slots that a local Ray offers on a machine without GPUs; OpenRLHF asks for one per model."""
@@ -57,6 +57,7 @@ def _settle_and_start_ray(args: SimpleNamespace) -> SimpleNamespace:
         tokenizer = check_model(args.actor.model_name_or_path)
         if args.rollout_service.urls:
             check_services(args, tokenizer)
+        check_tools(args, tokenizer)
     except (ValueError, OSError, ServiceError) as error:
         raise LaunchError(str(error)) from error
     _start_ray(args)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
+import logging
 import os
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,10 +13,20 @@ from typing import Any
 from transformers import AutoConfig, AutoTokenizer
 
 from openrlhf_alp.clients.contract import LearnerExpectation, check_contract
-from openrlhf_alp.clients.keys import ADMIN_KEY_VARIABLE, API_KEY_VARIABLE
+from openrlhf_alp.clients.errors import ServiceError
+from openrlhf_alp.clients.keys import ADMIN_KEY_VARIABLE, API_KEY_VARIABLE, TOOL_KEY_VARIABLE
 from openrlhf_alp.clients.rollout import RolloutClient
+from openrlhf_alp.episodes.observation import chat_template
 from openrlhf_alp.learner.config import ServiceConfig
+from openrlhf_alp.learner.episode_runner import tool_client
 from openrlhf_alp.learner.reward import MATH_VERIFY
+from openrlhf_alp.learner.tool_config import ToolConfig
+from services.tool.schemas import ExecuteRequest
+
+logger = logging.getLogger(__name__)
+
+_TOOL_CHECK_S = 30.0
+"""A tool service that is still starting its sandbox has this long."""
 
 
 def check_model(name_or_path: str | None) -> Any:
@@ -92,3 +104,30 @@ async def _check_service(url: str, service: ServiceConfig, expected: LearnerExpe
         check_contract(await client.contract(), expected)
     finally:
         await client.aclose()
+
+
+def check_tools(args: SimpleNamespace, tokenizer: Any) -> None:
+    """Run a program on every service of `--tool.service_urls`; build the observations' template.
+
+    Raises:
+        ServiceError: not reachable, wrong key, or `--tool.timeout_s` above what it allows.
+        ValueError: the tokenizer's chat template cannot show a tool's output.
+    """
+    tool: ToolConfig = args.tool_service
+    if tool.template == "chat":
+        chat_template(tokenizer)
+    for url in tool.urls:
+        asyncio.run(_check_tool(url, tool))
+
+
+async def _check_tool(url: str, tool: ToolConfig) -> None:
+    one = dataclasses.replace(tool, urls=(url,), request_timeout_s=_TOOL_CHECK_S)
+    async with tool_client(one, os.environ[TOOL_KEY_VARIABLE]) as client:
+        answer = await client.execute(ExecuteRequest(code="print(6 * 7)", timeout_s=tool.timeout_s))
+    if (answer.status, answer.stdout) != ("ok", "42\n"):
+        reason = answer.message or answer.stderr
+        raise ServiceError(
+            f"{url} ran `print(6 * 7)` and answered {answer.status}: {reason}. Fix: its log and its "
+            "GET /v1/isolation say what is wrong with the sandbox."
+        )
+    logger.info("%s runs code at isolation level %s", url, answer.isolation)

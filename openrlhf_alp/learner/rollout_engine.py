@@ -8,7 +8,6 @@ An actor runs episodes; it holds no model. Weights go to the services by `weight
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import logging
 import os
 from collections import Counter
@@ -21,14 +20,15 @@ from uuid import uuid4
 import ray
 
 from openrlhf_alp.clients.http import Timeouts
-from openrlhf_alp.clients.keys import ADMIN_KEY_VARIABLE, API_KEY_VARIABLE
+from openrlhf_alp.clients.keys import ADMIN_KEY_VARIABLE, API_KEY_VARIABLE, TOOL_KEY_VARIABLE
 from openrlhf_alp.clients.rollout import RolloutClient
-from openrlhf_alp.episodes.records import Completion, Episode, SamplingConfig, VersionSpan
-from openrlhf_alp.episodes.single_turn import run_single_turn
+from openrlhf_alp.episodes.records import Episode, SamplingConfig, ToolLostError
 from openrlhf_alp.learner.config import ServiceConfig
+from openrlhf_alp.learner.episode_runner import Task, build_runner, to_response, tool_client
 from openrlhf_alp.learner.reward import build_reward
+from openrlhf_alp.learner.service_generate import ServiceGenerate
+from openrlhf_alp.learner.tool_config import ToolConfig
 from openrlhf_alp.rewards.protocol import RewardUnavailable
-from services.rollout.schemas import GenerateRequest, Sampling
 
 logger = logging.getLogger(__name__)
 
@@ -41,6 +41,7 @@ class RolloutEngine:
         api_key, admin_key: its bearer keys.
         service: time limits.
         reward_urls: `--reward.remote_url`, already split.
+        tool, tool_key: of tool-integrated episodes; without URLs there is one answer to a prompt.
     """
 
     def __init__(
@@ -51,6 +52,8 @@ class RolloutEngine:
         admin_key: str,
         service: ServiceConfig,
         reward_urls: Sequence[str],
+        tool: ToolConfig | None = None,
+        tool_key: str = "",
     ) -> None:
         self._keys = (api_key, admin_key)
         self.client = RolloutClient(
@@ -61,6 +64,8 @@ class RolloutEngine:
         )
         self.service = service
         self.reward = build_reward(reward_urls)
+        self.tool = tool or ToolConfig()
+        self.tool_client = tool_client(self.tool, tool_key) if self.tool.urls else None
         self.version = 0
         self.dropped: Counter[str] = Counter()
         self.unfinished = 0
@@ -98,14 +103,16 @@ class RolloutEngine:
         if max_tokens < 1:
             self._drop("prompt_too_long", f"{len(prompt_ids)} tokens, --data.max_len {max_length}")
             return []
-        run = partial(
-            run_single_turn,
-            prompt=prompt,
-            label=label,
-            prompt_ids=prompt_ids,
-            generate=self._generate,
-            decode=partial(hf_tokenizer.decode, skip_special_tokens=True),
+        run = build_runner(
+            generate=ServiceGenerate(client=self.client, deadline_s=self.service.request_timeout_s),
             reward=self.reward,
+            tool=self.tool,
+            client=self.tool_client,
+        )
+        run = partial(
+            run,
+            task=Task(prompt=prompt, label=label, prompt_ids=prompt_ids),
+            tokenizer=hf_tokenizer,
             sampling=SamplingConfig(
                 temperature=sampling_params.temperature,
                 top_p=sampling_params.top_p,
@@ -121,40 +128,17 @@ class RolloutEngine:
             episodes = await _all_or_first_error(
                 [run(request_id=uuid4().hex) for _ in range(num_samples)]
             )
-        except RewardUnavailable as error:
+        except (RewardUnavailable, ToolLostError) as error:
             self._drop(error.reason, error.detail)
             return []
         finally:
             self.unfinished -= num_samples
-        return [to_response(episode) for episode in episodes]
+        tool = self.tool if self.tool_client else None
+        return [to_response(episode, tool=tool) for episode in episodes]
 
     def _drop(self, reason: str, detail: str) -> None:
         self.dropped[reason] += 1
         logger.warning("group dropped (%s): %s", reason, detail)
-
-    async def _generate(
-        self, *, request_id: str, prompt_ids: Sequence[int], sampling: SamplingConfig
-    ) -> Completion:
-        reply = await self.client.generate(
-            GenerateRequest(
-                request_id=request_id,
-                token_ids=list(prompt_ids),
-                # Field by field: the records are those of an episode, the schema that of the wire.
-                sampling=Sampling(**dataclasses.asdict(sampling)),
-                deadline_s=self.service.request_timeout_s,
-            )
-        )
-        sample = reply.samples[0]
-        return Completion(
-            token_ids=tuple(sample.token_ids),
-            logprobs=tuple(sample.logprobs),
-            finish_reason=sample.finish_reason,
-            stop_reason=sample.stop_reason,
-            spans=tuple(
-                VersionSpan(version=s.version, digest=s.digest, start=s.start, end=s.end)
-                for s in sample.spans
-            ),
-        )
 
     async def require_version(self, version: int) -> None:
         """Refuse, from now on, a server that missed the push of `version`."""
@@ -186,28 +170,10 @@ async def _all_or_first_error(episodes: list[Any]) -> list[Episode]:
         async with asyncio.TaskGroup() as group:
             tasks = [group.create_task(episode) for episode in episodes]
     except ExceptionGroup as errors:
-        fatal = [e for e in errors.exceptions if not isinstance(e, RewardUnavailable)]
+        lost = (RewardUnavailable, ToolLostError)
+        fatal = [e for e in errors.exceptions if not isinstance(e, lost)]
         raise (fatal or errors.exceptions)[0] from None
     return [task.result() for task in tasks]
-
-
-def to_response(episode: Episode) -> dict[str, Any]:
-    """The dictionary that OpenRLHF's `_process_response_into_experience` reads."""
-    return {
-        "prompt": episode.prompt,
-        "label": episode.label,
-        "observation_tokens": list(episode.token_ids),
-        "action_ranges": list(episode.action_ranges),
-        "rollout_log_probs": list(episode.logprobs),
-        "reward": episode.reward,
-        "scores": episode.reward,
-        "truncated": episode.truncated,
-        "token_versions": [(span.version, span.end - span.start) for span in episode.spans],
-        "extra_logs": {
-            "rollout/policy_version": float(episode.max_version),
-            **{f"reward/{name}": value for name, value in episode.reward_detail.items()},
-        },
-    }
 
 
 # Another name than the class: Ray then ships the class by reference and workers import it from
@@ -225,6 +191,8 @@ def create_rollout_engines(args: SimpleNamespace) -> list[Any]:
             admin_key=os.environ[ADMIN_KEY_VARIABLE],
             service=args.rollout_service,
             reward_urls=args.reward.remote_url,
+            tool=args.tool_service,
+            tool_key=os.environ.get(TOOL_KEY_VARIABLE, ""),
         )
         for index in range(len(urls))
     ]

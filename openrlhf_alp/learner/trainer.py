@@ -21,6 +21,7 @@ from openrlhf.trainer import ppo_trainer, ppo_trainer_async
 from openrlhf_alp.learner.experience import AlpExperienceMaker, AlpSamplesGenerator
 from openrlhf_alp.learner.remote import undecorated
 from openrlhf_alp.learner.staleness import StalenessGate
+from openrlhf_alp.learner.tool_metrics import with_ratios
 
 logger = logging.getLogger(__name__)
 
@@ -65,7 +66,7 @@ class _ServiceTraining:
         if not admitted:
             return {}, global_step
         status, global_step = super().train_step(admitted, global_step)  # type: ignore[misc]
-        return {**status, **self.gate.take_metrics()}, global_step
+        return {**with_ratios(status), **self.gate.take_metrics()}, global_step
 
     def save_logs_and_checkpoints(
         self, global_step: int, logs_dict: dict | None = None, client_states: dict | None = None

@@ -98,13 +98,18 @@ def parse(tiny_model: Path, tmp_path: Path) -> Callable[..., SimpleNamespace]:
 
 API_KEY = "api-key-of-a-test"
 ADMIN_KEY = "admin-key-of-a-test"
-KEYS = {"OPENRLHF_ALP_ROLLOUT_API_KEY": API_KEY, "OPENRLHF_ALP_ROLLOUT_ADMIN_KEY": ADMIN_KEY}
+TOOL_KEY = "tool-key-of-a-test"
+KEYS = {
+    "OPENRLHF_ALP_ROLLOUT_API_KEY": API_KEY,
+    "OPENRLHF_ALP_ROLLOUT_ADMIN_KEY": ADMIN_KEY,
+    "OPENRLHF_ALP_TOOL_API_KEY": TOOL_KEY,
+}
 START_S = 240.0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Service:
-    """A rollout service in its own process."""
+    """A service in its own process."""
 
     url: str
     process: subprocess.Popen
@@ -114,11 +119,16 @@ class Service:
 @contextlib.contextmanager
 def rollout_service(model: Path, folder: Path, *flags: str) -> Iterator[Service]:
     """`python -m services.rollout` on a free port, ended with the block."""
-    url_file, log = folder / "url", folder / "rollout.log"
-    command = [
-        *(sys.executable, "-m", "services.rollout", "--model", str(model)),
-        *("--port", "0", "--url-file", str(url_file), "--max-model-len", "256", *flags),
-    ]
+    arguments = ["services.rollout", "--model", str(model), "--max-model-len", "256", *flags]
+    with _service(arguments, folder) as service:
+        yield service
+
+
+@contextlib.contextmanager
+def _service(arguments: list[str], folder: Path) -> Iterator[Service]:
+    """`python -m ARGUMENTS` on a free port, ended with the block."""
+    url_file, log = folder / f"{arguments[0]}.url", folder / f"{arguments[0]}.log"
+    command = [sys.executable, "-m", *arguments, "--port", "0", "--url-file", str(url_file)]
     with log.open("w") as output:
         process = subprocess.Popen(
             command, env={**os.environ, **KEYS}, stdout=output, stderr=subprocess.STDOUT
@@ -136,6 +146,32 @@ def rollout_service(model: Path, folder: Path, *flags: str) -> Iterator[Service]
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
+
+
+@pytest.fixture(scope="session")
+def tool_service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    """The real sandbox, at whatever isolation level this machine allows."""
+    arguments = ["services.tool", "--presets", "numpy", "--slots", "2", "--log-level", "WARNING"]
+    with _service(arguments, tmp_path_factory.mktemp("tool-service")) as service:
+        yield service
+
+
+@pytest.fixture(scope="session")
+def tiny_policy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model that knows four prompts, "Task K" and a new line for K in 0..3.
+
+    It calls a tool once to print K, and boxes what it reads.
+    """
+    from benchmarks.tiny_policy import save_tiny_policy
+
+    dialogues = [
+        (
+            f"Task {k}\n",
+            f"```python\nprint({k})\n```\n```output\n{k}\n```\n\\boxed{{{k}}}<eos>",
+        )
+        for k in range(4)
+    ]
+    return save_tiny_policy(tmp_path_factory.mktemp("tiny-policy"), dialogues)
 
 
 @pytest.fixture(scope="session")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -91,6 +92,21 @@ def test_an_update_moves_theta_and_sigma_and_reports_the_ratio(parse: Parse) -> 
     assert status["alp/log_ratio_p01"] < 0 < status["alp/log_ratio_p99"]
     assert 0.009 < status["alp/sigma_mean"] < 0.011
     assert "alp/sample_id" not in status
+
+
+@pytest.mark.parametrize("method", ["seq-alp", "token-alp"])
+def test_an_update_on_void_episodes_only_changes_nothing(parse: Parse, method: str) -> None:
+    """Nothing is left to train on: no normaliser of 0, no NaN, no gradient."""
+    actor = build_actor(parse("--alp.enable", *SIGMA, "--alp.method", method))
+    before = weights(actor)
+    experience = rollouts(actor)
+    experience.action_mask = torch.zeros_like(experience.action_mask)
+    actor.append(experience)
+    status = actor.fit()
+    assert status["policy_loss"] == 0.0
+    assert all(math.isfinite(value) for value in status.values())
+    for name, parameter in weights(actor).items():
+        assert torch.equal(parameter, before[name]), name
 
 
 def test_bypass_has_no_sigma(parse: Parse) -> None:

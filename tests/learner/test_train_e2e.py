@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import subprocess
@@ -20,6 +21,7 @@ pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 KEYS = {
     "OPENRLHF_ALP_ROLLOUT_API_KEY": "api-key-of-a-test",
     "OPENRLHF_ALP_ROLLOUT_ADMIN_KEY": "admin-key-of-a-test",
+    "OPENRLHF_ALP_TOOL_API_KEY": "tool-key-of-a-test",
 }
 RUN_S = 400
 PROMPTS_PER_STEP = 2
@@ -166,3 +168,44 @@ def test_wrong_flags_end_with_status_2_and_start_nothing(tiny_model: Path, tmp_p
     assert status == 2 and not left
     assert "error: --rollout.top_p is 0.9" in output
     assert not (tmp_path / "metrics.jsonl").exists()
+
+
+def test_a_policy_that_calls_its_tool_is_trained_with_both_services(
+    tiny_policy: Path, start_service: Any, tool_service: Any, tmp_path: Path
+) -> None:
+    data = tmp_path / "tasks.jsonl"
+    rows = [{"input": f"Task {k}\n", "label": str(k)} for k in range(4)]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    flags = [
+        *("--alp.enable", "--alp.method", "seq-alp", "--alp.sigma0", "1e-3"),
+        *("--data.prompt_dataset", str(data), "--rollout.max_new_tokens", "60"),
+        *("--tir.template", "plain", "--tool.session", "--actor.adam.lr", "1e-6"),
+    ]
+    log = tmp_path / "train.log"
+    with start_service(tiny_policy, tmp_path, "--engine", "hf") as service:
+
+        def run(tool_url: str) -> tuple[int, str, list[psutil.Process]]:
+            arguments = command(
+                tiny_policy,
+                tmp_path,
+                service.url,
+                steps=2,
+                flags=(*flags, "--tool.service_urls", tool_url),
+            )
+            arguments.remove("--data.apply_chat_template")
+            return finish(start(arguments, log), log)
+
+        status, output, _ = run("http://127.0.0.1:9")
+        assert status == 2 and "error: http://127.0.0.1:9 does not answer" in output
+        status, output, left = run(tool_service.url)
+    assert status == 0, output[-4000:]
+    assert not left
+    steps = metrics(tmp_path)
+    assert [step["global_step"] for step in steps] == [1, 2]
+    for step in steps:
+        assert all(math.isfinite(value) for value in step.values())
+        # The policy knows its dialogues by heart, near enough at temperature 1.
+        assert step["reward"] > 0.5 and step["tir/tool_calls"] > 0.5
+        assert step["tir/status_ok"] > 0.5 and step["tir/tool_latency_s"] > 0
+        assert 0 < step["tir/action_share"] < 1
+        assert step["rollout/dropped_groups"] == 0
