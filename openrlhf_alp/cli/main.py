@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from openrlhf_alp.cli import demo, prepare_data
+from openrlhf_alp.cli import demo, preflight, prepare_data
 
 _DESCRIPTION = """\
 Adaptive Layerwise Perturbation for LLM reinforcement learning, on OpenRLHF, vLLM and Ray.
@@ -39,6 +39,12 @@ COMMANDS = {
         description=demo.DESCRIPTION,
         add_arguments=demo.add_arguments,
         run=demo.run,
+    ),
+    "preflight": Command(
+        help="compare the log-probs of a running rollout service with the learner's own",
+        description=preflight.DESCRIPTION,
+        add_arguments=preflight.add_arguments,
+        run=preflight.run,
     ),
     "prepare-data": Command(
         help="turn problem sets into prompts to train on",

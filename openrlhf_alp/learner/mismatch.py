@@ -10,7 +10,6 @@ temperature or log-prob mode, it is an order of magnitude larger.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from enum import StrEnum
 
 import numpy as np
 import torch
@@ -18,6 +17,7 @@ from openrlhf.models import Actor
 from openrlhf.trainer.ppo_utils.experience import Experience
 
 from openrlhf_alp.alp import k3_kl
+from openrlhf_alp.report.verdict import LEVELS, Verdict
 
 PERCENTS = (1, 5, 25, 50, 75, 95, 99)
 
@@ -30,50 +30,6 @@ METRICS = {
     "preflight/k3_kl": "k3 estimate of KL(rollout || learner), nats per token",
     "preflight/verdict": "0 ok, 1 suspicious, 2 broken",
 }
-
-
-class Level(StrEnum):
-    """What a mismatch means for a run."""
-
-    OK = "ok"
-    SUSPICIOUS = "suspicious"
-    BROKEN = "broken"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Limit:
-    """From where on a figure is suspicious or broken."""
-
-    figure: str
-    suspicious: float
-    broken: float
-
-
-# SmolLM2 in bfloat16 against vLLM on a CPU: k3 KL 1.3e-3 to 2.0e-3, quantiles within 0.15. Another
-# model folder or another temperature gives a k3 KL of 0.1 and up on any language model.
-LIMITS = (
-    Limit(figure="k3_kl", suspicious=0.01, broken=0.1),
-    Limit(figure="mean", suspicious=0.02, broken=0.2),
-    Limit(figure="p01", suspicious=0.5, broken=2.0),
-    Limit(figure="p99", suspicious=0.5, broken=2.0),
-)
-
-CAUSES = {
-    Level.OK: (),
-    Level.SUSPICIOUS: (
-        "one side computes in lower precision: --quantization, an fp8 KV cache, float16",
-        "a mixture of experts routes tokens differently on the two sides",
-        "other attention kernels, long answers in bfloat16; compare --ds.attn_implementation",
-        "a temperature or penalty that only one side applies",
-    ),
-    Level.BROKEN: (
-        "the service holds other weights: another folder, or a push of another run",
-        "log-probs of another distribution: temperature, top-p, penalties, or not processed",
-        "another tokenizer or position encoding (rope scaling) on one side",
-        "NaN or overflow in half precision: look at the last update's gradient norm",
-    ),
-}
-"""What usually is behind it, likeliest first."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -120,37 +76,10 @@ class Mismatch:
         }
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Verdict:
-    """What the limits say."""
-
-    level: Level
-    findings: tuple[str, ...]
-    """One sentence for each figure beyond a limit, the worst first."""
-
-    @property
-    def causes(self) -> tuple[str, ...]:
-        return CAUSES[self.level]
-
-
-def judge(mismatch: Mismatch) -> Verdict:
-    """Compare every figure with its limits; the worst one decides."""
-    figures = mismatch.figures()
-    found: dict[Level, list[str]] = {Level.BROKEN: [], Level.SUSPICIOUS: []}
-    for limit in LIMITS:
-        value = figures[limit.figure]
-        for level, bound in ((Level.BROKEN, limit.broken), (Level.SUSPICIOUS, limit.suspicious)):
-            if not abs(value) < bound:  # so that NaN is broken
-                found[level].append(f"|{limit.figure}| is {abs(value):.2g}, the limit {bound:g}")
-                break
-    level = next((level for level, findings in found.items() if findings), Level.OK)
-    return Verdict(level=level, findings=(*found[Level.BROKEN], *found[Level.SUSPICIOUS]))
-
-
 def metrics_of(mismatch: Mismatch, verdict: Verdict) -> dict[str, float]:
     """METRICS, as a training step logs them."""
     figures = {f"preflight/{name}": value for name, value in mismatch.figures().items()}
-    return {**figures, "preflight/verdict": float(list(Level).index(verdict.level))}
+    return {**figures, "preflight/verdict": float(LEVELS.index(verdict.level))}
 
 
 @torch.no_grad()

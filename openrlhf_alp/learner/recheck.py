@@ -13,8 +13,9 @@ import numpy as np
 import torch
 from openrlhf.trainer.ppo_utils.experience import Experience, make_experience_batch
 
-from openrlhf_alp.learner.mismatch import Level, Mismatch, judge, log_ratio, metrics_of
+from openrlhf_alp.learner.mismatch import Mismatch, log_ratio, metrics_of
 from openrlhf_alp.learner.staleness import STALENESS
+from openrlhf_alp.report.verdict import Level, judge
 
 if TYPE_CHECKING:
     from openrlhf_alp.learner.actor import AlpActorPPOTrainer
@@ -39,7 +40,7 @@ def recheck(trainer: AlpActorPPOTrainer) -> dict[str, float]:
         logger.warning("preflight: no sample of the version that is updated; nothing was measured")
         return {}
     mismatch = Mismatch.of(values)
-    verdict = judge(mismatch)
+    verdict = judge(mismatch.figures())
     summary = (
         f"preflight: {verdict.level}, k3 KL {mismatch.k3_kl:.2e} over {mismatch.num_tokens} tokens"
     )

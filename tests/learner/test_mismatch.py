@@ -7,14 +7,8 @@ import math
 import numpy as np
 import pytest
 
-from openrlhf_alp.learner.mismatch import (
-    CAUSES,
-    METRICS,
-    Level,
-    Mismatch,
-    judge,
-    metrics_of,
-)
+from openrlhf_alp.learner.mismatch import METRICS, Mismatch, metrics_of
+from openrlhf_alp.report.verdict import CAUSES, Level, judge
 
 
 def test_the_figures_are_those_of_the_log_ratios() -> None:
@@ -30,26 +24,26 @@ def test_the_figures_are_those_of_the_log_ratios() -> None:
 
 
 def test_equal_log_probs_are_ok_and_need_no_cause() -> None:
-    verdict = judge(Mismatch.of(np.zeros(100, dtype=np.float32)))
+    verdict = judge(Mismatch.of(np.zeros(100, dtype=np.float32)).figures())
     assert (verdict.level, verdict.findings, verdict.causes) == (Level.OK, (), ())
 
 
 def test_the_rounding_of_bfloat16_is_ok() -> None:
     noise = 0.06 * np.random.default_rng(0).standard_normal(4000)
-    assert judge(Mismatch.of(noise.astype(np.float32))).level is Level.OK
+    assert judge(Mismatch.of(noise.astype(np.float32)).figures()).level is Level.OK
 
 
 def test_a_wide_tail_is_suspicious_whatever_the_mean() -> None:
     values = np.zeros(1000, dtype=np.float32)
     values[:20] = -0.6
-    verdict = judge(Mismatch.of(values))
+    verdict = judge(Mismatch.of(values).figures())
     assert verdict.level is Level.SUSPICIOUS
     assert verdict.findings == ("|p01| is 0.6, the limit 0.5",)
     assert verdict.causes == CAUSES[Level.SUSPICIOUS]
 
 
 def test_another_policy_is_broken_and_the_worst_figure_comes_first() -> None:
-    verdict = judge(Mismatch.of(np.full(100, -1.0, dtype=np.float32)))
+    verdict = judge(Mismatch.of(np.full(100, -1.0, dtype=np.float32)).figures())
     assert verdict.level is Level.BROKEN
     assert verdict.findings == (
         "|k3_kl| is 0.37, the limit 0.1",
@@ -64,7 +58,7 @@ def test_another_policy_is_broken_and_the_worst_figure_comes_first() -> None:
 def test_a_log_prob_that_is_no_number_is_broken(value: float) -> None:
     values = np.zeros(100, dtype=np.float32)
     values[7] = value
-    assert judge(Mismatch.of(values)).level is Level.BROKEN
+    assert judge(Mismatch.of(values).figures()).level is Level.BROKEN
 
 
 def test_no_token_is_no_measurement() -> None:
@@ -74,4 +68,4 @@ def test_no_token_is_no_measurement() -> None:
 
 def test_every_metric_is_explained() -> None:
     mismatch = Mismatch.of(np.zeros(3, dtype=np.float32))
-    assert metrics_of(mismatch, judge(mismatch)).keys() == METRICS.keys()
+    assert metrics_of(mismatch, judge(mismatch.figures())).keys() == METRICS.keys()

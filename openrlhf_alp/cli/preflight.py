@@ -1,0 +1,178 @@
+"""`openrlhf-alp preflight`: its options. `learner/probe.py` measures, `preflight_view.py` shows."""
+
+import argparse
+import contextlib
+import json
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+
+from openrlhf_alp.cli.preflight_view import PreflightView, as_json
+from openrlhf_alp.clients.errors import ServiceError
+from openrlhf_alp.clients.keys import ADMIN_KEY_VARIABLE, API_KEY_VARIABLE
+from openrlhf_alp.report.verdict import LIMITS, Level
+
+if TYPE_CHECKING:  # the module behind it imports torch
+    from openrlhf_alp.learner.probe import ProbeConfig
+
+_LIMIT_LINES = "\n".join(
+    f"  |{limit.figure}|".ljust(12) + f"{limit.suspicious:<14g}{limit.broken:g}" for limit in LIMITS
+)
+
+DESCRIPTION = f"""\
+Do learner and rollout service mean the same by a log-probability? The single ratio of ALP divides
+the learner's probability of a token by the service's. Where the two differ at equal weights, every
+ratio is wrong by as much, and nothing in a training curve says so.
+
+This samples a few answers from the service, computes their log-probs with the learner's own forward
+pass (model, dtype and attention as in training; no update is made) and prints the distribution of
+
+  log-ratio = log p(token) by the learner - log p(token) as served
+
+figure      suspicious    broken      from these values on
+{_LIMIT_LINES}
+
+Two bfloat16 engines of one model differ by a k3 KL near 0.001: rounding. Suspicious is worth a look
+and does not fail; broken means that the two sides do not compute the same thing. The table names
+what usually causes it, and which tensors differ from the model's: a service that another run has
+pushed to holds other weights, which --push makes the model's again.
+
+exit status: 0 ok or suspicious, 1 broken, 2 it could not be measured.
+
+  export {API_KEY_VARIABLE}=...
+  openrlhf-alp preflight --model /models/policy --url http://127.0.0.1:8000
+  openrlhf-alp preflight --model /models/policy --url http://127.0.0.1:8000 \\
+    --prompts math.jsonl --input-key input --max-tokens 1024 --json
+
+In training, --rollout.preflight_every N repeats it on the run's own samples.
+"""
+
+Prompt = str | list[dict[str, str]]
+
+PROMPTS = (
+    "What is 17 * 24? Think step by step.",
+    "Explain in two sentences why the sky is blue.",
+    "Write a Python function that reverses the words of a sentence.",
+    "A train leaves at 9:40 and arrives at 13:05. How long does it take?",
+    "Name three rivers in Africa and one fact about each.",
+    "Translate into French: The weather was better yesterday.",
+    "Continue the story: The lighthouse keeper had not seen a ship for weeks.",
+    "If 3x + 5 = 20, what is x?",
+)
+"""Asked when no file is given: sums, prose, code and another language."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `openrlhf-alp preflight`."""
+    add = parser.add_argument
+    add("--model", required=True, help="folder or Hugging Face id that the learner trains")
+    add("--url", required=True, nargs="+", help="base URL of the rollout service, or several")
+    add("--prompts", type=Path, help="JSON lines with one prompt each (default: 8 built-in ones)")
+    add("--input-key", default="input", help="field of the prompt there (default: input)")
+    add("--num-prompts", type=int, default=32, help="read at most this many (default: 32)")
+    add("--no-chat-template", action="store_true", help="send the prompts as they are")
+    add("--samples", type=int, default=4, help="answers to each prompt (default: 4)")
+    add("--max-tokens", type=int, default=128, help="longest answer (default: 128)")
+    add("--temperature", type=float, default=1.0, help="--rollout.temperature (default: 1)")
+    add("--dtype", default="bf16", choices=("bf16", "fp16"), help="--ds.param_dtype (default: bf16)")
+    add(
+        "--attention",
+        help="--ds.attn_implementation (default: flash_attention_2, without a GPU sdpa)",
+    )
+    add("--micro-batch", type=int, default=4, help="answers scored at once (default: 4)")
+    add(
+        "--push",
+        action="store_true",
+        help=f"first push the model's weights, as training does; needs ${ADMIN_KEY_VARIABLE}. The "
+        "service keeps them: not while another run uses it",
+    )
+    add("--timeout-s", type=float, default=300.0, help="wait for service and answer (default: 300)")
+    add("--json", action="store_true", help="print one JSON object and nothing else")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Measures; returns 0 (ok, suspicious), 1 (broken) or 2 (wrong options, service not usable)."""
+    view = PreflightView(Console(stderr=arguments.json))
+    try:
+        prompts = read_prompts(arguments)
+        keys = _keys(arguments)
+        view.say("loading", f"{arguments.model} as the learner does")
+        # Upstream prints while it loads a model; our output alone goes to stdout.
+        with contextlib.redirect_stdout(sys.stderr):
+            # Here and not above: it imports torch and OpenRLHF, which takes seconds.
+            from openrlhf_alp.learner.probe import probe
+
+            report = probe(_config(arguments, prompts, keys))
+    except (ValueError, OSError, ServiceError) as error:
+        view.error(str(error))
+        return 2
+    if arguments.json:
+        print(json.dumps(as_json(report), indent=2))
+    else:
+        view.report(report)
+    return 1 if report.verdict.level is Level.BROKEN else 0
+
+
+def read_prompts(arguments: argparse.Namespace) -> tuple[Prompt, ...]:
+    """The prompts of the file, or the built-in ones: text, or a list of chat messages.
+
+    Raises:
+        ValueError: a line is no JSON object, or has no such field; names file and line.
+        OSError: the file cannot be read.
+    """
+    if arguments.prompts is None:
+        return PROMPTS[: arguments.num_prompts]
+    prompts: list[Prompt] = []
+    lines = arguments.prompts.read_text(encoding="utf-8").splitlines()
+    for number, line in enumerate(lines[: arguments.num_prompts], start=1):
+        try:
+            prompts.append(json.loads(line)[arguments.input_key])
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"{arguments.prompts}, line {number}: no JSON object with the field "
+                f"{arguments.input_key!r} ({type(error).__name__}). Name it with --input-key."
+            ) from error
+    if not prompts:
+        raise ValueError(f"{arguments.prompts} has no line; one prompt is needed at least")
+    return tuple(prompts)
+
+
+def _keys(arguments: argparse.Namespace) -> tuple[str, str | None]:
+    needed = (API_KEY_VARIABLE, ADMIN_KEY_VARIABLE) if arguments.push else (API_KEY_VARIABLE,)
+    missing = [name for name in needed if not os.environ.get(name)]
+    if missing:
+        raise ValueError(
+            f"{' and '.join(missing)} not set: the rollout service prints its keys when it starts; "
+            "export them, or start it with keys of your own."
+        )
+    return os.environ[API_KEY_VARIABLE], os.environ.get(ADMIN_KEY_VARIABLE)
+
+
+def _config(
+    arguments: argparse.Namespace, prompts: tuple[Prompt, ...], keys: tuple[str, str | None]
+) -> "ProbeConfig":
+    import torch
+
+    from openrlhf_alp.learner.probe import ProbeConfig
+
+    default_attention = "flash_attention_2" if torch.cuda.is_available() else "sdpa"
+    api_key, admin_key = keys
+    return ProbeConfig(
+        model=arguments.model,
+        urls=tuple(url.rstrip("/") for url in arguments.url),
+        api_key=api_key,
+        admin_key=admin_key,
+        prompts=prompts,
+        chat_template=not arguments.no_chat_template,
+        samples_per_prompt=arguments.samples,
+        max_tokens=arguments.max_tokens,
+        temperature=arguments.temperature,
+        dtype=arguments.dtype,
+        attention=arguments.attention or default_attention,
+        micro_batch_size=arguments.micro_batch,
+        push=arguments.push,
+        timeout_s=arguments.timeout_s,
+    )

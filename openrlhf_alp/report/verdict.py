@@ -1,0 +1,83 @@
+"""From where on a mismatch of learner and rollout log-probs is suspicious or broken, and why.
+
+Both sides hold the same weights, so the log-ratio of a sampled token, learner over rollout, is what
+their numerics differ by. When they disagree on weights, tokenizer or temperature it is larger by an
+order of magnitude. `learner/mismatch.py` measures the figures.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+
+
+class Level(StrEnum):
+    """What a mismatch means for a run."""
+
+    OK = "ok"
+    SUSPICIOUS = "suspicious"
+    BROKEN = "broken"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limit:
+    """From where on a figure is suspicious or broken."""
+
+    figure: str
+    suspicious: float
+    broken: float
+
+
+# SmolLM2 in bfloat16 against vLLM on a CPU: k3 KL 1.3e-3 to 2.0e-3, quantiles within 0.15. Another
+# model folder or another temperature gives a k3 KL of 0.1 and up on any language model.
+LIMITS = (
+    Limit(figure="k3_kl", suspicious=0.01, broken=0.1),
+    Limit(figure="mean", suspicious=0.02, broken=0.2),
+    Limit(figure="p01", suspicious=0.5, broken=2.0),
+    Limit(figure="p99", suspicious=0.5, broken=2.0),
+)
+
+LEVELS = tuple(Level)
+"""From good to bad."""
+
+CAUSES = {
+    Level.OK: (),
+    Level.SUSPICIOUS: (
+        "one side computes in lower precision: --quantization, an fp8 KV cache, float16",
+        "a mixture of experts routes tokens differently on the two sides",
+        "other attention kernels, long answers in bfloat16; compare --ds.attn_implementation",
+        "a temperature or penalty that only one side applies",
+    ),
+    Level.BROKEN: (
+        "the service holds other weights: another folder, or a push of another run",
+        "log-probs of another distribution: temperature, top-p, penalties, or not processed",
+        "another tokenizer or position encoding (rope scaling) on one side",
+        "NaN or overflow in half precision: look at the last update's gradient norm",
+    ),
+}
+"""What usually is behind it, likeliest first."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Verdict:
+    """What the limits say."""
+
+    level: Level
+    findings: tuple[str, ...]
+    """One sentence for each figure beyond a limit, the worst first."""
+
+    @property
+    def causes(self) -> tuple[str, ...]:
+        return CAUSES[self.level]
+
+
+def judge(figures: Mapping[str, float]) -> Verdict:
+    """Compare each figure of LIMITS with its limits; the worst one decides."""
+    found: dict[Level, list[str]] = {Level.BROKEN: [], Level.SUSPICIOUS: []}
+    for limit in LIMITS:
+        value = figures[limit.figure]
+        for level, bound in ((Level.BROKEN, limit.broken), (Level.SUSPICIOUS, limit.suspicious)):
+            if not abs(value) < bound:  # so that NaN is broken
+                found[level].append(f"|{limit.figure}| is {abs(value):.2g}, the limit {bound:g}")
+                break
+    level = next((level for level, findings in found.items() if findings), Level.OK)
+    return Verdict(level=level, findings=(*found[Level.BROKEN], *found[Level.SUSPICIOUS]))
