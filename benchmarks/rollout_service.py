@@ -182,10 +182,16 @@ def ledger_limits() -> LedgerLimits:
     )
 
 
+def connect(url: str, headers: dict[str, str]) -> httpx.AsyncClient:
+    """A client that keeps as many connections open as our own does: httpx's default is 20."""
+    limits = httpx.Limits(max_connections=None, max_keepalive_connections=256)
+    return httpx.AsyncClient(base_url=url, headers=headers, timeout=600.0, limits=limits)
+
+
 async def send_all(url: str, bodies: Sequence[bytes], headers: dict[str, str]) -> None:
     """POST every body to /v1/generate, CONCURRENCY at a time."""
     pending = iter(bodies)
-    async with httpx.AsyncClient(base_url=url, headers=headers, timeout=600.0) as http:
+    async with connect(url, headers) as http:
 
         async def worker() -> None:
             for body in pending:
@@ -372,7 +378,7 @@ async def drive(url: str, model: Path, num_requests: int, *, ours: bool) -> floa
     if ours:
         headers |= {"content-type": MSGPACK_TYPE, "accept": MSGPACK_TYPE}
     prompts = engine_prompts(num_requests)
-    async with httpx.AsyncClient(base_url=url, headers=headers, timeout=600.0) as http:
+    async with connect(url, headers) as http:
 
         async def one(prompt: list[int], label: str) -> None:
             body: dict[str, Any]

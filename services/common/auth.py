@@ -3,18 +3,16 @@
 import hmac
 import ipaddress
 import secrets
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from fastapi import Security
-from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
+from fastapi.security import HTTPBearer
 from starlette.datastructures import Headers
 from starlette.requests import Request
 from starlette.types import Scope
 
 from services.common.errors import ApiError, ConfigError
 
-_bearer = HTTPBearer(auto_error=False)
 _MIN_KEY_CHARS = 8
 
 
@@ -67,21 +65,27 @@ def resolve_api_key(configured: str | None, *, host: str, flag: str) -> ApiKey:
     return ApiKey(value=secrets.token_urlsafe(32), generated=True)
 
 
-def require_key(*accepted: str) -> Callable[..., Awaitable[None]]:
+class KeyGuard(HTTPBearer):
     """A FastAPI dependency that lets a request pass only with one of the `accepted` bearer keys.
 
-    Answers 401 otherwise.
+    Answers 401 otherwise. A WireRoute asks it before the body is read.
     """
 
-    # A coroutine function: FastAPI runs a plain one in a thread, which costs more than the request.
-    async def check(
-        request: Request,
-        _: HTTPAuthorizationCredentials | None = Security(_bearer),  # noqa: B008
-    ) -> None:
-        if not key_is_accepted(request.scope, accepted):
-            raise unauthorized()
+    def __init__(self, *accepted: str) -> None:
+        super().__init__()
+        self.scheme_name = HTTPBearer.__name__  # one scheme in the OpenAPI document, not one a key
+        self._accepted = accepted
 
-    return check
+    # A coroutine function: FastAPI runs a plain one in a thread, which costs more than the request.
+    async def __call__(self, request: Request) -> None:
+        self.check(request.scope)
+
+    def check(self, scope: Scope) -> None:
+        """Raises:
+        ApiError: 401.
+        """
+        if not key_is_accepted(scope, self._accepted):
+            raise unauthorized()
 
 
 def key_is_accepted(scope: Scope, accepted: Sequence[str]) -> bool:

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import gc
 import logging
 import os
 import signal
@@ -111,6 +112,9 @@ async def serve(
         timeout_keep_alive=75,
         timeout_graceful_shutdown=max(1, round(drain_s)),
     )
+    # What is here now stays for good: the collector need not look at it again and again.
+    gc.collect()
+    gc.freeze()
     server = _Server(config)
     server.url_file, server.url = url_file, bound_url(sock)
     try:

@@ -1,6 +1,7 @@
 """Routes that speak JSON and msgpack alike, in both directions."""
 
 from collections.abc import Callable, Coroutine
+from dataclasses import replace
 from typing import Any
 
 from fastapi import FastAPI
@@ -10,6 +11,7 @@ from starlette.datastructures import Headers
 from starlette.requests import Request
 from starlette.responses import Response
 
+from services.common.auth import KeyGuard
 from services.common.errors import ApiError
 from services.common.wire import JSON_TYPE, MSGPACK_TYPE, NDJSON_TYPE, decode, encode, media_type_of
 
@@ -46,12 +48,22 @@ class _WireRequest(Request):
 
 
 class WireRoute(APIRoute):
-    """A route that accepts JSON and msgpack bodies alike; set as `route_class` of a router."""
+    """A route that accepts JSON and msgpack bodies alike; set as `route_class` of a router.
+
+    Keys are checked first: FastAPI alone would read and parse a stranger's body before.
+    """
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        whole = self.dependant
+        guards = [d.call for d in whole.dependencies if isinstance(d.call, KeyGuard)]
+        rest = [d for d in whole.dependencies if not isinstance(d.call, KeyGuard)]
+        self.dependant = replace(whole, dependencies=rest)
         handler = super().get_route_handler()
+        self.dependant = whole  # what the OpenAPI document is made from
 
         async def wire_handler(request: Request) -> Response:
+            for guard in guards:
+                guard.check(request.scope)
             return await handler(_WireRequest(request.scope, request.receive))
 
         return wire_handler

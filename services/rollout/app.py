@@ -9,7 +9,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 
-from services.common.auth import require_key
+from services.common.auth import KeyGuard
 from services.common.errors import ApiError, ErrorBody, install_error_handlers
 from services.common.looplag import watch_loop_lag
 from services.common.middleware import install_middleware
@@ -58,7 +58,7 @@ def create_app(
     install_middleware(
         app, max_body_bytes=settings.max_body_bytes, body_limit_exempt=(UPLOAD_PATH,)
     )
-    data_key, control_key = require_key(api_key, admin_key), require_key(admin_key)
+    data_key, control_key = KeyGuard(api_key, admin_key), KeyGuard(admin_key)
     app.include_router(generate_routes(service), dependencies=[Depends(data_key)])
     app.include_router(_data_routes(service), dependencies=[Depends(data_key)])
     app.include_router(control_routes(service), dependencies=[Depends(control_key)])

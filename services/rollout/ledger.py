@@ -206,6 +206,7 @@ class Ledger:
         entry.finished_s = time.monotonic()
         self._finished[request_id] = entry
         self._kept_bytes += entry.kept_bytes
+        metrics.KEPT_BYTES.set(self._kept_bytes)
         self._expire()
 
     def _expire(self) -> None:
@@ -216,10 +217,10 @@ class Ledger:
             if entry.finished_s >= oldest_s and self._kept_bytes <= self._limits.keep_bytes:
                 break
             self._drop(request_id)
-        metrics.KEPT_BYTES.set(self._kept_bytes)
 
     def _drop(self, request_id: str) -> None:
         self._kept_bytes -= self._finished.pop(request_id).kept_bytes
+        metrics.KEPT_BYTES.set(self._kept_bytes)
 
     def _add_caller(self, entry: _Entry) -> None:
         entry.num_callers += 1

@@ -11,7 +11,7 @@ from fastapi.responses import JSONResponse, PlainTextResponse, StreamingResponse
 from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from services.common.auth import require_key
+from services.common.auth import KeyGuard
 from services.common.errors import ApiError, ErrorBody, install_error_handlers
 from services.common.middleware import install_middleware
 from services.tool import examples, fusion, mcp_server
@@ -54,7 +54,7 @@ def create_app(service: ToolService, api_key: str | None) -> FastAPI:
         title="Tool service", version="1", lifespan=lifespan, docs_url=None, redoc_url=None
     )
     app.state.service = service
-    guarded = [Depends(require_key(api_key))] if api_key is not None else []
+    guarded = [Depends(KeyGuard(api_key))] if api_key is not None else []
     for router in (_execution_router(), build_session_router(), fusion.build_router()):
         app.include_router(router, dependencies=guarded, responses=_ERRORS)
     app.include_router(_probe_router())

@@ -8,7 +8,7 @@ from pydantic import BaseModel, Field
 from starlette.requests import Request
 from starlette.responses import Response
 
-from services.common.auth import require_key
+from services.common.auth import KeyGuard
 from services.common.errors import ApiError, install_error_handlers
 from services.common.middleware import install_middleware
 from services.common.wire_routes import WireRoute, reply
@@ -36,9 +36,13 @@ def build_app() -> FastAPI:
     async def echo(body: Numbers, request: Request) -> Response:
         return reply(request, body)
 
-    @router.get("/locked", dependencies=[Depends(require_key(KEY))])
+    @router.get("/locked", dependencies=[Depends(KeyGuard(KEY))])
     async def locked() -> dict[str, bool]:
         return {"open": True}
+
+    @router.post("/locked", dependencies=[Depends(KeyGuard(KEY))])
+    async def locked_echo(body: Numbers, request: Request) -> Response:
+        return reply(request, body)
 
     @router.get("/api-error")
     async def api_error() -> None:

@@ -5,6 +5,7 @@ from services.common.auth import is_loopback, resolve_api_key
 from services.common.errors import ConfigError
 
 KEY = "a-key-for-tests"
+JSON = {"content-type": "application/json"}
 
 
 async def test_the_right_key_passes(client: httpx.AsyncClient) -> None:
@@ -21,6 +22,13 @@ async def test_a_missing_or_wrong_key_is_a_401(
     assert response.status_code == 401
     assert response.json()["error"]["code"] == "unauthorized"
     assert response.headers["www-authenticate"] == "Bearer"
+
+
+async def test_a_stranger_learns_nothing_about_a_body(client: httpx.AsyncClient) -> None:
+    garbage = await client.post("/locked", content=b"{", headers=JSON)
+    assert garbage.status_code == 401
+    right = {**JSON, "authorization": f"Bearer {KEY}"}
+    assert (await client.post("/locked", content=b"{", headers=right)).status_code == 422
 
 
 def test_a_key_is_generated_on_loopback_and_differs_each_time() -> None:
