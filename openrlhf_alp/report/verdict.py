@@ -27,8 +27,9 @@ class Limit:
     broken: float
 
 
-# SmolLM2 in bfloat16 against vLLM on a CPU: k3 KL 1.3e-3 to 2.0e-3, quantiles within 0.15. Another
-# model folder or another temperature gives a k3 KL of 0.1 and up on any language model.
+# Measured with SmolLM2 in bfloat16 against vLLM on a CPU, k3 KL and 1 % quantile: the same weights
+# 0.002 and -0.19; tokens served at temperature 0.9 and scored at 1 0.02 and -0.31, at 0.7 0.13 and
+# -0.78; the service 16 steps of training behind 0.16 and -3.7.
 LIMITS = (
     Limit(figure="k3_kl", suspicious=0.01, broken=0.1),
     Limit(figure="mean", suspicious=0.02, broken=0.2),
