@@ -4,9 +4,12 @@
     strategy.py                           attaches ALP before DeepSpeed sees the model
     actor.py                              perturbed forward -> one ratio -> loss -> optimizer step
     experience.py                         no "old" log-prob pass, sample ids, groups made whole
-    trainer.py                            first push of weights, metrics as JSON lines
+    trainer.py                            sync or async: first push, staleness, JSON lines
+    staleness.py                          groups with too old a token, dropped and counted
     rollout_engine.py                     prompts -> episodes over the rollout service
     weight_sync.py                        theta to the service, never sigma
+    mismatch.py                           clean learner against rollouts, at equal weights:
+                                          probe.py before a run, recheck.py within it
 
 Importing the package installs the shims of `compat`, without which OpenRLHF does not import on a
 machine that lacks flash-attn.
