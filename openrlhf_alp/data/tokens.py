@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from typing import Any
 
+import jinja2
+
 from openrlhf_alp.data.errors import TokenizerError
 from openrlhf_alp.data.templates import Message
 
@@ -32,7 +34,8 @@ class TokenCounter:
         """Token counts, in order; messages are put into the chat template first.
 
         Raises:
-            TokenizerError: messages, but the tokenizer has no chat template.
+            TokenizerError: messages, but the tokenizer has no chat template or one that refuses
+                them: some know no system message.
         """
         texts = [self._as_text(one) for one in inputs]
         if not texts:
@@ -48,7 +51,13 @@ class TokenCounter:
                 f"--tokenizer {self._name} has no chat template, so --data.apply_chat_template "
                 "would fail too; choose a --template that starts with base-"
             )
-        text: str = self._tokenizer.apply_chat_template(
-            prompt, tokenize=False, add_generation_prompt=True
-        )
+        try:
+            text: str = self._tokenizer.apply_chat_template(
+                prompt, tokenize=False, add_generation_prompt=True
+            )
+        except jinja2.TemplateError as error:
+            raise TokenizerError(
+                f"--tokenizer {self._name}: its chat template refuses {prompt[0]['role']} messages "
+                f"of --template: {error}. Choose one that suits it, such as chat-bare"
+            ) from error
         return text

@@ -14,8 +14,8 @@ from openrlhf_alp.data.errors import ComparisonError
 from openrlhf_alp.rewards.math import MathReward
 from openrlhf_alp.rewards.protocol import RewardUnavailable
 
-_TIMEOUT_S = 10.0
-"""For one comparison: twice what training allows, as a busy machine is no fault of the label."""
+_TIMEOUT_S = 20.0
+"""For one comparison: more than training allows, as a busy machine is no fault of the label."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
