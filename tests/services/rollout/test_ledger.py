@@ -234,6 +234,14 @@ async def test_over_http_an_absolute_deadline_is_kept(
         "/v1/generate", json=body("x"), headers={"x-request-deadline": str(time.time() - 1)}
     )
     assert (past.status_code, past.json()["error"]["field"]) == (504, "x-request-deadline")
+    for wrong in ("soon", "nan", "inf"):
+        refused = await http.post(
+            "/v1/generate", json=body("x"), headers={"x-request-deadline": wrong}
+        )
+        assert (refused.status_code, refused.json()["error"]["field"]) == (
+            422,
+            "x-request-deadline",
+        )
     await service.engine.pause("keep")
     soon = await http.post(
         "/v1/generate", json=body("x"), headers={"x-request-deadline": str(time.time() + 0.05)}
