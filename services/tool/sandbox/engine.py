@@ -155,7 +155,9 @@ class Sandbox:
         raise ZygoteLostError("no launcher is alive")
 
     def _launch(self, index: int) -> LauncherHandle:
-        return LauncherHandle.start(self._plan(index), lambda: self._on_lost(index))
+        return LauncherHandle.start(
+            self._plan(index), self.config.warm_slots, lambda: self._on_lost(index)
+        )
 
     async def _warm(self, launcher: LauncherHandle) -> None:
         """Wait for a launcher's zygotes and fill their pools."""
@@ -163,7 +165,7 @@ class Sandbox:
             async with asyncio.timeout(_READY_S):
                 for zygote in launcher.zygotes.values():
                     await zygote.ready
-                    zygote.spawn(self.config.warm_slots)
+                    zygote.refill()
         except (ZygoteLostError, TimeoutError) as error:
             raise RuntimeError(
                 "a sandbox launcher did not come up; its own message is on standard error"

@@ -10,7 +10,6 @@ callbacks.
 
 import asyncio
 import contextlib
-import json
 import logging
 import os
 import signal
@@ -20,11 +19,9 @@ import sys
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
 
-from services.tool.sandbox import wire
+from services.tool.sandbox import channel, wire
 from services.tool.sandbox.plan import Plan
-from services.tool.sandbox.zygote import MESSAGE_BYTES
 
 logger = logging.getLogger(__name__)
 
@@ -38,6 +35,7 @@ ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
     "MKL_NUM_THREADS": "1",
     "MALLOC_ARENA_MAX": "2",
+    "LD_BIND_NOW": "1",
     "MPLBACKEND": "Agg",
 }
 """Everything a snippet finds in os.environ, besides HOME and TMPDIR."""
@@ -57,8 +55,8 @@ class ExitFacts:
     """Wait status as of wait4."""
     cpu_s: float = 0.0
     peak_bytes: int = 0
-    reason: str = ""
-    """"memory" when the watchdog killed it."""
+    memory: bool = False
+    """Whether the watchdog killed it for its memory."""
     lost: bool = False
     """The zygote died first, so nobody knows how the slot ended (the kernel killed it)."""
 
@@ -77,6 +75,8 @@ class SlotHandle:
     exited: asyncio.Future[ExitFacts]
     fenced: bool = False
     """Whether its first frame said that every fence stands."""
+    failure: str = "a slot died before it was fenced"
+    """Why it never will be."""
     taken: bool = False
     """Whether somebody outside of the pool has it and will close it."""
 
@@ -104,9 +104,14 @@ class ZygoteHandle:
     """One zygote as the API process sees it."""
 
     preset: str
-    channel: socket.socket
+    link: socket.socket
+    target: int
+    """Slots to keep waiting."""
     on_lost: Callable[[], None]
-    ready: asyncio.Future[dict[str, Any]]
+    ready: asyncio.Future[int]
+    """Done when it forks; the ranges of its memory that huge pages back."""
+    ordered: int = 0
+    """Slots asked for and not there yet."""
     slots: dict[int, SlotHandle] = field(default_factory=dict)
     """Live slots by number, whether waiting, running or serving a session."""
     warm: deque[SlotHandle] = field(default_factory=deque)
@@ -114,35 +119,39 @@ class ZygoteHandle:
     alive: bool = True
 
     def listen(self) -> None:
-        asyncio.get_running_loop().add_reader(self.channel.fileno(), self._on_channel)
+        asyncio.get_running_loop().add_reader(self.link.fileno(), self._on_packet)
 
-    def spawn(self, count: int = 1) -> None:
-        """Ask for `count` more slots."""
-        for _ in range(count):
-            self._send({"op": "spawn"})
+    def refill(self) -> None:
+        """Order the slots that are missing. Not called when one is handed out but when its program
+        has ended or its session is open: a fork would delay what just started."""
+        while self.alive and len(self.warm) + self.ordered < self.target + len(self.waiters):
+            self.ordered += 1
+            self._order(channel.SPAWN)
 
     def watch(self, slot: SlotHandle, limit_bytes: int) -> None:
         """Ask the zygote to watch the memory of a slot that has been running for a while; 0 ends
         it.
         """
         if self.alive:
-            self._send({"op": "watch", "slot": slot.number, "bytes": limit_bytes})
+            self._order(channel.WATCH, slot.number, limit_bytes)
 
     async def take(self) -> SlotHandle:
-        """Take a waiting slot and order its replacement. Raises ZygoteLostError."""
+        """Take a waiting slot, or the next to come. Raises ZygoteLostError."""
         if not self.alive:
             raise ZygoteLostError(f"zygote {self.preset} is gone")
-        self.spawn()
         if self.warm:
             slot = self.warm.popleft()
             slot.taken = True
             return slot
         waiter: asyncio.Future[SlotHandle] = asyncio.get_running_loop().create_future()
         self.waiters.append(waiter)
+        self.refill()
         try:
             return await waiter
         except asyncio.CancelledError:
-            if waiter.done() and not waiter.cancelled() and waiter.exception() is None:
+            if waiter in self.waiters:
+                self.waiters.remove(waiter)
+            elif not waiter.cancelled() and waiter.exception() is None:
                 self._offer(waiter.result())
             raise
 
@@ -151,8 +160,8 @@ class ZygoteHandle:
         if not self.alive:
             return
         self.alive = False
-        asyncio.get_running_loop().remove_reader(self.channel.fileno())
-        self.channel.close()
+        asyncio.get_running_loop().remove_reader(self.link.fileno())
+        self.link.close()
         error = ZygoteLostError(f"zygote {self.preset} is gone")
         for waiter in self.waiters:
             if not waiter.done():
@@ -163,17 +172,17 @@ class ZygoteHandle:
             self.ready.set_exception(error)
             self.ready.exception()  # retrieved: a caller that gave up must not cause a warning
 
-    def _send(self, message: dict[str, Any]) -> None:
+    def _order(self, kind: bytes, slot: int = 0, limit_bytes: int = 0) -> None:
         try:
-            self.channel.send(json.dumps(message).encode())
+            self.link.send(channel.ORDER.pack(kind, slot, limit_bytes))
         except OSError:
             self.on_lost()
 
-    def _on_channel(self) -> None:
+    def _on_packet(self) -> None:
         while self.alive:
             try:
                 data, descriptors, _, _ = socket.recv_fds(
-                    self.channel, MESSAGE_BYTES, _DESCRIPTORS_PER_SLOT
+                    self.link, channel.EVENT.size, _DESCRIPTORS_PER_SLOT
                 )
             except BlockingIOError:
                 return
@@ -182,28 +191,26 @@ class ZygoteHandle:
             if not data:
                 self.on_lost()
                 return
-            self._on_event(json.loads(data), descriptors)
+            self._on_event(channel.Event(*channel.EVENT.unpack(data)), descriptors)
 
-    def _on_event(self, event: dict[str, Any], descriptors: list[int]) -> None:
-        if event["event"] == "ready":
-            self.ready.set_result(event)
-        elif event["event"] == "slot":
-            self._adopt(event["slot"], descriptors)
-        else:
-            slot = self.slots.get(event["slot"])
-            if slot is not None:
-                facts = ExitFacts(
-                    status=event["status"],
-                    cpu_s=event["cpu_s"],
-                    peak_bytes=event["peak_bytes"],
-                    reason=event["reason"],
-                )
-                self._finish(slot, facts)
+    def _on_event(self, event: channel.Event, descriptors: list[int]) -> None:
+        if event.kind == channel.READY:
+            self.ready.set_result(event.slot)
+        elif event.kind == channel.SLOT:
+            self._adopt(event.slot, descriptors)
+        elif event.slot in self.slots:
+            facts = ExitFacts(
+                status=event.status,
+                cpu_s=event.cpu_s,
+                peak_bytes=event.peak_bytes,
+                memory=event.memory,
+            )
+            self._finish(self.slots[event.slot], facts)
 
     def _adopt(self, number: int, descriptors: list[int]) -> None:
         loop = asyncio.get_running_loop()
         job_fd, stdin, stdout, stderr, kill_fd = descriptors
-        job = socket.socket(fileno=job_fd)
+        job = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM, fileno=job_fd)
         job.setblocking(False)
         for descriptor in (stdin, stdout, stderr):
             os.set_blocking(descriptor, False)
@@ -229,14 +236,14 @@ class ZygoteHandle:
         asyncio.get_running_loop().remove_reader(slot.job.fileno())
         if messages and messages[0].get("ready") is True:
             slot.fenced = True
+            self.ordered -= 1
             self._offer(slot)
             return
         if not messages:
             return  # it died: the zygote will say so, or is dead itself
-        reason = f"the sandbox could not fence a slot: {messages[0].get('failed')}"
-        logger.error("%s", reason)
+        slot.failure = f"the sandbox could not fence a slot: {messages[0].get('failed')}"
+        logger.error("%s", slot.failure)
         slot.kill()
-        self._fail_waiter(SlotFailedError(reason))
 
     def _offer(self, slot: SlotHandle) -> None:
         slot.taken = True
@@ -259,18 +266,18 @@ class ZygoteHandle:
         self.slots.pop(slot.number, None)
         if not slot.exited.done():
             slot.exited.set_result(facts)
-        if slot.taken:
-            return
-        asyncio.get_running_loop().remove_reader(slot.job.fileno())
-        slot.close()
-        if slot in self.warm:
-            self.warm.remove(slot)
+        if not slot.taken:
+            asyncio.get_running_loop().remove_reader(slot.job.fileno())
+            slot.close()
+            if slot in self.warm:
+                self.warm.remove(slot)
         if facts.lost:
             return
         if slot.fenced:
-            self.spawn()
-        else:
-            self._fail_waiter(SlotFailedError("a slot died before it was fenced"))
+            self.refill()
+            return
+        self.ordered -= 1
+        self._fail_waiter(SlotFailedError(slot.failure))
 
 
 class SlotFailedError(RuntimeError):
@@ -286,7 +293,7 @@ class LauncherHandle:
     alive: bool = True
 
     @classmethod
-    def start(cls, plan: Plan, on_lost: Callable[[], None]) -> "LauncherHandle":
+    def start(cls, plan: Plan, warm_slots: int, on_lost: Callable[[], None]) -> "LauncherHandle":
         """Start the process and its channels; returns before the zygotes are ready."""
         loop = asyncio.get_running_loop()
         pairs = [socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET) for _ in plan.presets]
@@ -312,7 +319,11 @@ class LauncherHandle:
             theirs.close()
             ours.setblocking(False)
             zygotes[preset] = ZygoteHandle(
-                preset=preset, channel=ours, on_lost=on_lost, ready=loop.create_future()
+                preset=preset,
+                link=ours,
+                target=warm_slots,
+                on_lost=on_lost,
+                ready=loop.create_future(),
             )
             zygotes[preset].listen()
         return cls(process=process, zygotes=zygotes)

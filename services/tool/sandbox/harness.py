@@ -13,6 +13,7 @@ import linecache
 import os
 import random
 import resource
+import site
 import stat
 import sys
 import threading
@@ -69,7 +70,7 @@ def run_program(
 def close_last_door(place: Place) -> None:
     """At level basic, refuse new processes from here on."""
     if not place.can_fork:
-        kernel.load_seccomp(place.no_fork_filter)
+        kernel.run([kernel.loading_seccomp(place.no_fork_filter)])
 
 
 def new_main() -> dict[str, Any]:
@@ -98,7 +99,7 @@ def execute(
     code = code.removeprefix("\ufeff")
     linecache.cache[name] = (len(code), None, code.splitlines(keepends=True), name)
     try:
-        body, last = _compile(code, name, interactive)
+        body, last = _compile_cell(code, name) if interactive else (_compile(code, name), None)
         exec(body, namespace)
         return Execution(value=eval(last, namespace) if last is not None else None)
     except SystemExit as error:
@@ -133,6 +134,12 @@ def open_streams() -> None:
     )
     sys.stdout = sys.__stdout__ = _writer(1, "replace")  # type: ignore[misc]
     sys.stderr = sys.__stderr__ = _writer(2, "backslashreplace")  # type: ignore[misc]
+
+
+def prepare() -> None:
+    """Set up what every program finds alike."""
+    sys.argv = [MAIN]
+    site.setquit()
 
 
 def _writer(descriptor: int, errors: str) -> io.TextIOWrapper:
@@ -204,22 +211,25 @@ def read_file(home: str, path: str, max_bytes: int) -> bytes:
         os.close(descriptor)
 
 
-def _compile(
-    code: str, name: str, interactive: bool
-) -> tuple[types.CodeType, types.CodeType | None]:
-    """Compile to (statements, last expression or None). Bad characters are a SyntaxError, as for
-    `python file.py`."""
+def _compile(code: str | ast.Module, name: str) -> types.CodeType:
+    """Compile statements. Bad characters are a SyntaxError, as for `python file.py`."""
     try:
-        tree = ast.parse(code, name)
-        last = None
-        if interactive and tree.body and isinstance(tree.body[-1], ast.Expr):
-            expression = ast.Expression(tree.body.pop().value)  # type: ignore[attr-defined]
-            last = compile(expression, name, "eval", dont_inherit=True)
-        return compile(tree, name, "exec", dont_inherit=True), last
+        return compile(code, name, "exec", dont_inherit=True)
     except UnicodeError:
         raise SyntaxError("source code contains a lone surrogate") from None
     except ValueError as error:
         raise SyntaxError(str(error)) from None
+
+
+def _compile_cell(code: str, name: str) -> tuple[types.CodeType, types.CodeType | None]:
+    """Compile to (statements, last expression or None)."""
+    _compile(code, name)  # for its errors
+    tree = ast.parse(code, name)
+    last = None
+    if tree.body and isinstance(tree.body[-1], ast.Expr):
+        expression = ast.Expression(tree.body.pop().value)  # type: ignore[attr-defined]
+        last = compile(expression, name, "eval", dont_inherit=True)
+    return _compile(tree, name), last
 
 
 def _describe(error: BaseException, name: str) -> dict[str, Any]:

@@ -4,39 +4,39 @@ that runs it."""
 import gc
 import os
 import resource
-import site
-import socket
 import sys
 from typing import NoReturn
 
 from services.tool.sandbox import harness, keeper, wire
 
+_READY = wire.encode({"ready": True})
 
-def serve(job_socket: socket.socket, place: harness.Place) -> NoReturn:
+
+def serve(job_fd: int, place: harness.Place) -> NoReturn:
     """Wait for a job and run it. Never returns.
 
     A job has: mode (run or session), code, files {path: base64}, fetch [path], fetch_bytes,
     memory_bytes, cpu_s, seed.
     """
-    wire.send(job_socket, {"ready": True})
+    harness.reseed(None)
+    os.write(job_fd, _READY)
     try:
-        job = wire.receive(job_socket)
+        job = wire.receive(job_fd)
     except EOFError:
         os._exit(0)  # the slot was not needed
     gc.enable()
     data = place.baseline_bytes + job["memory_bytes"]
     resource.setrlimit(resource.RLIMIT_DATA, (data, data))
-    harness.reseed(job["seed"])
-    sys.argv = [harness.MAIN]
+    if job["seed"] is not None:
+        harness.reseed(job["seed"])
     sys.path.insert(0, place.home)
-    site.setquit()
     try:
         harness.write_files(place.home, job["files"])
     except OSError as error:
-        wire.send(job_socket, {"refused": f"files: {error.strerror or error}"})
+        wire.send(job_fd, {"refused": f"files: {error.strerror or error}"})
         os._exit(1)
     if job["mode"] == "session":
-        keeper.serve(job_socket, place)
+        keeper.serve(job_fd, place)
     if job["fetch"]:
-        keeper.run_and_collect(job_socket, job, place)
-    harness.run_program(job, place, lambda report: wire.send(job_socket, report))
+        keeper.run_and_collect(job_fd, job, place)
+    harness.run_program(job, place, lambda report: wire.send(job_fd, report))

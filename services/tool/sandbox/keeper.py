@@ -29,16 +29,16 @@ _RESULT_CHARS = 10_000
 _MAX_LISTED = 1000
 
 
-def run_and_collect(job_socket: socket.socket, job: wire.Message, place: harness.Place) -> NoReturn:
+def run_and_collect(job_fd: int, job: wire.Message, place: harness.Place) -> NoReturn:
     """Run a program, then send its wait status and the files that the job asked for."""
-    ours, theirs = socket.socketpair()
+    ours, theirs = (sock.detach() for sock in socket.socketpair())
     pid = os.fork()
     if pid == 0:
-        job_socket.close()
-        ours.close()
+        os.close(job_fd)
+        os.close(ours)
         kernel.die_with_parent(signal.SIGKILL)
         harness.run_program(job, place, lambda report: wire.send(theirs, report))
-    theirs.close()
+    os.close(theirs)
     _, status = os.waitpid(pid, 0)
     if place.alone:
         _kill_everything_else()
@@ -53,7 +53,7 @@ def run_and_collect(job_socket: socket.socket, job: wire.Message, place: harness
         budget -= len(content)
         report["files"][path] = base64.b64encode(content).decode("ascii")
     report["error"] = _first_error(ours)
-    wire.send(job_socket, report)
+    wire.send(job_fd, report)
     os._exit(0)
 
 
@@ -71,11 +71,11 @@ def _kill_everything_else() -> None:
         return  # nothing was left
 
 
-def _first_error(reports: socket.socket) -> Any:
-    reports.setblocking(False)
+def _first_error(reports: int) -> Any:
+    os.set_blocking(reports, False)
     reader = wire.FrameReader(1 << 16)
     try:
-        messages = reader.feed(reports.recv(1 << 16))
+        messages = reader.feed(os.read(reports, 1 << 16))
     except (OSError, wire.FrameError):
         return None
     return messages[0].get("error") if messages else None
@@ -83,9 +83,10 @@ def _first_error(reports: socket.socket) -> Any:
 
 @dataclass(slots=True, kw_only=True)
 class _Keeper:
-    job_socket: socket.socket
-    holder_socket: socket.socket
-    far_socket: socket.socket
+    job_fd: int
+    holder_fd: int
+    far_fd: int
+    """The holder's end of `holder_fd`."""
     place: harness.Place
     reader: wire.FrameReader = field(default_factory=lambda: wire.FrameReader(1 << 20))
     holder: int = 0
@@ -95,7 +96,7 @@ class _Keeper:
     snapshot: bool = False
 
 
-def serve(job_socket: socket.socket, place: harness.Place) -> NoReturn:
+def serve(job_fd: int, place: harness.Place) -> NoReturn:
     """Serve a session until the API process closes the socket or kills the slot. Never returns."""
     kernel.adopt_orphans()
     wakeup, trigger = os.pipe()
@@ -103,24 +104,24 @@ def serve(job_socket: socket.socket, place: harness.Place) -> NoReturn:
     os.set_blocking(trigger, False)
     signal.signal(signal.SIGCHLD, lambda *_: None)
     signal.set_wakeup_fd(trigger, warn_on_full_buffer=False)
-    ours, theirs = socket.socketpair()
-    keeper = _Keeper(job_socket=job_socket, holder_socket=ours, far_socket=theirs, place=place)
+    ours, theirs = (sock.detach() for sock in socket.socketpair())
+    keeper = _Keeper(job_fd=job_fd, holder_fd=ours, far_fd=theirs, place=place)
     _fork_holder(keeper)
-    wire.send(job_socket, {"opened": True})
+    wire.send(job_fd, {"opened": True})
     poller = select.poll()
-    for descriptor in (job_socket.fileno(), ours.fileno(), wakeup):
+    for descriptor in (job_fd, ours, wakeup):
         poller.register(descriptor, select.POLLIN)
     try:
         while True:
             ready = {descriptor for descriptor, _ in poller.poll()}
-            if ours.fileno() in ready:
-                for message in keeper.reader.feed(ours.recv(1 << 16)):
+            if ours in ready:
+                for message in keeper.reader.feed(os.read(ours, 1 << 16)):
                     _hear_holder(keeper, message)
             if wakeup in ready:
                 os.read(wakeup, 4096)
                 _reap(keeper)
-            if job_socket.fileno() in ready:
-                _obey(keeper, wire.receive(job_socket))
+            if job_fd in ready:
+                _obey(keeper, wire.receive(job_fd))
     finally:
         os._exit(0)
 
@@ -130,10 +131,10 @@ def _fork_holder(keeper: _Keeper) -> None:
     if keeper.holder == 0:
         signal.set_wakeup_fd(-1)
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        keeper.job_socket.close()
-        keeper.holder_socket.close()
+        os.close(keeper.job_fd)
+        os.close(keeper.holder_fd)
         kernel.die_with_parent(signal.SIGKILL)
-        _hold(keeper.far_socket, keeper.place)
+        _hold(keeper.far_fd, keeper.place)
 
 
 def _obey(keeper: _Keeper, message: wire.Message) -> None:
@@ -143,13 +144,13 @@ def _obey(keeper: _Keeper, message: wire.Message) -> None:
     if operation == "cell":
         if keeper.holder == 0:
             _fork_holder(keeper)
-        wire.send(keeper.holder_socket, message)
+        wire.send(keeper.holder_fd, message)
     elif operation == "interrupt":
         target = keeper.cell if keeper.snapshot else keeper.holder
         if target > 1:
             _kill_group(target, own_group=keeper.snapshot)
     else:
-        wire.send(keeper.job_socket, _file_operation(keeper.place.home, message))
+        wire.send(keeper.job_fd, _file_operation(keeper.place.home, message))
 
 
 def _kill_group(pid: int, *, own_group: bool) -> None:
@@ -205,7 +206,7 @@ def _hear_holder(keeper: _Keeper, message: wire.Message) -> None:
 
 def _answer(keeper: _Keeper, message: wire.Message) -> None:
     keeper.cell = 0
-    wire.send(keeper.job_socket, {**message, "snapshot": keeper.snapshot})
+    wire.send(keeper.job_fd, {**message, "snapshot": keeper.snapshot})
 
 
 def _reap(keeper: _Keeper) -> None:
@@ -224,7 +225,7 @@ def _reap(keeper: _Keeper) -> None:
                 _answer(keeper, {"died": status, "lost": True})
 
 
-def _hold(orders: socket.socket, place: harness.Place) -> NoReturn:
+def _hold(orders: int, place: harness.Place) -> NoReturn:
     """Hold the state of a session: take a cell, fork, run it in the child, become the snapshot.
     Never returns."""
     harness.close_last_door(place)

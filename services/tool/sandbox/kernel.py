@@ -8,6 +8,8 @@ kernel refuses.
 
 import ctypes
 import os
+from collections.abc import Sequence
+from typing import Any
 
 CLONE_NEWNS = 0x00020000
 CLONE_NEWUTS = 0x04000000
@@ -26,6 +28,9 @@ MNT_DETACH = 2
 
 MADV_COLLAPSE = 25
 
+_CLONE_VM = 0x100
+_CLONE_FILES = 0x400
+_SIGCHLD = 17
 _PR_SET_PDEATHSIG = 1
 _PR_SET_DUMPABLE = 4
 _PR_SET_SECCOMP = 22
@@ -37,7 +42,9 @@ _AT_FDCWD = -100
 _AT_RECURSIVE = 0x8000
 _MOUNT_ATTR_RDONLY = 0x1
 _MOUNT_ATTR_NOSUID = 0x2
-_SYS_MOUNT_SETATTR = 442  # the number is the same on x86_64 and aarch64, like every call since 424
+# These numbers are the same on x86_64 and aarch64, like every call since 424.
+_SYS_MOUNT_SETATTR = 442
+_SYS_LANDLOCK_RESTRICT_SELF = 446
 _SYS_PIVOT_ROOT = {"x86_64": 155, "aarch64": 41}
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -74,13 +81,6 @@ def _check(result: int, call: str) -> None:
         raise OSError(number, f"{call}: {os.strerror(number)}")
 
 
-def _prctl(option: int, first: int, call: str) -> None:
-    result = _libc.prctl(
-        option, ctypes.c_ulong(first), ctypes.c_ulong(0), ctypes.c_ulong(0), ctypes.c_ulong(0)
-    )
-    _check(result, call)
-
-
 def unshare(flags: int) -> None:
     """Move this process (for CLONE_NEWPID: its next children) into new namespaces."""
     _check(_libc.unshare(flags), "unshare")
@@ -89,6 +89,23 @@ def unshare(flags: int) -> None:
 def setns(fd: int, flags: int) -> None:
     """Enter the namespaces behind a namespace or pid descriptor."""
     _check(_libc.setns(fd, flags), "setns")
+
+
+def clone_idle(flags: int, stack: ctypes.Array[ctypes.c_char]) -> int:
+    """Start a process that waits for its death and does nothing else; returns its pid.
+
+    It shares this process's memory and descriptors, so it costs no copy of either. It runs one
+    function of the C library, pause, on `stack`, which must outlive it. This process must have no
+    signal handlers: one would run there.
+
+    Args:
+        flags: CLONE_NEW*, namespaces that the new process is the first of.
+    """
+    top = ctypes.addressof(stack) + len(stack)
+    kind = _CLONE_VM | _CLONE_FILES | _SIGCHLD | flags
+    pid = _libc.clone(_libc.pause, ctypes.c_void_p(top), kind, None)
+    _check(pid, "clone")
+    return int(pid)
 
 
 def mount(source: str, target: str, kind: str, flags: int, options: str = "") -> None:
@@ -126,41 +143,68 @@ def pivot_root(new_root: str) -> None:
     os.chdir("/")
 
 
-def die_with_parent(signal_number: int) -> None:
-    """Ask the kernel for `signal_number` when the parent dies. A change of user id clears it."""
-    _prctl(_PR_SET_PDEATHSIG, signal_number, "prctl(PR_SET_PDEATHSIG)")
-
-
 def adopt_orphans() -> None:
     """Become the process that orphaned descendants are re-parented to."""
-    _prctl(_PR_SET_CHILD_SUBREAPER, 1, "prctl(PR_SET_CHILD_SUBREAPER)")
+    run([prctl("PR_SET_CHILD_SUBREAPER", _PR_SET_CHILD_SUBREAPER, ctypes.c_ulong(1))])
 
 
-def allow_inspection() -> None:
+Step = tuple[str, Any, tuple[Any, ...]]
+"""A system call made ready: name, C function, arguments. A fresh fork pays a page fault for every
+object it touches first, so what all forks do alike is put together once, before the fork."""
+
+
+def run(steps: Sequence[Step]) -> None:
+    """Make calls that were made ready, in order. The first refusal raises OSError."""
+    for name, function, arguments in steps:
+        if function(*arguments) < 0:
+            _check(-1, name)
+
+
+def prctl(name: str, option: int, argument: Any) -> Step:
+    zero = ctypes.c_ulong(0)
+    return f"prctl({name})", _libc.prctl, (ctypes.c_ulong(option), argument, zero, zero, zero)
+
+
+def dying_with_parent(signal_number: int) -> Step:
+    """Ask the kernel for `signal_number` when the parent dies. A change of user id clears it."""
+    return prctl("PR_SET_PDEATHSIG", _PR_SET_PDEATHSIG, ctypes.c_ulong(signal_number))
+
+
+def die_with_parent(signal_number: int) -> None:
+    """Make that call now."""
+    run([dying_with_parent(signal_number)])
+
+
+def allowing_inspection() -> Step:
     """Undo what a change of user id does to /proc/self and to pid descriptors of this process."""
-    _prctl(_PR_SET_DUMPABLE, 1, "prctl(PR_SET_DUMPABLE)")
+    return prctl("PR_SET_DUMPABLE", _PR_SET_DUMPABLE, ctypes.c_ulong(1))
 
 
-def forbid_new_privileges() -> None:
-    _prctl(_PR_SET_NO_NEW_PRIVS, 1, "prctl(PR_SET_NO_NEW_PRIVS)")
+def forbidding_new_privileges() -> Step:
+    return prctl("PR_SET_NO_NEW_PRIVS", _PR_SET_NO_NEW_PRIVS, ctypes.c_ulong(1))
 
 
-def drop_capabilities() -> None:
+def dropping_capabilities() -> Step:
     """Give up every effective, permitted and inheritable capability."""
     header = _CapabilityHeader(_CAPABILITY_VERSION_3, 0)
     data = (_CapabilityData * 2)()
-    _check(_libc.capset(ctypes.byref(header), ctypes.byref(data)), "capset")
+    return "capset", _libc.capset, (ctypes.byref(header), ctypes.byref(data))
 
 
-def load_seccomp(program: bytes) -> None:
+def restricting_by_landlock(ruleset: int) -> Step:
+    """Enforce a Landlock ruleset; needs no_new_privs."""
+    call = (_SYS_LANDLOCK_RESTRICT_SELF, ctypes.c_int(ruleset), ctypes.c_uint32(0))
+    return "landlock_restrict_self", _libc.syscall, call
+
+
+def loading_seccomp(program: bytes) -> Step:
     """Load a compiled BPF program (a multiple of 8 bytes) as a seccomp filter; needs
     no_new_privs."""
     buffer = ctypes.create_string_buffer(program, len(program))
-    descriptor = _SockFilterProgram(len(program) // 8, ctypes.addressof(buffer))
-    result = _libc.prctl(
-        _PR_SET_SECCOMP, ctypes.c_ulong(_SECCOMP_MODE_FILTER), ctypes.byref(descriptor), 0, 0
-    )
-    _check(result, "prctl(PR_SET_SECCOMP)")
+    descriptor = _SockFilterProgram(len(program) // 8, ctypes.cast(buffer, ctypes.c_void_p))
+    # byref keeps the descriptor alive, and the descriptor the buffer.
+    arguments = (_PR_SET_SECCOMP, ctypes.c_ulong(_SECCOMP_MODE_FILTER), ctypes.byref(descriptor))
+    return "prctl(PR_SET_SECCOMP)", _libc.prctl, (*arguments, ctypes.c_ulong(0), ctypes.c_ulong(0))
 
 
 def collapse(address: int, length: int) -> bool:

@@ -6,7 +6,7 @@ with root's rights, then gives them up for a range of unprivileged user ids. It 
 process, and everything below dies with it.
 """
 
-import gc
+import contextlib
 import os
 import select
 import signal
@@ -14,7 +14,7 @@ import socket
 import sys
 from typing import NoReturn
 
-from services.tool.sandbox import filesystem, kernel, zygote
+from services.tool.sandbox import filesystem, kernel, rooms, zygote
 from services.tool.sandbox.plan import JAIL, Level, Plan
 
 _NAMESPACES = (
@@ -37,6 +37,8 @@ def main() -> None:
     os.close(null)
     zygote.load_before_root_changes()
     sys.path[:] = [*plan.package_paths, *(path for path in sys.path if path != plan.code_root)]
+    if plan.uid_base is not None:
+        os.setgroups([])
     if plan.level is Level.FULL:
         _enter_namespaces(plan)
         kernel.die_with_parent(signal.SIGKILL)
@@ -60,10 +62,9 @@ def _enter_namespaces(plan: Plan) -> None:
     kernel.unshare(kernel.CLONE_NEWNS)
     filesystem.build_root(plan)
     _map_range(plan.uid_base, plan.uid_count)
-    os.setgroups([])
     os.setresgid(0, 0, 0)
     os.setresuid(0, 0, 0)
-    kernel.allow_inspection()
+    kernel.run([kernel.allowing_inspection()])
 
 
 def _map_range(base: int, count: int) -> None:
@@ -99,24 +100,26 @@ def _write(path: str, text: str) -> None:
 
 
 def _run_factory(plan: Plan) -> NoReturn:
-    """Fork the first zygote, then make slot inits on demand until any zygote or the launcher is
-    gone."""
+    """Fork the first zygote, then build rooms until any zygote or the launcher is gone."""
     kernel.die_with_parent(signal.SIGKILL)
     proc = _open_proc(plan)
     pairs = [socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET) for _ in plan.presets]
+    builder = rooms.Builder(plan) if plan.level is Level.FULL else None
     if os.fork() == 0:
         for ours, _ in pairs:
             ours.close()
-        zygote.run(plan, [theirs for _, theirs in pairs], proc)
+        ends = [theirs for _, theirs in pairs]
+        zygote.run(plan, ends, proc, builder.outside if builder is not None else -1)
     for channel in plan.channels:
         os.close(channel)
     for _, theirs in pairs:
         theirs.close()
-    # The inits are reaped by the kernel: nobody asks for their status.
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)
-    gc.freeze()
-    gc.disable()
-    _serve([ours for ours, _ in pairs])
+    zygotes = [ours for ours, _ in pairs]
+    if builder is not None:
+        with contextlib.suppress(ConnectionError):  # a zygote died in between
+            builder.serve(zygotes)
+    else:
+        select.select(zygotes, [], [])  # they never write: readable means gone
     os._exit(1)
 
 
@@ -135,35 +138,3 @@ def _open_proc(plan: Plan) -> int | None:
     os.chroot(JAIL)
     os.chdir("/")
     return proc
-
-
-def _serve(zygotes: list[socket.socket]) -> None:
-    """Answer each request byte with a pid descriptor of a fresh slot init; return when a zygote is
-    gone."""
-    poller = select.poll()
-    by_descriptor = {sock.fileno(): sock for sock in zygotes}
-    for descriptor in by_descriptor:
-        poller.register(descriptor, select.POLLIN)
-    own_namespace = os.pidfd_open(os.getpid())  # leads back from a slot's pid namespace
-    while True:
-        for descriptor, _ in poller.poll():
-            sock = by_descriptor[descriptor]
-            if not sock.recv(1):
-                return
-            init = _make_init(own_namespace)
-            socket.send_fds(sock, [b"i"], [init])
-            os.close(init)
-
-
-def _make_init(own_namespace: int) -> int:
-    """Fork pid 1 of a new pid namespace; its death kills the namespace. Returns its pid
-    descriptor."""
-    kernel.unshare(kernel.CLONE_NEWPID)
-    pid = os.fork()
-    if pid == 0:
-        os.closerange(0, 2**31 - 1)
-        while True:
-            signal.pause()
-    init = os.pidfd_open(pid)
-    kernel.setns(own_namespace, kernel.CLONE_NEWPID)
-    return init

@@ -63,6 +63,7 @@ class SandboxSession:
         """Turn a waiting slot into a session. Raises SessionLostError."""
         session = cls(slot, limits)
         slot.close_stdin()
+        slot.zygote.refill()
         await session._send(job_message(Job(code="", seed=seed), limits, "session"))
         answer = await session._answer(_OPEN_S)
         if not answer.get("opened"):
@@ -217,7 +218,7 @@ class SandboxSession:
 def _judge_cell(
     answer: wire.Message, stopped: Status | None, slot: SlotHandle, limits: Limits
 ) -> Outcome:
-    memory = slot.exited.done() and slot.exited.result().reason == "memory"
+    memory = slot.exited.done() and slot.exited.result().memory
     if memory:
         return Outcome(status=Status.MEMORY_LIMIT, message="memory limit exceeded")
     if stopped is not None:

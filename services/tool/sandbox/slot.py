@@ -10,8 +10,7 @@ import os
 import resource
 import shutil
 import signal
-import socket
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NoReturn
 
 from services.tool.sandbox import filesystem, harness, jobs, kernel, wire
@@ -20,8 +19,9 @@ from services.tool.sandbox.plan import BOX, WORK, Level, Plan
 SETUP_FAILED = 70
 """Exit code of a slot that could not put up a fence (EX_SOFTWARE)."""
 
-_STANDARD_DESCRIPTORS = 3
-_JOB_FD = 3
+JOB_FD = 3
+"""Descriptor on which a slot gets its job, after the three standard streams."""
+
 _MAX_FD = 2**31 - 1  # one close_range call, however many sessions the zygote holds
 _STACK_BYTES = 8 << 20
 
@@ -31,12 +31,15 @@ class Fences:
     """What a zygote prepares once, so that each slot only has to apply it."""
 
     plan: Plan
-    seccomp: bytes
-    no_fork_filter: bytes
-    ruleset_fd: int
-    """Landlock ruleset of level full; -1 where each slot needs its own or none is applied."""
-    baseline_bytes: int
-    """What RLIMIT_DATA counts before the snippet allocates anything."""
+    limits: list[tuple[int, tuple[int, int]]]
+    """Resource limits: number, soft and hard value."""
+    before: list[kernel.Step]
+    """Calls after the change of user id and before Landlock."""
+    landlock: list[kernel.Step]
+    """Empty where each slot needs a ruleset of its own or none is applied."""
+    after: list[kernel.Step]
+    place: harness.Place
+    """Of level full, where every slot sees the same; a draft elsewhere."""
 
 
 def load_landlock() -> int:
@@ -52,16 +55,37 @@ def load_landlock() -> int:
 
 
 def prepare_fences(plan: Plan, baseline_bytes: int) -> Fences:
-    """Decode the filter and, at level full, build the one ruleset that all slots share."""
-    ruleset = -1
-    if plan.level is Level.FULL:
-        ruleset = _build_ruleset(["/"], filesystem.writable_paths(plan))
+    """Make ready whatever the slots of a zygote have in common.
+
+    Args:
+        baseline_bytes: what RLIMIT_DATA counts before a snippet allocates anything.
+    """
+    full, fenced = plan.level is Level.FULL, plan.level is not Level.NONE
+    shared = full and not filesystem.occupied(plan)
+    dying = kernel.dying_with_parent(signal.SIGKILL)
+    before = [dying]
+    if plan.uid_base is not None:
+        before.insert(0, kernel.allowing_inspection())
+    if fenced:
+        before += [kernel.dropping_capabilities(), kernel.forbidding_new_privileges()]
+    home = f"{BOX}/{WORK}"
+    if full:
+        _set_home(home)
     return Fences(
         plan=plan,
-        seccomp=base64.b64decode(plan.seccomp),
-        no_fork_filter=base64.b64decode(plan.no_fork_filter),
-        ruleset_fd=ruleset,
-        baseline_bytes=baseline_bytes,
+        limits=_limits(plan),
+        before=before,
+        landlock=_landlock(_build_ruleset(["/"], filesystem.writable_paths(plan)))
+        if shared
+        else [],
+        after=[kernel.loading_seccomp(base64.b64decode(plan.seccomp))] if fenced else [],
+        place=harness.Place(
+            home=home,
+            baseline_bytes=baseline_bytes,
+            alone=full or plan.uid_base is not None,
+            can_fork=plan.level is not Level.BASIC,
+            no_fork_filter=base64.b64decode(plan.no_fork_filter),
+        ),
     )
 
 
@@ -104,56 +128,54 @@ def enter(
     returns.
 
     Args:
-        descriptors: stdin, stdout, stderr and the job socket; every other descriptor is closed.
+        descriptors: stdin, stdout, stderr and the job socket, all above 3; every other one is
+            closed.
     """
-    job = socket.socket(fileno=descriptors[3])
+    place = fences.place
     try:
-        kernel.die_with_parent(signal.SIGKILL)
-        home = f"{BOX}/{WORK}" if folder is None else f"{folder}/{WORK}"
+        if folder is not None:
+            place = replace(place, home=f"{folder}/{WORK}")
+            _set_home(place.home)
         _fence(fences, uid, folder)
-        job = _take_descriptors(descriptors)
-        os.chdir(home)
-        os.environ.update(HOME=home, TMPDIR=os.path.dirname(home) + "/tmp")
+        os.chdir(place.home)
+        for target, descriptor in enumerate(descriptors):
+            os.dup2(descriptor, target, target != JOB_FD)
+        os.closerange(JOB_FD + 1, _MAX_FD)
     except BaseException as error:
-        wire.send(job, {"failed": f"{type(error).__name__}: {error}"})
+        wire.send(descriptors[JOB_FD], {"failed": f"{type(error).__name__}: {error}"})
         os._exit(SETUP_FAILED)
-    place = harness.Place(
-        home=home,
-        baseline_bytes=fences.baseline_bytes,
-        alone=fences.plan.level is Level.FULL or uid is not None,
-        can_fork=fences.plan.level is not Level.BASIC,
-        no_fork_filter=fences.no_fork_filter,
-    )
-    jobs.serve(job, place)
+    jobs.serve(JOB_FD, place)
 
 
 def _fence(fences: Fences, uid: int | None, folder: str | None) -> None:
-    plan = fences.plan
-    if plan.level is Level.FULL:
-        kernel.unshare(kernel.CLONE_NEWNS | kernel.CLONE_NEWIPC)
-        filesystem.mount_box(plan)
-    ruleset = fences.ruleset_fd
-    if plan.level is Level.FULL and filesystem.occupied(plan):
-        # Landlock looks past a mount point at what is mounted, which exists only now.
-        ruleset = _build_ruleset(["/"], filesystem.writable_paths(plan))
-    if folder is not None and plan.level is not Level.NONE:
-        ruleset = _build_ruleset(plan.read_paths, [folder])
-    _limit(plan)
+    landlock = fences.landlock or _own_landlock(fences.plan, folder)
+    for name, value in fences.limits:
+        resource.setrlimit(name, value)
     if uid is not None:
-        os.setgroups([])
         os.setresgid(uid, uid, uid)
         os.setresuid(uid, uid, uid)
-        kernel.allow_inspection()
-    if plan.level is Level.NONE:
-        return
-    kernel.drop_capabilities()
-    kernel.forbid_new_privileges()
-    kernel.die_with_parent(signal.SIGKILL)
-    _restrict(ruleset)
-    kernel.load_seccomp(fences.seccomp)
+    kernel.run(fences.before)
+    kernel.run(landlock)
+    kernel.run(fences.after)
 
 
-def _limit(plan: Plan) -> None:
+def _own_landlock(plan: Plan, folder: str | None) -> list[kernel.Step]:
+    if folder is not None:
+        fenced = plan.level is not Level.NONE
+        return _landlock(_build_ruleset(plan.read_paths, [folder])) if fenced else []
+    # Landlock looks past a mount point at what is mounted, which exists only in the room.
+    return _landlock(_build_ruleset(["/"], filesystem.writable_paths(plan)))
+
+
+def _landlock(ruleset: int) -> list[kernel.Step]:
+    return [kernel.restricting_by_landlock(ruleset)]
+
+
+def _set_home(home: str) -> None:
+    os.environ.update(HOME=home, TMPDIR=os.path.dirname(home) + "/tmp")
+
+
+def _limits(plan: Plan) -> list[tuple[int, tuple[int, int]]]:
     limits = {
         resource.RLIMIT_NPROC: plan.max_processes,
         resource.RLIMIT_NOFILE: plan.max_open_files,
@@ -165,8 +187,7 @@ def _limit(plan: Plan) -> None:
         resource.RLIMIT_RTPRIO: 0,
         resource.RLIMIT_NICE: 0,
     }
-    for name, value in limits.items():
-        resource.setrlimit(name, (value, value))
+    return [(name, (value, value)) for name, value in limits.items()]
 
 
 def _build_ruleset(read: list[str], write: list[str]) -> int:
@@ -209,19 +230,3 @@ def _add_rule(ruleset: int, path: str, access: int) -> None:
             landlock_sys.add_rule(landlock_sys.RulesetFd(ruleset), rule)
     finally:
         os.close(descriptor)
-
-
-def _restrict(ruleset: int) -> None:
-    from py_landlock import landlock_sys
-
-    landlock_sys.restrict_self(landlock_sys.RulesetFd(ruleset), None)
-
-
-def _take_descriptors(descriptors: tuple[int, ...]) -> socket.socket:
-    """Move the four descriptors to 0..3 and close all others."""
-    # High copies first: a target number may still be in use by another of the four.
-    copies = [os.dup(descriptor) for descriptor in descriptors]
-    for target, copy in enumerate(copies):
-        os.dup2(copy, target, inheritable=target < _STANDARD_DESCRIPTORS)
-    os.closerange(_JOB_FD + 1, _MAX_FD)
-    return socket.socket(fileno=_JOB_FD)

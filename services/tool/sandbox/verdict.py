@@ -97,7 +97,7 @@ def judge(
     if facts.lost:
         message = "the sandbox process died while the code ran; a retry runs it again"
         return Verdict(status=Status.SANDBOX_ERROR, message=message)
-    if facts.reason == "memory":
+    if facts.memory:
         return Verdict(
             status=Status.MEMORY_LIMIT, signal="SIGKILL", message="memory limit exceeded"
         )

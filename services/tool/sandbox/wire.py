@@ -6,7 +6,7 @@ exception or carries files.
 """
 
 import json
-import socket
+import os
 import struct
 from typing import Any
 
@@ -60,22 +60,24 @@ class FrameReader:
         return messages
 
 
-def send(sock: socket.socket, message: Message) -> None:
+def send(descriptor: int, message: Message) -> None:
     """Send one message on a blocking socket."""
-    sock.sendall(encode(message))
+    rest = memoryview(encode(message))
+    while rest:
+        rest = rest[os.write(descriptor, rest) :]
 
 
-def receive(sock: socket.socket) -> Message:
+def receive(descriptor: int) -> Message:
     """Receive one message on a blocking socket. Raises EOFError when the peer is gone."""
-    (length,) = _HEADER.unpack(_receive_exactly(sock, _HEADER.size))
-    return decode(_receive_exactly(sock, length))
+    (length,) = _HEADER.unpack(_receive_exactly(descriptor, _HEADER.size))
+    return decode(_receive_exactly(descriptor, length))
 
 
-def _receive_exactly(sock: socket.socket, count: int) -> bytes:
-    buffer = bytearray()
-    while len(buffer) < count:
-        data = sock.recv(min(count - len(buffer), 1 << 20))
-        if not data:
+def _receive_exactly(descriptor: int, count: int) -> bytes:
+    data = b""
+    while len(data) < count:
+        more = os.read(descriptor, count - len(data))
+        if not more:
             raise EOFError("the peer closed the channel")
-        buffer += data
-    return bytes(buffer)
+        data = data + more if data else more
+    return data

@@ -3,28 +3,23 @@ reaps them.
 
 It never sees a request: code reaches a slot on the slot's own socket, after the slot is fenced.
 What the zygote tells the API process about a slot is what the kernel told it: wait status, resource
-usage, the sum of memory.
+usage, the sum of memory (channel.py).
 
-    API -> zygote   {"op": "spawn"} | {"op": "watch", "slot": n, "bytes": limit} | {"op": "kill",
-    "slot": n} zygote -> API   {"event": "ready", ...}
-                    {"event": "slot", "slot": n}  with descriptors [job, stdin, stdout, stderr, kill
-                    target] {"event": "exit", "slot": n, "status": wait status, "cpu_s": s,
-                    "peak_bytes": b, "reason": r}
+After each fork, every memory page that the zygote touches has to be copied, because the child
+shares it. So it does little: rooms are built elsewhere and messages are fixed records.
 """
 
 import gc
-import json
 import os
 import select
 import signal
 import socket
 from dataclasses import dataclass, field
-from typing import Any, NoReturn
+from typing import NoReturn
 
-from services.tool.sandbox import harness, kernel, preload, slot, watchdog
+from services.tool.sandbox import channel, harness, kernel, preload, rooms, slot, watchdog
 from services.tool.sandbox.plan import Level, Plan
 
-MESSAGE_BYTES = 1 << 16
 _WATCH_INTERVAL_MS = 50
 
 
@@ -42,12 +37,13 @@ class _Slot:
     pid_fd: int
     """Pid descriptor of the slot's first process: readable when it is dead."""
     kill_fd: int
-    """Pid descriptor of the slot's init at level full, of the first process otherwise."""
+    """Pid descriptor of the slot's room at level full, of its first process otherwise."""
     uid: int | None
     folder: str | None
     limit_bytes: int = 0
-    """Memory limit on the sum of the slot's processes; 0 while nobody asks for a watch."""
-    reason: str = ""
+    """Limit on the sum of the slot's processes; 0 while nobody asks for a watch."""
+    too_large: bool = False
+    """Whether it was killed for that."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -57,21 +53,24 @@ class _Zygote:
     channel: socket.socket
     factory: socket.socket
     proc: int | None
+    outside: int
+    """Pid descriptor that leads out of the rooms; -1 below level full."""
     fences: slot.Fences
     slots: dict[int, _Slot] = field(default_factory=dict)
     """Live slots by their pid descriptor."""
     poller: select.poll = field(default_factory=select.poll)
     next_number: int = 0
-    init_fd: int = -1
-    """Pid descriptor of the next slot's init, made ahead; -1 below level full."""
+    watched: int = 0
+    """Slots whose memory is looked at."""
 
 
-def run(plan: Plan, factories: list[socket.socket], proc: int | None) -> NoReturn:
+def run(plan: Plan, factories: list[socket.socket], proc: int | None, outside: int) -> NoReturn:
     """Load preset after preset; fork a child for the next one and serve the current one. Never
     returns."""
     index = 0
     while True:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         kernel.die_with_parent(signal.SIGKILL)
         preload.load(plan.presets[index])
         if index + 1 == len(plan.presets) or os.fork() != 0:
@@ -81,14 +80,14 @@ def run(plan: Plan, factories: list[socket.socket], proc: int | None) -> NoRetur
         if other != index:
             os.close(plan.channels[other])
             factories[other].close()
-    channel = socket.socket(fileno=plan.channels[index])
     try:
         zygote = _Zygote(
             plan=plan,
             preset=plan.presets[index],
-            channel=channel,
+            channel=socket.socket(fileno=plan.channels[index]),
             factory=factories[index],
             proc=proc,
+            outside=outside,
             fences=slot.prepare_fences(plan, watchdog.baseline_bytes(proc) if proc else 0),
         )
         _serve(zygote)
@@ -98,96 +97,81 @@ def run(plan: Plan, factories: list[socket.socket], proc: int | None) -> NoRetur
 
 def _serve(zygote: _Zygote) -> None:
     harness.open_streams()
+    harness.prepare()
     collapsed = preload.collapse_heap(zygote.proc)
     gc.collect()
     gc.freeze()
     gc.disable()
-    _request_init(zygote)
-    _tell(zygote, {"event": "ready", "watchdog": zygote.proc is not None, "collapsed": collapsed})
-    channel, factory = zygote.channel.fileno(), zygote.factory.fileno()
-    zygote.poller.register(channel, select.POLLIN)
-    zygote.poller.register(factory, select.POLLIN)
+    _request_room(zygote)
+    zygote.channel.send(channel.EVENT.pack(channel.READY, collapsed, 0, 0.0, 0, False))
+    zygote.poller.register(zygote.channel.fileno(), select.POLLIN)
     while True:
-        watched = any(child.limit_bytes for child in zygote.slots.values())
-        ready = [fd for fd, _ in zygote.poller.poll(_WATCH_INTERVAL_MS if watched else None)]
-        for descriptor in ready:
+        for descriptor, _ in zygote.poller.poll(_WATCH_INTERVAL_MS if zygote.watched else None):
             if descriptor in zygote.slots:
                 _reap(zygote, zygote.slots[descriptor])
-        if factory in ready and not _receive_init(zygote):
-            return
-        if channel in ready:
-            message = zygote.channel.recv(MESSAGE_BYTES)
-            if not message:
+            elif not _obey(zygote):
                 return
-            _obey(zygote, json.loads(message))
-        if watched:
+        if zygote.watched:
             _watch(zygote)
 
 
-def _obey(zygote: _Zygote, message: dict[str, Any]) -> None:
-    if message["op"] == "spawn":
-        _spawn(zygote)
-        return
-    for child in zygote.slots.values():
-        if child.number == message["slot"]:
-            if message["op"] == "watch":
-                child.limit_bytes = message["bytes"]
-            else:
-                _kill(child)
-
-
-def _tell(zygote: _Zygote, event: dict[str, Any], descriptors: tuple[int, ...] = ()) -> None:
-    body = json.dumps(event).encode()
-    if descriptors:
-        socket.send_fds(zygote.channel, [body], descriptors)
-    else:
-        zygote.channel.send(body)
-
-
-def _request_init(zygote: _Zygote) -> None:
-    if zygote.plan.level is Level.FULL:
-        zygote.factory.send(b"i")
-
-
-def _receive_init(zygote: _Zygote) -> bool:
-    """Take the init made ahead from the factory. False: the factory is gone."""
-    data, descriptors, _, _ = socket.recv_fds(zygote.factory, 16, 1)
-    if not data or not descriptors:
+def _obey(zygote: _Zygote) -> bool:
+    """Carry out one order. False: the API process is gone."""
+    message = zygote.channel.recv(channel.ORDER.size)
+    if not message:
         return False
-    zygote.init_fd = descriptors[0]
+    kind, number, limit_bytes = channel.ORDER.unpack(message)
+    if kind == channel.SPAWN:
+        _spawn(zygote)
+        return True
+    for child in zygote.slots.values():
+        if child.number == number:
+            zygote.watched += bool(limit_bytes) - bool(child.limit_bytes)
+            child.limit_bytes = limit_bytes
     return True
+
+
+def _request_room(zygote: _Zygote) -> None:
+    if zygote.plan.level is Level.FULL:
+        zygote.factory.send(b"r")
+
+
+def _receive_room(zygote: _Zygote) -> int:
+    """Take the room that was requested after the last one."""
+    data, descriptors, _, _ = socket.recv_fds(zygote.factory, 1, 1)
+    if not data or not descriptors:
+        raise ConnectionError("the factory of rooms is gone")
+    return descriptors[0]
 
 
 def _spawn(zygote: _Zygote) -> None:
     plan = zygote.plan
+    full = plan.level is Level.FULL
     number = zygote.next_number
     zygote.next_number += 1
-    if plan.level is Level.FULL:
-        if zygote.init_fd < 0 and not _receive_init(zygote):
-            raise ConnectionError("the factory of slot inits is gone")
-        kernel.setns(zygote.init_fd, kernel.CLONE_NEWPID)
     folder = slot.make_folder(plan, f"{os.getpid()}-{number}")
     uid = _free_uid(zygote)
     stdin, stdout, stderr = os.pipe(), os.pipe(), os.pipe()
-    ours, theirs = socket.socketpair()
+    ours, theirs = (sock.detach() for sock in socket.socketpair())
+    room = _receive_room(zygote) if full else -1
+    if full:
+        rooms.step_into(room)
     pid = os.fork()
     if pid == 0:
-        slot.enter(zygote.fences, (stdin[0], stdout[1], stderr[1], theirs.fileno()), uid, folder)
-    theirs.close()
-    for descriptor in (stdin[0], stdout[1], stderr[1]):
-        os.close(descriptor)
+        slot.enter(zygote.fences, (stdin[0], stdout[1], stderr[1], theirs), uid, folder)
     pid_fd = os.pidfd_open(pid)
-    kill_fd = zygote.init_fd if plan.level is Level.FULL else pid_fd
-    zygote.init_fd = -1
-    _request_init(zygote)
+    if full:
+        rooms.step_into(zygote.outside)
+        _request_room(zygote)
+    kill_fd = room if full else pid_fd
     zygote.slots[pid_fd] = _Slot(
         number=number, pid=pid, pid_fd=pid_fd, kill_fd=kill_fd, uid=uid, folder=folder
     )
     zygote.poller.register(pid_fd, select.POLLIN)
-    handed = (ours.fileno(), stdin[1], stdout[0], stderr[0], kill_fd)
-    _tell(zygote, {"event": "slot", "slot": number}, handed)
-    ours.close()
-    for descriptor in (stdin[1], stdout[0], stderr[0]):
+    handed = (ours, stdin[1], stdout[0], stderr[0])
+    event = channel.EVENT.pack(channel.SLOT, number, 0, 0.0, 0, False)
+    socket.send_fds(zygote.channel, [event], (*handed, kill_fd))
+    for descriptor in (*handed, theirs, stdin[0], stdout[1], stderr[1]):
         os.close(descriptor)
 
 
@@ -214,6 +198,7 @@ def _reap(zygote: _Zygote, child: _Slot) -> None:
     _, status, usage = os.wait4(child.pid, 0)
     del zygote.slots[child.pid_fd]
     zygote.poller.unregister(child.pid_fd)
+    zygote.watched -= bool(child.limit_bytes)
     if child.kill_fd != child.pid_fd:
         _kill(child)
         os.close(child.kill_fd)
@@ -221,15 +206,9 @@ def _reap(zygote: _Zygote, child: _Slot) -> None:
     if child.uid is not None and zygote.plan.level is not Level.FULL:
         slot.sweep(child.uid)
     slot.remove_folder(child.folder)
-    event = {
-        "event": "exit",
-        "slot": child.number,
-        "status": status,
-        "cpu_s": usage.ru_utime + usage.ru_stime,
-        "peak_bytes": usage.ru_maxrss * 1024,
-        "reason": child.reason,
-    }
-    _tell(zygote, event)
+    cpu_s, peak_bytes = usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024
+    ended = (channel.EXIT, child.number, status, cpu_s, peak_bytes, child.too_large)
+    zygote.channel.send(channel.EVENT.pack(*ended))
 
 
 def _kill(child: _Slot) -> None:
@@ -246,6 +225,8 @@ def _watch(zygote: _Zygote) -> None:
     census = watchdog.Census(zygote.proc, zygote.plan.level)
     for child in zygote.slots.values():
         limit = child.limit_bytes
-        if limit and not child.reason and census.memory_bytes(child.pid, child.uid, limit) > limit:
-            child.reason = "memory"
+        if not limit or child.too_large:
+            continue
+        if census.memory_bytes(child.pid, child.uid, limit) > limit:
+            child.too_large = True
             _kill(child)

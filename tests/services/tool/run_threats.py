@@ -64,7 +64,7 @@ async def run_one(sandbox: Sandbox, threat: Threat, gate: asyncio.Semaphore) -> 
     async with gate:
         job = Job(code=threat.code, stdin=threat.stdin.encode(), files=threat.files)
         # Programs that are to end by themselves get time enough for a busy test machine.
-        wall_s = 1.0 if "timeout" in threat.expect else 15.0
+        wall_s = 1.0 if "timeout" in threat.expect else 40.0
         outcome = await sandbox.run(job, replace(LIMITS, wall_s=wall_s))
     line = {"row": threat.row, **asdict(outcome)}
     for stream in ("stdout", "stderr"):

@@ -53,10 +53,10 @@ async def test_killing_a_zygote_is_noticed_and_repaired(
 ) -> None:
     (launcher,) = service.sandbox.processes()
     before = service.sandbox.restarts
-    factory = descendants(launcher)[0]
-    with open(f"/proc/{factory}/task/{factory}/children") as file:
-        zygote = int(file.read().split()[0])
-    os.kill(zygote, signal.SIGKILL)
+    (factory,) = psutil.Process(launcher).children()
+    # Its other children hold rooms open and share its own, smaller memory.
+    zygote = max(factory.children(), key=lambda child: child.memory_info().rss)
+    zygote.kill()
     while service.sandbox.restarts == before:
         await asyncio.sleep(0.01)
     answer = await client.post("/v1/execute", json={"code": "print(2)"})
@@ -102,4 +102,7 @@ async def test_many_executions_leave_no_descriptor_and_no_process(
     jobs = [client.post("/v1/execute", json={"code": codes[i % len(codes)]}) for i in range(100)]
     answers = [answer.json()["status"] for answer in await asyncio.gather(*jobs)]
     assert "sandbox_error" not in answers
-    assert await settled() == before
+    give_up = time.monotonic() + 30
+    while (after := await settled()) != before and time.monotonic() < give_up:
+        continue
+    assert after == before

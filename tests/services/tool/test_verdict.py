@@ -33,7 +33,7 @@ def killed(number: signal.Signals) -> int:
         (ExitFacts(status=killed(signal.SIGSEGV)), {"error": ERROR}, None, Status.CRASHED),
         (ExitFacts(status=killed(signal.SIGKILL)), {}, Status.TIMEOUT, Status.TIMEOUT),
         (ExitFacts(status=killed(signal.SIGKILL)), {}, Status.OUTPUT_LIMIT, Status.OUTPUT_LIMIT),
-        (ExitFacts(status=killed(signal.SIGKILL), reason="memory"), {}, None, Status.MEMORY_LIMIT),
+        (ExitFacts(status=killed(signal.SIGKILL), memory=True), {}, None, Status.MEMORY_LIMIT),
         (ExitFacts(status=killed(signal.SIGXCPU), cpu_s=2.0), {}, None, Status.CPU_LIMIT),
         (ExitFacts(status=killed(signal.SIGXCPU), cpu_s=0.1), {}, None, Status.CRASHED),
         (ExitFacts(lost=True), {}, None, Status.SANDBOX_ERROR),
