@@ -66,7 +66,12 @@ def save_tiny_policy(
         bos_token_id=None,
     )
     model = LlamaForCausalLM(config)
-    _learn_by_heart(model, *_batch(tokenizer, dialogues))
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # matrices this small only wait for each other
+    try:
+        _learn_by_heart(model, *_batch(tokenizer, dialogues))
+    finally:
+        torch.set_num_threads(num_threads)
     model.to(dtype).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder

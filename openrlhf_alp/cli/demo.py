@@ -6,13 +6,18 @@ from pathlib import Path
 
 from rich.console import Console
 
-from openrlhf_alp.cli.demo_recipe import METHODS
+from openrlhf_alp.cli.demo_task import METHODS
 from openrlhf_alp.cli.demo_view import DemoView
 
 DESCRIPTION = """\
 A real pretrained model (SmolLM2-135M-Instruct, from an installed package) learns to add one-digit
 numbers by reinforcement learning with Adaptive Layerwise Perturbation. Nothing is simulated:
 OpenRLHF trains on Ray and DeepSpeed, vLLM samples behind the rollout service, math-verify scores.
+
+With --tir it learns to multiply two-digit numbers by writing Python, which the tool service runs in
+its sandbox: tool-integrated reasoning, several turns an episode. A model this small cannot invent a
+tool call, so a short supervised warm-up shows it the form first, half of the time with a wrong
+guess instead; that calling pays is what it learns from the reward.
 
 On two quiet CPU cores it takes about ten minutes. It needs no network and no GPU.
 """
@@ -29,6 +34,8 @@ class DemoConfig:
     seed: int
     output: Path
     overwrite: bool
+    tir: bool = False
+    """Tool-integrated episodes instead of single answers."""
 
     def __post_init__(self) -> None:
         if self.steps < 1:
@@ -38,7 +45,8 @@ class DemoConfig:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `openrlhf-alp demo`."""
     add = parser.add_argument
-    add("--steps", type=int, default=16, help="PPO steps, about 22 s each (default: 16)")
+    add("--tir", action="store_true", help="products with a Python tool instead of sums")
+    add("--steps", type=int, help="PPO steps (default: 16 of about 22 s; --tir: 10 of about 40 s)")
     add(
         "--method",
         choices=METHODS,
@@ -51,8 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--output",
         type=Path,
-        default=Path("runs/demo"),
-        help="run folder; an earlier run there is moved aside (default: runs/demo)",
+        help="run folder, an earlier run there is moved aside (default: runs/demo, runs/demo-tir)",
     )
     add("--overwrite", action="store_true", help="replace an earlier run instead")
 
@@ -60,19 +67,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Runs the demo; returns 0, 1 (something failed), 2 (wrong options) or 128 + a stop signal."""
     view = DemoView(Console())
+    tir = arguments.tir
     try:
         config = DemoConfig(
-            steps=arguments.steps,
+            steps=(10 if tir else 16) if arguments.steps is None else arguments.steps,
             method=arguments.method,
             model=arguments.model,
             seed=arguments.seed,
-            output=arguments.output,
+            output=arguments.output or Path("runs/demo-tir" if tir else "runs/demo"),
             overwrite=arguments.overwrite,
+            tir=tir,
         )
     except ValueError as error:
         view.error(str(error))
         return 2
-    view.title(f"Learning to add with {config.method}: {config.steps} steps, seed {config.seed}")
+    goal = "multiply with a tool" if tir else "add"
+    view.title(f"Learning to {goal} with {config.method}: {config.steps} steps, seed {config.seed}")
     # Here and not above: it imports torch and transformers, which takes seconds.
     from openrlhf_alp.cli.demo_run import run_demo
 

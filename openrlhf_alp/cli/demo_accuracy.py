@@ -1,23 +1,39 @@
-"""Accuracy on held-out questions, asked of the running rollout service."""
+"""Accuracy on held-out questions: episodes over the running services, played as training does."""
 
 import asyncio
 import itertools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from contextlib import AsyncExitStack
+from dataclasses import dataclass, field
 from pathlib import Path
 from uuid import uuid4
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from openrlhf_alp.clients.rollout import RolloutClient
-from openrlhf_alp.data.addition import AdditionRow
+from openrlhf_alp.data.questions import Question
+from openrlhf_alp.episodes.records import Episode, SamplingConfig, ToolLostError
+from openrlhf_alp.learner.episode_runner import EpisodeRunner, Task, build_runner, tool_client
+from openrlhf_alp.learner.service_generate import ServiceGenerate
+from openrlhf_alp.learner.tool_config import ToolConfig
 from openrlhf_alp.rewards.math import MathReward
-from openrlhf_alp.rewards.protocol import Reward, RewardUnavailable
-from services.rollout.schemas import GenerateRequest, Sampling
+from openrlhf_alp.rewards.protocol import RewardUnavailable
 
 _SAMPLES_PER_QUESTION = 8
 _GREEDY, _SAMPLED = 0.0, 1.0
 _CHECK_EVERY_S = 0.5
+_REQUEST_S = 300.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Services:
+    """The running services and their keys."""
+
+    rollout_url: str
+    rollout_key: str
+    tool: ToolConfig = field(default_factory=ToolConfig)
+    """Without URLs the episodes have one turn."""
+    tool_key: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,127 +41,117 @@ class Accuracy:
     """How many held-out questions were answered right."""
 
     greedy: float
-    """Share in [0, 1] with the most likely answer, one a question."""
+    """Share in [0, 1] with the most likely tokens, one episode a question."""
 
     sampled: float
-    """Share in [0, 1] at temperature 1, several answers a question."""
+    """Share in [0, 1] at temperature 1, several episodes a question."""
 
     num_not_scored: int
-    """Answers whose reward could not be computed; they count in neither share."""
+    """Episodes whose reward could not be computed; they count in neither share."""
 
-    greedy_answers: tuple[str, ...]
-    """Text of the greedy answers, in the order of the questions."""
+    greedy_episodes: tuple[Episode | None, ...]
+    """In the order of the questions; None where there is no reward."""
 
 
 def measure_accuracy(
-    rows: Sequence[AdditionRow],
+    rows: Sequence[Question],
     *,
     model: Path,
-    service_url: str,
-    api_key: str,
+    services: Services,
     max_tokens: int,
     seed: int,
-    check_service: Callable[[], None],
+    check_services: Callable[[], None],
 ) -> Accuracy:
-    """Asks the service every question of `rows`, greedily and at temperature 1.
+    """Plays every question of `rows`, greedily and at temperature 1.
 
     Args:
         model: folder of the tokenizer, which turns questions into the ids training uses.
-        max_tokens: longest answer.
+        max_tokens: budget of an episode after its prompt.
         seed: of the sampled answers.
-        check_service: called every half second; raises when the service is gone, which the client
+        check_services: called every half second; raises when a service is gone, which the client
             cannot know and would retry for minutes.
 
     Raises:
-        ServiceError: the service refuses a request or does not answer.
+        ServiceError: a service refuses a request or does not answer.
     """
     tokenizer = AutoTokenizer.from_pretrained(model)
 
     async def measure() -> Accuracy:
         reward = MathReward()
-        try:
-            async with RolloutClient([service_url], api_key=api_key) as client:
-                examiner = _Examiner(client, tokenizer, reward, max_tokens=max_tokens, seed=seed)
-                examination = asyncio.create_task(examiner.examine(rows))
-                while not examination.done():
-                    await asyncio.wait([examination], timeout=_CHECK_EVERY_S)
-                    check_service()
-                return examination.result()
-        finally:
-            reward.close()
+        async with AsyncExitStack() as stack:
+            stack.callback(reward.close)
+            client = await stack.enter_async_context(
+                RolloutClient([services.rollout_url], api_key=services.rollout_key)
+            )
+            tool = services.tool
+            runner = build_runner(
+                generate=ServiceGenerate(client=client, deadline_s=_REQUEST_S),
+                reward=reward,
+                tool=tool,
+                client=await stack.enter_async_context(tool_client(tool, services.tool_key))
+                if tool.urls
+                else None,
+            )
+            examiner = Examiner(runner, tokenizer, max_tokens=max_tokens, seed=seed)
+            examination = asyncio.create_task(examiner.examine(rows))
+            while not examination.done():
+                await asyncio.wait([examination], timeout=_CHECK_EVERY_S)
+                check_services()
+            return examination.result()
 
     return asyncio.run(measure())
 
 
-class _Examiner:
+class Examiner:
+    """Asks every question and counts the right answers."""
+
     def __init__(
         self,
-        client: RolloutClient,
+        runner: EpisodeRunner,
         tokenizer: PreTrainedTokenizerBase,
-        reward: Reward,
         *,
         max_tokens: int,
         seed: int,
     ) -> None:
-        self._client = client
+        self._run = runner
         self._tokenizer = tokenizer
-        self._reward = reward
         self._max_tokens = max_tokens
-        self._seed = seed
+        self._seeds = itertools.count(seed)
 
-    async def examine(self, rows: Sequence[AdditionRow]) -> Accuracy:
-        greedy = await self._ask_all(rows, 1, _GREEDY)
-        sampled = await self._ask_all(rows, _SAMPLES_PER_QUESTION, _SAMPLED)
-        greedy_scores = await self._score(rows, greedy)
-        sampled_scores = await self._score(rows, sampled)
-        all_scores = greedy_scores + sampled_scores
+    async def examine(self, rows: Sequence[Question]) -> Accuracy:
+        """Greedy episodes first, then sampled ones; no two share a seed."""
+        greedy = await self._play_all(rows, _GREEDY)
+        repeated = [row for row in rows for _ in range(_SAMPLES_PER_QUESTION)]
+        sampled = await self._play_all(repeated, _SAMPLED)
         return Accuracy(
-            greedy=_mean(greedy_scores),
-            sampled=_mean(sampled_scores),
-            num_not_scored=all_scores.count(None),
-            greedy_answers=tuple(answers[0] for answers in greedy),
+            greedy=_share_right(greedy),
+            sampled=_share_right(sampled),
+            num_not_scored=[*greedy, *sampled].count(None),
+            greedy_episodes=tuple(greedy),
         )
 
-    async def _ask_all(
-        self, rows: Sequence[AdditionRow], num_answers: int, temperature: float
-    ) -> list[list[str]]:
-        # The service gives answer i of a request the seed + i: no two answers share a seed.
-        seeds = itertools.count(self._seed, num_answers)
-        asked = (self._ask(row, num_answers, temperature, next(seeds)) for row in rows)
-        return await asyncio.gather(*asked)
+    async def _play_all(self, rows: Sequence[Question], temperature: float) -> list[Episode | None]:
+        played = (self._play(row, temperature, next(self._seeds)) for row in rows)
+        return list(await asyncio.gather(*played))
 
-    async def _ask(
-        self, row: AdditionRow, num_answers: int, temperature: float, seed: int
-    ) -> list[str]:
+    async def _play(self, row: Question, temperature: float, seed: int) -> Episode | None:
         prompt = self._tokenizer.apply_chat_template(
             [{"role": "user", "content": row.question}], tokenize=False, add_generation_prompt=True
         )
-        request = GenerateRequest(
-            request_id=f"demo-{uuid4().hex}",
-            token_ids=self._tokenizer(prompt, add_special_tokens=False)["input_ids"],
-            n=num_answers,
-            sampling=Sampling(max_tokens=self._max_tokens, temperature=temperature, seed=seed),
-        )
-        reply = await self._client.generate(request)
-        return [
-            self._tokenizer.decode(sample.token_ids, skip_special_tokens=True)
-            for sample in reply.samples
-        ]
-
-    async def _score(
-        self, rows: Sequence[AdditionRow], answers: Sequence[Sequence[str]]
-    ) -> list[float | None]:
-        pairs = [(row, text) for row, texts in zip(rows, answers, strict=True) for text in texts]
-        return await asyncio.gather(*(self._score_one(row, text) for row, text in pairs))
-
-    async def _score_one(self, row: AdditionRow, answer: str) -> float | None:
+        prompt_ids = self._tokenizer(prompt, add_special_tokens=False)["input_ids"]
         try:
-            result = await self._reward.score(prompt=row.question, response=answer, label=row.label)
-        except RewardUnavailable:
+            return await self._run(
+                request_id=f"demo-{uuid4().hex}",
+                task=Task(prompt=row.question, label=row.label, prompt_ids=prompt_ids),
+                sampling=SamplingConfig(
+                    max_tokens=self._max_tokens, temperature=temperature, seed=seed
+                ),
+                tokenizer=self._tokenizer,
+            )
+        except (RewardUnavailable, ToolLostError):
             return None
-        return result.value
 
 
-def _mean(scores: Sequence[float | None]) -> float:
-    known = [score for score in scores if score is not None]
-    return sum(known) / len(known) if known else float("nan")
+def _share_right(episodes: Sequence[Episode | None]) -> float:
+    rewards = [episode.reward for episode in episodes if episode is not None]
+    return sum(rewards) / len(rewards) if rewards else float("nan")

@@ -6,15 +6,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from openrlhf_alp.data.addition import INPUT_KEY, LABEL_KEY
-
-METHODS = ("seq-alp", "token-alp", "seq-bypass", "token-bypass")
+from openrlhf_alp.data.questions import INPUT_KEY, LABEL_KEY
+from openrlhf_alp.learner.tool_config import ToolConfig
 
 PROMPTS_PER_STEP = 8
 SAMPLES_PER_PROMPT = 8
-MAX_NEW_TOKENS = 20
 _SAMPLES_PER_STEP = PROMPTS_PER_STEP * SAMPLES_PER_PROMPT
 _MICRO_BATCH = 16
+WARM_UP_STEPS = 20
+TOOL = ToolConfig(max_tool_turns=2, max_tokens_per_turn=32, template="chat")
+"""Limits of a tool-integrated episode; its URL is known once the service runs."""
 _MAX_LENGTH = 256
 """Tokens of prompt and answer; the task's prompts have about 40."""
 
@@ -32,6 +33,10 @@ class Recipe:
     service_url: str
     method: str
     seed: int
+    max_new_tokens: int
+    """Budget of an episode after its prompt."""
+    tool_url: str | None = None
+    """Tool service; None for episodes of one turn."""
 
 
 def service_command(*, model: Path, url_file: Path, seed: int) -> list[str]:
@@ -50,11 +55,29 @@ def service_command(*, model: Path, url_file: Path, seed: int) -> list[str]:
     return [sys.executable, "-m", "services.rollout", *_arguments(flags)]
 
 
+def tool_command(*, url_file: Path) -> list[str]:
+    """The tool service: loopback only, any free port, at the best isolation there is here."""
+    flags: Flags = {
+        "--host": "127.0.0.1",
+        "--port": 0,
+        "--url-file": url_file,
+        "--presets": "numpy",
+    }
+    return [sys.executable, "-m", "services.tool", *_arguments(flags)]
+
+
+def warm_up_command(*, model: Path, output: Path, seed: int) -> list[str]:
+    """The supervised warm-up that shows a model the form of a tool call."""
+    flags: Flags = {"--model": model, "--output": output, "--steps": WARM_UP_STEPS, "--seed": seed}
+    return [sys.executable, "-m", "openrlhf_alp.cli.demo_warmup", *_arguments(flags)]
+
+
 def train_command(recipe: Recipe) -> list[str]:
     """One PPO run over the rows of `recipe.train_data`: PROMPTS_PER_STEP of them a step."""
     groups = (
         _model_flags(recipe),
         _rollout_flags(recipe),
+        _tool_flags(recipe),
         _algorithm_flags(recipe),
         _optimizer_flags(recipe),
         _output_flags(recipe),
@@ -84,13 +107,25 @@ def _rollout_flags(recipe: Recipe) -> Flags:
         "--data.label_key": LABEL_KEY,
         "--data.apply_chat_template": None,
         "--data.max_len": _MAX_LENGTH,
-        "--rollout.max_new_tokens": MAX_NEW_TOKENS,
+        "--rollout.max_new_tokens": recipe.max_new_tokens,
         "--rollout.n_samples_per_prompt": SAMPLES_PER_PROMPT,
         "--rollout.batch_size": PROMPTS_PER_STEP,
         "--rollout.micro_batch_size": _MICRO_BATCH,
         "--rollout.temperature": 1.0,
         "--rollout.top_p": 1.0,
         "--reward.remote_url": "math-verify",
+    }
+
+
+def _tool_flags(recipe: Recipe) -> Flags:
+    """A turn is a line of code or an answer: one that rambles is cut where it stands."""
+    if recipe.tool_url is None:
+        return {}
+    return {
+        "--tool.service_urls": recipe.tool_url,
+        "--tir.max_tool_turns": TOOL.max_tool_turns,
+        "--tir.max_tokens_per_turn": TOOL.max_tokens_per_turn or 0,
+        "--tir.template": TOOL.template,
     }
 
 

@@ -1,6 +1,7 @@
 """The demo itself, stage by stage.
 
-prepare --> rollout service --> accuracy before --> training --> accuracy after --> table, plots
+prepare --> [tool service, warm-up] --> rollout service --> accuracy before --> training
+        --> accuracy after --> table, [transcripts], plots
 """
 
 import json
@@ -8,11 +9,11 @@ import math
 import secrets
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from openrlhf_alp.cli.demo import DemoConfig
-from openrlhf_alp.cli.demo_accuracy import Accuracy, measure_accuracy
+from openrlhf_alp.cli.demo_accuracy import Accuracy, Services, measure_accuracy
 from openrlhf_alp.cli.demo_folder import RunFolderError, find_model, open_run_folder
 from openrlhf_alp.cli.demo_processes import (
     Child,
@@ -21,16 +22,20 @@ from openrlhf_alp.cli.demo_processes import (
     StopRequested,
 )
 from openrlhf_alp.cli.demo_recipe import (
-    MAX_NEW_TOKENS,
     PROMPTS_PER_STEP,
+    TOOL,
+    WARM_UP_STEPS,
     Recipe,
     service_command,
+    tool_command,
     train_command,
+    warm_up_command,
 )
+from openrlhf_alp.cli.demo_task import PRODUCTS, SUMS
 from openrlhf_alp.cli.demo_view import DemoView, reward_at_edges
 from openrlhf_alp.clients.errors import ServiceError
-from openrlhf_alp.clients.keys import ADMIN_KEY_VARIABLE, API_KEY_VARIABLE
-from openrlhf_alp.data.addition import AdditionRow, repeat_rows, split_additions, write_rows
+from openrlhf_alp.clients.keys import ADMIN_KEY_VARIABLE, API_KEY_VARIABLE, TOOL_KEY_VARIABLE
+from openrlhf_alp.data.questions import Question, repeat_rows, write_rows
 from openrlhf_alp.data.smollm2 import ModelPackageMissingError
 from openrlhf_alp.report.metrics import MetricsFileError, MetricsFollower, StepMetrics
 from openrlhf_alp.report.plots import write_plots
@@ -43,10 +48,12 @@ _POLL_S = 0.3
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DemoCommands:
-    """How the two processes are started; a test puts its own programs here."""
+    """How the processes are started; a test puts its own programs here."""
 
     service: Callable[..., list[str]] = service_command
     train: Callable[[Recipe], list[str]] = train_command
+    tool: Callable[..., list[str]] = tool_command
+    warm_up: Callable[..., list[str]] = warm_up_command
 
 
 def run_demo(config: DemoConfig, view: DemoView, commands: DemoCommands | None = None) -> int:
@@ -84,10 +91,11 @@ class _Demo:
         self._view = view
         self._guard = guard
         self._commands = commands
-        self._keys = {
-            API_KEY_VARIABLE: secrets.token_urlsafe(32),
-            ADMIN_KEY_VARIABLE: secrets.token_urlsafe(32),
-        }
+        self._task = PRODUCTS if config.tir else SUMS
+        variables = (API_KEY_VARIABLE, ADMIN_KEY_VARIABLE, TOOL_KEY_VARIABLE)
+        self._keys = {name: secrets.token_urlsafe(32) for name in variables}
+        self._services: list[Child] = []
+        self._tool_url: str | None = None
 
     def run(self) -> None:
         self._model = find_model(self._config.model, say=lambda line: self._view.say("model", line))
@@ -99,14 +107,17 @@ class _Demo:
             say=lambda line: self._view.say("folder", line),
         )
         test = self._write_task()
-        self._start_service()
+        if self._task.uses_tool:
+            self._start_tool()
+            self._warm_up()
+        self._start_rollouts()
         before = self._measure("before", test)
         steps = self._train()
         after = self._measure("after", test)
         self._report(test, before, after, steps)
 
-    def _write_task(self) -> Sequence[AdditionRow]:
-        split = split_additions(seed=self._config.seed)
+    def _write_task(self) -> Sequence[Question]:
+        split = self._task.split(self._config.seed)
         task = self._folder / "task"
         task.mkdir()
         self._train_data = task / "train.jsonl"
@@ -123,52 +134,90 @@ class _Demo:
         )
         return split.test
 
-    def _start_service(self) -> None:
+    def _start_rollouts(self) -> None:
         url_file = self._folder / "rollout.url"
+        command = self._commands.service(
+            model=self._model, url_file=url_file, seed=self._config.seed
+        )
+        self._rollout_url = self._start_service("The rollout service", command, url_file)
+
+    def _start_tool(self) -> None:
+        url_file = self._folder / "tool.url"
+        command = self._commands.tool(url_file=url_file)
+        self._tool_url = self._start_service("The tool service", command, url_file)
+
+    def _start_service(self, name: str, command: list[str], url_file: Path) -> str:
         started_s = time.monotonic()
-        self._service = self._guard.start(
-            "The rollout service",
-            self._commands.service(model=self._model, url_file=url_file, seed=self._config.seed),
-            log=self._folder / "rollout.log",
+        service = self._guard.start(
+            name,
+            command,
+            log=url_file.with_suffix(".log"),
             environment=self._environment(),
             grace_s=_SERVICE_GRACE_S,
         )
-        log = self._service.log
-        with self._view.waiting(f"Starting vLLM (log: {log})"):
-            self._service_url = self._wait_for_url(url_file)
+        self._services.append(service)
+        with self._view.waiting(f"Starting {name.lower()} (log: {service.log})"):
+            url = self._wait_for_url(service, url_file)
+        seconds = time.monotonic() - started_s
         self._view.say(
             "service",
-            f"ready at {self._service_url} after {time.monotonic() - started_s:.0f} s (log: {log})",
+            f"{name.lower()} is ready at {url} after {seconds:.0f} s (log: {service.log})",
         )
+        return url
 
-    def _wait_for_url(self, url_file: Path) -> str:
-        """The service writes its URL once it accepts connections, which is after loading."""
+    def _wait_for_url(self, service: Child, url_file: Path) -> str:
+        """A service writes its URL once it accepts connections, which is after loading."""
         give_up_s = time.monotonic() + _SERVICE_READY_S
         while not url_file.exists():
-            self._check_service()
+            self._check_services()
             if time.monotonic() > give_up_s:
-                raise self._service.failure()
+                raise service.failure()
             time.sleep(_POLL_S)
         return url_file.read_text(encoding="utf-8").strip()
 
-    def _check_service(self) -> None:
-        if not self._service.is_running:
-            raise self._service.failure()
+    def _check_services(self) -> None:
+        for service in self._services:
+            if not service.is_running:
+                raise service.failure()
 
-    def _measure(self, name: str, test: Sequence[AdditionRow]) -> Accuracy:
+    def _warm_up(self) -> None:
+        """Not reinforcement learning, and said so."""
+        warm = self._folder / "warm-model"
+        started_s = time.monotonic()
+        child = self._guard.start(
+            "The warm-up",
+            self._commands.warm_up(model=self._model, output=warm, seed=self._config.seed),
+            log=self._folder / "warmup.log",
+            environment=self._environment(),
+            grace_s=_TRAIN_GRACE_S,
+        )
+        with self._view.waiting(f"Supervised warm-up (log: {child.log})"):
+            self._guard.wait(child)
+        self._model = warm
+        self._view.say(
+            "warm-up",
+            f"{WARM_UP_STEPS} supervised steps in {time.monotonic() - started_s:.0f} s show what a "
+            "tool call looks like, and as often a wrong guess; what pays is yet to be learnt",
+        )
+
+    def _measure(self, name: str, test: Sequence[Question]) -> Accuracy:
         with self._view.waiting(f"Asking the {len(test)} held-out questions"):
             accuracy = measure_accuracy(
                 test,
                 model=self._model,
-                service_url=self._service_url,
-                api_key=self._keys[API_KEY_VARIABLE],
-                max_tokens=MAX_NEW_TOKENS,
+                services=Services(
+                    rollout_url=self._rollout_url,
+                    rollout_key=self._keys[API_KEY_VARIABLE],
+                    tool=replace(TOOL, urls=(self._tool_url,) if self._tool_url else ()),
+                    tool_key=self._keys[TOOL_KEY_VARIABLE],
+                ),
+                max_tokens=self._task.max_new_tokens,
                 seed=self._config.seed,
-                check_service=self._check_service,
+                check_services=self._check_services,
             )
         self._view.say(
             name,
-            f"held-out sums right: {accuracy.greedy:.0%} greedy, "
+            f"held-out {self._task.noun} right: {accuracy.greedy:.0%} greedy, "
             f"{accuracy.sampled:.0%} at temperature 1",
         )
         return accuracy
@@ -178,9 +227,11 @@ class _Demo:
             model=self._model,
             train_data=self._train_data,
             run_folder=self._folder,
-            service_url=self._service_url,
+            service_url=self._rollout_url,
             method=self._config.method,
             seed=self._config.seed,
+            max_new_tokens=self._task.max_new_tokens,
+            tool_url=self._tool_url,
         )
         train = self._guard.start(
             "Training",
@@ -213,17 +264,17 @@ class _Demo:
                     on_step(step)
                 if not is_running:
                     return steps
-                self._check_service()
+                self._check_services()
                 time.sleep(_POLL_S)
 
     def _report(
         self,
-        test: Sequence[AdditionRow],
+        test: Sequence[Question],
         before: Accuracy,
         after: Accuracy,
         steps: Sequence[StepMetrics],
     ) -> None:
-        title = f"{self._config.method} on one-digit sums, seed {self._config.seed}"
+        title = f"{self._config.method} on {self._task.noun}, seed {self._config.seed}"
         plots = write_plots(steps, self._folder, title=title)
         edges = reward_at_edges(steps)
         summary = {
@@ -234,7 +285,10 @@ class _Demo:
             "reward_last_steps": edges and edges[1],
         }
         (self._folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
-        self._view.results(test, before, after, steps)
+        self._view.results(self._task.noun, test, before, after, steps)
+        if self._task.uses_tool:
+            self._view.transcript("one episode before", before.greedy_episodes[0])
+            self._view.transcript("the same question after", after.greedy_episodes[0])
         self._view.say("plots", " and ".join(map(str, plots)))
         self._view.say("curves", f"tensorboard --logdir {self._folder / 'tensorboard'}")
 

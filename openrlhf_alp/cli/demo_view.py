@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.markup import escape
+from rich.panel import Panel
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -16,8 +17,10 @@ from rich.progress import (
     TimeElapsedColumn,
 )
 from rich.table import Table
+from rich.text import Text
 
-from openrlhf_alp.data.addition import AdditionRow
+from openrlhf_alp.data.questions import Question
+from openrlhf_alp.episodes.records import Episode, TurnKind
 from openrlhf_alp.report.metrics import LOG_RATIO_QUANTILES, REWARD, StepMetrics
 
 if TYPE_CHECKING:  # the module behind it imports transformers, and the title should not wait
@@ -26,6 +29,8 @@ if TYPE_CHECKING:  # the module behind it imports transformers, and the title sh
 _NUM_EXAMPLES = 3
 _EDGE_STEPS = 3
 """Rewards are compared over this many steps at the start and at the end."""
+
+_SPEAKERS = {TurnKind.PROMPT: "asked", TurnKind.ACTION: "policy", TurnKind.OBSERVATION: "tool"}
 
 OnStep = Callable[[StepMetrics], None]
 
@@ -75,19 +80,36 @@ class DemoView:
 
     def results(
         self,
-        rows: Sequence[AdditionRow],
+        noun: str,
+        rows: Sequence[Question],
         before: "Accuracy",
         after: "Accuracy",
         steps: Sequence[StepMetrics],
     ) -> None:
-        """The table of before and after, and a few answers to compare with one's own eyes."""
+        """The table of before and after, and a few answers to compare with one's own eyes.
+
+        Args:
+            noun: what is asked for, in the plural.
+        """
         self._console.print()
-        self._console.print(_accuracy_table(len(rows), before, after, steps))
+        self._console.print(_accuracy_table(f"{len(rows)} held-out {noun}", before, after, steps))
         self._console.print()
         self._console.print(_example_table(rows, before, after))
         not_scored = before.num_not_scored + after.num_not_scored
         if not_scored:
             self.say("note", f"{not_scored} held-out answers could not be scored and do not count")
+
+    def transcript(self, name: str, episode: Episode | None) -> None:
+        """One episode as it was spoken: who said what, and how it ended."""
+        if episode is None:
+            self._console.print(f"[bold]{escape(name)}[/]: its reward could not be computed")
+            return
+        said = Text()
+        for turn in episode.turns:
+            said.append(f"{_SPEAKERS[turn.kind]:<7}", style="bold")
+            said.append(f"{turn.text.strip()}\n".replace("\n", f"\n{'':7}").rstrip(" "))
+        said.append(f"reward {episode.reward:g}, ended by {episode.stop_reason}", style="italic")
+        self._console.print(Panel(said, title=escape(name), title_align="left"))
 
 
 def describe(step: StepMetrics) -> str:
@@ -111,13 +133,12 @@ def reward_at_edges(steps: Sequence[StepMetrics]) -> tuple[float, float] | None:
 
 
 def _accuracy_table(
-    num_questions: int, before: "Accuracy", after: "Accuracy", steps: Sequence[StepMetrics]
+    held_out: str, before: "Accuracy", after: "Accuracy", steps: Sequence[StepMetrics]
 ) -> Table:
     table = Table(title="Right answers", title_justify="left")
     table.add_column("")
     for heading in ("before", "after", "change"):
         table.add_column(heading, justify="right")
-    held_out = f"{num_questions} held-out sums"
     _add_shares(table, f"{held_out}, greedy", before.greedy, after.greedy)
     _add_shares(table, f"{held_out}, temperature 1", before.sampled, after.sampled)
     if edges := reward_at_edges(steps):
@@ -132,14 +153,22 @@ def _add_shares(table: Table, name: str, before: float, after: float) -> None:
     table.add_row(name, f"{before:.0%}", f"{after:.0%}", change)
 
 
-def _example_table(rows: Sequence[AdditionRow], before: "Accuracy", after: "Accuracy") -> Table:
+def _example_table(rows: Sequence[Question], before: "Accuracy", after: "Accuracy") -> Table:
     table = Table(title="Held-out questions, greedy answers", title_justify="left")
     for heading in ("question", "before", "after"):
         table.add_column(heading)
-    answers = zip(rows, before.greedy_answers, after.greedy_answers, strict=True)
-    for row, old, new in list(answers)[:_NUM_EXAMPLES]:
-        table.add_row(escape(row.question), *(escape(" ".join(a.split())) for a in (old, new)))
+    pairs = zip(rows, before.greedy_episodes, after.greedy_episodes, strict=True)
+    for row, old, new in list(pairs)[:_NUM_EXAMPLES]:
+        table.add_row(escape(row.question), *(escape(_last_words(e)) for e in (old, new)))
     return table
+
+
+def _last_words(episode: Episode | None) -> str:
+    """The policy's last turn on one line."""
+    if episode is None:
+        return "-"
+    turns = [turn.text for turn in episode.turns if turn.kind is TurnKind.ACTION]
+    return " ".join(turns[-1].split())
 
 
 def _number(value: float | None, form: str) -> str:

@@ -5,22 +5,34 @@ from pathlib import Path
 import pytest
 
 from openrlhf_alp.alp import METHODS as ALL_METHODS
-from openrlhf_alp.cli.demo_recipe import METHODS, Recipe, service_command, train_command
-from openrlhf_alp.learner import config
+from openrlhf_alp.cli.demo_recipe import (
+    Recipe,
+    service_command,
+    tool_command,
+    train_command,
+    warm_up_command,
+)
+from openrlhf_alp.cli.demo_task import METHODS
+from openrlhf_alp.learner import config, tool_config
 from services.rollout.settings import RolloutSettings
 
 
-@pytest.fixture
-def command() -> list[str]:
-    recipe = Recipe(
+def recipe(tool_url: str | None) -> Recipe:
+    return Recipe(
         model=Path("/models/m"),
         train_data=Path("/runs/demo/task/train.jsonl"),
         run_folder=Path("/runs/demo"),
         service_url="http://127.0.0.1:1",
         method="token-alp",
         seed=7,
+        max_new_tokens=20,
+        tool_url=tool_url,
     )
-    return train_command(recipe)
+
+
+@pytest.fixture(params=[None, "http://127.0.0.1:2"])
+def command(request: pytest.FixtureRequest) -> list[str]:
+    return train_command(recipe(request.param))
 
 
 def value(command: list[str], flag: str) -> str:
@@ -31,7 +43,8 @@ def test_every_flag_is_one_that_training_takes(command):
     spec = importlib.util.find_spec("openrlhf")
     assert spec is not None and spec.submodule_search_locations
     upstream = Path(spec.submodule_search_locations[0]) / "cli" / "train_ppo_ray.py"
-    known = upstream.read_text().replace("{prefix}", "actor") + inspect.getsource(config)
+    ours = inspect.getsource(config) + inspect.getsource(tool_config)
+    known = upstream.read_text().replace("{prefix}", "actor") + ours
     flags = [argument for argument in command if argument.startswith("--")]
     assert len(flags) > 25
     assert [flag for flag in flags if f'"{flag}"' not in known] == []
@@ -67,3 +80,21 @@ def test_every_flag_of_the_service_is_one_of_its_settings():
     flags = {flag.removeprefix("--").replace("-", "_") for flag in command if flag[:2] == "--"}
     assert flags <= RolloutSettings.model_fields.keys()
     assert value(command, "--host") == "127.0.0.1"
+
+
+def test_a_tool_integrated_run_knows_its_service_and_a_plain_one_has_none():
+    plain, tool = (train_command(recipe(url)) for url in (None, "http://127.0.0.1:2"))
+    assert "--tool.service_urls" not in plain
+    assert value(tool, "--tool.service_urls") == "http://127.0.0.1:2"
+    assert int(value(tool, "--tir.max_tool_turns")) >= 1
+
+
+def test_the_tool_service_is_for_this_machine_only():
+    command = tool_command(url_file=Path("/u"))
+    assert (value(command, "--host"), value(command, "--port")) == ("127.0.0.1", "0")
+
+
+def test_the_warm_up_reads_one_model_and_writes_another():
+    command = warm_up_command(model=Path("/m"), output=Path("/w"), seed=3)
+    assert (value(command, "--model"), value(command, "--output")) == ("/m", "/w")
+    assert value(command, "--seed") == "3"

@@ -5,10 +5,18 @@ from rich.console import Console
 
 from openrlhf_alp.cli.demo_accuracy import Accuracy
 from openrlhf_alp.cli.demo_view import DemoView, describe, reward_at_edges
-from openrlhf_alp.data.addition import AdditionRow
+from openrlhf_alp.data.questions import Question
+from openrlhf_alp.episodes.records import (
+    Episode,
+    StopReason,
+    Timings,
+    Turn,
+    TurnKind,
+    VersionSpan,
+)
 from openrlhf_alp.report.metrics import REWARD, StepMetrics
 
-ROW = AdditionRow(question="What is 3 + 4?", label="7")
+ROW = Question(question="What is 3 + 4?", label="7")
 
 
 def steps_with(*rewards: float) -> list[StepMetrics]:
@@ -23,8 +31,39 @@ def accuracy(greedy: float, sampled: float, answer: str, num_not_scored: int = 0
         greedy=greedy,
         sampled=sampled,
         num_not_scored=num_not_scored,
-        greedy_answers=(answer,),
+        greedy_episodes=(episode(answer),),
     )
+
+
+def episode(*answers: str) -> Episode:
+    """A prompt, then the policy's answers with what a tool said in between; one token each."""
+    turns = [Turn(kind=TurnKind.PROMPT, start=0, end=1, text=ROW.question)]
+    for answer in answers:
+        if turns[-1].kind is TurnKind.ACTION:
+            turns.append(_next(turns, TurnKind.OBSERVATION, "21"))
+        turns.append(_next(turns, TurnKind.ACTION, answer))
+    acting = [turn.kind is TurnKind.ACTION for turn in turns]
+    return Episode(
+        request_id="r",
+        prompt=ROW.question,
+        label=ROW.label,
+        token_ids=tuple(range(len(turns))),
+        logprobs=tuple(-1.0 * action for action in acting),
+        action_mask=tuple(acting),
+        turns=tuple(turns),
+        spans=tuple(
+            VersionSpan(version=1, digest="d", start=turn.start, end=turn.end)
+            for turn in turns
+            if turn.kind is TurnKind.ACTION
+        ),
+        stop_reason=StopReason.EOS,
+        reward=1.0,
+        timings=Timings(generate_s=0.0, reward_s=0.0),
+    )
+
+
+def _next(turns: list[Turn], kind: TurnKind, text: str) -> Turn:
+    return Turn(kind=kind, start=turns[-1].end, end=turns[-1].end + 1, text=text)
 
 
 def test_a_step_is_described_by_reward_ratio_and_speed():
@@ -59,7 +98,7 @@ def test_results_show_both_shares_the_change_and_a_real_answer():
     output = io.StringIO()
     view = DemoView(Console(file=output, width=100))
     before, after = accuracy(0.25, 0.1471, "[8]", num_not_scored=2), accuracy(0.75, 0.1324, "7")
-    view.results([ROW], before, after, steps_with(0, 0, 0, 1, 1, 1))
+    view.results("sums", [ROW], before, after, steps_with(0, 0, 0, 1, 1, 1))
     shown = output.getvalue()
     rows = [line.split("\u2502") for line in shown.splitlines() if "\u2502" in line]
     cells = [[cell.strip() for cell in row[1:-1]] for row in rows]
@@ -68,6 +107,25 @@ def test_results_show_both_shares_the_change_and_a_real_answer():
     assert ["training reward, first and last 3 steps", "0%", "100%", "+100 points"] in cells
     assert ["What is 3 + 4?", "[8]", "7"] in cells
     assert "2 held-out answers could not be scored" in shown
+
+
+def test_a_transcript_shows_who_said_what_and_how_it_ended():
+    output = io.StringIO()
+    view = DemoView(Console(file=output, width=60))
+    view.transcript("before", episode("```python\nprint([3 * 7])\n```\n", "It is [21]."))
+    lines = [line.strip(" \u2502") for line in output.getvalue().splitlines()]
+    assert "before" in lines[0]
+    assert lines[1:-1] == [
+        "asked  What is 3 + 4?",
+        "policy ```python",
+        "print([3 * 7])",
+        "```",
+        "tool   21",
+        "policy It is [21].",
+        "reward 1, ended by eos",
+    ]
+    view.transcript("after", None)
+    assert "could not be computed" in output.getvalue()
 
 
 def test_a_terminal_gets_a_bar_that_ends_full():

@@ -4,17 +4,17 @@ import re
 import pytest
 from openrlhf.datasets.prompts_dataset import preprocess_data
 
-from openrlhf_alp.data.addition import (
+from openrlhf_alp.data.addition import split_additions
+from openrlhf_alp.data.questions import (
     INPUT_KEY,
     LABEL_KEY,
-    AdditionRow,
+    Question,
     repeat_rows,
-    split_additions,
     write_rows,
 )
 
 
-def operands(row: AdditionRow) -> tuple[int, int]:
+def operands(row: Question) -> tuple[int, int]:
     match = re.fullmatch(r"What is (\d+) \+ (\d+)\?", row.question)
     assert match is not None
     return int(match[1]), int(match[2])
@@ -64,7 +64,7 @@ def test_repeating_makes_whole_passes_before_it_starts_again():
 
 def test_the_file_is_what_openrlhf_reads(tmp_path):
     path = tmp_path / "train.jsonl"
-    write_rows(path, [AdditionRow(question="What is 3 + 4?", label="7")])
+    write_rows(path, [Question(question="What is 3 + 4?", label="7")])
     (row,) = [json.loads(line) for line in path.read_text().splitlines()]
 
     def template(chat, *, tokenize, add_generation_prompt):
