@@ -63,6 +63,40 @@ async def test_killing_a_zygote_is_noticed_and_repaired(
     assert answer.json()["stdout"] == "2\n"
 
 
+async def test_a_flood_of_instant_timeouts_hurts_nobody_and_leaves_nothing(
+    client: httpx.AsyncClient, service: ToolService
+) -> None:
+    """Threat row 82. The queue stays bounded, harmless programs in between end as always."""
+    before = service.sandbox.restarts
+    flood = {"code": "while True: pass", "timeout_s": 0.02, "deadline_s": 60}
+    harmless = {"code": "print(6 * 7)", "timeout_s": 30, "deadline_s": 60}
+    jobs = [harmless if index % 10 == 0 else flood for index in range(200)]
+    answers = await asyncio.gather(*(client.post("/v1/execute", json=job) for job in jobs))
+    for job, answer in zip(jobs, answers, strict=True):
+        body = answer.json()
+        if job is harmless:
+            assert (body["status"], body["stdout"]) == ("ok", "42\n"), body
+        else:
+            assert body["status"] == "timeout" and body["usage"]["wall_ms"] >= 20, body
+    give_up = time.monotonic() + 30
+    while service.sandbox.busy() and time.monotonic() < give_up:
+        await asyncio.sleep(0.01)
+    assert (service.sandbox.busy(), service.admission.running, service.admission.waiting) == (
+        0, 0, 0,
+    )  # fmt: skip
+    assert service.sandbox.restarts == before
+
+
+async def test_a_flood_beyond_the_queue_is_refused_at_once(client: httpx.AsyncClient) -> None:
+    """2 slots run, 512 wait: of 600 callers at least 86 are told to come again."""
+    job = {"code": "pass", "timeout_s": 30, "deadline_s": 250}
+    answers = await asyncio.gather(*(client.post("/v1/execute", json=job) for _ in range(600)))
+    refused = [answer for answer in answers if answer.status_code == 503]
+    assert 600 - 2 - 512 <= len(refused) < 600
+    assert all(int(answer.headers["Retry-After"]) >= 1 for answer in refused)
+    assert all(answer.json()["status"] == "ok" for answer in answers if answer not in refused)
+
+
 async def test_a_session_that_lost_its_launcher_says_so(
     client: httpx.AsyncClient, service: ToolService
 ) -> None:
