@@ -1,7 +1,7 @@
 """Measure the tool service against its floor and against what it replaces, in one run on one
 machine.
 
-    python benchmarks/tool_service.py [--quick]
+    python benchmarks/tool_service.py [--quick] [--memory RUNS]
 
 Everything is printed as a ratio of two numbers taken in the same run, beside the goal. The floor is
 fork, _exit and wait of an interpreter with the same libraries preloaded: nothing that runs code in
@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import aiohttp
+import psutil
 
 from services.tool.sandbox import preload
 from services.tool.sandbox.engine import Sandbox, SandboxConfig
@@ -124,8 +125,12 @@ async def rate(run: Callable[[], Awaitable[None]], seconds: float, concurrency: 
 
 
 async def core_rows(seconds: float, floor: float) -> list[Row]:
-    """The sandbox without HTTP, one launcher, pinned to no core."""
-    sandbox = Sandbox(SandboxConfig(level=Level.FULL, presets=("numpy", "sympy"), warm_slots=4))
+    """The sandbox without HTTP, one launcher per core, as the service starts it."""
+    cores = len(os.sched_getaffinity(0))
+    config = SandboxConfig(
+        level=Level.FULL, presets=("numpy", "sympy"), launchers=cores, warm_slots=4
+    )
+    sandbox = Sandbox(config)
     await sandbox.start()
 
     async def hello() -> None:
@@ -133,12 +138,11 @@ async def core_rows(seconds: float, floor: float) -> list[Row]:
         assert outcome.stdout == "2\n", outcome
 
     try:
-        await rate(hello, 0.5, 2)
-        speed = await rate(hello, seconds, 2)
+        await rate(hello, 0.5, cores)
+        speed = await rate(hello, seconds, cores)
         waits = await paced_ms(hello, 100)
     finally:
         await sandbox.stop()
-    cores = min(2, len(os.sched_getaffinity(0)))
     ratio = speed / cores / floor
     text = f"{speed:.0f}/s on {cores} cores, floor {floor:.0f}/s per core"
     p99 = f"p99 {percentile(waits, 0.99):.2f} ms, min {min(waits):.2f} ms"
@@ -259,7 +263,61 @@ async def http_rows(seconds: float, floor: float, runs: int) -> AsyncIterator[Ro
             yield at_most(
                 f"timeout overshoot, {name}, p99", percentile(late, 0.99), goal, "ms", text
             )
+        for row in await recovery_rows(client, pid):
+            yield row
         yield await memory_row(client, pid, runs)
+
+
+async def recovery_rows(client: aiohttp.ClientSession, pid: int) -> list[Row]:
+    """Kill a launcher and a zygote under load: how long does anything survive, when is an answer
+    back?"""
+    rows = []
+    for victim in ("launcher", "zygote"):
+        sleeping = {"code": "import time\ntime.sleep(5)", "timeout_s": 4}
+        flying = [asyncio.create_task(execute(client, sleeping)) for _ in os.sched_getaffinity(0)]
+        launcher = await busy_launcher(pid)
+        below = [launcher, *launcher.children(recursive=True)]
+        # Of the factory's children, rooms share its own memory and a zygote has far more.
+        zygote = max(below[1].children(), key=lambda child: child.memory_info().rss)
+        started = time.perf_counter()
+        (launcher if victim == "launcher" else zygote).kill()
+        back = asyncio.create_task(timed(poster(client, HELLO), started))
+        while any(is_alive(process) for process in below):
+            await asyncio.sleep(0.005)
+        gone_s = time.perf_counter() - started
+        answers = [answer["status"] for answer in await asyncio.gather(*flying)]
+        text = f"callers: {', '.join(sorted(set(answers)))}"
+        rows.append(at_most(f"{victim} killed: everything gone", gone_s, 1.0, "s", text))
+        rows.append(at_most(f"{victim} killed: next answer", await back, 1.0, "s", ""))
+    return rows
+
+
+async def timed(run: Callable[[], Awaitable[None]], started: float) -> float:
+    """Seconds from `started` to the end of one run."""
+    await run()
+    return time.perf_counter() - started
+
+
+async def busy_launcher(pid: int) -> psutil.Process:
+    """The launcher that has most to do: the one whose programs run."""
+    await asyncio.sleep(1.0)
+    return max(
+        psutil.Process(pid).children(), key=lambda child: len(child.children(recursive=True))
+    )
+
+
+def is_alive(process: psutil.Process) -> bool:
+    try:
+        return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False
+
+
+async def memory_only(runs: int) -> None:
+    """Nothing but the memory of the API process, over as many runs as asked for."""
+    async with server() as (client, pid):
+        await rate(poster(client, HELLO), 5.0, 50)
+        print(await memory_row(client, pid, runs), flush=True)
 
 
 async def memory_row(client: aiohttp.ClientSession, pid: int, runs: int) -> Row:
@@ -287,10 +345,14 @@ async def measure(seconds: float, runs: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="about a minute instead of ten")
+    parser.add_argument("--memory", type=int, metavar="RUNS", help="measure memory alone")
     parser.add_argument("--floor", type=float, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.floor is not None:
         floor_main(arguments.floor)
+        return
+    if arguments.memory is not None:
+        asyncio.run(memory_only(arguments.memory))
         return
     asyncio.run(measure(2.0, 1000) if arguments.quick else measure(10.0, 100_000))
 
