@@ -14,16 +14,14 @@ from services.tool.sandbox import kernel
 PRESETS = ("numpy", "sympy", "scipy")
 """In order of size; each is forked from the one before."""
 
+# Not all of the standard library: each extension module makes every fork dearer, and modules with
+# exit functions (logging, multiprocessing, asyncio) every exit. Programs import those themselves.
 _COMMON = """
-    abc argparse array ast asyncio atexit base64 bisect calendar cmath codecs collections
-    collections.abc contextlib copy csv ctypes dataclasses datetime decimal difflib doctest enum
-    fractions functools gc glob hashlib heapq hmac inspect io itertools json linecache locale
-    logging math multiprocessing numbers operator pathlib pickle platform pprint queue random re
-    secrets select shutil signal socket sqlite3 statistics string struct subprocess tempfile
-    textwrap threading time timeit tokenize traceback types typing unicodedata unittest uuid
-    warnings weakref zlib concurrent.futures multiprocessing.pool multiprocessing.popen_fork
-    multiprocessing.synchronize multiprocessing.queues encodings.idna encodings.latin_1
-    encodings.ascii importlib.metadata
+    abc array ast base64 bisect calendar cmath codecs collections collections.abc contextlib copy
+    csv dataclasses datetime decimal difflib enum fractions functools hashlib heapq inspect io
+    itertools json linecache locale math numbers operator os.path pathlib pprint random re secrets
+    statistics string struct sys textwrap time timeit tokenize traceback types typing unicodedata
+    warnings weakref encodings.ascii encodings.latin_1
 """
 _HUGE_PAGE = 2 << 20
 
