@@ -53,6 +53,20 @@ class Admission:
                 expected_s,
             )
         arrived = time.perf_counter()
+        await self._enter(deadline_s)
+        started = time.perf_counter()
+        self.running += 1
+        try:
+            yield started - arrived
+        finally:
+            self.running -= 1
+            self._semaphore.release()
+            self._mean_s += _MEAN_WEIGHT * (time.perf_counter() - started - self._mean_s)
+
+    async def _enter(self, deadline_s: float) -> None:
+        if not self._semaphore.locked():
+            await self._semaphore.acquire()  # does not wait
+            return
         self.waiting += 1
         try:
             async with asyncio.timeout(deadline_s):
@@ -63,11 +77,3 @@ class Admission:
             ) from None
         finally:
             self.waiting -= 1
-        started = time.perf_counter()
-        self.running += 1
-        try:
-            yield started - arrived
-        finally:
-            self.running -= 1
-            self._semaphore.release()
-            self._mean_s += _MEAN_WEIGHT * (time.perf_counter() - started - self._mean_s)

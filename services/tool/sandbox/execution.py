@@ -109,13 +109,16 @@ class _Reports:
     """Collect the frames a slot sends about itself; a bad frame ends the listening, nothing
     else."""
 
-    def __init__(self, slot: SlotHandle, max_bytes: int) -> None:
+    def __init__(self, slot: SlotHandle, max_bytes: int, *, listen: bool) -> None:
+        """`listen` is for reports that may not fit the socket's buffer; others are read once, at
+        the end."""
         self._job = slot.job
         self._reader = wire.FrameReader(max_bytes)
         self._loop = asyncio.get_running_loop()
         self.merged: dict[str, Any] = {}
         self._open = True
-        self._loop.add_reader(self._job.fileno(), self._on_readable)
+        if listen:
+            self._loop.add_reader(self._job.fileno(), self._on_readable)
 
     def _on_readable(self) -> None:
         try:
@@ -159,17 +162,19 @@ async def run(slot: SlotHandle, job: Job, limits: Limits) -> Outcome:
         Drain(slot.stdout, limits.output_bytes, overflow),
         Drain(slot.stderr, limits.output_bytes, overflow),
     ]
-    reports = _Reports(slot, limits.fetch_bytes * 2 + (1 << 16))
+    reports = _Reports(slot, limits.fetch_bytes * 2 + (1 << 16), listen=bool(job.fetch))
     timers = [
         loop.call_later(limits.wall_s, stop_for, Status.TIMEOUT),
         loop.call_later(_WATCH_AFTER_S, slot.zygote.watch, slot, limits.memory_bytes),
     ]
     started = time.perf_counter()
-    feeding = loop.create_task(_feed(slot, job, limits))
+    feeding = _start_feeding(slot, job, limits)
     try:
         facts = await asyncio.shield(slot.exited)
         wall_s = time.perf_counter() - started
-        await asyncio.wait([stream.ended for stream in streams], timeout=_DRAIN_S)
+        unfinished = [stream.ended for stream in streams if not stream.ended.done()]
+        if unfinished:
+            await asyncio.wait(unfinished, timeout=_DRAIN_S)
         reports.finish()
     except asyncio.CancelledError:
         slot.kill()
@@ -178,12 +183,13 @@ async def run(slot: SlotHandle, job: Job, limits: Limits) -> Outcome:
     finally:
         for timer in timers:
             timer.cancel()
-        feeding.cancel()
         for stream in streams:
             stream.stop()
         reports.stop()
-        with contextlib.suppress(asyncio.CancelledError, OSError):
-            await feeding
+        if feeding is not None:
+            feeding.cancel()
+            with contextlib.suppress(asyncio.CancelledError, OSError):
+                await feeding
         slot.close()
     return _outcome(facts, streams, reports.merged, stopped, limits, wall_s)
 
@@ -244,12 +250,22 @@ def job_message(job: Job, limits: Limits, mode: str) -> wire.Message:
     }
 
 
-async def _feed(slot: SlotHandle, job: Job, limits: Limits) -> None:
-    """Write the job, then standard input. A program that reads neither is no error."""
-    loop = asyncio.get_running_loop()
+def _start_feeding(slot: SlotHandle, job: Job, limits: Limits) -> asyncio.Task[None] | None:
+    """Write the job and standard input: at once where the buffer takes them, else in a task."""
+    rest = memoryview(wire.encode(job_message(job, limits, "run")))
+    with contextlib.suppress(OSError):  # a slot that has just died; its exit says so
+        rest = rest[slot.job.send(rest) :]
+    if rest or job.stdin:
+        return asyncio.get_running_loop().create_task(_feed(slot, rest, job.stdin))
+    slot.close_stdin()
+    return None
+
+
+async def _feed(slot: SlotHandle, rest: memoryview, stdin: bytes) -> None:
+    """Write the rest of the job, then standard input. A program that reads neither is no error."""
     try:
-        await loop.sock_sendall(slot.job, wire.encode(job_message(job, limits, "run")))
-        await _write_stdin(slot, job.stdin)
+        await asyncio.get_running_loop().sock_sendall(slot.job, rest)
+        await _write_stdin(slot, stdin)
     except (BrokenPipeError, ConnectionResetError):
         return
     finally:
