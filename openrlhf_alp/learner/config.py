@@ -280,6 +280,11 @@ def _check_preflight(args: SimpleNamespace) -> None:
             "from one measurement to the next. 0 means never, which leaves "
             "--rollout.preflight_stop nothing to stop on."
         )
+    if service.preflight_every and args.train.async_enable and not service.urls:
+        raise ValueError(
+            "--rollout.preflight_every with --train.async_enable needs --rollout.service_urls: the "
+            "samples of a step are older than its weights, so fresh ones are asked of the service."
+        )
     has_log_probs = service.urls or args.algo.advantage.is_correction_level != "off"
     if service.preflight_every and not has_log_probs:
         raise ValueError(

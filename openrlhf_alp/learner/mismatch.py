@@ -9,12 +9,16 @@ temperature or log-prob mode, it is an order of magnitude larger.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import torch
 from openrlhf.models import Actor
-from openrlhf.trainer.ppo_utils.experience import Experience
+from openrlhf.trainer.ppo_utils.experience import Experience, split_experience_batch
+from openrlhf.trainer.ppo_utils.samples_generator import SamplesGenerator
 
 from openrlhf_alp.alp import k3_kl
 from openrlhf_alp.report.verdict import LEVELS, Verdict
@@ -89,6 +93,17 @@ def learner_log_probs(actor: Actor, batch: Experience) -> torch.Tensor:
     log_probs = actor(batch.sequences, batch.action_mask, batch.attention_mask)
     actor.train()
     return log_probs
+
+
+def scorable(responses: Sequence[dict[str, Any]]) -> list[Experience]:
+    """Single samples, as a replay buffer holds them, of what an engine returned.
+
+    The conversion, which shifts to predictions, is upstream's; it uses nothing of its generator.
+    """
+    generator = SamplesGenerator(SimpleNamespace(args=None), None, None, None, [])
+    convert = generator._process_response_into_experience
+    samples = [convert(r, max_len=len(r["observation_tokens"])) for r in responses]
+    return [item for sample in samples for item in split_experience_batch(sample)]
 
 
 def log_ratio(actor: Actor, batch: Experience) -> np.ndarray:

@@ -11,15 +11,13 @@ import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from types import SimpleNamespace
 from typing import Any
 from uuid import uuid4
 
 import numpy as np
 import torch
 from openrlhf.models import Actor
-from openrlhf.trainer.ppo_utils.experience import Experience
-from openrlhf.trainer.ppo_utils.samples_generator import SamplesGenerator
+from openrlhf.trainer.ppo_utils.experience import make_experience_batch
 from openrlhf.utils import get_tokenizer
 
 from openrlhf_alp.clients.contract import LearnerExpectation, check_contract
@@ -29,7 +27,7 @@ from openrlhf_alp.clients.rollout import RolloutClient
 from openrlhf_alp.clients.weights import DTYPES, digest_tensor
 from openrlhf_alp.episodes.records import Episode, SamplingConfig
 from openrlhf_alp.learner.episode_runner import SingleTurnRunner, Task, to_response
-from openrlhf_alp.learner.mismatch import Mismatch, log_ratio
+from openrlhf_alp.learner.mismatch import Mismatch, log_ratio, scorable
 from openrlhf_alp.learner.preflight import check_model
 from openrlhf_alp.learner.service_generate import ServiceGenerate
 from openrlhf_alp.learner.weight_sync import gathered_parameters
@@ -114,7 +112,7 @@ def probe(config: ProbeConfig) -> ProbeReport:
         pusher = WeightPusher(config.urls, api_key=config.api_key, admin_key=admin_key)
         pusher.push(gathered_parameters(actor.model, 0, keep=True))
     episodes, served = asyncio.run(_sample(config, tasks, tokenizer))
-    mismatch = Mismatch.of(score(actor, episodes, tokenizer, config.micro_batch_size))
+    mismatch = Mismatch.of(score(actor, episodes, config.micro_batch_size))
     return ProbeReport(
         mismatch=mismatch,
         verdict=judge(mismatch.figures()),
@@ -135,20 +133,11 @@ def load_actor(config: ProbeConfig) -> Actor:
     return actor.to(torch.cuda.current_device())
 
 
-def score(
-    actor: Actor, episodes: Sequence[Episode], tokenizer: Any, micro_batch_size: int
-) -> np.ndarray:
+def score(actor: Actor, episodes: Sequence[Episode], micro_batch_size: int) -> np.ndarray:
     """(num_actions,) float32 log-ratio of every sampled token, learner over rollout."""
-    # Upstream's conversion, which shifts to predictions; it uses nothing of its generator.
-    convert = SamplesGenerator(
-        SimpleNamespace(args=None), None, None, tokenizer, []
-    )._process_response_into_experience
-    longest = max(len(episode.token_ids) for episode in episodes)
-    samples = [convert(to_response(episode), max_len=longest) for episode in episodes]
+    samples = scorable([to_response(episode) for episode in episodes])
     batches = [
-        Experience.concat_experiences(
-            samples[start : start + micro_batch_size], tokenizer.pad_token_id
-        )
+        make_experience_batch(samples[start : start + micro_batch_size])
         for start in range(0, len(samples), micro_batch_size)
     ]
     device = torch.cuda.current_device()

@@ -77,6 +77,7 @@ def test_with_a_service_there_is_one_engine_per_url(parse: Parse, service_keys: 
         (["--alp.enable", "--alp.calibration_factor", "0"], "--alp.calibration_factor is 0"),
         (["--rollout.max_staleness", "1"], "needs --rollout.service_urls"),
         (["--rollout.preflight_every", "2"], "needs the log-probs of the rollouts"),
+        (["--rollout.preflight_every", "2", "--alp.enable", "--train.async_enable"], "are older"),
         (["--rollout.preflight_every", "-2"], "--rollout.preflight_every is -2"),
         (["--rollout.preflight_stop"], "--rollout.preflight_every is 0"),
     ],

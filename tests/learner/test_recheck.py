@@ -1,4 +1,7 @@
-"""The preflight repeated in training, through OpenRLHF's own actor on one CPU rank."""
+"""The preflight repeated in training, through OpenRLHF's own actor on one CPU rank.
+
+The asynchronous way, which asks the service, is in test_train_e2e.py.
+"""
 
 from __future__ import annotations
 
@@ -10,10 +13,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import torch
 
 from openrlhf_alp.learner.mismatch import METRICS
-from openrlhf_alp.learner.staleness import STALENESS
 
 Parse = Callable[..., SimpleNamespace]
 pytestmark = [pytest.mark.e2e, pytest.mark.filterwarnings("ignore")]
@@ -67,22 +68,3 @@ def test_on_request_a_broken_mismatch_ends_the_run_before_the_update(
     with pytest.raises(RuntimeError, match="preflight: broken"):
         actors.update(actor, mismatch=1.0)
     assert actor.trainer.update_number == 0
-
-
-def test_samples_of_an_older_version_are_left_out(parse: Parse, actors: Any) -> None:
-    actor = actors.build_actor(parse(*EVERY_2))
-    batch = actors.rollouts(actor, mismatch=0.0)
-    batch.info[STALENESS] = torch.tensor([0.0, 1.0, 0.0, 2.0])
-    batch.rollout_log_probs[1::2] -= 5.0 * batch.action_mask[1::2]
-    actor.append(batch)
-    status = actor.fit()
-    assert status["preflight/num_tokens"] == 7 + 7 - 3
-    assert status["preflight/max_abs"] == 0.0
-
-
-def test_without_a_fresh_sample_nothing_is_reported(parse: Parse, actors: Any) -> None:
-    actor = actors.build_actor(parse(*EVERY_2))
-    batch = actors.rollouts(actor)
-    batch.info[STALENESS] = torch.ones(4)
-    actor.append(batch)
-    assert not METRICS.keys() & actor.fit().keys()

@@ -102,6 +102,7 @@ def test_partial_rollouts_train_while_generating_and_old_tokens_are_dropped_and_
     flags = (
         *("--alp.enable", "--alp.sigma0", "0.01", "--rollout.max_new_tokens", "40"),
         *("--train.async_enable", "--train.partial_rollout_enable", "--rollout.max_staleness", "0"),
+        *("--rollout.preflight_every", "2"),
     )
     arguments = command(tiny_model, tmp_path, hf_service.url, steps=batches, flags=flags)
     log = tmp_path / "train.log"
@@ -117,6 +118,10 @@ def test_partial_rollouts_train_while_generating_and_old_tokens_are_dropped_and_
     assert all(step["rollout/num_samples"] == 4 for step in steps)
     versions = [step["rollout/policy_version"] for step in steps]
     assert versions == [versions[0] + i for i in range(len(steps))]
+    # Fresh answers of the service, float32, against a learner in bfloat16.
+    measured = [step.get("preflight/k3_kl") for step in steps]
+    assert all((kl is None) == bool(i % 2) for i, kl in enumerate(measured))
+    assert all(0 < kl < 1e-3 for kl in measured[::2])
     # Every group was trained on or dropped, but for those after the last step.
     dropped = sum(step["rollout/dropped_groups"] for step in steps)
     missing = (batches - len(steps)) * PROMPTS_PER_STEP - dropped
