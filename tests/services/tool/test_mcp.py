@@ -1,7 +1,12 @@
 """A real MCP client over a real connection."""
 
+import asyncio
 import contextlib
+import os
+import re
+import sys
 from collections.abc import AsyncIterator
+from pathlib import Path
 
 import httpx2
 import pytest
@@ -10,6 +15,8 @@ from mcp.client.streamable_http import streamable_http_client
 from tool_server import KEY, served
 
 from services.tool.service import ToolService
+
+README = Path(__file__).resolve().parents[3] / "services" / "tool" / "README.md"
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -72,3 +79,17 @@ async def test_a_wrong_key_gets_nowhere(service: ToolService) -> None:
     async with served(service) as url, httpx2.AsyncClient() as http:
         answer = await http.post(f"{url}/mcp", json={})
     assert answer.status_code == 401
+
+
+async def test_the_client_in_the_readme_runs_as_it_stands(service: ToolService) -> None:
+    (example,) = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+    async with served(service) as url:
+        process = await asyncio.create_subprocess_exec(
+            sys.executable,
+            "-c",
+            example.replace("http://localhost:8090", url),
+            env={**os.environ, "KEY": KEY},
+            stdout=asyncio.subprocess.PIPE,
+        )
+        printed, _ = await process.communicate()
+    assert (process.returncode, printed) == (0, b"1024\n")

@@ -247,6 +247,13 @@ OTHERS = [
         says="alone\n",
     ),
     Threat(row="19-kill-parent", code=_PARENT_KILL, says="alive\n"),
+    # The first process of the room shares memory with the factory: no signal may run code there.
+    Threat(
+        row="19-kill-first",
+        code="import os, time\nfor number in range(1, 65):\n    try: os.kill(1, number)\n    except OSError: pass\ntime.sleep(0.1)\nprint('alive')",
+        says="alive\n",
+        levels=("full",),
+    ),
     *system_call(
         "20",
         "101, 16, 1, 0, 0",
