@@ -19,7 +19,7 @@ CHAT_TEMPLATE = (
     "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
     "{% if add_generation_prompt %}assistant: {% endif %}"
 )
-_MAX_STEPS, _GOOD_LOSS = 1000, 1e-3
+_MAX_STEPS = 1000
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
@@ -40,6 +40,7 @@ def save_tiny_policy(
     dialogues: Sequence[tuple[str, str]],
     *,
     dtype: torch.dtype = torch.float32,
+    good_loss: float = 1e-3,
     seed: int = 0,
 ) -> Path:
     """Trains on `dialogues` and writes a model folder.
@@ -47,6 +48,7 @@ def save_tiny_policy(
     Args:
         dialogues: prompt, and what follows it up to `<eos>`, observations included.
         dtype: of the weights on disk.
+        good_loss: training ends below it, in nats per token.
 
     Raises:
         RuntimeError: the dialogues were not learnt; they may contradict each other.
@@ -69,7 +71,7 @@ def save_tiny_policy(
     num_threads = torch.get_num_threads()
     torch.set_num_threads(1)  # matrices this small only wait for each other
     try:
-        _learn_by_heart(model, *_batch(tokenizer, dialogues))
+        _learn_by_heart(model, *_batch(tokenizer, dialogues), good_loss=good_loss)
     finally:
         torch.set_num_threads(num_threads)
     model.to(dtype).save_pretrained(folder)
@@ -89,12 +91,14 @@ def _batch(
     return ids, labels
 
 
-def _learn_by_heart(model: LlamaForCausalLM, ids: torch.Tensor, labels: torch.Tensor) -> None:
+def _learn_by_heart(
+    model: LlamaForCausalLM, ids: torch.Tensor, labels: torch.Tensor, *, good_loss: float
+) -> None:
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3, weight_decay=0.0)
     for _ in range(_MAX_STEPS):
         # Padding stands on the right, where a causal model does not look.
         loss = model(input_ids=ids, labels=labels).loss
-        if loss.item() < _GOOD_LOSS:
+        if loss.item() < good_loss:
             return
         optimizer.zero_grad()
         loss.backward()
