@@ -4,10 +4,8 @@ A hard link in a private folder keeps a staged file alive when the learner remov
 it, and is what gets verified, so nothing can change between the proof and the load.
 """
 
-import fcntl
 import os
 import shutil
-import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,13 +14,13 @@ from services.common.errors import ApiError
 from services.rollout.checkpoint import BadCheckpointError, TensorFile, scan
 from services.rollout.engine import LoadPlan
 from services.rollout.fingerprint import weights_digest
+from services.rollout.private_folder import PrivateFolder, remove_folders_of_the_dead
 from services.rollout.schemas import PrepareRequest
 from services.rollout.versions import Version
 
 TIED_HEAD = "lm_head.weight"
 UPLOADS = "uploads/"
 _STAGING_PREFIX = ".staging-"
-_LOCK = ".lock"
 _FLOATING = frozenset({"BF16", "F16", "F32", "F64"})
 _SHOWN_NAMES = 3
 
@@ -68,16 +66,14 @@ def digest_of(tensors: Tensors) -> str:
 
 
 class Staging:
-    """The private folder of one service inside weights_dir, alive as long as its lock is held."""
+    """The private folder of one service inside weights_dir."""
 
     def __init__(self, model: ServedModel, weights_dir: Path) -> None:
         self._model = model
         self._weights_dir = weights_dir.resolve()
-        _remove_folders_of_the_dead(self._weights_dir)
-        self._root = self._weights_dir / f"{_STAGING_PREFIX}{uuid.uuid4().hex}"
+        self._folder = PrivateFolder(self._weights_dir, _STAGING_PREFIX)
+        self._root = self._folder.path
         self._num_staged = 0
-        self._root.mkdir(mode=0o700)
-        self._lock = _lock(self._root)
 
     @property
     def weights_dir(self) -> Path:
@@ -129,10 +125,7 @@ class Staging:
 
     def close(self) -> None:
         """Remove everything this process staged."""
-        shutil.rmtree(self._root, ignore_errors=True)
-        if self._lock is not None:
-            os.close(self._lock)
-            self._lock = None
+        self._folder.close()
 
     def _stage_in(self, folder: Path, request: PrepareRequest, serving: Tensors) -> Staged:
         folder.mkdir(parents=True, mode=0o700)
@@ -196,32 +189,10 @@ class Staging:
                 raise _bad_files("dtype_mismatch", message)
 
 
-def _lock(folder: Path) -> int | None:
-    """Take the folder's lock and return its descriptor; None when another process holds it."""
-    descriptor = os.open(folder / _LOCK, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(descriptor)
-        return None
-    return descriptor
-
-
-def _remove_folders_of_the_dead(weights_dir: Path) -> None:
-    """Remove what services left that were killed: the kernel has dropped their locks."""
-    for folder in weights_dir.glob(f"{_STAGING_PREFIX}*"):
-        if not (folder / _LOCK).exists():
-            continue  # being made at this moment
-        lock = _lock(folder)
-        if lock is not None:
-            shutil.rmtree(folder, ignore_errors=True)
-            os.close(lock)
-
-
 def remove_if_abandoned(weights_dir: Path) -> None:
     """Remove a private weights folder whose service was killed, with all that it holds."""
     if any(weights_dir.glob(f"{_STAGING_PREFIX}*")):
-        _remove_folders_of_the_dead(weights_dir)
+        remove_folders_of_the_dead(weights_dir, _STAGING_PREFIX)
         if not any(weights_dir.glob(f"{_STAGING_PREFIX}*")):
             shutil.rmtree(weights_dir, ignore_errors=True)
 

@@ -5,6 +5,7 @@ import contextlib
 import importlib.metadata
 import logging
 import os
+import tempfile
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError as VllmDeadError
 from vllm.v1.executor import Executor
 
+from services.common.errors import ConfigError
 from services.rollout.engine import (
     LOGPROBS_MODE,
     BadJobError,
@@ -31,12 +33,15 @@ from services.rollout.engine import (
     TokenSink,
 )
 from services.rollout.openai_routes import add_openai_routes
+from services.rollout.private_folder import PrivateFolder
 from services.rollout.schemas import FinishReason, PauseMode, Sampling, SleepLevel, SleepMode
 from services.rollout.settings import RolloutSettings
-from services.rollout.vllm_executor import TIED
+from services.rollout.vllm_executor import SERVICE_PID, TIED
 
 logger = logging.getLogger(__name__)
 
+_SOCKETS_PREFIX = "alp-ipc-"
+_LONGEST_SOCKETS_FOLDER = 107 - len("/00000000-0000-0000-0000-000000000000")  # sockaddr_un, a UUID
 _PROBE_TIMEOUT_S = 10.0
 _CLOSE_TIMEOUT_S = 10.0
 _FINISH_REASONS: dict[str | None, FinishReason] = {
@@ -48,6 +53,9 @@ _FINISH_REASONS: dict[str | None, FinishReason] = {
 
 def prepare_environment(settings: RolloutSettings) -> None:
     """Set what vLLM reads from the environment; call before the engine is built."""
+    # As `vllm serve` does. A forked engine would not import what ties it to this process.
+    os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"
+    os.environ[SERVICE_PID] = str(os.getpid())
     if settings.num_threads is not None:
         os.environ["OMP_NUM_THREADS"] = str(settings.num_threads)
     bind = settings.thread_bind or ("nobind" if settings.num_threads is not None else None)
@@ -145,8 +153,11 @@ class _OutputBarrier:
 class VllmEngine:
     """vLLM behind the Engine protocol. Build with `start`, inside the event loop."""
 
-    def __init__(self, llm: AsyncLLM, info: EngineInfo, model: Path) -> None:
+    def __init__(
+        self, llm: AsyncLLM, info: EngineInfo, model: Path, sockets: PrivateFolder
+    ) -> None:
         self._llm = llm
+        self._sockets = sockets
         self._model = model
         self._info = info
         self._barrier = _OutputBarrier(llm.engine_core)
@@ -156,14 +167,18 @@ class VllmEngine:
     def start(cls, settings: RolloutSettings, eos_token_ids: tuple[int, ...]) -> "VllmEngine":
         """Load the model. Takes seconds to minutes and blocks."""
         prepare_environment(settings)
-        vllm_config = engine_args(settings).create_engine_config()
-        executor_class = Executor.get_class(vllm_config)
-        llm = AsyncLLM(
-            vllm_config,
-            executor_class=TIED.get(executor_class, executor_class),
-            log_stats=True,
-            log_requests=False,
-        )
+        # vLLM leaves the sockets to its processes behind, in the temporary folder by default.
+        sockets = PrivateFolder(Path(tempfile.gettempdir()), _SOCKETS_PREFIX)
+        os.environ["VLLM_RPC_BASE_PATH"] = str(sockets.path)
+        try:
+            if len(str(sockets.path)) > _LONGEST_SOCKETS_FOLDER:
+                raise ConfigError(
+                    f"TMPDIR {sockets.path.parent} is too long for a socket. Fix: a shorter TMPDIR."
+                )
+            llm = _start_llm(settings)
+        except BaseException:
+            sockets.close()
+            raise
         config = llm.model_config
         info = EngineInfo(
             engine="vllm",
@@ -174,7 +189,7 @@ class VllmEngine:
             max_model_len=config.max_model_len,
             eos_token_ids=eos_token_ids,
         )
-        return cls(llm, info, settings.model)
+        return cls(llm, info, settings.model, sockets)
 
     @property
     def info(self) -> EngineInfo:
@@ -290,6 +305,18 @@ class VllmEngine:
 
     async def close(self) -> None:
         await asyncio.to_thread(self._llm.shutdown, _CLOSE_TIMEOUT_S)
+        self._sockets.close()
+
+
+def _start_llm(settings: RolloutSettings) -> AsyncLLM:
+    vllm_config = engine_args(settings).create_engine_config()
+    executor_class = Executor.get_class(vllm_config)
+    return AsyncLLM(
+        vllm_config,
+        executor_class=TIED.get(executor_class, executor_class),
+        log_stats=True,
+        log_requests=False,
+    )
 
 
 def _vllm_distribution() -> str:

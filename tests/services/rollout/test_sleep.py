@@ -100,7 +100,8 @@ class RecordingLLM:
 
 
 def vllm_engine(llm: RecordingLLM, service: RolloutService) -> VllmEngine:
-    return VllmEngine(llm, service.engine.info, Path("unused"))  # type: ignore[arg-type]
+    unused: Any = None
+    return VllmEngine(llm, service.engine.info, Path("unused"), unused)  # type: ignore[arg-type]
 
 
 async def test_vllm_schedules_again_only_after_dropped_weights_are_loaded(

@@ -1,11 +1,14 @@
 """The important promises once more with real vLLM on a tiny model, through real sockets."""
 
 import asyncio
+import contextlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -30,7 +33,7 @@ PROMPT = [72, 101, 108, 108, 111]
 BF16_MEAN_GAP = 0.15
 
 
-def start(model: Path, url_file: Path, *flags: str) -> subprocess.Popen[bytes]:
+def start(model: Path, url_file: Path, *flags: str, **environment: str) -> subprocess.Popen[bytes]:
     command = [sys.executable, "-m", "services.rollout", "--model", str(model), "--port", "0"]
     command += ["--kv-cache-gb", "0.1", "--num-threads", "1", "--url-file", str(url_file)]
     keys = {
@@ -39,7 +42,10 @@ def start(model: Path, url_file: Path, *flags: str) -> subprocess.Popen[bytes]:
     }
     with url_file.with_suffix(".log").open("wb") as log:
         return subprocess.Popen(
-            [*command, *flags], env={**os.environ, **keys}, stdout=log, stderr=subprocess.STDOUT
+            [*command, *flags],
+            env={**os.environ, **keys, **environment},
+            stdout=log,
+            stderr=subprocess.STDOUT,
         )
 
 
@@ -62,7 +68,8 @@ def family(process: subprocess.Popen[bytes]) -> list[psutil.Process]:
 def url(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """A served tiny model; afterwards SIGTERM has to end it cleanly with all its processes."""
     url_file = tmp_path_factory.mktemp("vllm") / "url"
-    process = start(model_folder, url_file)
+    temporary = Path(tempfile.mkdtemp())  # pytest's own are too long for sockets
+    process = start(model_folder, url_file, TMPDIR=str(temporary))
     try:
         yield wait_for_url(process, url_file)
         children = family(process)
@@ -70,10 +77,20 @@ def url(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
         assert process.wait(timeout=60) == 0, url_file.with_suffix(".log").read_text()[-3000:]
         _, alive = psutil.wait_procs(children, timeout=10)
         assert alive == []
+        left = [p for p in temporary.rglob("*") if p.is_socket() or p.name.startswith("alp-ipc-")]
+        assert left == []
     finally:
         if process.poll() is None:
             process.kill()
             process.wait()
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def commands(process: subprocess.Popen[bytes]) -> Iterator[str]:
+    """Command lines of all processes below; one that ends meanwhile is left out."""
+    for child in family(process):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            yield " ".join(child.cmdline())
 
 
 def client(url: str) -> RolloutClient:
@@ -237,4 +254,19 @@ def test_killing_the_service_leaves_no_engine_process(model_folder: Path, tmp_pa
     process.kill()
     process.wait()
     _, alive = psutil.wait_procs(children, timeout=15)
+    assert alive == []
+
+
+def test_killing_the_service_while_vllm_starts_leaves_no_engine_process(
+    model_folder: Path, tmp_path: Path
+) -> None:
+    process = start(model_folder, tmp_path / "url")
+    while not any("spawn_main" in command for command in commands(process)):
+        assert process.poll() is None, (tmp_path / "url.log").read_text()[-3000:]
+        time.sleep(0.01)
+    children = family(process)
+    process.kill()
+    process.wait()
+    # It goes when its imports are done, long before vLLM's own five minutes of waiting.
+    _, alive = psutil.wait_procs(children, timeout=120)
     assert alive == []

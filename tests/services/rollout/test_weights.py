@@ -285,21 +285,6 @@ async def test_the_control_routes_need_the_admin_key(http: httpx.AsyncClient) ->
     assert data.status_code == 200
 
 
-def test_staged_files_of_a_killed_service_are_removed_and_those_of_a_live_one_kept(
-    tmp_path: Path,
-) -> None:
-    from services.rollout.staging import ServedModel, Staging
-
-    model = ServedModel(tensors={}, dtype_code="F32", head_is_tied=False)
-    live, killed = Staging(model, tmp_path), Staging(model, tmp_path)
-    os.close(killed._lock or 0)
-    killed._lock = None
-    Staging(model, tmp_path).close()
-    assert list(tmp_path.iterdir()) == [live._root]
-    live.close()
-    assert list(tmp_path.iterdir()) == []
-
-
 def test_a_private_folder_is_removed_once_its_service_was_killed(tmp_path: Path) -> None:
     from services.rollout.staging import ServedModel, Staging, remove_if_abandoned
 
@@ -309,8 +294,9 @@ def test_a_private_folder_is_removed_once_its_service_was_killed(tmp_path: Path)
     for folder in (starting, *folders.values()):
         folder.mkdir()
     staging = {name: Staging(model, folder) for name, folder in folders.items()}
-    os.close(staging["killed"]._lock or 0)
-    staging["killed"]._lock = None
+    killed = staging["killed"]._folder
+    os.close(killed._lock or 0)
+    killed._lock = None
     for folder in list(tmp_path.iterdir()):
         remove_if_abandoned(folder)
     assert {folder.name for folder in tmp_path.iterdir()} == {"starting", "live"}
