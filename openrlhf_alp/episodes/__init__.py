@@ -1,8 +1,11 @@
 """From a prompt to an Episode: async, pure Python, no framework.
 
-    prompt ids --Generate--> Completion --decode, Reward--> Episode
+    prompt ids --Generate--> Completion --decode, Reward--> Episode               single_turn.py
+    prompt ids -> [Generate -> code -> Interpreter -> observation ids]* -> Episode  tool_integrated.py
 
-`records.py` states the token axis once; `protocols.py` names what an episode asks of the outside
-world; `single_turn.py` is the loop for one answer. Nothing here imports OpenRLHF, Ray, vLLM or the
-services: the learner hands in a `Generate` that speaks HTTP, a test hands in a function.
+`records.py` states the token axis once, `transcript.py` is the only place that writes on it;
+`protocols.py` names what an episode asks of the outside world; `code_blocks.py` finds code in text
+and renders its result, `observation.py` makes ids of that; `void.py` says what is left out of the
+loss. Nothing here imports OpenRLHF, Ray, vLLM or the services: the learner hands in a `Generate`
+that speaks HTTP, a test hands in a function.
 """

@@ -6,7 +6,9 @@
     experience.py                         no "old" log-prob pass, sample ids, groups made whole
     trainer.py                            sync or async: first push, staleness, JSON lines
     staleness.py                          groups with too old a token, dropped and counted
-    rollout_engine.py                     prompts -> episodes over the rollout service
+    rollout_engine.py                     prompts -> groups of episodes over the services
+    episode_runner.py, interpreter.py     which kind of episode; the tool service as its interpreter
+    agent.py                              the same episodes on OpenRLHF's own engines
     weight_sync.py                        theta to the service, never sigma
     mismatch.py                           clean learner against rollouts, at equal weights:
                                           probe.py before a run, recheck.py within it

@@ -20,6 +20,7 @@ from typing import Any
 import httpx
 import pytest
 import pytest_asyncio
+import torch
 from transformers import AutoTokenizer
 
 from openrlhf_alp.clients.http import Backoff, Timeouts
@@ -36,6 +37,8 @@ from services.rollout.settings import RolloutSettings
 from services.tool.app import create_app as create_tool_app
 from services.tool.service import ToolService
 from services.tool.settings import Settings
+
+torch.set_num_threads(1)  # the engines of this process draw one token at a time
 
 pytestmark = [pytest.mark.e2e, pytest.mark.filterwarnings("ignore"), pytest.mark.timeout(900)]
 
