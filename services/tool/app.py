@@ -12,11 +12,11 @@ from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from services.common.auth import KeyGuard
+from services.common.disconnect import ClientGone, while_connected
 from services.common.errors import ApiError, ErrorBody, install_error_handlers
 from services.common.middleware import install_middleware
 from services.tool import examples, fusion, mcp_server
 from services.tool.admission import OverloadedError
-from services.tool.disconnect import ClientGoneError, unless_disconnected
 from services.tool.schemas import (
     BatchItem,
     BatchRequest,
@@ -99,7 +99,7 @@ def _execution_router() -> APIRouter:
     @router.post("/execute", responses=examples.EXECUTE_RESPONSES)
     async def execute(body: ExecuteRequest, request: Request) -> ExecuteResult:
         """Run one program in a fresh interpreter. Failing code is a 200 with its status."""
-        return await unless_disconnected(request, get_service(request).execute(body))
+        return await while_connected(request, get_service(request).execute(body))
 
     @router.post("/execute/batch", response_class=StreamingResponse, responses=examples.BATCH)
     async def execute_batch(body: BatchRequest, request: Request) -> StreamingResponse:
@@ -179,8 +179,8 @@ def _to_api_error(error: Exception) -> ApiError:
     if isinstance(error, StepConflictError):
         fix = "GET the session for the number of the next step."
         return ApiError(409, "step_conflict", f"{error}.", fix=fix, field="step")
-    if isinstance(error, ClientGoneError):
-        return ApiError(_CLIENT_CLOSED, "client_closed", f"{error}.", fix="Nobody reads this.")
+    if isinstance(error, ClientGone):
+        return ApiError(_CLIENT_CLOSED, "client_closed", "The client hung up.", fix="None.")
     fix = "Retry; if it persists, see /v1/isolation and the log."
     return ApiError(503, "sandbox_error", f"{error}; the code never ran.", fix=fix)
 
@@ -188,7 +188,7 @@ def _to_api_error(error: Exception) -> ApiError:
 def _install_domain_errors(app: FastAPI) -> None:
     known = (
         OverloadedError, SessionsFullError, LimitError, SessionGoneError, StepConflictError,
-        ClientGoneError, *OPENING_ERRORS,
+        ClientGone, *OPENING_ERRORS,
     )  # fmt: skip
     for kind in known:
         app.add_exception_handler(kind, _domain_handler(app))

@@ -16,9 +16,9 @@ from typing import Any, Literal
 from fastapi import APIRouter, Depends, Request
 from pydantic import BaseModel, Field, TypeAdapter, ValidationError
 
+from services.common.disconnect import while_connected
 from services.common.errors import ApiError
 from services.tool.admission import OverloadedError
-from services.tool.disconnect import unless_disconnected
 from services.tool.sandbox.session import SessionFileError, SessionLostError
 from services.tool.schemas import (
     Base64Text,
@@ -141,7 +141,7 @@ def build_router() -> APIRouter:
             return RunCodeResponse(status="SandboxError", message=message)
         try:
             native = to_native(body, service)
-            result = await unless_disconnected(request, service.execute(native))
+            result = await while_connected(request, service.execute(native))
         except OverloadedError as error:
             raise overloaded(error) from error
         except (LimitError, ValidationError) as error:
@@ -156,7 +156,7 @@ def build_router() -> APIRouter:
     ) -> RunJupyterResponse:
         """Run cells one after the other in one fresh interpreter, until one exceeds a limit."""
         try:
-            return await unless_disconnected(request, _run_cells(body, service))
+            return await while_connected(request, _run_cells(body, service))
         except (OverloadedError, SessionsFullError) as error:
             if isinstance(error, OverloadedError):
                 raise overloaded(error) from error

@@ -4,8 +4,8 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Path, Request, Response
 
+from services.common.disconnect import while_connected
 from services.common.errors import ApiError, ErrorBody
-from services.tool.disconnect import unless_disconnected
 from services.tool.sandbox.session import SessionFileError
 from services.tool.schemas import (
     CellRequest,
@@ -56,7 +56,7 @@ def build_session_router() -> APIRouter:
     ) -> CellResult:
         """Run one cell. A cell that is killed leaves the state as it was before."""
         sessions = _service(request).sessions
-        return await unless_disconnected(request, sessions.run_cell(session_id, body))
+        return await while_connected(request, sessions.run_cell(session_id, body))
 
     @router.get("/{session_id}/files", responses=_GONE)
     async def list_files(session_id: SessionId, request: Request) -> FileList:
