@@ -1,7 +1,7 @@
 """From a prompt to an Episode: async, pure Python, no framework.
 
-    prompt ids --Generate--> Completion --decode, Reward--> Episode               single_turn.py
-    prompt ids -> [Generate -> code -> Interpreter -> observation ids]* -> Episode  tool_integrated.py
+    single_turn.py      prompt ids --Generate--> Completion --decode, Reward--> Episode
+    tool_integrated.py  prompt ids -> [Generate -> code -> Interpreter -> ids]* -> Reward -> Episode
 
 `records.py` states the token axis once, `transcript.py` is the only place that writes on it;
 `protocols.py` names what an episode asks of the outside world; `code_blocks.py` finds code in text
