@@ -38,6 +38,7 @@ class Fences:
     landlock: list[kernel.Step]
     """Empty where each slot needs a ruleset of its own or none is applied."""
     after: list[kernel.Step]
+    """The system call filter, which would refuse the calls before it."""
     place: harness.Place
     """Of level full, where every slot sees the same; a draft elsewhere."""
 
@@ -75,9 +76,7 @@ def prepare_fences(plan: Plan, baseline_bytes: int) -> Fences:
         plan=plan,
         limits=_limits(plan),
         before=before,
-        landlock=_landlock(_build_ruleset(["/"], filesystem.writable_paths(plan)))
-        if shared
-        else [],
+        landlock=_own_landlock(plan, None) if shared else [],
         after=[kernel.loading_seccomp(base64.b64decode(plan.seccomp))] if fenced else [],
         place=harness.Place(
             home=home,
@@ -128,8 +127,8 @@ def enter(
     returns.
 
     Args:
-        descriptors: stdin, stdout, stderr and the job socket, all above 3; every other one is
-            closed.
+        descriptors: stdin, stdout, stderr and the job socket, none of them 0 to 2 and the last
+            above 3; every other one is closed.
     """
     place = fences.place
     try:

@@ -74,10 +74,13 @@ def receive(descriptor: int) -> Message:
 
 
 def _receive_exactly(descriptor: int, count: int) -> bytes:
-    data = b""
-    while len(data) < count:
-        more = os.read(descriptor, count - len(data))
-        if not more:
+    data = os.read(descriptor, count)
+    if len(data) == count:
+        return data
+    buffer = bytearray(data)
+    while len(buffer) < count:
+        data = os.read(descriptor, count - len(buffer))
+        if not data:
             raise EOFError("the peer closed the channel")
-        data = data + more if data else more
-    return data
+        buffer += data
+    return bytes(buffer)
