@@ -1,9 +1,9 @@
 """One request in, n stamped samples out."""
 
 import asyncio
+import itertools
 import math
 import time
-import uuid
 from collections.abc import Callable
 from functools import partial
 
@@ -86,6 +86,7 @@ class Generator:
         self._engine = engine
         self._versions = versions
         self._contract_hash = contract_hash
+        self._serials = itertools.count()
 
     async def run(
         self,
@@ -144,8 +145,8 @@ class Generator:
 
     async def _draw(self, request: GenerateRequest, on_tokens: SampleSink | None) -> list[Sample]:
         """All samples side by side; the first failure cancels the others."""
-        nonce = uuid.uuid4().hex[:8]
-        job_ids = [f"{request.request_id}:{nonce}:{index}" for index in range(request.n)]
+        serial = next(self._serials)  # a request id may come again, a job id may not
+        job_ids = [f"{request.request_id}:{serial}:{index}" for index in range(request.n)]
         if request.n == 1:
             return [await self._sample(request, job_ids[0], 0, on_tokens)]
         try:

@@ -78,6 +78,9 @@ class Ledger:
         self._pending_samples = 0
         self._kept_bytes = 0
         self._mean_s = 1.0
+        # Read when Prometheus asks, not written with each request.
+        metrics.PENDING_SAMPLES.set_function(lambda: self._pending_samples)
+        metrics.KEPT_BYTES.set_function(lambda: self._kept_bytes)
 
     @property
     def pending_samples(self) -> int:
@@ -102,7 +105,6 @@ class Ledger:
             entry = _Entry(body_hash=digest, num_samples=request.n, task=task)
             self._running[request.request_id] = entry
             self._pending_samples += request.n
-            metrics.PENDING_SAMPLES.set(self._pending_samples)
             started_s = time.monotonic()
             task.add_done_callback(lambda _: self._finish(request.request_id, entry, started_s))
         elif known.body_hash != digest:
@@ -193,7 +195,6 @@ class Ledger:
     def _finish(self, request_id: str, entry: _Entry, started_s: float) -> None:
         del self._running[request_id]
         self._pending_samples -= entry.num_samples
-        metrics.PENDING_SAMPLES.set(self._pending_samples)
         if entry.grace is not None:
             entry.grace.cancel()
         if entry.task.cancelled() or entry.task.exception() is not None:
@@ -206,7 +207,6 @@ class Ledger:
         entry.finished_s = time.monotonic()
         self._finished[request_id] = entry
         self._kept_bytes += entry.kept_bytes
-        metrics.KEPT_BYTES.set(self._kept_bytes)
         self._expire()
 
     def _expire(self) -> None:
@@ -220,7 +220,6 @@ class Ledger:
 
     def _drop(self, request_id: str) -> None:
         self._kept_bytes -= self._finished.pop(request_id).kept_bytes
-        metrics.KEPT_BYTES.set(self._kept_bytes)
 
     def _add_caller(self, entry: _Entry) -> None:
         entry.num_callers += 1

@@ -262,3 +262,22 @@ async def test_json_and_msgpack_of_one_request_are_the_same_request(
         headers={"content-type": "application/msgpack"},
     )
     assert packed.json() == first.json()
+
+
+async def test_prometheus_sees_what_is_pending_and_kept(
+    http: httpx.AsyncClient, service: RolloutService
+) -> None:
+    async def gauge(name: str) -> float:
+        lines = (await http.get("/metrics")).text.splitlines()
+        (line,) = [line for line in lines if line.startswith(f"openrlhf_alp_rollout_{name} ")]
+        return float(line.rpartition(" ")[2])
+
+    await service.engine.pause("keep")
+    call = asyncio.create_task(http.post("/v1/generate", json=body("x")))
+    while service.versions.num_running == 0:
+        await asyncio.sleep(0)
+    assert await gauge("pending_samples") == service.ledger.pending_samples > 0
+    await service.engine.resume()
+    assert (await call).status_code == 200
+    assert await gauge("pending_samples") == 0
+    assert await gauge("kept_bytes") == service.ledger.kept_bytes > 0
