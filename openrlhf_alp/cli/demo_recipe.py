@@ -13,7 +13,7 @@ PROMPTS_PER_STEP = 8
 SAMPLES_PER_PROMPT = 8
 _SAMPLES_PER_STEP = PROMPTS_PER_STEP * SAMPLES_PER_PROMPT
 _MICRO_BATCH = 16
-WARM_UP_STEPS = 20
+WARM_UP_STEPS = 12
 TOOL = ToolConfig(max_tool_turns=2, max_tokens_per_turn=32, template="chat")
 """Limits of a tool-integrated episode; its URL is known once the service runs."""
 _MAX_LENGTH = 256

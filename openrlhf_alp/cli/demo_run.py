@@ -197,7 +197,7 @@ class _Demo:
         self._view.say(
             "warm-up",
             f"{WARM_UP_STEPS} supervised steps in {time.monotonic() - started_s:.0f} s show what a "
-            "tool call looks like, and as often a wrong guess; what pays is yet to be learnt",
+            "tool call looks like, and twice as often a wrong guess; what pays is yet to be learnt",
         )
 
     def _measure(self, name: str, test: Sequence[Question]) -> Accuracy:

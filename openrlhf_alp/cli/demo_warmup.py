@@ -2,8 +2,9 @@
 
     python -m openrlhf_alp.cli.demo_warmup --model FOLDER --output FOLDER [--steps N] [--seed N]
 
-Half of the dialogues call the tool, half guess. What pays is left to reinforcement learning. It
-runs as a process of its own, so that its memory is free again before vLLM and DeepSpeed start.
+A third of the dialogues call the tool, the others guess. What pays is left to reinforcement
+learning. It runs as a process of its own, so that its memory is free again before vLLM and
+DeepSpeed start.
 """
 
 import argparse
@@ -21,7 +22,7 @@ from openrlhf_alp.episodes.observation import chat_template
 
 BATCH_SIZE = 8
 _IGNORED = -100
-_LEARNING_RATE = 3e-5
+_LEARNING_RATE = 1e-4
 _MAX_NORM = 1.0
 
 
@@ -30,7 +31,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--seed", type=int, default=42)
     arguments = parser.parse_args()
     torch.manual_seed(arguments.seed)

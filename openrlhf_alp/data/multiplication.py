@@ -1,8 +1,8 @@
 """The tool-integrated demo's task: products of two-digit numbers, beyond a small model's head.
 
-`sample_dialogues` also writes what a short supervised warm-up reads. Half of its dialogues call the
-tool and half guess a number, so that the policy can do both and does not know yet which one pays:
-that is left to reinforcement learning.
+`sample_dialogues` also writes what a short supervised warm-up reads. A third of its dialogues call
+the tool and the others guess a number, so that the policy can do both and does not know yet which
+one pays: that is left to reinforcement learning.
 """
 
 import random
@@ -39,10 +39,10 @@ def split_products(*, seed: int = 0) -> QuestionSplit:
 
 
 def sample_dialogues(*, seed: int) -> Iterator[Dialogue]:
-    """An endless mix of dialogues: every second one calls the tool, the others guess wrong."""
+    """An endless mix of dialogues: every third one calls the tool, the others guess wrong."""
     numbers = random.Random(seed)
     while True:
-        for calls in (True, False):
+        for calls in (True, False, False):
             a, b = _operand(numbers), _operand(numbers)
             product = a * b
             guess = product if calls else _wrong(product, numbers)

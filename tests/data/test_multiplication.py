@@ -25,13 +25,13 @@ def test_the_questions_follow_the_seed_alone():
     assert split_products(seed=3) != split_products(seed=4)
 
 
-def test_every_second_dialogue_calls_the_tool_and_the_others_guess_wrong():
+def test_every_third_dialogue_calls_the_tool_and_the_others_guess_wrong():
     dialogues = list(itertools.islice(sample_dialogues(seed=0), 200))
     for index, dialogue in enumerate(dialogues):
         a, b = operands(dialogue.question)
         answer = re.fullmatch(r"The answer is \\boxed\{(\d+)\}\.", dialogue.answer)
         assert answer is not None and dialogue.output == str(a * b)
-        if index % 2 == 0:
+        if index % 3 == 0:
             assert dialogue.call == f"```python\nprint({a} * {b})\n```\n"
             assert answer[1] == dialogue.output
         else:
