@@ -41,7 +41,7 @@ _UID_RANGE_START = 0x4000_0000
 _UIDS_PER_LAUNCHER = 1024
 _MAX_LAUNCHERS = 256
 _IMPORTS = {preset: re.compile(rf"\b{preset}\b") for preset in PRESETS[1:]}
-_READY_S = 60.0
+_READY_S = 120.0
 _RETRIES = 3
 
 
