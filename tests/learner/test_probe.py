@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from openrlhf_alp.cli.main import main
 
-pytestmark = [pytest.mark.e2e, pytest.mark.filterwarnings("ignore")]
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600), pytest.mark.filterwarnings("ignore")]
 
 HEAD = "lm_head.weight"
 

@@ -132,7 +132,7 @@ def test_a_service_that_dies_in_a_step_ends_the_run_with_its_name(
     tiny_model: Path, tmp_path: Path, start_service: Any
 ) -> None:
     with start_service(tiny_model, tmp_path, "--engine", "hf") as service:
-        flags = ("--alp.enable", "--alp.sigma0", "0.01", "--rollout.request_timeout_s", "3")
+        flags = ("--alp.enable", "--alp.sigma0", "0.01", "--rollout.request_timeout_s", "15")
         arguments = command(tiny_model, tmp_path, service.url, steps=200, flags=flags)
         log = tmp_path / "train.log"
         process = start(arguments, log)

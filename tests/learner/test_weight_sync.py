@@ -30,6 +30,7 @@ def test_buckets_keep_the_order_and_the_limit_and_a_large_parameter_stands_alone
 
 
 @pytest.mark.e2e
+@pytest.mark.timeout(600)
 def test_zero3_ranks_push_what_they_export(
     parse: Callable[..., SimpleNamespace], tmp_path: Path
 ) -> None:
@@ -55,7 +56,7 @@ def test_zero3_ranks_push_what_they_export(
         for rank in range(world_size)
     ]
     try:
-        outputs = [rank.communicate(timeout=240)[0] for rank in ranks]
+        outputs = [rank.communicate(timeout=480)[0] for rank in ranks]
     finally:
         for rank in ranks:
             rank.kill()
