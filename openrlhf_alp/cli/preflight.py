@@ -77,7 +77,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--samples", type=int, default=4, help="answers to each prompt (default: 4)")
     add("--max-tokens", type=int, default=128, help="longest answer (default: 128)")
     add("--temperature", type=float, default=1.0, help="--rollout.temperature (default: 1)")
-    add("--dtype", default="bf16", choices=("bf16", "fp16"), help="--ds.param_dtype (default: bf16)")
+    add(
+        "--dtype", default="bf16", choices=("bf16", "fp16"), help="--ds.param_dtype (default: bf16)"
+    )
     add(
         "--attention",
         help="--ds.attn_implementation (default: flash_attention_2, without a GPU sdpa)",
