@@ -127,7 +127,7 @@ async def _check_tool(url: str, tool: ToolConfig) -> None:
     if (answer.status, answer.stdout) != ("ok", "42\n"):
         reason = answer.message or answer.stderr
         raise ServiceError(
-            f"{url} ran `print(6 * 7)` and answered {answer.status}: {reason}. Fix: its log and its "
-            "GET /v1/isolation say what is wrong with the sandbox."
+            f"{url} ran `print(6 * 7)` and answered {answer.status}: {reason}. Fix: its log and "
+            "its GET /v1/isolation say what is wrong with the sandbox."
         )
     logger.info("%s runs code at isolation level %s", url, answer.isolation)
