@@ -3,10 +3,11 @@
     python benchmarks/episodes.py [--episodes 64] [--repetitions 3]
 
 Both services run for real: the deterministic engine serves a tiny model that has learnt an episode
-of three tool turns by heart, the tool service runs its code in the sandbox. The same episodes are
-played three times in one run: with both, with the tool's answers known in advance (generation
-alone), and their programs alone (tools alone). Were nothing to wait for anything else, the whole
-would take as long as the slower of the two.
+of three tool turns by heart, the tool service runs its code in the sandbox. The engine has seats
+for a part of the episodes and takes a fixed time a step, as a GPU does without using the CPU. The
+same episodes are played three times in one run: with both, with the tool's answers known in advance
+(generation alone), and their programs alone (tools alone). Were nothing to wait for anything else,
+the whole would take as long as the slower of the two.
 """
 
 import argparse
@@ -45,6 +46,7 @@ PROMPT = "Task\n"
 PROGRAMS = ("print(1)\n", "print(2)\n", "print(3)\n")
 TIMEOUT_S = 60.0
 START_S = 120.0
+ENGINE = ("--engine", "hf", "--max-num-seqs", "8", "--faults.step-s", "0.02")
 
 
 class KnownAnswers:
@@ -82,7 +84,8 @@ def service(module: str, folder: Path, *flags: str) -> Iterator[str]:
             *("--log-level", "WARNING", *flags),
         ],
         cwd=REPOSITORY,
-        env={**os.environ, **keys},
+        # One core for the engine, one for the tools: a GPU would not take the tools' core either.
+        env={**os.environ, **keys, "OMP_NUM_THREADS": "1"},
         stdout=subprocess.DEVNULL,
     )
     try:
@@ -182,10 +185,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         model = save_tiny_policy(folder / "model", [dialogue()])
-        # One slot: on two cores the engine computes on the other, as a GPU would beside the CPU.
         tool_flags = ("--presets", "numpy", "--slots", "1", "--max-queue", "4096")
         with (
-            service("services.rollout", folder, "--model", str(model), "--engine", "hf") as rollout,
+            service("services.rollout", folder, "--model", str(model), *ENGINE) as rollout,
             service("services.tool", folder, *tool_flags) as tool,
         ):
             asyncio.run(

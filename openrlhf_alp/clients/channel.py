@@ -10,7 +10,7 @@ import httpx
 from pydantic import BaseModel
 
 from openrlhf_alp.clients.errors import IncompleteReply, InvalidReply, ServiceUnavailable
-from openrlhf_alp.clients.http import Backoff, Timeouts, error_of
+from openrlhf_alp.clients.http import LIMITS, Backoff, Timeouts, error_of
 from openrlhf_alp.clients.trace import trace_headers
 from services.common.wire import MSGPACK_TYPE, decode, encode, media_type_of
 from services.rollout.schemas import UploadStatus
@@ -49,7 +49,7 @@ class Channel:
         self._http = httpx.AsyncClient(
             base_url=self.url,
             timeout=timeouts.httpx(),
-            limits=httpx.Limits(max_connections=None, max_keepalive_connections=256),
+            limits=LIMITS,
             transport=transport,
             headers={"accept": MSGPACK_TYPE},
         )

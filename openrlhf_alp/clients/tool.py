@@ -20,7 +20,7 @@ import httpx
 from pydantic import BaseModel
 
 from openrlhf_alp.clients.errors import InvalidReply, ServiceUnavailable
-from openrlhf_alp.clients.http import RETRYABLE, Backoff, Timeouts, error_of
+from openrlhf_alp.clients.http import LIMITS, RETRYABLE, Backoff, Timeouts, error_of
 from openrlhf_alp.clients.trace import trace_headers
 from services.tool.schemas import (
     CellRequest,
@@ -75,7 +75,7 @@ class ToolClient:
                 http=httpx.AsyncClient(
                     base_url=url.rstrip("/"),
                     timeout=self._timeouts.httpx(),
-                    limits=httpx.Limits(max_connections=None, max_keepalive_connections=256),
+                    limits=LIMITS,
                     transport=transport,
                     headers={"authorization": f"Bearer {api_key}"},
                 ),

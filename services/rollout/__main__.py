@@ -92,6 +92,7 @@ def _start_engine(
             dtype=settings.dtype,
             max_model_len=settings.max_model_len,
             eos_token_ids=eos_token_ids,
+            max_num_seqs=settings.max_num_seqs,
             seed=settings.seed,
             faults=settings.faults,
         )

@@ -78,7 +78,7 @@ class _Running:
 
 
 class HfEngine:
-    """Draws one token per running job and step, in order of arrival."""
+    """Draws one token per step for each of the first `max_num_seqs` jobs, in order of arrival."""
 
     def __init__(
         self,
@@ -86,12 +86,14 @@ class HfEngine:
         tokenizer: Any,
         info: EngineInfo,
         *,
+        max_num_seqs: int = 64,
         seed: int = 0,
         faults: FaultPlan | None = None,
     ) -> None:
         self._model = model
         self._tokenizer = tokenizer
         self._info = info
+        self._max_num_seqs = max_num_seqs
         self._faults = faults or FaultPlan()
         self._shared_generator = torch.Generator().manual_seed(seed)
         self._running: dict[str, _Running] = {}
@@ -111,6 +113,7 @@ class HfEngine:
         dtype: str,
         max_model_len: int | None,
         eos_token_ids: tuple[int, ...],
+        max_num_seqs: int = 64,
         seed: int = 0,
         faults: FaultPlan | None = None,
     ) -> "HfEngine":
@@ -127,7 +130,7 @@ class HfEngine:
             max_model_len=max_model_len or config.max_position_embeddings,
             eos_token_ids=eos_token_ids,
         )
-        return cls(model, tokenizer, info, seed=seed, faults=faults)
+        return cls(model, tokenizer, info, max_num_seqs=max_num_seqs, seed=seed, faults=faults)
 
     @property
     def info(self) -> EngineInfo:
@@ -166,7 +169,7 @@ class HfEngine:
     async def _step_while_running(self) -> None:
         while self._running:
             await self._unpaused.wait()
-            for running in list(self._running.values()):
+            for running in list(self._running.values())[: self._max_num_seqs]:
                 if not running.done.done() and self._unpaused.is_set():
                     try:
                         self._step(running)
@@ -236,7 +239,7 @@ class HfEngine:
             await asyncio.gather(*waiting, return_exceptions=True)
         self._unpaused.clear()
         if mode == "abort":
-            for running in list(self._running.values()):
+            for running in list(self._running.values())[: self._max_num_seqs]:
                 running.finish("abort")
 
     async def resume(self) -> None:
