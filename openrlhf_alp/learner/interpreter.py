@@ -86,10 +86,12 @@ class SessionInterpreter:
             ToolLostError: `tool_unavailable`, `tool_sandbox_error` or `tool_state_lost`.
             RequestRejected: `--tool.timeout_s` is above what the service allows, or a wrong key.
         """
-        detail = ""
+        detail = "its session could not be restored"
         for _ in range(ATTEMPTS):
             try:
                 session = self._session or await self._restore()
+                if session is None:
+                    continue
                 answer = await session.run(code, timeout_s=self._timeout_s)
             except RequestRejected as error:
                 if error.status != _GONE:
@@ -116,12 +118,15 @@ class SessionInterpreter:
             except (RequestRejected, ServiceUnavailable) as error:
                 logger.warning("a tool session is left to its time limit: %s", error)
 
-    async def _restore(self) -> ToolSession:
-        """A session in which every cell so far has run."""
+    async def _restore(self) -> ToolSession | None:
+        """A session in which every cell so far has run; None when its sandbox failed too."""
         session = await self._client.open_session(SessionRequest())
         for cell in self._cells:
             again = await session.run(cell.code, timeout_s=self._timeout_s)
-            if _sandbox_failed(again) or not cell.same_as(code_result(again)):
+            if _sandbox_failed(again):
+                await session.close()
+                return None
+            if not cell.same_as(code_result(again)):
                 await session.close()
                 raise ToolLostError(
                     reason="tool_state_lost",

@@ -1,15 +1,18 @@
 """A thousand tool-integrated episodes over services whose network breaks all the time.
 
 Two rollout services and a tool service, all real, in this process; between them and the learner
-stands a plan of faults. Every episode ends in a state that is recorded, none twice, and a group is
-whole or dropped by name.
+stands a plan of faults, one of the engines is killed in mid-token, and a launcher of the sandbox is
+killed by a signal. Every episode ends in a state that is recorded, none twice, and a group is whole
+or dropped by name.
 """
 
 from __future__ import annotations
 
 import asyncio
 import json
+import os
 import random
+import signal
 from collections import Counter
 from collections.abc import AsyncIterator
 from dataclasses import replace
@@ -31,6 +34,7 @@ from openrlhf_alp.learner.rollout_engine import RolloutEngine
 from openrlhf_alp.learner.tool_config import ToolConfig
 from openrlhf_alp.rewards.protocol import RewardResult
 from services.rollout.app import create_app as create_rollout_app
+from services.rollout.faults import FaultPlan
 from services.rollout.hf_engine import HfEngine
 from services.rollout.service import build_service, read_model_folder
 from services.rollout.settings import RolloutSettings
@@ -45,6 +49,9 @@ pytestmark = [pytest.mark.e2e, pytest.mark.filterwarnings("ignore"), pytest.mark
 KEY, ADMIN_KEY, TOOL_KEY = "api-key-of-a-test", "admin-key-of-a-test", "tool-key-of-a-test"
 NUM_GROUPS, GROUP_SIZE, AT_ONCE = 250, 4, 8
 FAULT_SHARE = 0.4
+KEPT = ("content-type", "retry-after")
+KILLED_AT = 1_000
+"""Tokens that the first engine draws before it dies: about a third of its share."""
 FAST = Backoff(first_s=0.001, largest_s=0.01)
 
 
@@ -91,9 +98,9 @@ class ToolFaults(Faults):
     def _spoil(self, fault: str, response: httpx.Response, content: bytes) -> httpx.Response:
         if fault == "drop_reply":
             raise httpx.ReadError("cut after")
-        if response.status_code != 200:  # overloaded: a fault of its own
-            headers = {"retry-after": response.headers["retry-after"]}
-            return httpx.Response(response.status_code, headers=headers, content=content)
+        if response.status_code != 200:  # overloaded, or a session that went with its launcher
+            kept = {name: response.headers[name] for name in KEPT if name in response.headers}
+            return httpx.Response(response.status_code, headers=kept, content=content)
         body = {**json.loads(content), "status": "sandbox_error", "message": "fault plan"}
         return httpx.Response(200, json=body)
 
@@ -115,13 +122,14 @@ async def rollout_apps(tiny_policy: Path, tmp_path: Path) -> AsyncIterator[dict[
     settings = RolloutSettings(model=tiny_policy, engine="hf", dtype="float32")
     model = read_model_folder(settings)
     services = []
-    for name in ("one", "two"):
+    for name, faults in (("one", FaultPlan(kill_after_tokens=KILLED_AT)), ("two", FaultPlan())):
         engine = HfEngine.load(
             model.path,
             model.tokenizer,
             dtype="float32",
             max_model_len=None,
             eos_token_ids=model.eos_token_ids,
+            faults=faults,
         )
         folder = tmp_path / name
         folder.mkdir()
@@ -135,17 +143,21 @@ async def rollout_apps(tiny_policy: Path, tmp_path: Path) -> AsyncIterator[dict[
 
 
 @pytest_asyncio.fixture
-async def tool_app() -> AsyncIterator[Any]:
+async def tool() -> AsyncIterator[tuple[Any, ToolService]]:
     base = Settings(slots=2)
     settings = replace(base, sandbox=replace(base.sandbox, presets=("numpy",)))
     async with ToolService.running(settings) as service:
-        yield create_tool_app(service, TOOL_KEY)
+        yield create_tool_app(service, TOOL_KEY), service
 
 
 @pytest.mark.parametrize("session", [False, True])
 async def test_every_episode_ends_in_a_recorded_state_and_groups_are_whole_or_dropped(
-    tiny_policy: Path, rollout_apps: dict[str, Any], tool_app: Any, session: bool
+    tiny_policy: Path,
+    rollout_apps: dict[str, Any],
+    tool: tuple[Any, ToolService],
+    session: bool,
 ) -> None:
+    tool_app, sandbox = tool[0], tool[1].sandbox
     urls = ["http://one", "http://two"]
     service = ServiceConfig(
         urls=tuple(urls),
@@ -156,14 +168,14 @@ async def test_every_episode_ends_in_a_recorded_state_and_groups_are_whole_or_dr
         preflight_stop=False,
         metrics_jsonl=None,
     )
-    tool = ToolConfig(urls=("http://tool",), session=session, void="off", template="plain")
+    setting = ToolConfig(urls=("http://tool",), session=session, void="off", template="plain")
     engine = RolloutEngine(
         urls=urls,
         api_key=KEY,
         admin_key=ADMIN_KEY,
         service=service,
         reward_urls=["math-verify"],
-        tool=tool,
+        tool=setting,
         tool_key=TOOL_KEY,
     )
     generate_faults = Faults(rollout_apps, "/generate", seed=1)
@@ -183,6 +195,8 @@ async def test_every_episode_ends_in_a_recorded_state_and_groups_are_whole_or_dr
 
     async def group(number: int) -> list[dict[str, Any]]:
         async with turns:
+            if number == num_groups // 2:
+                os.kill(sandbox.processes()[0], signal.SIGKILL)
             return await engine.generate_responses(
                 prompt=f"Task {number % 4}\n",
                 label=str(number % 4),
@@ -198,6 +212,7 @@ async def test_every_episode_ends_in_a_recorded_state_and_groups_are_whole_or_dr
         await engine.client.aclose()
         await engine.tool_client.aclose()
 
+    assert sandbox.restarts >= 1
     sizes = Counter(len(responses) for responses in groups)
     dropped = Counter(engine.take_dropped_groups())
     assert set(sizes) <= {0, GROUP_SIZE}
