@@ -25,9 +25,6 @@ from services.tool.schemas import ExecuteRequest
 
 logger = logging.getLogger(__name__)
 
-_TOOL_CHECK_S = 30.0
-"""A tool service that is still starting its sandbox has this long."""
-
 
 def check_model(name_or_path: str | None) -> Any:
     """The tokenizer of the policy.
@@ -110,18 +107,19 @@ def check_tools(args: SimpleNamespace, tokenizer: Any) -> None:
     """Run a program on every service of `--tool.service_urls`; build the observations' template.
 
     Raises:
-        ServiceError: not reachable, wrong key, or `--tool.timeout_s` above what it allows.
+        ServiceError: not reachable within `--rollout.ready_timeout_s`, wrong key, or
+            `--tool.timeout_s` above what it allows.
         ValueError: the tokenizer's chat template cannot show a tool's output.
     """
     tool: ToolConfig = args.tool_service
     if tool.template == "chat":
         chat_template(tokenizer)
     for url in tool.urls:
-        asyncio.run(_check_tool(url, tool))
+        asyncio.run(_check_tool(url, tool, args.rollout_service.ready_timeout_s))
 
 
-async def _check_tool(url: str, tool: ToolConfig) -> None:
-    one = dataclasses.replace(tool, urls=(url,), request_timeout_s=_TOOL_CHECK_S)
+async def _check_tool(url: str, tool: ToolConfig, ready_timeout_s: float) -> None:
+    one = dataclasses.replace(tool, urls=(url,), request_timeout_s=ready_timeout_s)
     async with tool_client(one, os.environ[TOOL_KEY_VARIABLE]) as client:
         answer = await client.execute(ExecuteRequest(code="print(6 * 7)", timeout_s=tool.timeout_s))
     if (answer.status, answer.stdout) != ("ok", "42\n"):

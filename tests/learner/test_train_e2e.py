@@ -185,6 +185,7 @@ def test_a_policy_that_calls_its_tool_is_trained_with_both_services(
         *("--alp.enable", "--alp.method", "seq-alp", "--alp.sigma0", "1e-3"),
         *("--data.prompt_dataset", str(data), "--rollout.max_new_tokens", "60"),
         *("--tir.template", "plain", "--tool.session", "--actor.adam.lr", "1e-6"),
+        *("--rollout.ready_timeout_s", "10"),
     ]
     log = tmp_path / "train.log"
     with start_service(tiny_policy, tmp_path, "--engine", "hf") as service:
