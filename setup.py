@@ -39,7 +39,7 @@ SERVICE = [
 ROLLOUT = [*SERVICE, "vllm==0.29.0"]
 TOOL = [
     *SERVICE,
-    "mcp>=1.12",
+    "mcp>=2.3,<3",
     "numpy",
     "py-landlock>=0.1.1,<0.2",
     "pyseccomp>=0.1",

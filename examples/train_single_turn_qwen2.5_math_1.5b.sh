@@ -9,6 +9,7 @@
 #
 # Start the rollout services first, on this or on other hosts, with the same two keys exported:
 #
+#   export MODEL=Qwen/Qwen2.5-Math-1.5B
 #   export OPENRLHF_ALP_ROLLOUT_API_KEY=$(openssl rand -hex 16)
 #   export OPENRLHF_ALP_ROLLOUT_ADMIN_KEY=$(openssl rand -hex 16)
 #   for gpu in 0 1 2 3; do

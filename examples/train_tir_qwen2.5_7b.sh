@@ -10,6 +10,7 @@
 #
 # Start the services first, on this or on other hosts, with the same three keys exported:
 #
+#   export MODEL=Qwen/Qwen2.5-7B
 #   export OPENRLHF_ALP_ROLLOUT_API_KEY=$(openssl rand -hex 16)
 #   export OPENRLHF_ALP_ROLLOUT_ADMIN_KEY=$(openssl rand -hex 16)
 #   export OPENRLHF_ALP_TOOL_API_KEY=$(openssl rand -hex 16)

@@ -155,7 +155,7 @@ def _prepare(config: PrepareConfig, view: PrepareView) -> int:
     # Each label without a reward is in the rejected file, with the reason.
     logging.getLogger("openrlhf_alp.rewards").setLevel(logging.ERROR)
     files = OutputFiles(prompts=config.to)
-    files.check(overwrite=config.overwrite)
+    files.check(sources=config.sources, overwrite=config.overwrite)
     template = TEMPLATES[config.template]
     options = Options(
         template=template,

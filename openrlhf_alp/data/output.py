@@ -4,7 +4,7 @@ import contextlib
 import json
 import os
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,14 +28,21 @@ class OutputFiles:
     def summary(self) -> Path:
         return self.prompts.with_suffix(".summary.json")
 
-    def check(self, *, overwrite: bool) -> None:
+    def check(self, *, sources: Sequence[str], overwrite: bool) -> None:
         """Finds out before the work whether the result may be written.
+
+        Args:
+            sources: what is read; a file of these is never written over.
 
         Raises:
             OutputError: not a .jsonl name, or a file is there and may not be replaced.
         """
         if self.prompts.suffix != ".jsonl":
             raise OutputError(f"--to {self.prompts}: give a name that ends in .jsonl")
+        read = {Path(source).resolve() for source in sources}
+        for path in (self.prompts, self.rejected, self.summary):
+            if path.resolve() in read:
+                raise OutputError(f"{path} is read and would be written over. Give another --to")
         there = [path for path in (self.prompts, self.rejected, self.summary) if path.exists()]
         if there and not overwrite:
             names = ", ".join(map(str, there))

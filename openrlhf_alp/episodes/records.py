@@ -156,7 +156,7 @@ class Completion:
     """What an engine sampled for one request, N tokens long."""
 
     token_ids: tuple[int, ...]
-    """(N,) sampled ids, a sampled end-of-sequence token included."""
+    """(N,) every sampled id: end of sequence, stop token and the tokens of a stop string too."""
 
     logprobs: tuple[float, ...]
     """(N,) float32 values: log mu(token) under the distribution that was really sampled from."""
@@ -179,7 +179,8 @@ class Turn:
     start: int
     end: int
     text: str
-    """For people and rewards, special tokens left out."""
+    """For people and rewards, special tokens left out; of an observation the output alone, without
+    the fence and the template around it."""
 
     void: bool = False
     """An ACTION turn that neither calls a tool nor gives a final answer (paper, appendix E)."""

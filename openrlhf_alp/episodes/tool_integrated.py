@@ -20,7 +20,14 @@ from openrlhf_alp.episodes.code_blocks import (
 )
 from openrlhf_alp.episodes.observation import ObservationTemplate
 from openrlhf_alp.episodes.protocols import Decode, Encode, Generate, Interpreter
-from openrlhf_alp.episodes.records import Episode, SamplingConfig, StopReason, Timings, ToolCall
+from openrlhf_alp.episodes.records import (
+    BadCompletionError,
+    Episode,
+    SamplingConfig,
+    StopReason,
+    Timings,
+    ToolCall,
+)
 from openrlhf_alp.episodes.single_turn import check_completion
 from openrlhf_alp.episodes.transcript import Transcript
 from openrlhf_alp.rewards.protocol import Reward
@@ -156,6 +163,12 @@ class _Dialogue:
         while True:
             stop_reason, stopped_at_fence = await self._sample()
             text = self.decode(self.transcript.open_ids)
+            if stopped_at_fence and STOP_AT_FENCE not in text:
+                raise BadCompletionError(
+                    f"request {self.transcript.request_id}: stopped at a closing fence that its "
+                    "token ids do not hold. `Generate` must return every sampled id, those of the "
+                    "stop string too"
+                )
             goes_on = stopped_at_fence and find_code(text) is None
             if goes_on and self._turn_room() < 1:
                 stop_reason, goes_on = StopReason.LENGTH, False

@@ -55,9 +55,9 @@ def _settle_and_start_ray(args: SimpleNamespace) -> SimpleNamespace:
         config.settle(args)
         check_data(args)
         tokenizer = check_model(args.actor.model_name_or_path)
+        check_tools(args, tokenizer)  # first: it takes seconds, a model may take minutes to load
         if args.rollout_service.urls:
             check_services(args, tokenizer)
-        check_tools(args, tokenizer)
     except (ValueError, OSError, ServiceError) as error:
         raise LaunchError(str(error)) from error
     _start_ray(args)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import json
 import logging
 import os
 from pathlib import Path
@@ -55,7 +56,7 @@ def check_data(args: SimpleNamespace) -> None:
     """The prompts are named, and have labels where the reward needs them.
 
     Raises:
-        ValueError: a flag is missing or names a file that is not there.
+        ValueError: a flag is missing, or names a file or a field that is not there.
     """
     dataset = args.data.prompt_dataset
     if not dataset:
@@ -69,6 +70,25 @@ def check_data(args: SimpleNamespace) -> None:
         raise ValueError(
             "--reward.remote_url math-verify compares answers with a label: name its field with "
             "--data.label_key."
+        )
+    if Path(dataset).suffix == ".jsonl":
+        _check_first_row(args, Path(dataset))
+
+
+def _check_first_row(args: SimpleNamespace, path: Path) -> None:
+    """The named fields are there, and a conversation meets a chat template."""
+    with path.open(encoding="utf-8") as lines:
+        row = json.loads(next(lines, "{}"))
+    for flag, key in (("input_key", args.data.input_key), ("label_key", args.data.label_key)):
+        if key and key not in row:
+            raise ValueError(
+                f"--data.{flag} {key}: the first row of {path} has no such field, but "
+                f"{', '.join(row) or 'none at all'}."
+            )
+    if isinstance(row.get(args.data.input_key), list) and not args.data.apply_chat_template:
+        raise ValueError(
+            f"the prompts of {path} are conversations: add --data.apply_chat_template, without "
+            "which the policy would read them as Python lists."
         )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Literal
 
@@ -139,12 +139,20 @@ def check_tool(args: SimpleNamespace) -> None:
     """
     tool: ToolConfig = args.tool_service
     if not tool.urls:
+        if replace(tool, template="plain") != ToolConfig(template="plain"):
+            raise ValueError(
+                "--tool.* and --tir.* flags are given, but no --tool.service_urls: episodes would "
+                "have one turn and no tool. Add the URLs, or drop the flags."
+            )
         return
+    for url in tool.urls:
+        if not url.startswith(("http://", "https://")):
+            raise ValueError(f"--tool.service_urls {url}: must begin with http:// or https://")
     if not args.rollout_service.urls:
         raise ValueError(
             "--tool.service_urls needs --rollout.service_urls: the learner drives the episode over "
-            "both services. With OpenRLHF's own engines use --train.agent_func_path "
-            "openrlhf_alp/learner/agent.py instead."
+            "both services. On OpenRLHF's own engines drop it, export OPENRLHF_ALP_TOOL_URLS, and "
+            "give --train.agent_func_path the path of openrlhf_alp/learner/agent.py."
         )
     if not os.environ.get(TOOL_KEY_VARIABLE):
         raise ValueError(

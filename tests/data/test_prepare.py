@@ -173,8 +173,8 @@ def test_three_files_are_written_and_nothing_beside_them(written):
 
 def test_an_earlier_file_is_replaced_only_when_asked(written):
     with pytest.raises(OutputError, match=r"there already: .*math\.jsonl.*--overwrite"):
-        written.check(overwrite=False)
-    written.check(overwrite=True)
+        written.check(sources=(), overwrite=False)
+    written.check(sources=(), overwrite=True)
 
 
 def test_a_result_without_prompts_leaves_no_file_of_prompts(written):
@@ -200,4 +200,14 @@ def test_a_failed_write_leaves_the_earlier_file_and_no_rest(written):
 
 def test_another_suffix_is_refused(tmp_path):
     with pytest.raises(OutputError, match=r"ends in \.jsonl"):
-        OutputFiles(prompts=tmp_path / "math.json").check(overwrite=True)
+        OutputFiles(prompts=tmp_path / "math.json").check(sources=(), overwrite=True)
+
+
+@pytest.mark.parametrize("name", ["math.jsonl", "math.rejected.jsonl"])
+def test_a_source_is_never_written_over(tmp_path, name):
+    source = tmp_path / name
+    source.write_text("{}\n")
+    files = OutputFiles(prompts=tmp_path / "math.jsonl")
+    with pytest.raises(OutputError, match="is read and would be written over"):
+        files.check(sources=(str(tmp_path / "." / name),), overwrite=True)
+    assert source.read_text() == "{}\n"

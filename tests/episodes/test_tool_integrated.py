@@ -275,3 +275,32 @@ async def test_a_log_prob_that_is_not_finite_names_the_turns_request(tokenizer):
 def test_a_limit_out_of_range_is_refused_by_name(changes, message):
     with pytest.raises(ValueError, match=message):
         replace(CONFIG, **changes)
+
+
+async def test_an_engine_that_keeps_the_stop_string_to_itself_is_found_out(tokenizer):
+    class Cut(ScriptedPolicy):
+        async def __call__(self, **request):
+            completion = await super().__call__(**request)
+            whole = len(completion.token_ids) - len("\n```\n")
+            return replace(
+                completion,
+                token_ids=completion.token_ids[:whole],
+                logprobs=completion.logprobs[:whole],
+                spans=(replace(completion.spans[0], end=whole),),
+            )
+
+    with pytest.raises(BadCompletionError, match="those of the stop string too"):
+        await run_tool_integrated(
+            request_id="r",
+            prompt="6 * 7?",
+            label="42",
+            prompt_ids=[1],
+            generate=Cut(tokenizer, CALL),
+            interpreter=Interpreter(),
+            encode=tokenizer.encode,
+            decode=tokenizer.decode,
+            template=plain_template(tokenizer),
+            reward=RewardOfText(),
+            sampling=SamplingConfig(max_tokens=1),
+            config=CONFIG,
+        )

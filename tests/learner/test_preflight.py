@@ -101,3 +101,31 @@ def test_an_unreachable_service_is_named(parse: Parse, service_keys: None) -> No
     args = parse("--rollout.service_urls", "http://127.0.0.1:9", "--rollout.ready_timeout_s", "0.5")
     with pytest.raises(ServiceError, match=r"http://127\.0\.0\.1:9"):
         check_services(args, check_model(args.actor.model_name_or_path))
+
+
+@pytest.mark.parametrize(
+    ("row", "flags", "message"),
+    [
+        ({"problem": "q", "label": "1"}, (), "--data.input_key input: the first row"),
+        ({"input": "q", "answer": "1"}, (), "--data.label_key label: the first row"),
+        ({"input": [{"role": "user", "content": "q"}], "label": "1"}, (), "are conversations"),
+        ({"input": "q", "label": "1"}, (), None),
+        (
+            {"input": [{"role": "user", "content": "q"}], "label": "1"},
+            ("--data.apply_chat_template",),
+            None,
+        ),
+    ],
+)
+def test_the_first_row_is_read_before_anything_starts(
+    parse: Parse, tmp_path: Path, row: dict, flags: tuple[str, ...], message: str | None
+) -> None:
+    data = tmp_path / "data.jsonl"
+    data.write_text(json.dumps(row) + "\n")
+    keys = ("--data.input_key", "input", "--data.label_key", "label")
+    args = parse("--data.prompt_dataset", str(data), *keys, *flags)
+    if message is None:
+        check_data(args)
+        return
+    with pytest.raises(ValueError, match=message):
+        check_data(args)

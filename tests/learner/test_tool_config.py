@@ -41,6 +41,9 @@ def test_observations_are_messages_when_prompts_are(
     ("flags", "message"),
     [
         (TOOL, "--tool.service_urls needs --rollout.service_urls"),
+        ((*ROLLOUT, "--tool.session"), "but no --tool.service_urls"),
+        ((*ROLLOUT, "--tir.max_tool_turns", "3"), "but no --tool.service_urls"),
+        ((*ROLLOUT, "--tool.service_urls", "127.0.0.1:2"), "must begin with http://"),
         ((*ROLLOUT, *TOOL, "--tir.max_tool_turns", "-1"), "max_tool_turns=-1"),
         ((*ROLLOUT, *TOOL, "--tir.max_output_chars", "1"), "max_output_chars=1"),
         ((*ROLLOUT, *TOOL, "--tool.timeout_s", "0"), "--tool.timeout_s is 0"),
