@@ -19,7 +19,7 @@ its sandbox: tool-integrated reasoning, several turns an episode. A model this s
 tool call, so a short supervised warm-up shows it the form first, and twice as often a wrong guess;
 that calling pays is what it learns from the reward.
 
-On two quiet CPU cores it takes about ten minutes. It needs no network and no GPU.
+On two quiet CPU cores it takes ten to twelve minutes. It needs no network and no GPU.
 """
 
 
@@ -46,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `openrlhf-alp demo`."""
     add = parser.add_argument
     add("--tir", action="store_true", help="products with a Python tool instead of sums")
-    add("--steps", type=int, help="PPO steps (default: 16 of about 22 s; --tir: 10 of about 40 s)")
+    add("--steps", type=int, help="PPO steps (default: 16 of about 22 s; --tir: 10 of about 50 s)")
     add(
         "--method",
         choices=METHODS,
