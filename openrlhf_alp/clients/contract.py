@@ -5,7 +5,7 @@ from typing import Any
 
 from openrlhf_alp.clients.errors import ContractMismatch
 from services.rollout.fingerprint import chat_template_hash, tokenizer_hash
-from services.rollout.schemas import API_VERSION, Contract
+from services.rollout.schemas import API_VERSION, Contract, WeightTransport
 
 PROCESSED_LOGPROBS = "processed_logprobs"
 
@@ -42,6 +42,20 @@ class LearnerExpectation:
             tokenizer_hash=tokenizer_hash(tokenizer),
             chat_template_hash=chat_template_hash(tokenizer),
             **fields,
+        )
+
+
+def require_transport(contract: Contract, transport: WeightTransport, url: str) -> None:
+    """Refuse a server that cannot take weights this way.
+
+    Raises:
+        ContractMismatch: names the transports that it has, and the fix.
+    """
+    if transport not in contract.weight_transports:
+        raise ContractMismatch(
+            f"--rollout.weight_transport {transport}: {url} takes weights over "
+            f"{', '.join(contract.weight_transports)} only. Fix: choose one of these; nccl and ipc "
+            "need the vLLM engine on CUDA, and ipc a tensor_parallel_size of 1."
         )
 
 

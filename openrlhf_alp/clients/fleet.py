@@ -7,6 +7,7 @@ A STALE server gets no traffic: its samples would carry the wrong weights.
 """
 
 import logging
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ logger = logging.getLogger(__name__)
 
 _AVOID_S = 1.0
 _PROBE_EVERY_S = 2.0
+_WARN_EVERY_S = 30.0
 
 
 class ServerState(StrEnum):
@@ -57,6 +59,7 @@ class Fleet:
     def __init__(self, channels: Sequence[Channel]) -> None:
         self.servers = [Server(channel=channel) for channel in channels]
         self.min_version = 0
+        self._warned_s: dict[str | None, float] = {}  # monotonic, by URL; None: of all servers
 
     def best(self) -> Server | None:
         """The least loaded server that may serve; a suspect one only when none is healthy.
@@ -73,6 +76,18 @@ class Fleet:
     def failed(self, server: Server, delay_s: float) -> None:
         """Prefer other servers for at least a second."""
         server.avoid_until_s = time.monotonic() + max(delay_s, _AVOID_S)
+
+    def may_warn(self, server: Server | None) -> bool:
+        """Whether half a minute has gone since the last warning about this server (None: all).
+
+        A full server answers 429 to every request of a burst; one line says as much as all.
+        """
+        key = None if server is None else server.channel.url
+        now_s = time.monotonic()
+        if now_s - self._warned_s.get(key, -math.inf) < _WARN_EVERY_S:
+            return False
+        self._warned_s[key] = now_s
+        return True
 
     def mark_stale(self, server: Server, reason: str) -> None:
         """Take a server out of traffic until it has had a full update."""

@@ -38,6 +38,10 @@ class Timeouts:
     control_s: float = 600.0
     """For one prepare, commit or status call."""
 
+    transfer_s: float = 60.0
+    """Over nccl or ipc, for the group to meet, and for each bucket. A server whose learner went
+    away in mid-bucket draws no token for so long."""
+
     def httpx(self) -> httpx.Timeout:
         return httpx.Timeout(
             connect=self.connect_s, read=self.read_s, write=self.read_s, pool=self.total_s

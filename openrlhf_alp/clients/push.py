@@ -3,24 +3,25 @@
 import asyncio
 import logging
 import shutil
-import tempfile
 import time
 import uuid
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
+from openrlhf_alp.clients.control import ControlClient
 from openrlhf_alp.clients.errors import WeightUpdateFailed
+from openrlhf_alp.clients.file_carriers import FileCarrier, HttpCarrier
+from openrlhf_alp.clients.gpu_carrier import GpuCarrier, Meeting
 from openrlhf_alp.clients.http import Timeouts
-from openrlhf_alp.clients.rollout import RolloutClient
-from openrlhf_alp.clients.weights import NamedTensors, WrittenWeights, write_weights
+from openrlhf_alp.clients.weights import CarriedWeights, Carrier, NamedTensors, carry_weights
 from services.rollout.schemas import (
     CommitRequest,
     Contract,
     PauseMode,
     PrepareRequest,
     WeightsStatus,
+    WeightTransport,
 )
 
 logger = logging.getLogger(__name__)
@@ -34,8 +35,8 @@ class PushResult:
 
     version: int
     digest: str
-    num_bytes: int  # written; unchanged tensors are not
-    write_s: float
+    num_bytes: int  # sent; unchanged tensors are not
+    write_s: float  # with everything that was sent
     prepare_s: float
     commit_s: float
     pause_s: float  # longest time that a server drew no token before its load began
@@ -43,14 +44,16 @@ class PushResult:
 
 
 class WeightPusher:
-    """Pushes the learner's weights to every rollout server through a shared folder.
+    """Pushes the learner's weights to every rollout server, and proves them there.
 
     Args:
         urls: base URLs of the servers.
         api_key: bearer key of the data routes.
         admin_key: bearer key of the control routes.
         timeouts: limits of every call.
-        transport: `file` writes into the servers' shared folder; `http` sends the bytes to each.
+        transport: `file` writes into the servers' shared folder, `http` sends files to each, `nccl`
+            and `ipc` send from GPU to GPU.
+        meeting: where learner and servers meet for nccl.
         make_client: builds the client, for tests.
     """
 
@@ -61,13 +64,18 @@ class WeightPusher:
         api_key: str,
         admin_key: str,
         timeouts: Timeouts | None = None,
-        transport: Literal["file", "http"] = "file",
-        make_client: Callable[[], RolloutClient] | None = None,
+        transport: WeightTransport = "file",
+        meeting: Meeting | None = None,
+        make_client: Callable[[], ControlClient] | None = None,
     ) -> None:
+        self._timeouts = timeouts or Timeouts()
         self._make_client = make_client or (
-            lambda: RolloutClient(urls, api_key=api_key, admin_key=admin_key, timeouts=timeouts)
+            lambda: ControlClient(
+                urls, api_key=api_key, admin_key=admin_key, timeouts=self._timeouts
+            )
         )
         self._transport = transport
+        self._meeting = meeting
         self._shared: Path | None = None
 
     def push(self, named_tensors: NamedTensors, *, pause: PauseMode = "keep") -> PushResult:
@@ -86,46 +94,33 @@ class WeightPusher:
     async def push_async(
         self, named_tensors: NamedTensors, *, pause: PauseMode = "keep"
     ) -> PushResult:
-        """As `push`, inside an event loop. Writing the files blocks that loop."""
+        """As `push`, inside an event loop. Taking the tensors blocks that loop."""
         async with self._make_client() as client:
-            if self._transport == "file":
-                if self._shared is None:
-                    self._shared = _shared_folder(await client.contracts())
-                _remove_leftovers(self._shared)
-                return await self._push_from(self._shared, client, named_tensors, pause)
-            with tempfile.TemporaryDirectory(prefix="openrlhf-alp-push-") as folder:
-                return await self._push_from(Path(folder), client, named_tensors, pause)
-
-    async def _push_from(
-        self, folder: Path, client: RolloutClient, named_tensors: NamedTensors, pause: PauseMode
-    ) -> PushResult:
-        statuses = await client.reachable_weights()
-        base_version = _common_version(statuses)
-        version = max(status.version for status in statuses) + 1
-        started_s = time.perf_counter()
-        # Gathering shards may block on other ranks; nothing else runs in this loop meanwhile.
-        written = write_weights(
-            folder,
-            f"{_UPDATE_PREFIX}{version}-{uuid.uuid4().hex[:8]}",
-            named_tensors,
-            statuses[0].tensors,
-            skip_unchanged=base_version is not None,
-        )
-        written_s = time.perf_counter()
-        try:
-            if self._transport == "http":
-                written = await _upload(client, written)
-            await _prepare(client, written, version, base_version)
-        finally:
-            written.remove()
-        prepared_s = time.perf_counter()
-        commits = await client.commit_weights(
-            CommitRequest(version=version, digest=written.digest, pause=pause)
-        )
+            statuses = await client.reachable_weights()
+            base_version = _common_version(statuses)
+            version = max(status.version for status in statuses) + 1
+            started_s = time.perf_counter()
+            carrier = await self._carrier(
+                client, f"{_UPDATE_PREFIX}{version}-{uuid.uuid4().hex[:8]}"
+            )
+            async with carrier:
+                # Gathering shards may block on other ranks; nothing else runs in this loop then.
+                carried = await carry_weights(
+                    carrier,
+                    named_tensors,
+                    statuses[0].tensors,
+                    skip_unchanged=base_version is not None,
+                )
+                written_s = time.perf_counter()
+                await _prepare(client, carried, version, base_version)
+            prepared_s = time.perf_counter()
+            commits = await client.commit_weights(
+                CommitRequest(version=version, digest=carried.digest, pause=pause)
+            )
         result = PushResult(
             version=version,
-            digest=written.digest,
-            num_bytes=written.num_bytes,
+            digest=carried.digest,
+            num_bytes=carried.num_bytes,
             write_s=written_s - started_s,
             prepare_s=prepared_s - written_s,
             commit_s=time.perf_counter() - prepared_s,
@@ -135,23 +130,30 @@ class WeightPusher:
         logger.info("pushed %s", result)
         return result
 
-
-async def _upload(client: RolloutClient, written: WrittenWeights) -> WrittenWeights:
-    """Send every file to every server; prepare finds them under other names."""
-    names = []
-    for file in written.files:
-        path = written.folder / Path(file).name
-        names.append(await client.upload(path, f"{written.folder.name}-{path.name}"))
-    return replace(written, files=tuple(names))
+    async def _carrier(self, client: ControlClient, name: str) -> Carrier:
+        if self._transport == "http":
+            return HttpCarrier(client, name)
+        if self._transport == "file":
+            if self._shared is None:
+                self._shared = _shared_folder(await client.contracts())
+            _remove_leftovers(self._shared)
+            return FileCarrier(self._shared, name)
+        return GpuCarrier(
+            client,
+            name,
+            self._transport,
+            limit_s=self._timeouts.transfer_s,
+            meeting=self._meeting,
+        )
 
 
 async def _prepare(
-    client: RolloutClient, written: WrittenWeights, version: int, base_version: int | None
+    client: ControlClient, carried: CarriedWeights, version: int, base_version: int | None
 ) -> None:
     request = PrepareRequest(
         version=version,
-        digest=written.digest,
-        files=list(written.files),
+        digest=carried.digest,
+        files=list(carried.files),
         base_version=base_version,
     )
     try:
@@ -163,9 +165,8 @@ async def _prepare(
 
 def _remove_leftovers(weights_dir: Path) -> None:
     """Remove what a learner wrote that was killed in mid-push; there is one learner at a time."""
-    for pattern in (f"{_UPDATE_PREFIX}*", f".{_UPDATE_PREFIX}*"):
-        for folder in weights_dir.glob(pattern):
-            shutil.rmtree(folder, ignore_errors=True)
+    for folder in weights_dir.glob(f"{_UPDATE_PREFIX}*"):
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _shared_folder(contracts: Sequence[Contract]) -> Path:

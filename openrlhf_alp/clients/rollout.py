@@ -1,7 +1,7 @@
 """Async client of the rollout service: several servers, one set of time limits, safe retries.
 
 A generate call keeps its request_id over all attempts, so that a server can tell a retry from a new
-request. Weight updates go to every server; one that misses an update is stale and gets no traffic.
+request. A server with older weights than required is stale and gets no traffic.
 """
 
 import asyncio
@@ -9,44 +9,28 @@ import contextlib
 import logging
 import math
 import time
-from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TypeVar
 
 import httpx
 
-from openrlhf_alp.clients.channel import Channel
+from openrlhf_alp.clients.control import ControlClient
 from openrlhf_alp.clients.errors import (
     IncompleteReply,
     InvalidReply,
     ServiceError,
     ServiceUnavailable,
-    WeightUpdateFailed,
 )
-from openrlhf_alp.clients.fleet import Fleet, Server, ServerState
-from openrlhf_alp.clients.http import RETRYABLE, Backoff, Timeouts, error_of
+from openrlhf_alp.clients.fleet import Server, ServerState
+from openrlhf_alp.clients.http import RETRYABLE, error_of
 from services.common.wire import MSGPACK_TYPE, encode
 from services.rollout.schemas import (
     VERSION_HEADER,
-    CommitRequest,
-    CommitResponse,
-    Contract,
     GenerateRequest,
     GenerateResponse,
-    Health,
-    PauseMode,
-    PauseRequest,
-    PrepareRequest,
-    SleepLevel,
-    SleepMode,
-    SleepRequest,
     WeightsStatus,
 )
 
 logger = logging.getLogger(__name__)
-
-Result = TypeVar("Result")
 
 
 @dataclass(slots=True)
@@ -58,106 +42,11 @@ class _Retry(Exception):
     may_be_running: bool = False
 
 
-class RolloutClient:
-    """Talks to one or more rollout services that serve the same policy.
+class RolloutClient(ControlClient):
+    """Samples from one or more rollout services that serve the same policy.
 
-    Args:
-        urls: base URLs, for example http://127.0.0.1:8000.
-        api_key: bearer key of the data routes.
-        admin_key: bearer key of the control routes; needed for weights and pause.
-        timeouts: limits of every call.
-        backoff: waiting between attempts.
-        transport: replaces the network, for tests.
-
-    Use inside one event loop; close with `aclose` or as an async context manager.
+    Takes what `ControlClient` takes, and does all that it does.
     """
-
-    def __init__(
-        self,
-        urls: Sequence[str],
-        *,
-        api_key: str,
-        admin_key: str | None = None,
-        timeouts: Timeouts | None = None,
-        backoff: Backoff | None = None,
-        transport: httpx.AsyncBaseTransport | None = None,
-    ) -> None:
-        if not urls:
-            raise ValueError("No rollout service URL. Fix: set --rollout.service_urls.")
-        self._timeouts = timeouts or Timeouts()
-        self._backoff = backoff or Backoff()
-        self._fleet = Fleet(
-            [
-                Channel(
-                    url,
-                    api_key=api_key,
-                    admin_key=admin_key,
-                    timeouts=self._timeouts,
-                    transport=transport,
-                )
-                for url in urls
-            ]
-        )
-        self._background: set[asyncio.Task[None]] = set()
-
-    async def __aenter__(self) -> "RolloutClient":
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        await self.aclose()
-
-    async def aclose(self) -> None:
-        """Finish cancellations under way and close every connection."""
-        await asyncio.gather(*self._background)
-        await asyncio.gather(*(server.channel.aclose() for server in self._fleet.servers))
-
-    def states(self) -> dict[str, ServerState]:
-        """Health of each server by URL."""
-        return {server.channel.url: server.state for server in self._fleet.servers}
-
-    def require_version(self, version: int) -> None:
-        """Refuse servers that serve less than `version` for every request sent from now on."""
-        self._fleet.min_version = version
-
-    async def contract(self) -> Contract:
-        """The contract of the first server, after checking that all servers have the same one.
-
-        Raises:
-            ServiceUnavailable: a server does not answer.
-            InvalidReply: two servers serve different models.
-        """
-        return (await self.contracts())[0]
-
-    async def contracts(self) -> list[Contract]:
-        """The contract of each server; they differ at most in version and weights_dir.
-
-        Raises: as `contract`.
-        """
-        contracts = await self._on_all(lambda c: c.get("/v1/contract", Contract))
-        first_url = self._fleet.servers[0].channel.url
-        for server, contract in zip(self._fleet.servers, contracts, strict=True):
-            if contract.contract_hash != contracts[0].contract_hash:
-                raise InvalidReply(
-                    f"{server.channel.url} and {first_url} have different contracts. Fix: "
-                    "start all servers with the same model folder and flags."
-                )
-        return contracts
-
-    async def reachable_weights(self) -> list[WeightsStatus]:
-        """Weight state of the servers that answer; the others become stale.
-
-        Raises:
-            WeightUpdateFailed: none answers.
-        """
-        return await self._update(lambda c: c.get("/v1/weights", WeightsStatus))
-
-    async def weights(self) -> list[WeightsStatus]:
-        """Weight state of each server, in the order of the URLs.
-
-        Raises:
-            ServiceUnavailable: a server does not answer.
-        """
-        return await self._on_all(lambda c: c.get("/v1/weights", WeightsStatus))
 
     async def generate(self, request: GenerateRequest) -> GenerateResponse:
         """Sample; on a lost connection, 429 or 5xx try again under the same id.
@@ -193,101 +82,14 @@ class RolloutClient:
                 raise ServiceUnavailable(
                     f"Gave up after {attempt} attempts. {failure.failure}"
                 ) from failure.failure
-            if attempt & (attempt - 1) == 0:  # 1, 2, 4, 8: a long outage fills no log
-                logger.warning("%s: attempt %d: %s", request.request_id, attempt, failure.failure)
+            level = logging.WARNING if self._fleet.may_warn(server) else logging.DEBUG
+            logger.log(level, "%s: attempt %d: %s", request.request_id, attempt, failure.failure)
             stay_on = server if failure.may_be_running and stay_on is None else None
             if server is not None and stay_on is None:
                 self._fleet.failed(server, delay_s)
             following = stay_on or self._fleet.best()
             if following is None or following is server or following.state is ServerState.SUSPECT:
                 await asyncio.sleep(delay_s)
-
-    async def prepare_weights(self, request: PrepareRequest) -> list[WeightsStatus]:
-        """Stage an update on every server that answers; the others become stale.
-
-        Raises:
-            WeightUpdateFailed: a server refused the update, or none answered. Nothing changed.
-        """
-        path = "/v1/weights/prepare"
-        return await self._update(lambda c: c.post(path, request, WeightsStatus))
-
-    async def commit_weights(self, request: CommitRequest) -> list[CommitResponse]:
-        """Swap every server that staged the update; one that fails to becomes stale.
-
-        Afterwards replies below this version are refused.
-
-        Raises:
-            WeightUpdateFailed: no server serves the new version.
-        """
-        path = "/v1/weights/commit"
-        responses = await self._update(
-            lambda c: c.post(path, request, CommitResponse), refusal_is_fatal=False
-        )
-        self.require_version(request.version)
-        return responses
-
-    async def upload(self, path: Path, name: str) -> str:
-        """Send a file to every server that answers; the others become stale.
-
-        Returns:
-            The name that prepare knows the file by.
-
-        Raises:
-            WeightUpdateFailed: a server refused the file, or none took it.
-        """
-        await self._update(lambda c: c.upload(path, name, self._backoff))
-        return f"uploads/{name}"
-
-    async def abort_weights(self) -> None:
-        """Forget the staged update on every server that answers."""
-        for server in self._fleet.servers:
-            with contextlib.suppress(ServiceError):
-                await server.channel.post("/v1/weights/abort", None, WeightsStatus)
-
-    async def pause(self, mode: PauseMode = "keep") -> None:
-        """Stop drawing tokens on every server."""
-        request = PauseRequest(mode=mode)
-        await self._on_all(lambda c: c.post("/v1/pause", request, Health))
-
-    async def resume(self) -> None:
-        """Draw tokens again on every server."""
-        await self._on_all(lambda c: c.post("/v1/resume", None, Health))
-
-    async def sleep(self, level: SleepLevel = 1, mode: SleepMode = "wait") -> None:
-        """Give the accelerators' memory back on every server, until `wake_up`.
-
-        Raises:
-            ServiceUnavailable: a server does not answer.
-            RequestRejected: a server cannot sleep; it says why.
-        """
-        request = SleepRequest(level=level, mode=mode)
-        await self._on_all(lambda c: c.post("/v1/sleep", request, Health))
-
-    async def wake_up(self) -> None:
-        """Serve again on every server what was serving before `sleep`."""
-        await self._on_all(lambda c: c.post("/v1/wake_up", None, Health))
-
-    async def wait_ready(self, timeout_s: float) -> None:
-        """Return when every server would serve a request.
-
-        Raises:
-            ServiceUnavailable: names a server that is not ready after `timeout_s`.
-        """
-        give_up_s = time.monotonic() + timeout_s
-        await self._on_all(lambda channel: self._wait_for(channel, give_up_s))
-
-    async def _wait_for(self, channel: Channel, give_up_s: float) -> None:
-        while True:
-            try:
-                response = await channel.send("GET", "/readyz", None, give_up_s)
-                if response.status_code == 200:
-                    return
-                failure = error_of(response, channel.url)
-            except ServiceUnavailable as error:
-                failure = error
-            if time.monotonic() + self._backoff.first_s >= give_up_s:
-                raise ServiceUnavailable(f"Not ready in time. {failure}")
-            await asyncio.sleep(self._backoff.first_s)
 
     async def _choose(self) -> Server | None:
         for server in self._fleet.due_for_probe():
@@ -345,39 +147,6 @@ class RolloutClient:
             f"No server serves version {self._fleet.min_version} or newer. Fix: push the weights "
             "again; a restarted server needs a full update."
         )
-
-    async def _on_all(self, call: Callable[[Channel], Awaitable[Result]]) -> list[Result]:
-        return list(await asyncio.gather(*(call(s.channel) for s in self._fleet.servers)))
-
-    async def _update(
-        self, call: Callable[[Channel], Awaitable[Result]], *, refusal_is_fatal: bool = True
-    ) -> list[Result]:
-        """Run one phase of an update everywhere; who cannot follow becomes stale."""
-
-        async def outcome_of(server: Server) -> Result | ServiceError:
-            try:
-                return await call(server.channel)
-            except ServiceError as error:
-                return error
-
-        servers = self._fleet.servers
-        outcomes = await asyncio.gather(*(outcome_of(server) for server in servers))
-        failures = {
-            server.channel.url: outcome
-            for server, outcome in zip(servers, outcomes, strict=True)
-            if isinstance(outcome, ServiceError)
-        }
-        refused = any(not isinstance(error, ServiceUnavailable) for error in failures.values())
-        if len(failures) == len(servers) or (refused and refusal_is_fatal):
-            causes = "; ".join(str(error) for error in failures.values())
-            raise WeightUpdateFailed(f"{len(failures)} of {len(servers)} servers failed: {causes}")
-        for server in servers:
-            failure = failures.get(server.channel.url)
-            if failure is not None:
-                self._fleet.mark_stale(server, str(failure))
-            elif not refusal_is_fatal:
-                self._fleet.readmit(server)
-        return [outcome for outcome in outcomes if not isinstance(outcome, ServiceError)]
 
 
 def _check_reply(request: GenerateRequest, reply: GenerateResponse, url: str) -> None:

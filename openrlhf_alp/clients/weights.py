@@ -1,19 +1,23 @@
-"""Writing weights for the rollout service, and the digest that proves what was written."""
+"""One update, bucket by bucket: what is new is carried to the servers, all of it is digested.
 
-import os
-import shutil
+    checked -> buckets -> digest -> leave out what the servers have -> Carrier
+
+How a bucket travels is the Carrier's business; the digest is always that of the bytes in host
+memory, so that prepare proves what arrived, whichever way it came.
+"""
+
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Protocol
 
 import torch
-from safetensors.torch import save_file
 
 from openrlhf_alp.clients.errors import WeightUpdateFailed
 from services.rollout.fingerprint import tensor_digest, weights_digest
-from services.rollout.schemas import TensorSpec
+from services.rollout.schemas import DtypeCode, TensorSpec
 
-DTYPES = {
+DTYPES: dict[DtypeCode, torch.dtype] = {
     "BF16": torch.bfloat16,
     "F16": torch.float16,
     "F32": torch.float32,
@@ -24,99 +28,99 @@ DTYPES = {
     "I8": torch.int8,
     "BOOL": torch.bool,
 }
+DTYPE_CODES = {dtype: code for code, dtype in DTYPES.items()}
 TIED_HEAD = "lm_head.weight"
-DEFAULT_BUCKET_BYTES = 512 * 2**20
 
 NamedTensors = Iterable[tuple[str, torch.Tensor]]
+Bucket = dict[str, torch.Tensor]
+"""Name -> contiguous tensor in the serving dtype."""
+
+
+class Carrier(AbstractAsyncContextManager["Carrier"], Protocol):
+    """A way for one update to reach the servers. Enter it before the first bucket, leave it after
+    prepare; what it set up for the update is gone then, also after an error."""
+
+    bucket_bytes: int
+    """A bucket is closed when it holds this much; a larger tensor travels alone."""
+
+    on_device: bool
+    """Buckets hold tensors where the learner has them; False: in host memory."""
+
+    async def carry(self, index: int, bucket: Bucket) -> str:
+        """Bring bucket number `index` to where every server can read it.
+
+        Returns:
+            The name by which prepare knows it.
+
+        Raises:
+            WeightUpdateFailed: a server did not take it, or it could not be written.
+        """
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class WrittenWeights:
-    """Files of one update, ready for prepare."""
+class CarriedWeights:
+    """An update that is ready for prepare."""
 
-    folder: Path
-    files: tuple[str, ...]  # relative to the service's weights_dir
-    digest: str  # of the merged result: written plus unchanged tensors
-    num_bytes: int  # written
-    num_unchanged: int  # tensors left out because the server has the same bytes
-
-    def remove(self) -> None:
-        """Remove the folder; a server that has staged it keeps its own link."""
-        shutil.rmtree(self.folder, ignore_errors=True)
+    files: tuple[str, ...]  # as prepare knows them
+    digest: str  # of the merged result: carried plus unchanged tensors
+    num_bytes: int  # carried
+    num_unchanged: int  # tensors left out because the servers have the same bytes
 
 
-def write_weights(
-    weights_dir: Path,
-    name: str,
+async def carry_weights(
+    carrier: Carrier,
     named_tensors: NamedTensors,
     expected: Mapping[str, TensorSpec],
     *,
     skip_unchanged: bool = False,
-    bucket_bytes: int = DEFAULT_BUCKET_BYTES,
-) -> WrittenWeights:
-    """Write an update below `weights_dir/name`, whole or not at all.
+) -> CarriedWeights:
+    """Carry what the servers lack, and digest everything.
 
     Args:
-        weights_dir: the contract's weights_dir, shared with the server.
-        name: folder of this update, new for each.
+        carrier: entered.
         named_tensors: (name, tensor) on any device; taken one at a time and cast to the serving
             dtype, so a generator that gathers shards on demand works.
         expected: `tensors` of GET /v1/weights. A tied `lm_head.weight` that the server does not
             list is left out.
         skip_unchanged: leave out tensors whose bytes the server already has; then prepare needs
             base_version.
-        bucket_bytes: a file is closed when it holds this much.
 
     Raises:
-        WeightUpdateFailed: names or shapes do not fit, or the folder cannot be written.
+        WeightUpdateFailed: names or shapes do not fit, or the carrier failed.
     """
-    partial = weights_dir / f".{name}.partial"
-    folder = weights_dir / name
-    try:
-        partial.mkdir(parents=True)
-        digests: dict[str, str] = {}
-        files: list[str] = []
-        num_bytes = num_skipped = 0
-        for bucket in _buckets(_checked(named_tensors, expected), bucket_bytes):
-            fresh = {}
-            for tensor_name, tensor in bucket.items():
-                digests[tensor_name] = digest_tensor(tensor)
-                if skip_unchanged and digests[tensor_name] == expected[tensor_name].digest:
-                    num_skipped += 1
-                else:
-                    fresh[tensor_name] = tensor
-            if fresh:
-                file = f"{len(files):05d}.safetensors"
-                save_file(fresh, partial / file)
-                files.append(f"{name}/{file}")
-                num_bytes += sum(tensor.nbytes for tensor in fresh.values())
-        _require_all(digests.keys(), expected)
-        os.rename(partial, folder)
-    except OSError as error:
-        raise WeightUpdateFailed(
-            f"The update cannot be written to {weights_dir}: {error.strerror or error}. Fix: free "
-            "space there, or start the service with a --weights-dir that both sides can write."
-        ) from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    return WrittenWeights(
-        folder=folder,
+    digests: dict[str, str] = {}
+    files: list[str] = []
+    num_bytes = num_unchanged = 0
+    tensors = _checked(named_tensors, expected, on_device=carrier.on_device)
+    for bucket in _buckets(tensors, carrier.bucket_bytes):
+        found = {name: digest_tensor(tensor.cpu()) for name, tensor in bucket.items()}
+        digests |= found
+        fresh = {
+            name: tensor
+            for name, tensor in bucket.items()
+            if not (skip_unchanged and found[name] == expected[name].digest)
+        }
+        num_unchanged += len(bucket) - len(fresh)
+        if fresh:
+            files.append(await carrier.carry(len(files), fresh))
+            num_bytes += sum(tensor.nbytes for tensor in fresh.values())
+    _require_all(digests.keys(), expected)
+    return CarriedWeights(
         files=tuple(files),
         digest=weights_digest(digests),
         num_bytes=num_bytes,
-        num_unchanged=num_skipped,
+        num_unchanged=num_unchanged,
     )
 
 
 def digest_tensor(tensor: torch.Tensor) -> str:
     """The digest both sides compute: over dtype, shape and bytes of a contiguous CPU tensor."""
-    codes = {dtype: code for code, dtype in DTYPES.items()}
     data = tensor.reshape(-1).view(torch.uint8).numpy().data
-    return tensor_digest(codes[tensor.dtype], tensor.shape, data)
+    return tensor_digest(DTYPE_CODES[tensor.dtype], tensor.shape, data)
 
 
 def _checked(
-    named_tensors: NamedTensors, expected: Mapping[str, TensorSpec]
+    named_tensors: NamedTensors, expected: Mapping[str, TensorSpec], *, on_device: bool
 ) -> Iterator[tuple[str, torch.Tensor]]:
     for name, tensor in named_tensors:
         spec = expected.get(name)
@@ -132,13 +136,12 @@ def _checked(
                 f"{name} has shape {list(tensor.shape)}, the server expects {spec.shape}. Fix: "
                 "serve and train the same model; under ZeRO-3 gather the parameter first."
             )
-        yield name, tensor.detach().to("cpu", DTYPES[spec.dtype]).contiguous()
+        device = tensor.device if on_device else "cpu"
+        yield name, tensor.detach().to(device, DTYPES[spec.dtype]).contiguous()
 
 
-def _buckets(
-    tensors: Iterator[tuple[str, torch.Tensor]], bucket_bytes: int
-) -> Iterator[dict[str, torch.Tensor]]:
-    bucket: dict[str, torch.Tensor] = {}
+def _buckets(tensors: Iterator[tuple[str, torch.Tensor]], bucket_bytes: int) -> Iterator[Bucket]:
+    bucket: Bucket = {}
     held_bytes = 0
     for name, tensor in tensors:
         if bucket and held_bytes + tensor.nbytes > bucket_bytes:

@@ -8,8 +8,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from services.rollout.fingerprint import tensor_digest
+from services.rollout.schemas import DtypeCode
 
-DTYPE_CODES = {
+DTYPE_CODES: dict[torch.dtype, DtypeCode] = {
     torch.bfloat16: "BF16",
     torch.float16: "F16",
     torch.float32: "F32",
@@ -34,7 +35,7 @@ class TensorFile:
 
     path: Path
     shape: tuple[int, ...]
-    dtype: str  # safetensors code, for example BF16
+    dtype: DtypeCode
     digest: str  # 64 hex digits over dtype, shape and bytes
 
 

@@ -3,11 +3,19 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol
 
 from fastapi import FastAPI
 
-from services.rollout.schemas import FinishReason, PauseMode, Sampling, SleepLevel, SleepMode
+from services.rollout.schemas import (
+    FinishReason,
+    LinkBackend,
+    PauseMode,
+    Sampling,
+    SleepLevel,
+    SleepMode,
+)
+from services.rollout.transfer_schemas import OpenRequest, ReceiveRequest
 
 LoadPlan = Mapping[Path, Sequence[str]]
 """safetensors file -> names of the tensors to take from it; together the whole model."""
@@ -30,6 +38,17 @@ class BadJobError(ValueError):
     """The engine refuses this job whatever its state; the message says why."""
 
 
+TransferFailure = Literal["timeout", "disk", "foreign_gpu", "failed"]
+
+
+class TransferError(RuntimeError):
+    """Weights did not arrive, and the link to the learner is closed; the message says why."""
+
+    def __init__(self, kind: TransferFailure, message: str) -> None:
+        super().__init__(message)
+        self.kind = kind
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineInfo:
     """Facts that never change while the engine lives."""
@@ -41,6 +60,8 @@ class EngineInfo:
     vocab_size: int  # ids below this may be sent
     max_model_len: int  # prompt plus sampled tokens
     eos_token_ids: tuple[int, ...]
+    link_backends: tuple[LinkBackend, ...] = ()  # over which the engine's receiver can receive
+    num_workers: int = 1  # GPUs, each a rank of its own in a transfer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,11 +85,31 @@ class JobResult:
     stop_reason: int | str | None
 
 
+class WeightReceiver(Protocol):
+    """Receives weights from the learner's GPU without touching what is served.
+
+    After a TransferError from any method no link is open.
+    """
+
+    async def open(self, request: OpenRequest) -> None:
+        """Join the learner's group, after leaving the one before."""
+
+    async def receive(self, request: ReceiveRequest, path: Path) -> None:
+        """Take part in sending one bucket, and write it to `path` as a safetensors file."""
+
+    async def close(self) -> None:
+        """Leave the group, if any."""
+
+
 class Engine(Protocol):
     """Draws samples and swaps weights. All methods are called from one event loop."""
 
     @property
     def info(self) -> EngineInfo: ...
+
+    @property
+    def receiver(self) -> WeightReceiver | None:
+        """None: weights come as files only, and `info.link_backends` is empty."""
 
     async def sample(self, job: Job, on_tokens: TokenSink | None = None) -> JobResult:
         """Draw one sample. Cancelling the call frees the slot at once.

@@ -30,6 +30,7 @@ from services.rollout.engine import (
     JobResult,
     LoadPlan,
     TokenSink,
+    WeightReceiver,
 )
 from services.rollout.faults import FaultPlan
 from services.rollout.schemas import PauseMode, Sampling, SleepLevel, SleepMode
@@ -135,6 +136,10 @@ class HfEngine:
     @property
     def info(self) -> EngineInfo:
         return self._info
+
+    @property
+    def receiver(self) -> WeightReceiver | None:
+        return None
 
     @property
     def num_jobs(self) -> int:

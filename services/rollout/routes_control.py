@@ -20,11 +20,13 @@ from services.rollout.schemas import (
     WeightsStatus,
 )
 from services.rollout.service import RolloutService
+from services.rollout.transfer_schemas import LinkStatus, OpenRequest, ReceiveRequest
+from services.rollout.weight_transfer import WeightTransfer
 
 UPLOAD_PATH = "/v1/weights/files/"
 
 _ERRORS: dict[int | str, dict[str, Any]] = {
-    status: {"model": ErrorBody} for status in (401, 409, 413, 422, 501, 503, 507)
+    status: {"model": ErrorBody} for status in (401, 409, 413, 422, 501, 503, 504, 507)
 }
 _RAW_BODY = {
     "requestBody": {
@@ -45,6 +47,7 @@ def control_routes(service: RolloutService) -> APIRouter:
     )
     _add_updates(router, service)
     _add_uploads(router, service)
+    _add_transfers(router, WeightTransfer(service.engine, service.uploads))
     _add_switches(router, service)
     return router
 
@@ -81,6 +84,23 @@ def _add_uploads(router: APIRouter, service: RolloutService) -> None:
         except ClientDisconnect:
             return Response(status_code=400)  # nobody reads it; what arrived is kept
         return reply(request, UploadStatus(name=name, num_bytes=size))
+
+
+def _add_transfers(router: APIRouter, transfer: WeightTransfer) -> None:
+    @router.post("/weights/transfer/open", response_model=LinkStatus)
+    async def open_link(body: OpenRequest, request: Request) -> Response:
+        """Join the learner's NCCL group, or agree on CUDA IPC; a link open before is closed."""
+        return reply(request, await transfer.open(body))
+
+    @router.post("/weights/transfer/receive", response_model=UploadStatus)
+    async def receive(body: ReceiveRequest, request: Request) -> Response:
+        """Receive one bucket while the learner sends it. Prepare knows it as `uploads/<name>`."""
+        return reply(request, await transfer.receive(body))
+
+    @router.post("/weights/transfer/close", response_model=LinkStatus)
+    async def close_link(request: Request) -> Response:
+        """Leave the learner's group."""
+        return reply(request, await transfer.close())
 
 
 def _add_switches(router: APIRouter, service: RolloutService) -> None:

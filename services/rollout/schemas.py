@@ -27,13 +27,22 @@ WeightState = Literal["serving", "committing", "sleeping", "failed"]
 SleepLevel = Literal[1, 2]
 SleepMode = Literal["wait", "abort"]
 PauseMode = Literal["keep", "wait", "abort"]
+DtypeCode = Literal[
+    "BF16", "F16", "F32", "F64", "U8", "I8", "I32", "I64", "BOOL", "F8_E4M3", "F8_E5M2"
+]
+"""Of safetensors."""
+
+LinkBackend = Literal["nccl", "ipc"]
+WeightTransport = Literal["file", "http", "nccl", "ipc"]
 
 
-class _Wire(BaseModel):
+class Wire(BaseModel):
+    """Base of every message: unknown fields, NaN and infinity are refused."""
+
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
-class Sampling(_Wire):
+class Sampling(Wire):
     """How tokens are drawn. Log-probs in the reply are those of the distribution so described."""
 
     max_tokens: int = Field(ge=1, le=10_000_000)
@@ -79,7 +88,7 @@ class Sampling(_Wire):
     """Seed of sample 0; sample i uses seed + i. None: not reproducible."""
 
 
-class GenerateRequest(_Wire):
+class GenerateRequest(Wire):
     """One prompt, n samples."""
 
     request_id: RequestId
@@ -97,13 +106,13 @@ class GenerateRequest(_Wire):
     """Seconds from arrival after which the work is cancelled and 504 is answered."""
 
 
-class BatchRequest(_Wire):
+class BatchRequest(Wire):
     """Many generate requests in one call, each with its own id, retried and cancelled by it."""
 
     requests: list[GenerateRequest] = Field(min_length=1, max_length=MAX_BATCH)
 
 
-class Span(_Wire):
+class Span(Wire):
     """Positions [start, end) of a sample were drawn by this version of the weights."""
 
     version: int
@@ -112,7 +121,7 @@ class Span(_Wire):
     end: int
 
 
-class Sample(_Wire):
+class Sample(Wire):
     """One sampled continuation. token_ids and logprobs have the same length, at least 0."""
 
     token_ids: list[int]
@@ -129,13 +138,13 @@ class Sample(_Wire):
     """Cover [0, N) in order, without gaps."""
 
 
-class Timings(_Wire):
+class Timings(Wire):
     """Seconds spent inside the service."""
 
     total_s: float
 
 
-class GenerateResponse(_Wire):
+class GenerateResponse(Wire):
     """All n samples of one request, in sample order."""
 
     request_id: str
@@ -147,7 +156,7 @@ class GenerateResponse(_Wire):
     timings: Timings
 
 
-class ItemError(_Wire):
+class ItemError(Wire):
     """What went wrong with one request of a batch, as in the error body of a request alone."""
 
     code: str
@@ -156,7 +165,7 @@ class ItemError(_Wire):
     field: str | None
 
 
-class BatchItem(_Wire):
+class BatchItem(Wire):
     """One finished request of a batch: its reply or its error."""
 
     index: int
@@ -170,7 +179,7 @@ class BatchItem(_Wire):
     error: ItemError | None = None
 
 
-class TokensEvent(_Wire):
+class TokensEvent(Wire):
     """SSE event `tokens`: newly drawn tokens of one sample."""
 
     index: int
@@ -178,21 +187,21 @@ class TokensEvent(_Wire):
     logprobs: list[float]
 
 
-class RunningReply(_Wire):
+class RunningReply(Wire):
     """The request is still being worked on; ask again."""
 
     request_id: str
     state: Literal["running"] = "running"
 
 
-class ForgetReply(_Wire):
+class ForgetReply(Wire):
     """What DELETE found: a run that it cancelled, a kept reply that it dropped, or nothing."""
 
     request_id: str
     state: Literal["cancelled", "dropped", "unknown"]
 
 
-class Contract(_Wire):
+class Contract(Wire):
     """What a learner has to agree with before it may train on this service's tokens."""
 
     api_version: str
@@ -222,19 +231,23 @@ class Contract(_Wire):
     version: int
     digest: str
     weights_dir: str
-    weight_transports: list[str]
+    weight_transports: list[WeightTransport]
+    """How a weight update can reach this server; nccl and ipc are there on CUDA GPUs only."""
+
+    num_workers: int
+    """GPUs of the engine: as many ranks join a group of the transport nccl."""
 
 
-class TensorSpec(_Wire):
+class TensorSpec(Wire):
     """One tensor of a checkpoint. dtype is the safetensors code, for example BF16."""
 
     shape: list[int]
-    dtype: str
+    dtype: DtypeCode
     digest: str
     """blake3 of the tensor's bytes, as served now."""
 
 
-class WeightsStatus(_Wire):
+class WeightsStatus(Wire):
     """The serving version, what is staged, and what an update must carry."""
 
     version: int
@@ -248,7 +261,7 @@ class WeightsStatus(_Wire):
     tensors: dict[str, TensorSpec]
 
 
-class PrepareRequest(_Wire):
+class PrepareRequest(Wire):
     """Stage an update. The serving version goes on serving whatever happens here."""
 
     version: int = Field(gt=0, le=2**62)
@@ -265,14 +278,14 @@ class PrepareRequest(_Wire):
     """Version that the tensors left out are taken from; None: nothing is left out."""
 
 
-class UploadStatus(_Wire):
+class UploadStatus(Wire):
     """How much of an uploaded file has arrived."""
 
     name: str
     num_bytes: int
 
 
-class CommitRequest(_Wire):
+class CommitRequest(Wire):
     """Make the staged update the serving one."""
 
     version: int = Field(gt=0, le=2**62)
@@ -286,7 +299,7 @@ class CommitRequest(_Wire):
     timeout_s: float = Field(default=300.0, gt=0.0, le=3600.0)
 
 
-class CommitResponse(_Wire):
+class CommitResponse(Wire):
     """The update is loaded and serving."""
 
     version: int
@@ -296,13 +309,13 @@ class CommitResponse(_Wire):
     total_s: float
 
 
-class PauseRequest(_Wire):
+class PauseRequest(Wire):
     """Stop drawing tokens."""
 
     mode: PauseMode = "keep"
 
 
-class SleepRequest(_Wire):
+class SleepRequest(Wire):
     """Give the accelerator's memory back until wake_up; generation is refused meanwhile."""
 
     level: SleepLevel = 1
@@ -312,7 +325,7 @@ class SleepRequest(_Wire):
     """What happens to running requests: finish first, or end as `abort`."""
 
 
-class Health(_Wire):
+class Health(Wire):
     """State of a probe."""
 
     status: Literal["ok", "unavailable"]

@@ -17,7 +17,7 @@ from services.rollout.fingerprint import (
 )
 from services.rollout.generator import Generator, SampleSink, check_request
 from services.rollout.ledger import Ledger, LedgerLimits
-from services.rollout.schemas import API_VERSION, Contract, GenerateRequest
+from services.rollout.schemas import API_VERSION, Contract, DtypeCode, GenerateRequest
 from services.rollout.settings import RolloutSettings
 from services.rollout.staging import (
     TIED_HEAD,
@@ -30,10 +30,12 @@ from services.rollout.uploads import Uploads
 from services.rollout.versions import Version, VersionLog
 from services.rollout.weights import WeightStore
 
-_DTYPE_CODES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
+_DTYPE_CODES: dict[str, DtypeCode] = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 _PRIVATE_PREFIX = "openrlhf-alp-weights-"
 _HEADER_BYTES = 64 * 2**20
-_CHANGING = ("version", "digest", "weights_dir", "weight_transports", "contract_hash")
+_CHANGING = (
+    "version", "digest", "weights_dir", "weight_transports", "num_workers", "contract_hash"
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -228,7 +230,8 @@ def _contract(engine: Engine, model: ModelFolder, version: Version, weights_dir:
         version=version.number,
         digest=version.digest,
         weights_dir=str(weights_dir),
-        weight_transports=["file", "http"],
+        weight_transports=["file", "http", *info.link_backends],
+        num_workers=info.num_workers,
     )
     static = contract.model_dump(exclude=set(_CHANGING))
     return contract.model_copy(update={"contract_hash": object_hash(static)})

@@ -15,7 +15,7 @@ from services.rollout.checkpoint import BadCheckpointError, TensorFile, scan
 from services.rollout.engine import LoadPlan
 from services.rollout.fingerprint import weights_digest
 from services.rollout.private_folder import PrivateFolder, remove_folders_of_the_dead
-from services.rollout.schemas import PrepareRequest
+from services.rollout.schemas import DtypeCode, PrepareRequest
 from services.rollout.versions import Version
 
 TIED_HEAD = "lm_head.weight"
@@ -41,10 +41,10 @@ class ServedModel:
     """What the service started with."""
 
     tensors: Tensors  # of the model folder, without a tied head
-    dtype_code: str  # serving dtype as a safetensors code
+    dtype_code: DtypeCode  # of serving
     head_is_tied: bool
 
-    def expected(self) -> dict[str, tuple[Sequence[int], str]]:
+    def expected(self) -> dict[str, tuple[Sequence[int], DtypeCode]]:
         """name -> (shape, dtype code) of a full update; floating tensors in the serving dtype."""
         return {
             name: (tensor.shape, self.dtype_code if tensor.dtype in _FLOATING else tensor.dtype)

@@ -5,7 +5,8 @@ Once they are here, an update is prepared and committed as from a shared folder,
 """
 
 import asyncio
-from collections.abc import AsyncIterator
+import contextlib
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 from services.common.errors import ApiError
@@ -31,6 +32,19 @@ class Uploads:
         path = self._folder / name
         return path.stat().st_size if path.is_file() else 0
 
+    def reserve(self, name: str, num_bytes: int) -> Path:
+        """The path for a file that somebody else writes, once it is known to fit.
+
+        Raises:
+            ApiError: 413 above the limit, 507 when the folder cannot be made.
+        """
+        path = self._folder / name
+        with _naming_a_full_disk():
+            self._folder.mkdir(exist_ok=True)
+            if num_bytes > self._max_bytes - self._held_beside(path):
+                raise self._too_large()
+        return path
+
     async def append(self, name: str, offset: int, chunks: AsyncIterator[bytes]) -> int:
         """Write a body at `offset`, which must be the size so far, and return the new size.
 
@@ -49,20 +63,12 @@ class Uploads:
                     fix="Ask for the size with GET and go on from there, or start again at 0.",
                     field="offset",
                 )
-            try:
+            with _naming_a_full_disk():
                 self._folder.mkdir(exist_ok=True)
                 return await self._write(self._folder / name, offset, chunks)
-            except OSError as error:
-                raise ApiError(
-                    507,
-                    "cannot_store",
-                    f"The upload cannot be stored: {error.strerror or error}.",
-                    fix="Free space in weights_dir.",
-                ) from error
 
     async def _write(self, path: Path, offset: int, chunks: AsyncIterator[bytes]) -> int:
-        others = sum(file.stat().st_size for file in self._folder.iterdir() if file != path)
-        budget = self._max_bytes - others - offset
+        budget = self._max_bytes - self._held_beside(path) - offset
         with path.open("r+b" if offset else "wb") as file:
             file.seek(offset)
             piece = bytearray()
@@ -79,6 +85,9 @@ class Uploads:
                 file.write(piece)
             return file.tell()
 
+    def _held_beside(self, path: Path) -> int:
+        return sum(file.stat().st_size for file in self._folder.iterdir() if file != path)
+
     def _too_large(self) -> ApiError:
         return ApiError(
             413,
@@ -87,3 +96,16 @@ class Uploads:
             fix="Send the weights of the served model only, in its dtype.",
             field="body",
         )
+
+
+@contextlib.contextmanager
+def _naming_a_full_disk() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise ApiError(
+            507,
+            "cannot_store",
+            f"The upload cannot be stored: {error.strerror or error}.",
+            fix="Free space in weights_dir.",
+        ) from error

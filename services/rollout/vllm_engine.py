@@ -31,12 +31,14 @@ from services.rollout.engine import (
     LoadPlan,
     NoSleepModeError,
     TokenSink,
+    WeightReceiver,
 )
 from services.rollout.openai_routes import add_openai_routes
 from services.rollout.private_folder import PrivateFolder
 from services.rollout.schemas import FinishReason, PauseMode, Sampling, SleepLevel, SleepMode
 from services.rollout.settings import RolloutSettings
 from services.rollout.vllm_executor import SERVICE_PID, TIED
+from services.rollout.vllm_receiver import RpcReceiver, link_backends
 
 logger = logging.getLogger(__name__)
 
@@ -92,7 +94,7 @@ def engine_args(settings: RolloutSettings) -> AsyncEngineArgs:
         generation_config="vllm",
         enable_prefix_caching=True,
         enable_sleep_mode=settings.sleep_mode,
-        worker_extension_cls="services.rollout.vllm_worker.WeightReloader",
+        worker_extension_cls="services.rollout.vllm_worker.WorkerExtension",
         enable_log_requests=False,
         **extra,
     )
@@ -188,12 +190,18 @@ class VllmEngine:
             vocab_size=config.get_vocab_size(),
             max_model_len=config.max_model_len,
             eos_token_ids=eos_token_ids,
+            link_backends=link_backends(settings.tensor_parallel_size),
+            num_workers=settings.tensor_parallel_size,
         )
         return cls(llm, info, settings.model, sockets)
 
     @property
     def info(self) -> EngineInfo:
         return self._info
+
+    @property
+    def receiver(self) -> WeightReceiver | None:
+        return RpcReceiver(self._llm.collective_rpc) if self._info.link_backends else None
 
     async def sample(self, job: Job, on_tokens: TokenSink | None = None) -> JobResult:
         prompt = {"prompt_token_ids": job.token_ids, "cache_salt": job.cache_salt}

@@ -1,4 +1,5 @@
-"""What is added to vLLM's worker: a weight reload that reads safetensors files in the worker.
+"""What is added to vLLM's worker: a weight reload that reads safetensors files in the worker, and
+the receiving end of transfers from the learner's GPU.
 
 Named by `worker_extension_cls`, so vLLM mixes the class into its own Worker; `model_runner` is the
 worker's. The bytes go from the page cache (or /dev/shm) into the model without crossing a socket.
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 
 from services.rollout.checkpoint import read_tensors
+from services.rollout.vllm_receiver import TransferReceiver
 
 
 class WeightReloader:
@@ -38,3 +40,7 @@ class WeightReloader:
 
         self.model_runner.reload_weights(weights_iterator=tensors())
         return num_read
+
+
+class WorkerExtension(WeightReloader, TransferReceiver):
+    """Everything of ours in one class, as vLLM takes one."""

@@ -8,9 +8,10 @@ import torch
 from transformers import LlamaForCausalLM
 
 from openrlhf_alp.clients.errors import WeightUpdateFailed
+from openrlhf_alp.clients.file_carriers import FileCarrier
 from openrlhf_alp.clients.fleet import ServerState
 from openrlhf_alp.clients.push import WeightPusher
-from openrlhf_alp.clients.weights import digest_tensor, write_weights
+from openrlhf_alp.clients.weights import CarriedWeights, carry_weights, digest_tensor
 from services.rollout.fingerprint import weights_digest
 from services.rollout.schemas import GenerateRequest, PrepareRequest, Sampling, TensorSpec
 from services.rollout.service import RolloutService
@@ -21,34 +22,45 @@ def spec(tensor: torch.Tensor, digest: str = "old") -> TensorSpec:
     return TensorSpec(shape=list(tensor.shape), dtype=code, digest=digest)
 
 
-def test_both_sides_compute_the_same_digest(tmp_path: Path) -> None:
+async def write(
+    folder: Path,
+    tensors: dict[str, torch.Tensor],
+    expected: dict[str, TensorSpec],
+    **options: Any,
+) -> CarriedWeights:
+    """Write an update and remove it, as a push does."""
+    async with FileCarrier(folder, "u") as carrier:
+        return await carry_weights(carrier, tensors.items(), expected, **options)
+
+
+async def test_both_sides_compute_the_same_digest(tmp_path: Path) -> None:
     from services.rollout.checkpoint import scan
 
     tensors = {"b": torch.randn(3, 5), "a": torch.randn(7).bfloat16(), "c": torch.zeros(())}
     expected = {name: spec(tensor) for name, tensor in tensors.items()}
-    written = write_weights(tmp_path, "u", tensors.items(), expected, bucket_bytes=16)
-    assert len(written.files) == 3, "60, 14 and 4 bytes do not fit one bucket of 16"
-    found = scan([tmp_path / file for file in written.files])
+    async with FileCarrier(tmp_path, "u", bucket_bytes=16) as carrier:
+        written = await carry_weights(carrier, tensors.items(), expected)
+        assert len(written.files) == 3, "60, 14 and 4 bytes do not fit one bucket of 16"
+        found = scan([tmp_path / file for file in written.files])
     assert {name: file.digest for name, file in found.items()} == {
         name: digest_tensor(tensor) for name, tensor in tensors.items()
     }
     assert written.digest == weights_digest({name: file.digest for name, file in found.items()})
 
 
-def test_tensors_are_cast_to_the_serving_dtype(tmp_path: Path) -> None:
+async def test_tensors_are_cast_to_the_serving_dtype(tmp_path: Path) -> None:
     master = torch.tensor([1.0 + 2**-10])
-    written = write_weights(
-        tmp_path, "u", [("w", master)], {"w": spec(torch.zeros(1, dtype=torch.bfloat16))}
-    )
+    expected = {"w": spec(torch.zeros(1, dtype=torch.bfloat16))}
+    written = await write(tmp_path, {"w": master}, expected)
     assert written.digest == weights_digest({"w": digest_tensor(master.bfloat16())})
     assert written.num_bytes == 2
 
 
-def test_unchanged_tensors_are_left_out_and_still_proved(tmp_path: Path) -> None:
+async def test_unchanged_tensors_are_left_out_and_still_proved(tmp_path: Path) -> None:
     same, new = torch.ones(4), torch.zeros(2)
     expected = {"same": spec(same, digest_tensor(same)), "new": spec(new)}
     tensors = {"same": same, "new": new}
-    written = write_weights(tmp_path, "u", tensors.items(), expected, skip_unchanged=True)
+    written = await write(tmp_path, tensors, expected, skip_unchanged=True)
     assert (written.num_bytes, written.num_unchanged) == (8, 1)
     assert written.digest == weights_digest({n: digest_tensor(t) for n, t in tensors.items()})
 
@@ -61,19 +73,19 @@ def test_unchanged_tensors_are_left_out_and_still_proved(tmp_path: Path) -> None
         ({}, r"first w.*Fix"),
     ],
 )
-def test_what_does_not_fit_is_refused_and_leaves_no_file(
+async def test_what_does_not_fit_is_refused_and_leaves_no_file(
     tmp_path: Path, tensors: dict[str, torch.Tensor], match: str
 ) -> None:
     with pytest.raises(WeightUpdateFailed, match=match):
-        write_weights(tmp_path, "u", tensors.items(), {"w": spec(torch.zeros(2))})
+        await write(tmp_path, tensors, {"w": spec(torch.zeros(2))})
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_folder_that_cannot_be_written_says_so(tmp_path: Path) -> None:
+async def test_a_folder_that_cannot_be_written_says_so(tmp_path: Path) -> None:
     blocked = tmp_path / "file"
     blocked.write_text("not a folder")
     with pytest.raises(WeightUpdateFailed, match="--weights-dir"):
-        write_weights(blocked, "u", [("w", torch.zeros(1))], {"w": spec(torch.zeros(1))})
+        await write(blocked, {"w": torch.zeros(1)}, {"w": spec(torch.zeros(1))})
 
 
 def new_model(folder: Path, factor: float) -> LlamaForCausalLM:
@@ -125,11 +137,12 @@ async def test_a_new_learner_takes_over_from_one_killed_in_mid_push(
     dead, new = new_model(model_folder, 0.25), new_model(model_folder, 0.5)
     async with make_client(url) as client:
         expected = (await client.weights())[0].tensors
-        written = write_weights(weights_dir, "update-1-dead", dead.state_dict().items(), expected)
+        killed = await FileCarrier(weights_dir, "update-1-dead").__aenter__()
+        written = await carry_weights(killed, dead.state_dict().items(), expected)
         await client.prepare_weights(
             PrepareRequest(version=1, digest=written.digest, files=list(written.files))
         )
-        (weights_dir / ".update-1-half.partial").mkdir()
+        (weights_dir / "update-1-half").mkdir()
         reply = await client.generate(request("r"))
         assert {span.version for sample in reply.samples for span in sample.spans} == {0}
     pusher = WeightPusher([url], api_key="x", admin_key="x", make_client=lambda: make_client(url))
