@@ -160,8 +160,14 @@ class AlpActorPPOTrainer(ppo_actor.ActorPPOTrainer):
             super()._init_vllm_sync_group(backend)
             return
         api_key, admin_key = ray.get(self.vllm_engines[0].keys.remote())
-        urls = self.args.rollout_service.urls
-        self.weight_pusher = WeightPusher(urls, api_key=api_key, admin_key=admin_key)
+        service = self.args.rollout_service
+        self.weight_pusher = WeightPusher(
+            service.urls,
+            api_key=api_key,
+            admin_key=admin_key,
+            transport=service.weights.kind,
+            meeting=service.weights.meeting,
+        )
 
     def broadcast_to_vllm(self) -> None:
         with without_sigma(self.actor):

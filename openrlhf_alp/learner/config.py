@@ -9,16 +9,23 @@ from __future__ import annotations
 
 import argparse
 import os
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 from typing import Literal
 
 from openrlhf_alp.alp import METHODS, PerturbationConfig, UnifiedRatioConfig
 from openrlhf_alp.clients.keys import ADMIN_KEY_VARIABLE, API_KEY_VARIABLE
 from openrlhf_alp.learner.tool_config import add_tool_arguments, check_tool, read_tool
+from openrlhf_alp.learner.transport_config import (
+    TransportConfig,
+    add_transport_arguments,
+    check_transport,
+    read_transport,
+)
 
 _OUR_FLAGS = (
-    "--alp.", "--tool.", "--tir.", "--rollout.request_timeout_s", "--rollout.ready_timeout_s"
+    "--alp.", "--tool.", "--tir.", "--rollout.request_timeout_s", "--rollout.ready_timeout_s",
+    "--rollout.weight_",
 )  # fmt: skip
 
 
@@ -120,6 +127,8 @@ class ServiceConfig:
     """End the run when that mismatch is broken."""
     metrics_jsonl: str | None
     """File that gets one JSON object per global step."""
+    weights: TransportConfig = field(default_factory=TransportConfig)
+    """How the policy's weights reach the services."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -196,6 +205,7 @@ def _add_service_arguments(group: argparse._ArgumentGroup) -> None:
     )
     add("--rollout.request_timeout_s", type=float, default=300.0, help="limit of one episode")
     add("--rollout.ready_timeout_s", type=float, default=120.0, help="wait for a starting service")
+    add_transport_arguments(group)
     add(
         "--rollout.max_staleness",
         type=int,
@@ -248,6 +258,7 @@ def read_service(args: SimpleNamespace) -> ServiceConfig:
         preflight_every=args.rollout.preflight_every,
         preflight_stop=args.rollout.preflight_stop,
         metrics_jsonl=args.logger.metrics_jsonl,
+        weights=read_transport(args),
     )
 
 
@@ -266,6 +277,7 @@ def settle(args: SimpleNamespace) -> SimpleNamespace:
         _settle_alp(args)
     if args.rollout_service.urls:
         _settle_service(args)
+    check_transport(args)
     _check_staleness(args.rollout_service)
     _check_preflight(args)
     check_tool(args)

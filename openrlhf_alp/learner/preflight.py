@@ -13,7 +13,7 @@ from typing import Any
 
 from transformers import AutoConfig, AutoTokenizer
 
-from openrlhf_alp.clients.contract import LearnerExpectation, check_contract
+from openrlhf_alp.clients.contract import LearnerExpectation, check_contract, require_transport
 from openrlhf_alp.clients.errors import ServiceError
 from openrlhf_alp.clients.keys import ADMIN_KEY_VARIABLE, API_KEY_VARIABLE, TOOL_KEY_VARIABLE
 from openrlhf_alp.clients.rollout import RolloutClient
@@ -97,7 +97,8 @@ def check_services(args: SimpleNamespace, tokenizer: Any) -> None:
 
     Raises:
         ServiceError: not reachable within `--rollout.ready_timeout_s`, wrong key, or a
-            ContractMismatch that lists each field with both values and the fix.
+            ContractMismatch that lists each field with both values and the fix, or the transports
+            that the service has.
     """
     model = AutoConfig.from_pretrained(args.actor.model_name_or_path, trust_remote_code=True)
     expected = LearnerExpectation.from_tokenizer(
@@ -118,7 +119,9 @@ async def _check_service(url: str, service: ServiceConfig, expected: LearnerExpe
     )
     try:
         await client.wait_ready(service.ready_timeout_s)
-        check_contract(await client.contract(), expected)
+        contract = await client.contract()
+        check_contract(contract, expected)
+        require_transport(contract, service.weights.kind, url)
     finally:
         await client.aclose()
 

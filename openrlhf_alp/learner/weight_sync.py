@@ -1,7 +1,7 @@
 """Theta to the rollout service; sigma never leaves the learner.
 
-every rank: gather a bucket of parameters (ZeRO-3) -> rank 0: WeightPusher writes safetensors,
-prepares on every server, commits on every server
+every rank: gather a bucket of parameters (ZeRO-3) -> rank 0: WeightPusher carries it to the servers
+(--rollout.weight_transport), prepares on every server, commits on every server
 """
 
 from __future__ import annotations

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -15,6 +16,7 @@ from typing import Any
 import psutil
 import pytest
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 
@@ -75,21 +77,30 @@ def metrics(folder: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
 
-@pytest.mark.parametrize("method", ["token-alp", "seq-alp"])
+@pytest.mark.parametrize(("method", "transport"), [("token-alp", "file"), ("seq-alp", "http")])
 def test_a_run_trains_pushes_and_exports_a_clean_model(
-    tiny_model: Path, hf_service: Any, tmp_path: Path, method: str
+    tiny_model: Path, start_service: Any, tmp_path: Path, method: str, transport: str
 ) -> None:
-    flags = ("--alp.enable", "--alp.method", method, "--alp.sigma0", "0.01")
-    arguments = command(tiny_model, tmp_path, hf_service.url, steps=2, flags=flags)
+    other = shutil.copytree(tiny_model, tmp_path / "other-weights") / "model.safetensors"
+    save_file(
+        {name: 2 * tensor for name, tensor in load_file(other).items()}, other, {"format": "pt"}
+    )
+    flags = (
+        *("--alp.enable", "--alp.method", method, "--alp.sigma0", "0.01"),
+        *("--rollout.weight_transport", transport),
+    )
     log = tmp_path / "train.log"
-    status, output, left = finish(start(arguments, log), log)
+    with start_service(other.parent, tmp_path, "--engine", "hf") as service:
+        arguments = command(tiny_model, tmp_path, service.url, steps=2, flags=flags)
+        status, output, left = finish(start(arguments, log), log)
+        served = service.log.read_text()
     assert status == 0, output[-4000:]
     assert not left
     steps = metrics(tmp_path)
     assert [step["global_step"] for step in steps] == [1, 2]
     # The first push makes the service's weights the learner's; each step adds one.
-    first, second = (step["rollout/policy_version"] for step in steps)
-    assert second == first + 1 >= 2
+    assert [step["rollout/policy_version"] for step in steps] == [1, 2]
+    assert ("/v1/weights/files/update-1-" in served) == (transport == "http")
     assert all(step["alp/num_tokens"] > 0 and step["rollout/num_samples"] == 4 for step in steps)
     with safe_open(tmp_path / "export" / "model.safetensors", framework="pt") as exported:
         assert not [name for name in exported.keys() if "alp" in name]  # noqa: SIM118
