@@ -9,7 +9,7 @@ import base64
 import math
 from typing import Annotated, Literal
 
-from pydantic import BeforeValidator, Field, field_validator
+from pydantic import BeforeValidator, Field, PlainSerializer, field_validator
 
 from services.rollout.schemas import DtypeCode, FileName, LinkBackend, Wire
 
@@ -22,7 +22,16 @@ def _decoded(value: object) -> object:
     return base64.urlsafe_b64decode(value) if isinstance(value, str) else value
 
 
-Blob = Annotated[bytes, BeforeValidator(_decoded), Field(max_length=1024)]
+def _encoded(value: bytes) -> str:
+    return base64.urlsafe_b64encode(value).decode()
+
+
+Blob = Annotated[
+    bytes,
+    BeforeValidator(_decoded),
+    PlainSerializer(_encoded, when_used="json-unless-none"),
+    Field(max_length=1024),
+]
 """Bytes: raw in msgpack, URL-safe base64 in JSON."""
 
 _Count = Annotated[int, Field(ge=0, le=_MAX_BYTES)]

@@ -13,6 +13,7 @@ Written against vLLM 0.29. Run on CPU with another communicator in the place of 
 with other memory in the place of the GPU's; not run on a GPU.
 """
 
+import contextlib
 import logging
 import os
 from collections.abc import Awaitable, Callable, Iterable, Sequence
@@ -106,7 +107,8 @@ class Collector:
         except Exception as error:  # safetensors has an error of its own for a full disk
             raise TransferError("disk", f"{path.name} cannot be written: {error}") from error
         finally:
-            partial.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                partial.unlink()
 
 
 class Link:

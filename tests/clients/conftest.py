@@ -63,9 +63,13 @@ async def make_service(model_folder: Path, tmp_path: Path) -> AsyncIterator[Make
     made: list[RolloutService] = []
 
     def make(
-        *, own_folder: bool = False, faults: FaultPlan | None = None, **changes: object
+        *,
+        own_folder: bool = False,
+        faults: FaultPlan | None = None,
+        engine_class: type[HfEngine] = HfEngine,
+        **changes: object,
     ) -> RolloutService:
-        engine = HfEngine.load(
+        engine = engine_class.load(
             model.path,
             model.tokenizer,
             dtype="float32",
