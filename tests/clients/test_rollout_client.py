@@ -1,4 +1,5 @@
 import asyncio
+import logging
 from dataclasses import replace
 from typing import Any
 
@@ -59,6 +60,29 @@ async def test_a_failed_attempt_is_repeated_under_the_same_id(
     assert ids == ["same", "same"]
     # A connection lost in mid-request may have left a run behind, to which the retry attaches.
     assert [host for host, _ in network.calls] == ["a", "a" if failure == "cut" else "b"]
+
+
+async def test_a_burst_that_is_told_to_come_back_later_is_one_warning_per_server(
+    make_service: Any, network: Any, make_client: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    urls = [network.add("a", make_service()), network.add("b", make_service())]
+    seen: set[str] = set()
+
+    def full_at_first(sent: httpx.Request) -> httpx.Response | None:
+        request_id = GenerateRequest.model_validate(_decoded(sent)).request_id
+        if request_id in seen:
+            return None
+        seen.add(request_id)
+        return httpx.Response(429, headers={"retry-after": "0"}, request=sent)
+
+    network.before = full_at_first
+    caplog.set_level(logging.DEBUG, "openrlhf_alp.clients.rollout")
+    async with make_client(*urls) as client:
+        await asyncio.gather(*(client.generate(request(f"r{index}")) for index in range(8)))
+    retries = [record for record in caplog.records if "attempt 1" in record.message]
+    warnings = [record.message for record in retries if record.levelno == logging.WARNING]
+    assert len(retries) == 8
+    assert [sum(url in message for message in warnings) for url in urls] == [1, 1]
 
 
 async def test_a_reply_lost_on_the_way_back_costs_the_engine_nothing(
