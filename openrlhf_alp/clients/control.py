@@ -100,7 +100,7 @@ class ControlClient:
         self._fleet.min_version = version
 
     def reachable(self) -> list[Channel]:
-        """The servers that have answered every update call so far."""
+        """The servers that have followed an update so far."""
         return [server.channel for server in self._fleet.servers if not server.stale]
 
     async def contract(self) -> Contract:
@@ -236,7 +236,10 @@ class ControlClient:
     async def _update(
         self, call: Callable[[Channel], Awaitable[Result]], *, refusal_is_fatal: bool = True
     ) -> list[Result]:
-        """Run one phase of an update everywhere; who cannot follow becomes stale."""
+        """Run one phase of an update; who cannot follow becomes stale and is left out of the rest.
+
+        A server that comes back in mid-update lacks what was sent before, and would refuse.
+        """
 
         async def outcome_of(server: Server) -> Result | ServiceError:
             try:
@@ -244,7 +247,7 @@ class ControlClient:
             except ServiceError as error:
                 return error
 
-        servers = self._fleet.servers
+        servers = [server for server in self._fleet.servers if not server.stale]
         outcomes = await asyncio.gather(*(outcome_of(server) for server in servers))
         failures = {
             server.channel.url: outcome
@@ -259,6 +262,4 @@ class ControlClient:
             failure = failures.get(server.channel.url)
             if failure is not None:
                 self._fleet.mark_stale(server, str(failure))
-            elif not refusal_is_fatal:
-                self._fleet.readmit(server)
         return [outcome for outcome in outcomes if not isinstance(outcome, ServiceError)]

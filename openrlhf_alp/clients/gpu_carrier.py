@@ -5,6 +5,9 @@
 
 A group lives for one update: a server that was restarted meanwhile is no special case.
 
+A learner that dies while a bucket is on its way leaves the servers waiting for the rest of it, and
+drawing no token, for the time limit of the link; they serve the old version then as before.
+
 Written against vLLM 0.29. Run on CPU with another communicator in the place of NCCL, and for ipc
 with other memory in the place of the GPU's; not run on a GPU.
 """
@@ -12,7 +15,7 @@ with other memory in the place of the GPU's; not run on a GPU.
 import asyncio
 import contextlib
 import socket
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Self, TypeVar
 from urllib.parse import urlsplit
@@ -109,7 +112,7 @@ class GpuCarrier(Carrier):
         self._device = torch.device("cpu")
         self._sender: Any = None
         self._file = ""
-        self._refusal: asyncio.Future[ServiceError] = asyncio.get_running_loop().create_future()
+        self._refusal: asyncio.Future[Exception] = asyncio.get_running_loop().create_future()
 
     async def __aenter__(self) -> Self:
         """Count the group's ranks; it meets when there is something to send."""
@@ -154,8 +157,7 @@ class GpuCarrier(Carrier):
         if self._backend == "ipc":
             info = vllm_sender.ipc()
         else:
-            host = self._meeting.host or _address_towards([m.channel.url for m in self._members])
-            port = self._meeting.port or _free_port(host)
+            host, port = _place(self._meeting, [member.channel.url for member in self._members])
             info = vllm_sender.nccl(
                 host, port, world_size=self._world_size, buffer_bytes=self._buffer_bytes
             )
@@ -178,29 +180,25 @@ class GpuCarrier(Carrier):
             return OpenRequest(link=link, timeout_s=self._limit_s)
 
         path = "/v1/weights/transfer/open"
-        await self._on_each(lambda m: m.channel.post(path, request(m), LinkStatus))
+        with self._noting_refusal():
+            await self._on_each(lambda m: m.channel.post(path, request(m), LinkStatus))
 
     async def _receive(self, update_info: dict[str, Any]) -> None:
         """Have every server receive what this side is sending; vLLM's update info in."""
-        handles = update_info.get("ipc_handles") or [None] * len(update_info["names"])
-        columns = (update_info[key] for key in ("names", "dtype_names", "shapes"))
-        tensors = [
-            SentTensor(
-                name=name,
-                dtype=DTYPE_CODES[getattr(torch, dtype_name)],
-                shape=shape,
-                handle=handle and to_wire(*reversed(next(iter(handle.items())))),
-            )
-            for name, dtype_name, shape, handle in zip(*columns, handles, strict=True)
-        ]
-        request = ReceiveRequest(name=self._file, tensors=tensors)
-        path = "/v1/weights/transfer/receive"
-        await self._on_each(lambda m: m.channel.post(path, request, UploadStatus))
+        with self._noting_refusal():
+            request = ReceiveRequest(name=self._file, tensors=_described(update_info))
+            path = "/v1/weights/transfer/receive"
+            await self._on_each(lambda m: m.channel.post(path, request, UploadStatus))
 
     async def _on_each(self, call: Callable[[Member], Awaitable[Any]]) -> None:
+        await asyncio.gather(*(call(member) for member in self._members))
+
+    @contextlib.contextmanager
+    def _noting_refusal(self) -> Iterator[None]:
+        """vLLM's sending thread hears of a refusal only after a broadcast that nobody receives."""
         try:
-            await asyncio.gather(*(call(member) for member in self._members))
-        except ServiceError as error:
+            yield
+        except Exception as error:
             if not self._refusal.done():
                 self._refusal.set_result(error)
             raise
@@ -240,6 +238,26 @@ class GpuCarrier(Carrier):
             running.cancel()
 
 
+def _described(update_info: dict[str, Any]) -> list[SentTensor]:
+    """The tensors of vLLM's update info, on our wire."""
+    names = update_info["names"]
+    handles = update_info.get("ipc_handles") or [{None: None}] * len(names)
+    tensors = []
+    for name, dtype_name, shape, handle in zip(
+        names, update_info["dtype_names"], update_info["shapes"], handles, strict=True
+    ):
+        ((gpu_uuid, args),) = handle.items()
+        tensors.append(
+            SentTensor(
+                name=name,
+                dtype=DTYPE_CODES[getattr(torch, dtype_name)],
+                shape=shape,
+                handle=None if args is None else to_wire(args, gpu_uuid),
+            )
+        )
+    return tensors
+
+
 def _require_one_learner_and_one_worker(world_size: int) -> None:
     distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
     num_learners = torch.distributed.get_world_size() if distributed else 1
@@ -248,6 +266,17 @@ def _require_one_learner_and_one_worker(world_size: int) -> None:
             f"The transport ipc maps the memory of one GPU: it takes one learner process and one "
             f"worker, not {num_learners} and {world_size - 1}. Fix: use the transport nccl or http."
         )
+
+
+def _place(meeting: Meeting, urls: Sequence[str]) -> tuple[str, int]:
+    try:
+        host = meeting.host or _address_towards(urls)
+        return host, meeting.port or _free_port(host)
+    except OSError as error:
+        raise WeightUpdateFailed(
+            f"There is no place where learner and servers can meet for nccl: {error}. Fix: set "
+            "--rollout.weight_sync_host to an IPv4 address of the learner that the servers reach."
+        ) from error
 
 
 def _address_towards(urls: Sequence[str]) -> str:

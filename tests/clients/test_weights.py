@@ -257,6 +257,34 @@ async def test_a_server_that_dies_between_prepare_and_commit_gets_no_traffic_unt
         assert client.states()["http://b"] is ServerState.HEALTHY
 
 
+@pytest.mark.parametrize("transport", ["file", "http"])
+async def test_a_server_that_comes_back_in_mid_push_waits_for_the_next_one(
+    make_service: Any, network: Any, make_client: Any, model_folder: Path, transport: Any
+) -> None:
+    services = {host: make_service() for host in "ab"}
+    urls = [network.add(host, service) for host, service in services.items()]
+
+    def lose_b_at_first(sent: httpx.Request) -> None:
+        if (sent.url.host, sent.url.path) == ("b", "/v1/weights"):
+            raise httpx.ConnectError("refused")
+
+    network.before = lose_b_at_first
+    pusher = WeightPusher(
+        urls,
+        api_key="x",
+        admin_key="x",
+        transport=transport,
+        make_client=lambda: make_client(*urls),
+    )
+    model = new_model(model_folder, 0.5)
+    assert (await push(pusher, model)).version == 1
+    assert (services["a"].contract().version, services["b"].contract().version) == (1, 0)
+    assert services["b"].weights.status().staged_version is None
+    network.before = lambda _: None
+    assert (await push(pusher, model)).version == 2
+    assert served_equal(services["b"], model)
+
+
 async def test_a_reply_kept_from_before_an_update_keeps_its_label(
     make_service: Any, network: Any, make_client: Any, model_folder: Path
 ) -> None:

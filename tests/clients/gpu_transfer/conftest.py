@@ -234,22 +234,27 @@ class Fleet:
         self.services.append(service)
         return service
 
-    def pusher(self, transport: Any, *, timeouts: Timeouts | None = None) -> WeightPusher:
-        return WeightPusher(
+    def carrier(self, client: Any, name: str, **options: Any) -> GpuCarrier:
+        return GpuCarrier(client, name, "nccl", limit_s=20, meeting=HERE, **options)
+
+    async def push(
+        self,
+        transport: Any,
+        tensors: Any,
+        *,
+        timeouts: Timeouts | None = None,
+        meeting: Meeting | None = HERE,
+    ) -> Any:
+        pusher = WeightPusher(
             self.urls,
             api_key="x",
             admin_key="x",
             timeouts=timeouts,
             transport=transport,
-            meeting=HERE,
+            meeting=meeting,
             make_client=lambda: self.make_client(*self.urls),
         )
-
-    def carrier(self, client: Any, name: str, **options: Any) -> GpuCarrier:
-        return GpuCarrier(client, name, "nccl", limit_s=20, meeting=HERE, **options)
-
-    async def push(self, transport: Any, tensors: Any, **options: Any) -> Any:
-        return await asyncio.to_thread(self.pusher(transport, **options).push, tensors)
+        return await asyncio.to_thread(pusher.push, tensors)
 
     def weights(self, factor: float) -> dict[str, torch.Tensor]:
         model = LlamaForCausalLM.from_pretrained(self.folder)

@@ -87,6 +87,22 @@ async def test_a_server_that_does_not_answer_is_left_out_and_the_others_are_upda
     assert [service.contract().version for service in fleet.services] == [0, pushed.version]
 
 
+async def test_the_meeting_place_is_found_by_the_way_to_the_servers(
+    fleet: Any, meetings: Any
+) -> None:
+    service = fleet.add()
+    fleet.urls[:] = [fleet.network.add("127.0.0.1", service)]
+    pushed = await fleet.push("nccl", fleet.weights(0.5).items(), meeting=None)
+    assert sorted(meetings.ranks) == [0, 1]
+    assert service.contract().digest == pushed.digest
+    fleet.urls[:] = [fleet.network.add("[::1]", service)]
+    fleet.network.apps["::1"] = fleet.network.apps["[::1]"]
+    with pytest.raises(
+        WeightUpdateFailed, match=r"no place .* Fix: set --rollout\.weight_sync_host"
+    ):
+        await fleet.push("nccl", fleet.weights(0.25).items(), meeting=None)
+
+
 def cut_after(tensors: dict[str, torch.Tensor], number: int) -> Iterator[tuple[str, torch.Tensor]]:
     for index, item in enumerate(tensors.items()):
         if index == number:
