@@ -40,7 +40,10 @@ _LIBRARY_FILES = ("/etc/ld.so.cache", "/usr/share/zoneinfo")
 _UID_RANGE_START = 0x4000_0000
 _UIDS_PER_LAUNCHER = 1024
 _MAX_LAUNCHERS = 256
-_IMPORTS = {preset: re.compile(rf"\b{preset}\b") for preset in PRESETS[1:]}
+_SIGNS = {
+    "sympy": re.compile(r"\bsympy\b"),
+    "scipy": re.compile(r"\b(scipy|lambdify)\b"),  # sympy.lambdify imports scipy
+}
 _READY_S = 120.0
 _RETRIES = 3
 
@@ -222,10 +225,10 @@ class Sandbox:
 
 
 def preset_for(code: str, presets: tuple[str, ...]) -> str:
-    """The largest preset whose name occurs in the code. A wrong guess costs an import, nothing
+    """The largest preset that the code shows a sign of. A wrong guess costs an import, nothing
     else."""
     for preset in reversed(presets[1:]):
-        if _IMPORTS[preset].search(code):
+        if _SIGNS[preset].search(code):
             return preset
     return presets[0]
 

@@ -155,6 +155,12 @@ def flush_streams() -> None:
             continue  # the snippet closed or replaced it
 
 
+def after_fork() -> None:
+    """What CPython's own hooks do in every fork, for rehearsal in a process without threads."""
+    threading._after_fork()  # type: ignore[attr-defined]
+    random.seed()
+
+
 def reseed(seed: int | None) -> None:
     """Forks share the state of random generators; give this one its own, or the one the request
     asks for."""

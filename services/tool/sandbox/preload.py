@@ -14,15 +14,17 @@ from services.tool.sandbox import kernel
 PRESETS = ("numpy", "sympy", "scipy")
 """In order of size; each is forked from the one before."""
 
-# Not all of the standard library: each extension module makes every fork dearer, and modules with
-# exit functions (logging, multiprocessing, asyncio) every exit. Programs import those themselves.
+# Not all of the standard library: an extension module maps five more ranges of memory, which makes
+# every fork dearer by 15 us, and modules with exit functions (logging, multiprocessing, asyncio)
+# every exit. Programs import those themselves.
 _COMMON = """
     abc array ast base64 bisect calendar cmath codecs collections collections.abc contextlib copy
-    csv dataclasses datetime decimal difflib enum fractions functools hashlib heapq inspect io
-    itertools json linecache locale math numbers operator os.path pathlib pprint random re secrets
-    statistics string struct sys textwrap time timeit tokenize traceback types typing unicodedata
-    warnings weakref encodings.ascii encodings.latin_1
+    dataclasses datetime decimal difflib enum fractions functools heapq inspect io itertools json
+    linecache locale math numbers operator os.path pathlib pprint random re statistics string struct
+    sys textwrap time timeit tokenize traceback types typing warnings weakref encodings.ascii
+    encodings.latin_1
 """
+
 _HUGE_PAGE = 2 << 20
 
 
@@ -77,7 +79,6 @@ def _warm_numpy() -> None:
     np.linalg.inv(matrix @ matrix.T)
     np.random.rand(3)
     np.polyfit([0.0, 1.0, 2.0], [0.0, 1.0, 4.0], 2)
-    np.fft.fft(matrix)
     repr(matrix), str(matrix.astype(int)), np.unique(matrix), np.cumsum(matrix), np.sort(matrix)
 
 
@@ -107,11 +108,12 @@ def _warm_sympy() -> None:
     )
     sp.factorint(360), sp.isprime(97), sp.divisors(60), sp.gcd(12, 18), sp.binomial(n, 2)
     sp.nsimplify(0.5), sp.N(sp.pi, 20), sp.latex(sp.sqrt(x) / 2), str(sp.Rational(1, 3))
-    sp.sympify("x**2 + 1"), sp.lambdify(x, x**2)(2), sp.nsolve(x**2 - 2, 1)
+    sp.sympify("x**2 + 1"), sp.nsolve(x**2 - 2, 1)
 
 
 def _warm_scipy() -> None:
     import numpy as np
+    import sympy
     from scipy import integrate, linalg, optimize, special, stats
 
     optimize.minimize(lambda v: float((v**2).sum()), np.array([1.0, 2.0]))
@@ -120,3 +122,4 @@ def _warm_scipy() -> None:
     linalg.expm(np.eye(2))
     special.comb(10, 3)
     stats.norm.cdf(0.0)
+    sympy.lambdify(sympy.Symbol("x"), 1)(2)  # imports scipy by itself, and much else

@@ -8,7 +8,6 @@ before any job reaches it.
 import base64
 import os
 import resource
-import shutil
 import signal
 from dataclasses import dataclass, replace
 from typing import NoReturn
@@ -102,6 +101,8 @@ def remove_folder(folder: str | None) -> None:
     """Remove what a dead slot left. rmtree does not follow links and the slot's processes are
     dead."""
     if folder is not None:
+        import shutil  # maps three compressors: at level full every fork would pay for them
+
         shutil.rmtree(folder, ignore_errors=True)
 
 

@@ -100,6 +100,7 @@ def _serve(zygote: _Zygote) -> None:
     harness.open_streams()
     harness.prepare()
     for _ in range(_REHEARSALS):
+        harness.after_fork()
         harness.reseed(None)
         jobs.rehearse()
     collapsed = preload.collapse_heap(zygote.proc)

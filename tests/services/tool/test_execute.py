@@ -8,6 +8,8 @@ import httpx
 import pytest
 
 from services.tool.admission import Admission, OverloadedError
+from services.tool.sandbox.engine import preset_for
+from services.tool.sandbox.preload import PRESETS
 from services.tool.service import ToolService
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -90,6 +92,32 @@ async def test_asking_for_too_much_names_the_field(
     answer = await client.post("/v1/execute", json={"code": "1", **fields})
     assert answer.status_code == 422
     assert answer.json()["error"]["field"] == field
+
+
+async def test_what_is_not_preloaded_can_be_imported(client: httpx.AsyncClient) -> None:
+    code = (
+        "import bz2, csv, hashlib, lzma, numpy.fft, secrets, shutil, unicodedata, zlib\n"
+        "data = zlib.decompress(zlib.compress(b'a'))\n"
+        "print(hashlib.sha256(data).hexdigest()[:4], len(secrets.token_hex(4)))"
+    )
+    body = await execute(client, code)
+    assert (body["status"], body["stdout"]) == ("ok", "ca97 8\n"), body
+
+
+@pytest.mark.parametrize(
+    ("code", "presets", "chosen"),
+    [
+        ("print(1)", PRESETS, "numpy"),
+        ("from sympy import solve", PRESETS, "sympy"),
+        ("import sympy\nsympy.lambdify(x, y)", PRESETS, "scipy"),
+        ("import sympy\nsympy.lambdify(x, y)", ("numpy", "sympy"), "sympy"),
+        ("import scipy", ("numpy",), "numpy"),
+    ],
+)
+async def test_a_program_goes_to_the_zygote_that_has_its_libraries(
+    code: str, presets: tuple[str, ...], chosen: str
+) -> None:
+    assert preset_for(code, presets) == chosen
 
 
 async def test_a_seed_makes_draws_equal_and_none_makes_them_differ(
