@@ -180,10 +180,13 @@ class ControlClient:
         return f"uploads/{name}"
 
     async def abort_weights(self) -> None:
-        """Forget the staged update on every server that answers."""
-        for server in self._fleet.servers:
+        """Forget the staged update and the uploads on every server that answers."""
+
+        async def abort(channel: Channel) -> None:
             with contextlib.suppress(ServiceError):
-                await server.channel.post("/v1/weights/abort", None, WeightsStatus)
+                await channel.post("/v1/weights/abort", None, WeightsStatus)
+
+        await self._on_all(abort)
 
     async def pause(self, mode: PauseMode = "keep") -> None:
         """Stop drawing tokens on every server."""

@@ -14,7 +14,7 @@ from openrlhf_alp.clients.errors import WeightUpdateFailed
 from openrlhf_alp.clients.file_carriers import FileCarrier, HttpCarrier
 from openrlhf_alp.clients.gpu_carrier import GpuCarrier, Meeting
 from openrlhf_alp.clients.http import Timeouts
-from openrlhf_alp.clients.weights import CarriedWeights, Carrier, NamedTensors, carry_weights
+from openrlhf_alp.clients.weights import Carrier, NamedTensors, carry_weights
 from services.rollout.schemas import (
     CommitRequest,
     Contract,
@@ -99,20 +99,29 @@ class WeightPusher:
             statuses = await client.reachable_weights()
             base_version = _common_version(statuses)
             version = max(status.version for status in statuses) + 1
+            name = f"{_UPDATE_PREFIX}{version}-{uuid.uuid4().hex[:8]}"
             started_s = time.perf_counter()
-            carrier = await self._carrier(
-                client, f"{_UPDATE_PREFIX}{version}-{uuid.uuid4().hex[:8]}"
-            )
-            async with carrier:
-                # Gathering shards may block on other ranks; nothing else runs in this loop then.
-                carried = await carry_weights(
-                    carrier,
-                    named_tensors,
-                    statuses[0].tensors,
-                    skip_unchanged=base_version is not None,
-                )
-                written_s = time.perf_counter()
-                await _prepare(client, carried, version, base_version)
+            try:
+                async with await self._carrier(client, name) as carrier:
+                    # Gathering shards may block on other ranks; this loop does nothing else then.
+                    carried = await carry_weights(
+                        carrier,
+                        named_tensors,
+                        statuses[0].tensors,
+                        skip_unchanged=base_version is not None,
+                    )
+                    carried_s = time.perf_counter()
+                    await client.prepare_weights(
+                        PrepareRequest(
+                            version=version,
+                            digest=carried.digest,
+                            files=list(carried.files),
+                            base_version=base_version,
+                        )
+                    )
+            except Exception:
+                await client.abort_weights()
+                raise
             prepared_s = time.perf_counter()
             commits = await client.commit_weights(
                 CommitRequest(version=version, digest=carried.digest, pause=pause)
@@ -121,8 +130,8 @@ class WeightPusher:
             version=version,
             digest=carried.digest,
             num_bytes=carried.num_bytes,
-            write_s=written_s - started_s,
-            prepare_s=prepared_s - written_s,
+            write_s=carried_s - started_s,
+            prepare_s=prepared_s - carried_s,
             commit_s=time.perf_counter() - prepared_s,
             pause_s=max(commit.pause_s for commit in commits),
             load_s=max(commit.load_s for commit in commits),
@@ -145,22 +154,6 @@ class WeightPusher:
             limit_s=self._timeouts.transfer_s,
             meeting=self._meeting,
         )
-
-
-async def _prepare(
-    client: ControlClient, carried: CarriedWeights, version: int, base_version: int | None
-) -> None:
-    request = PrepareRequest(
-        version=version,
-        digest=carried.digest,
-        files=list(carried.files),
-        base_version=base_version,
-    )
-    try:
-        await client.prepare_weights(request)
-    except WeightUpdateFailed:
-        await client.abort_weights()
-        raise
 
 
 def _remove_leftovers(weights_dir: Path) -> None:

@@ -65,7 +65,7 @@ def _add_updates(router: APIRouter, service: RolloutService) -> None:
 
     @router.post("/weights/abort", response_model=WeightsStatus)
     async def abort(request: Request) -> Response:
-        """Forget the staged update."""
+        """Forget the staged update and the uploads."""
         return reply(request, await service.weights.abort())
 
 

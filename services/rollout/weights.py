@@ -88,9 +88,10 @@ class WeightStore:
             return self.status()
 
     async def abort(self) -> WeightsStatus:
-        """Forget the staged update, if any."""
+        """Forget the staged update, if any, and what was uploaded for it."""
         async with self._exclusive():
             self._drop_staged()
+            self._staging.drop(self._staging.uploads_dir)
             return self.status()
 
     async def commit(self, request: CommitRequest) -> CommitResponse:

@@ -120,6 +120,7 @@ async def test_a_learner_that_fails_between_two_buckets_leaves_the_old_version_s
         await fleet.push("nccl", cut_after(fleet.weights(0.5), 3))
     assert await fleet.answer(fleet.urls[0], "after") == before
     assert service.weights.status().staged_version is None
+    assert list(service.uploads.reserve("x", 0).parent.iterdir()) == [], "nothing half-sent is left"
     new = fleet.weights(0.5)
     assert (await fleet.push("http", new.items())).version == 1
     assert all(torch.equal(served(service)[name], tensor) for name, tensor in new.items())

@@ -151,13 +151,16 @@ async def test_the_learner_may_remove_its_files_once_they_are_staged(
     assert (await http.post("/v1/weights/commit", json=commit)).status_code == 200
 
 
-async def test_abort_forgets_the_staged_update(
+async def test_abort_forgets_the_staged_update_and_its_uploads(
     http: httpx.AsyncClient, service: RolloutService
 ) -> None:
     new = changed(service)
     await prepare(http, service, new)
+    await http.put("/v1/weights/files/half.safetensors", content=b"half")
     status = (await http.post("/v1/weights/abort")).json()
     assert status["staged_version"] is None
+    upload = (await http.get("/v1/weights/files/half.safetensors")).json()
+    assert upload["num_bytes"] == 0, "failed updates do not fill the disk"
     refused = await http.post("/v1/weights/commit", json={"version": 1, "digest": digest_of(new)})
     assert (refused.status_code, refused.json()["error"]["code"]) == (409, "not_prepared")
 
