@@ -87,6 +87,7 @@ def measure_accuracy(
             runner = build_runner(
                 generate=ServiceGenerate(client=client, deadline_s=_REQUEST_S),
                 reward=reward,
+                tokenizer=tokenizer,
                 tool=tool,
                 client=await stack.enter_async_context(tool_client(tool, services.tool_key))
                 if tool.urls
@@ -146,7 +147,6 @@ class Examiner:
                 sampling=SamplingConfig(
                     max_tokens=self._max_tokens, temperature=temperature, seed=seed
                 ),
-                tokenizer=self._tokenizer,
             )
         except (RewardUnavailable, ToolLostError):
             return None

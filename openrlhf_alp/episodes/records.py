@@ -261,11 +261,6 @@ class Episode:
             )
 
     @property
-    def response(self) -> str:
-        """The policy's own text, turn by turn: what a final answer may be read from."""
-        return "".join(turn.text for turn in self.turns if turn.kind is TurnKind.ACTION)
-
-    @property
     def action_ranges(self) -> tuple[tuple[int, int], ...]:
         """Half-open (start, end) of every ACTION turn: the form OpenRLHF asks for."""
         return tuple((turn.start, turn.end) for turn in self.turns if turn.kind is TurnKind.ACTION)

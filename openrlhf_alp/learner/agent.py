@@ -22,12 +22,7 @@ from openrlhf.utils.agent import AgentExecutorBase
 
 from openrlhf_alp.clients.keys import TOOL_KEY_VARIABLE
 from openrlhf_alp.episodes.records import Completion, SamplingConfig, VersionSpan
-from openrlhf_alp.learner.episode_runner import (
-    Task,
-    ToolIntegratedRunner,
-    to_response,
-    tool_client,
-)
+from openrlhf_alp.learner.episode_runner import Task, build_runner, to_response, tool_client
 from openrlhf_alp.learner.tool_config import ToolConfig
 from openrlhf_alp.rewards.math import MathReward
 
@@ -66,25 +61,22 @@ class AgentExecutor(AgentExecutorBase):
         """
         if images:
             raise ValueError("tool-integrated episodes are text only: the prompt has images")
-        prompt_ids = hf_tokenizer(text=prompt, add_special_tokens=False)["input_ids"]
-        room = max_length - len(prompt_ids)
-        max_tokens = min(sampling_params.max_tokens or room, room)
+        task = Task.tokenized(prompt=prompt, label=label, tokenizer=hf_tokenizer)
+        max_tokens = task.budget(max_length=max_length, max_tokens=sampling_params.max_tokens)
         if max_tokens < 1:
             raise ValueError(
-                f"a prompt of {len(prompt_ids)} tokens leaves no room below --data.max_len "
+                f"a prompt of {len(task.prompt_ids)} tokens leaves no room below --data.max_len "
                 f"{max_length}; drop it from the dataset"
             )
-        runner = ToolIntegratedRunner(
+        runner = build_runner(
             generate=EngineGenerate(llm_engine, sampling_params),
             reward=self._reward,
-            client=self._client,
+            tokenizer=hf_tokenizer,
             tool=self._tool,
+            client=self._client,
         )
         episode = await runner(
-            request_id=uuid4().hex,
-            task=Task(prompt=prompt, label=label, prompt_ids=prompt_ids),
-            sampling=SamplingConfig(max_tokens=max_tokens),
-            tokenizer=hf_tokenizer,
+            request_id=uuid4().hex, task=task, sampling=SamplingConfig(max_tokens=max_tokens)
         )
         response = to_response(episode, tool=self._tool)
         if sampling_params.logprobs is None:  # no correction was asked for, so none is processed

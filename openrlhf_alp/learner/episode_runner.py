@@ -12,7 +12,11 @@ from typing import Any, Protocol
 
 from openrlhf_alp.clients.http import Timeouts
 from openrlhf_alp.clients.tool import ToolClient
-from openrlhf_alp.episodes.observation import chat_template, plain_template
+from openrlhf_alp.episodes.observation import (
+    ObservationTemplate,
+    chat_template,
+    plain_template,
+)
 from openrlhf_alp.episodes.protocols import Generate
 from openrlhf_alp.episodes.records import Episode, SamplingConfig
 from openrlhf_alp.episodes.single_turn import run_single_turn
@@ -32,12 +36,28 @@ class Task:
     label: str
     prompt_ids: Sequence[int]
 
+    @classmethod
+    def tokenized(cls, *, prompt: str, label: str, tokenizer: Any) -> Task:
+        """The prompt's ids as OpenRLHF makes them: no special token is added."""
+        ids = tokenizer(text=prompt, add_special_tokens=False)["input_ids"]
+        return cls(prompt=prompt, label=label, prompt_ids=ids)
+
+    def budget(self, *, max_length: int, max_tokens: int | None) -> int:
+        """Tokens that may follow the prompt; below 1 where it leaves no room.
+
+        Args:
+            max_length: of prompt and answer together.
+            max_tokens: of the answer; None bounds it by `max_length` alone.
+        """
+        room = max_length - len(self.prompt_ids)
+        return min(max_tokens or room, room)
+
 
 class EpisodeRunner(Protocol):
     """Plays one episode; the same runner serves every prompt of a run."""
 
     async def __call__(
-        self, *, request_id: str, task: Task, sampling: SamplingConfig, tokenizer: Any
+        self, *, request_id: str, task: Task, sampling: SamplingConfig
     ) -> Episode: ...
 
 
@@ -47,17 +67,16 @@ class SingleTurnRunner:
 
     generate: Generate
     reward: Reward
+    tokenizer: Any
 
-    async def __call__(
-        self, *, request_id: str, task: Task, sampling: SamplingConfig, tokenizer: Any
-    ) -> Episode:
+    async def __call__(self, *, request_id: str, task: Task, sampling: SamplingConfig) -> Episode:
         return await run_single_turn(
             request_id=request_id,
             prompt=task.prompt,
             label=task.label,
             prompt_ids=task.prompt_ids,
             generate=self.generate,
-            decode=partial(tokenizer.decode, skip_special_tokens=True),
+            decode=partial(self.tokenizer.decode, skip_special_tokens=True),
             reward=self.reward,
             sampling=sampling,
         )
@@ -71,12 +90,11 @@ class ToolIntegratedRunner:
     reward: Reward
     client: ToolClient
     tool: ToolConfig
+    tokenizer: Any
+    template: ObservationTemplate
 
-    async def __call__(
-        self, *, request_id: str, task: Task, sampling: SamplingConfig, tokenizer: Any
-    ) -> Episode:
+    async def __call__(self, *, request_id: str, task: Task, sampling: SamplingConfig) -> Episode:
         interpreter = SessionInterpreter if self.tool.session else StatelessInterpreter
-        template = chat_template if self.tool.template == "chat" else plain_template
         return await run_tool_integrated(
             request_id=request_id,
             prompt=task.prompt,
@@ -85,9 +103,11 @@ class ToolIntegratedRunner:
             generate=self.generate,
             interpreter=interpreter(self.client, timeout_s=self.tool.timeout_s),
             # A special token that a program prints stays plain text.
-            encode=partial(tokenizer.encode, add_special_tokens=False, split_special_tokens=True),
-            decode=partial(tokenizer.decode, skip_special_tokens=True),
-            template=template(tokenizer),
+            encode=partial(
+                self.tokenizer.encode, add_special_tokens=False, split_special_tokens=True
+            ),
+            decode=partial(self.tokenizer.decode, skip_special_tokens=True),
+            template=self.template,
             reward=self.reward,
             sampling=sampling,
             config=self.tool.limits(max_tokens=sampling.max_tokens),
@@ -95,12 +115,25 @@ class ToolIntegratedRunner:
 
 
 def build_runner(
-    *, generate: Generate, reward: Reward, tool: ToolConfig, client: ToolClient | None
+    *,
+    generate: Generate,
+    reward: Reward,
+    tokenizer: Any,
+    tool: ToolConfig,
+    client: ToolClient | None,
 ) -> EpisodeRunner:
     """The runner that the flags ask for: tool-integrated when there is a tool service."""
     if client is None:
-        return SingleTurnRunner(generate=generate, reward=reward)
-    return ToolIntegratedRunner(generate=generate, reward=reward, client=client, tool=tool)
+        return SingleTurnRunner(generate=generate, reward=reward, tokenizer=tokenizer)
+    template = chat_template if tool.template == "chat" else plain_template
+    return ToolIntegratedRunner(
+        generate=generate,
+        reward=reward,
+        client=client,
+        tool=tool,
+        tokenizer=tokenizer,
+        template=template(tokenizer),
+    )
 
 
 def tool_client(tool: ToolConfig, key: str) -> ToolClient:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 from uuid import uuid4
 
@@ -165,8 +164,7 @@ def _task(prompt: str | list[dict[str, str]], config: ProbeConfig, tokenizer: An
         prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     if not isinstance(prompt, str):
         raise ValueError("a prompt is a list of messages; drop --no-chat-template")
-    ids = tokenizer(text=prompt, add_special_tokens=False)["input_ids"]
-    return Task(prompt=prompt, label="", prompt_ids=ids)
+    return Task.tokenized(prompt=prompt, label="", tokenizer=tokenizer)
 
 
 def _client(config: ProbeConfig) -> RolloutClient:
@@ -198,17 +196,16 @@ async def _sample(
     """All episodes, and the tensors of the first service."""
     sampling = SamplingConfig(max_tokens=config.max_tokens, temperature=config.temperature)
     async with _client(config) as client:
-        run = partial(
-            SingleTurnRunner(
-                generate=ServiceGenerate(client=client, deadline_s=config.timeout_s),
-                reward=_NoReward(),
-            ),
-            sampling=sampling,
+        runner = SingleTurnRunner(
+            generate=ServiceGenerate(client=client, deadline_s=config.timeout_s),
+            reward=_NoReward(),
             tokenizer=tokenizer,
         )
         async with asyncio.TaskGroup() as group:
             running = [
-                group.create_task(run(request_id=f"preflight-{uuid4().hex}", task=task))
+                group.create_task(
+                    runner(request_id=f"preflight-{uuid4().hex}", task=task, sampling=sampling)
+                )
                 for task in tasks
                 for _ in range(config.samples_per_prompt)
             ]

@@ -12,7 +12,6 @@ import logging
 import os
 from collections import Counter
 from collections.abc import Sequence
-from functools import partial
 from types import SimpleNamespace
 from typing import Any
 from uuid import uuid4
@@ -97,36 +96,35 @@ class RolloutEngine:
             ServiceError: the service cannot be reached or refused the request.
             BadCompletionError: a log-prob is missing or not finite.
         """
-        prompt_ids = hf_tokenizer(text=prompt, add_special_tokens=False)["input_ids"]
-        room = max_length - len(prompt_ids)
-        max_tokens = min(sampling_params.max_tokens or room, room)
+        task = Task.tokenized(prompt=prompt, label=label, tokenizer=hf_tokenizer)
+        max_tokens = task.budget(max_length=max_length, max_tokens=sampling_params.max_tokens)
         if max_tokens < 1:
-            self._drop("prompt_too_long", f"{len(prompt_ids)} tokens, --data.max_len {max_length}")
+            num_tokens = len(task.prompt_ids)
+            self._drop("prompt_too_long", f"{num_tokens} tokens, --data.max_len {max_length}")
             return []
-        run = build_runner(
+        runner = build_runner(
             generate=ServiceGenerate(client=self.client, deadline_s=self.service.request_timeout_s),
             reward=self.reward,
+            tokenizer=hf_tokenizer,
             tool=self.tool,
             client=self.tool_client,
         )
-        run = partial(
-            run,
-            task=Task(prompt=prompt, label=label, prompt_ids=prompt_ids),
-            tokenizer=hf_tokenizer,
-            sampling=SamplingConfig(
-                temperature=sampling_params.temperature,
-                top_p=sampling_params.top_p,
-                top_k=max(sampling_params.top_k, 0),
-                max_tokens=max_tokens,
-                # OpenRLHF asks for one token at least; that would forbid an immediate end of
-                # sequence to the engine alone, and bend the ratio of the first token.
-                min_tokens=0,
-            ),
+        sampling = SamplingConfig(
+            temperature=sampling_params.temperature,
+            top_p=sampling_params.top_p,
+            top_k=max(sampling_params.top_k, 0),
+            max_tokens=max_tokens,
+            # OpenRLHF asks for one token at least; that would forbid an immediate end of sequence
+            # to the engine alone, and bend the ratio of the first token.
+            min_tokens=0,
         )
         self.unfinished += num_samples
         try:
             episodes = await _all_or_first_error(
-                [run(request_id=uuid4().hex) for _ in range(num_samples)]
+                [
+                    runner(request_id=uuid4().hex, task=task, sampling=sampling)
+                    for _ in range(num_samples)
+                ]
             )
         except (RewardUnavailable, ToolLostError) as error:
             self._drop(error.reason, error.detail)

@@ -51,7 +51,7 @@ def generate() -> Generate:
 
 def examiner(generate, character_model, reward) -> Examiner:
     tokenizer = AutoTokenizer.from_pretrained(character_model)
-    runner = SingleTurnRunner(generate=generate, reward=reward)
+    runner = SingleTurnRunner(generate=generate, reward=reward, tokenizer=tokenizer)
     return Examiner(runner, tokenizer, max_tokens=20, seed=100)
 
 
@@ -59,7 +59,7 @@ async def test_both_shares_are_counted_over_their_own_answers(generate, characte
     """The labels are 2, 3, 4, 5: one of four is 3, one of four is 4."""
     accuracy = await examiner(generate, character_model, Reward()).examine(ROWS)
     assert (accuracy.greedy, accuracy.sampled) == (0.25, 0.25)
-    assert [episode.response for episode in accuracy.greedy_episodes] == ["3"] * 4
+    assert [episode.turns[-1].text for episode in accuracy.greedy_episodes] == ["3"] * 4
     assert accuracy.num_not_scored == 0
 
 

@@ -41,11 +41,10 @@ def make_episode(**changes: object) -> Episode:
     return Episode(**{**fields, **changes})  # type: ignore[arg-type]
 
 
-def test_an_episode_reads_its_ranges_text_and_versions_from_turns_and_spans():
+def test_an_episode_reads_its_ranges_and_versions_from_turns_and_spans():
     episode = make_episode()
     assert episode.action_ranges == ((2, 4), (5, 7))
     assert episode.num_actions == 4
-    assert episode.response == " let me see so 4"
     assert (episode.min_version, episode.max_version) == (3, 5)
     assert not episode.truncated
     assert make_episode(stop_reason=StopReason.LENGTH).truncated
