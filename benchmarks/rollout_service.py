@@ -20,7 +20,7 @@ import asyncio
 from collections.abc import Callable
 from pathlib import Path
 
-from rollout import ceiling, engines
+from rollout import ceiling, throughput, updates
 
 NEED_NO_MODEL = ("wire", "ceiling", "overload")
 NEED_A_MODEL = ("engine", "weights", "in-process")
@@ -33,7 +33,7 @@ def main() -> None:
     )
     parser.add_argument("part", nargs="?", choices=[*NEED_NO_MODEL, *NEED_A_MODEL, *CHILDREN])
     parser.add_argument("--model", type=Path)
-    parser.add_argument("--requests", type=int, default=256)
+    parser.add_argument("--requests", type=int, default=128)
     parser.add_argument("--url-file", type=Path)
     parser.add_argument("--pace-s", type=float, default=0.0)
     parser.add_argument("--max-pending", type=int, default=1 << 20)
@@ -44,11 +44,11 @@ def main() -> None:
         "wire": ceiling.bench_wire,
         "ceiling": ceiling.bench_ceiling,
         "overload": ceiling.bench_overload,
-        "engine": lambda: engines.bench_engine(args.model, args.requests),
-        "weights": lambda: engines.bench_weights(args.model),
+        "engine": lambda: throughput.bench_engine(args.model, args.requests),
+        "weights": lambda: updates.bench_weights(args.model),
         "serve-paced": lambda: ceiling.serve_paced(args.url_file, args.pace_s, args.max_pending),
         "serve-bare": lambda: ceiling.serve_bare(args.url_file),
-        "in-process": lambda: print(asyncio.run(engines.in_process(args.model, args.requests))),
+        "in-process": lambda: asyncio.run(throughput.serve_in_process(args.model, args.requests)),
     }
     for part in [args.part] if args.part else NEED_NO_MODEL:
         parts[part]()

@@ -1,0 +1,70 @@
+"""Real servers in child processes that end with the benchmark."""
+
+import contextlib
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+from rollout.common import KEY, KEYS, child_environment
+
+_STOP_S = 60.0
+
+
+@contextlib.contextmanager
+def our_service(model: Path, *arguments: str) -> Iterator[str]:
+    """Our service with vLLM; yields its URL."""
+    port = free_port()
+    command = [sys.executable, "-m", "services.rollout", "--model", str(model), "--port", str(port)]
+    with _running([*command, "--log-level", "WARNING", *arguments], port, "/readyz") as url:
+        yield url
+
+
+@contextlib.contextmanager
+def vllm_serve(model: Path) -> Iterator[str]:
+    """vLLM's own server with the engine settings of our service; yields its URL."""
+    port = free_port()
+    command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(model)]
+    command += ["--port", str(port), "--api-key", KEY, "--max-num-seqs", "64"]
+    command += ["--logprobs-mode", "processed_logprobs", "--generation-config", "vllm"]
+    command += ["--kv-cache-memory-bytes", str(1 << 30), "--enforce-eager"]
+    command += ["--no-enable-chunked-prefill"]
+    with _running(command, port, "/health") as url:
+        yield url
+
+
+def free_port() -> int:
+    from services.common.serve import bind_socket
+
+    with bind_socket("127.0.0.1", 0) as sock:
+        port: int = sock.getsockname()[1]
+        return port
+
+
+@contextlib.contextmanager
+def _running(command: list[str], port: int, probe: str) -> Iterator[str]:
+    url = f"http://127.0.0.1:{port}"
+    process = subprocess.Popen(command, env=child_environment(**KEYS), stdout=subprocess.DEVNULL)
+    try:
+        _wait_until_healthy(process, url + probe)
+        yield url
+    finally:
+        process.terminate()
+        try:
+            process.wait(_STOP_S)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def _wait_until_healthy(process: subprocess.Popen[bytes], url: str) -> None:
+    while process.poll() is None:
+        try:
+            if httpx.get(url, timeout=5.0).status_code == 200:
+                return
+        except httpx.TransportError:
+            pass
+        time.sleep(0.2)
+    raise SystemExit(f"The server behind {url} did not start; see its log above.")
