@@ -14,8 +14,6 @@ _MATH_PIECES = re.compile(r"\s*\$[^$]*\$(?:\s*,\s*\$[^$]*\$)*\s*\.?\s*")
 
 _SCIENTIFIC = re.compile(r"([-+]?\d+(?:\.\d+)?)[eE]([-+]?\d+)")
 
-_LETTERS = re.compile(r"[A-Za-z](?:\s*[-,]\s*[A-Za-z])+")
-
 
 def label_texts(value: Any) -> tuple[str, ...]:
     """The answer as a bare expression, or each of several; empty when there is none.
@@ -40,15 +38,14 @@ def _bare(text: str) -> str:
     text = text.rpartition(_SOLUTION_MARK)[2].strip()
     if (boxed := _WHOLLY_BOXED.fullmatch(text)) and _is_balanced(boxed[1]):
         text = boxed[1].strip()
-    # A currency sign and a thin space are no mathematics; math-verify reads \$5 as nothing.
+    # A currency sign and a thin space are no mathematics.
     text = text.replace("\\$", "").replace("\\!", "")
     if _MATH_PIECES.fullmatch(text):
         text = ", ".join(piece.strip() for piece in text.split("$")[1::2])
     if number := _SCIENTIFIC.fullmatch(text.strip()):
         # As LaTeX, 7e37 is 7 times Euler's number times 37.
         return f"{number[1]} \\times 10^{{{int(number[2])}}}"
-    # Without dollar signs, the reward takes "p - q" and "D, E" for words.
-    return f"${text}$" if _LETTERS.fullmatch(text) else text.strip()
+    return text.strip()
 
 
 def _is_balanced(text: str) -> bool:

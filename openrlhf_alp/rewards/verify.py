@@ -18,8 +18,12 @@ import psutil
 import sympy
 from math_verify import parse, verify
 
-_WORDS_ONLY = re.compile(r"[A-Za-z][A-Za-z ,.'-]{2,}")
-"""math-verify reads `hello` as the product of five unknowns; such a label is not mathematics."""
+_WORDS_ONLY = re.compile(r"(?=.*[A-Za-z]{2})[A-Za-z][A-Za-z ,.'-]+")
+"""math-verify reads `hello` as the product of five unknowns; such a label is not mathematics.
+Single letters are: `p - q`, `D, E`."""
+
+_CURRENCY = "\\$"
+"""math-verify takes it for the begin of a formula and then finds nothing in `\\$32`."""
 
 _MARKED_AS_MATH = re.compile(r"\$|\\boxed|\\\(|\\\[")
 
@@ -60,7 +64,7 @@ def judge(response: str, label: str) -> Verdict:
     """
     gold = _parse_label(label)
     # math-verify's own time limit cannot interrupt C code; the pool's limit kills the process.
-    answer = parse(response, parsing_timeout=None, raise_on_error=True)
+    answer = parse(response.replace(_CURRENCY, ""), parsing_timeout=None, raise_on_error=True)
     if not answer:
         return Verdict(correct=False, answered=False, unevaluated=False)
     equal = bool(verify(gold, answer, timeout_seconds=None, raise_on_error=True))
@@ -70,7 +74,7 @@ def judge(response: str, label: str) -> Verdict:
 
 def _parse_label(label: str) -> list[object]:
     """Reads a bare label as LaTeX: as plain text `2\\sqrt{3}+1` would be read as 2."""
-    text = label.strip()
+    text = label.replace(_CURRENCY, "").strip()
     marked = text if _MARKED_AS_MATH.search(text) else f"${text}$"
     gold = [] if _WORDS_ONLY.fullmatch(text) else parse(marked, parsing_timeout=None)
     if not gold:

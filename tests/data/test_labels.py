@@ -18,7 +18,7 @@ from openrlhf_alp.data.labels import LabelKind, label_kind, label_texts
         (r"1,\!000", "1,000"),
         ("7e37", r"7 \times 10^{37}"),
         ("3.3E-10", r"3.3 \times 10^{-10}"),
-        ("p - q", "$p - q$"),
+        ("p - q", "p - q"),
         ("even", "even"),
     ],
 )
