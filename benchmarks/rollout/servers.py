@@ -26,7 +26,8 @@ def our_service(model: Path, *arguments: str) -> Iterator[str]:
 def vllm_serve(model: Path) -> Iterator[str]:
     """vLLM's own server with the engine settings of our service; yields its URL."""
     port = free_port()
-    command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(model)]
+    # Not the command `vllm`, which wants a distribution of that name; the CPU build has another.
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)]
     command += ["--port", str(port), "--api-key", KEY, "--max-num-seqs", "64"]
     command += ["--logprobs-mode", "processed_logprobs", "--generation-config", "vllm"]
     command += ["--kv-cache-memory-bytes", str(1 << 30), "--enforce-eager"]
