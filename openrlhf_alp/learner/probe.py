@@ -25,9 +25,9 @@ from openrlhf_alp.clients.push import WeightPusher
 from openrlhf_alp.clients.rollout import RolloutClient
 from openrlhf_alp.clients.weights import DTYPES, digest_tensor
 from openrlhf_alp.episodes.records import Episode, SamplingConfig
+from openrlhf_alp.learner.checks import check_model
 from openrlhf_alp.learner.episode_runner import SingleTurnRunner, Task, to_response
 from openrlhf_alp.learner.mismatch import Mismatch, log_ratio, scorable
-from openrlhf_alp.learner.preflight import check_model
 from openrlhf_alp.learner.service_generate import ServiceGenerate
 from openrlhf_alp.learner.weight_sync import gathered_parameters
 from openrlhf_alp.report.verdict import Verdict, judge

@@ -10,7 +10,7 @@ import pytest
 
 from openrlhf_alp.clients.errors import ContractMismatch
 from openrlhf_alp.clients.gpu_carrier import Meeting
-from openrlhf_alp.learner.preflight import check_model, check_services
+from openrlhf_alp.learner.checks import check_model, check_services
 from openrlhf_alp.learner.transport_config import TransportConfig
 
 Parse = Callable[..., SimpleNamespace]
