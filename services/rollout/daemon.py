@@ -7,6 +7,8 @@ from typing import TypeVar
 
 Result = TypeVar("Result")
 
+DAEMON_NAME = "weight-transfer"
+
 
 def in_daemon(call: Callable[[], Result]) -> Future[Result]:
     """Run `call` in a daemon thread.
@@ -23,5 +25,5 @@ def in_daemon(call: Callable[[], Result]) -> Future[Result]:
         except BaseException as error:
             outcome.set_exception(error)
 
-    threading.Thread(target=run, name="weight-transfer", daemon=True).start()
+    threading.Thread(target=run, name=DAEMON_NAME, daemon=True).start()
     return outcome

@@ -9,10 +9,12 @@ import asyncio
 import contextlib
 import socket
 import threading
+import time
 import uuid
 from collections import defaultdict
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,12 +22,13 @@ from typing import Any
 import httpx
 import pytest
 import torch
+from torch.distributed import TCPStore
 from transformers import LlamaForCausalLM
 
 from openrlhf_alp.clients.gpu_carrier import GpuCarrier, Meeting
 from openrlhf_alp.clients.http import Timeouts
 from openrlhf_alp.clients.push import WeightPusher
-from services.rollout.daemon import in_daemon
+from services.rollout.daemon import DAEMON_NAME, in_daemon
 from services.rollout.engine import EngineInfo
 from services.rollout.hf_engine import HfEngine
 from services.rollout.schemas import GenerateRequest, Sampling
@@ -34,8 +37,8 @@ from services.rollout.vllm_receiver import RpcReceiver, TransferReceiver
 
 ADMIN = {"authorization": "Bearer admin-key-for-tests"}
 HERE = Meeting(host="127.0.0.1")
-STORE_S = 20
-"""vLLM leaves five minutes; a test that breaks a meeting off would leave a thread for so long."""
+END_S = 60.0
+GUEST = timedelta(seconds=END_S)
 
 OWN_GPU = "GPU-of-this-test"
 
@@ -54,16 +57,18 @@ class Communicator:
 
     groups: defaultdict[str, Group] = defaultdict(Group)
     ranks: list[int] = []
+    kept: list[Any] = []  # rank 0 holds the store, which the others may still be coming to
+    waiting: dict[int, int] = {}  # port of a meeting that is not complete -> world size
     disabled = False
 
     def __init__(self, meeting: Any) -> None:
         self.rank, self.world_size = meeting.rank, meeting.world_size
         name = meeting.broadcast_obj(uuid.uuid4().hex if meeting.rank == 0 else None, src=0)
-        self._meeting = meeting  # rank 0's holds the store
         self._group = self.groups[name]
         self._round = 0
         self._destroyed = False
         self.ranks.append(meeting.rank)
+        self.kept.append(meeting)
 
     def broadcast(self, tensor: torch.Tensor, src: int, stream: Any = None) -> None:
         group, number = self._group, self._round
@@ -93,13 +98,20 @@ class Communicator:
 def meet(host: str, port: int, rank: int, world_size: int, device: Any) -> Communicator:
     from vllm.distributed.utils import StatelessProcessGroup
 
-    group = StatelessProcessGroup.create(host, port, rank, world_size, store_timeout=STORE_S)
+    if rank == 0:  # the only one that waits for all
+        Communicator.waiting[port] = world_size
+    group = StatelessProcessGroup.create(host, port, rank, world_size)
+    if rank == 0:
+        del Communicator.waiting[port]
     return Communicator(group)
 
 
 @pytest.fixture(autouse=True)
-def meetings(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
-    """`ranks` that have met in this test, and its `groups` by name."""
+def meetings(monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
+    """`ranks` that have met in this test, and its `groups` by name.
+
+    A meeting that was broken off is filled up at the end, so that nobody waits in it any more.
+    """
     from vllm.distributed.weight_transfer import nccl_common, packed_tensor
 
     stream = SimpleNamespace(synchronize=lambda: None)
@@ -109,7 +121,16 @@ def meetings(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     monkeypatch.setattr(torch.accelerator, "current_device_index", lambda: 0)
     monkeypatch.setattr(Communicator, "ranks", [])
     monkeypatch.setattr(Communicator, "groups", defaultdict(Group))
-    return SimpleNamespace(ranks=Communicator.ranks, groups=Communicator.groups)
+    monkeypatch.setattr(Communicator, "kept", [])
+    monkeypatch.setattr(Communicator, "waiting", {})
+    yield SimpleNamespace(ranks=Communicator.ranks, groups=Communicator.groups)
+    give_up_s = time.monotonic() + END_S
+    while daemons := [t for t in threading.enumerate() if t.name == DAEMON_NAME]:
+        assert time.monotonic() < give_up_s, daemons
+        for port, world_size in list(Communicator.waiting.items()):
+            guest = TCPStore("127.0.0.1", port, world_size, False, GUEST, use_libuv=False)
+            Communicator.kept.append(guest)
+        daemons[0].join(0.1)
 
 
 @pytest.fixture

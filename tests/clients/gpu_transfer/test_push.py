@@ -139,7 +139,7 @@ async def test_a_server_that_is_lost_in_a_transfer_fails_it_for_all_and_the_next
 
     fleet.network.before = lose_the_first
     with pytest.raises(WeightUpdateFailed, match=r"over nccl broke off: http://s0 .*Fix"):
-        await fleet.push("nccl", fleet.weights(0.5).items(), timeouts=Timeouts(transfer_s=1.0))
+        await fleet.push("nccl", fleet.weights(0.5).items(), timeouts=Timeouts(transfer_s=4.0))
     assert [service.contract().version for service in fleet.services] == [0, 0]
     fleet.network.before = lambda _: None
     assert (await fleet.push("nccl", fleet.weights(0.5).items())).version == 1

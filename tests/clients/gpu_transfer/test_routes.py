@@ -20,7 +20,7 @@ async def test_a_learner_that_is_killed_in_mid_bucket_holds_the_server_up_for_a_
     before = await fleet.answer(fleet.urls[0], "before")
     async with fleet.http() as http:
         with meeting() as port:
-            opened = await http.post(OPEN, json=opening(port, timeout_s=3.0))
+            opened = await http.post(OPEN, json=opening(port, timeout_s=4.0))
             assert opened.json() == {"backend": "nccl"}, opened.text
             cut = await http.post(RECEIVE, json=receiving())
         assert (cut.status_code, cut.json()["error"]["code"]) == (504, "transfer_timeout")
