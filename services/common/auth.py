@@ -101,7 +101,8 @@ def unauthorized() -> ApiError:
         401,
         "unauthorized",
         "The bearer key is missing or wrong.",
-        fix="Send 'Authorization: Bearer <key>' with the key given at start.",
+        fix="Send 'Authorization: Bearer <key>' with the key given at start; where there are two, "
+        "control routes take the admin key only.",
         field="Authorization",
         headers={"WWW-Authenticate": "Bearer"},
     )

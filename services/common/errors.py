@@ -117,9 +117,18 @@ async def _on_api_error(_: Request, error: Exception) -> JSONResponse:
     )
 
 
-async def _on_validation_error(_: Request, error: Exception) -> JSONResponse:
+async def _on_validation_error(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, RequestValidationError)
     problems: Sequence[Any] = error.errors()
+    given = request.headers.get("content-type", "")
+    if isinstance(error.body, bytes) and "json" not in given and "msgpack" not in given:
+        return error_response(
+            422,
+            "wrong_content_type",
+            f"The body came as {given or 'no Content-Type'}, which is not read.",
+            fix="Send 'Content-Type: application/json'.",
+            field="Content-Type",
+        )
     shown = [f"{field_name(p['loc'])}: {p['msg']}" for p in problems[:_MAX_FIELDS_IN_MESSAGE]]
     return error_response(
         422,

@@ -99,7 +99,10 @@ def _probe_routes(service: RolloutService) -> APIRouter:
     async def readyz() -> Health:
         """Whether requests would be served: a live engine and whole weights."""
         service.weights.require_serving()
-        return await livez()
+        health = await livez()
+        if await service.engine.is_paused():
+            return health.model_copy(update={"detail": "paused: requests wait for /v1/resume"})
+        return health
 
     @router.get("/metrics", response_class=PlainTextResponse)
     async def prometheus() -> Response:

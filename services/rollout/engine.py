@@ -132,6 +132,9 @@ class Engine(Protocol):
     async def resume(self) -> None:
         """Draw again; jobs that were kept or arrived while paused go on."""
 
+    async def is_paused(self) -> bool:
+        """Whether jobs wait for `resume`."""
+
     async def sleep(self, level: SleepLevel, mode: SleepMode) -> None:
         """Free the memory of the cache (level 1: weights go to host memory; 2: are dropped).
 

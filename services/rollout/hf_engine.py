@@ -250,6 +250,9 @@ class HfEngine:
     async def resume(self) -> None:
         self._unpaused.set()
 
+    async def is_paused(self) -> bool:
+        return not self._unpaused.is_set()
+
     async def sleep(self, level: SleepLevel, mode: SleepMode) -> None:
         """Nothing is freed; at level 2 the weights are zeroed, which a lost reload would show."""
         await self.pause(mode)

@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Path, Query
+from fastapi import APIRouter, Body, Path, Query
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
@@ -105,7 +105,9 @@ def _add_transfers(router: APIRouter, transfer: WeightTransfer) -> None:
 
 def _add_switches(router: APIRouter, service: RolloutService) -> None:
     @router.post("/pause", response_model=Health)
-    async def pause(body: PauseRequest, request: Request) -> Response:
+    async def pause(
+        request: Request, body: Annotated[PauseRequest, Body(default_factory=PauseRequest)]
+    ) -> Response:
         """Stop drawing tokens; returns when none is being drawn."""
         service.weights.require_awake()
         await service.engine.pause(body.mode)
@@ -119,7 +121,9 @@ def _add_switches(router: APIRouter, service: RolloutService) -> None:
         return reply(request, ok(service))
 
     @router.post("/sleep", response_model=Health)
-    async def sleep(body: SleepRequest, request: Request) -> Response:
+    async def sleep(
+        request: Request, body: Annotated[SleepRequest, Body(default_factory=SleepRequest)]
+    ) -> Response:
         """Give the accelerator's memory back; generate answers 503 until wake_up."""
         await service.weights.sleep(body)
         return reply(request, ok(service))

@@ -274,6 +274,9 @@ class VllmEngine:
     async def resume(self) -> None:
         await self._llm.resume_generation()
 
+    async def is_paused(self) -> bool:
+        return bool(await self._llm.is_paused())
+
     async def sleep(self, level: SleepLevel, mode: SleepMode) -> None:
         if not self._llm.model_config.enable_sleep_mode:
             # vLLM would abort every request and then free nothing.

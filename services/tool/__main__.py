@@ -16,6 +16,7 @@ from services.common.logging import configure_logging
 from services.common.serve import bind_socket, serve
 from services.tool.app import create_app
 from services.tool.isolation import IsolationError
+from services.tool.sandbox.engine import SandboxConfig
 from services.tool.sandbox.plan import Level
 from services.tool.sandbox.preload import PRESETS
 from services.tool.service import ToolService
@@ -26,8 +27,15 @@ logger = logging.getLogger(__name__)
 _EXIT_CONFIG = 2
 _EXIT_ISOLATION = 3
 _KEY_VARIABLE = "OPENRLHF_ALP_TOOL_API_KEY"
+_DESCRIPTION = """Untrusted Python in an OS sandbox, over REST, MCP and SandboxFusion's contract.
+
+levels of isolation, strongest first; at start each layer is tried with programs that must fail:
+  full   needs user namespaces, root or not: own root directory, network, processes, tmpfs
+  uid    needs root, no namespaces (Docker's default): a user id per program
+  basic  needs nothing: resource limits, seccomp without fork, Landlock
+GET /v1/isolation says what was reached, what is missing and how to get it."""
 _NUMBERS = {
-    "slots": "executions at a time (default: one per usable core)",
+    "slots": "executions at a time, one per usable core",
     "max_queue": "executions that may wait",
     "max_wait_s": "longest wait when the caller names no deadline",
     "default_timeout_s": "wall time when the caller names none",
@@ -44,30 +52,36 @@ _NUMBERS = {
 
 def build_parser() -> argparse.ArgumentParser:
     """Flags; numbers carry the defaults of Settings."""
-    parser = argparse.ArgumentParser(prog="python -m services.tool", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m services.tool",
+        description=_DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     levels = [level.value for level in (Level.FULL, Level.UID, Level.BASIC)]
-    parser.add_argument("--host", default="127.0.0.1")
-    parser.add_argument("--port", type=int, default=8090, help="0 takes any free one")
-    parser.add_argument("--url-file", type=Path, help="written when the service is ready")
-    parser.add_argument(
-        "--api-key", default=os.environ.pop(_KEY_VARIABLE, None), help=f"or ${_KEY_VARIABLE}"
+    add = parser.add_argument
+    add("--host", default="127.0.0.1", help="address; beyond loopback a key is required")
+    add("--port", type=int, default=8090, help="0 takes any free one (default: 8090)")
+    add("--url-file", type=Path, help="written when the service is ready")
+    key = os.environ.pop(_KEY_VARIABLE, None)
+    add("--api-key", default=key, help=f"or ${_KEY_VARIABLE}; made up and printed when absent")
+    add("--open-loopback", action="store_true", help="no key at all; only on a loopback address")
+    add("--isolation", choices=levels, help="use this level (default: the strongest that works)")
+    minimum = "exit with 3 and a table of what is missing below this level (default: basic)"
+    add("--min-isolation", choices=levels, default=Level.BASIC.value, help=minimum)
+    add("--allow-insecure", action="store_true", help="run without any isolation")
+    presets = f"libraries loaded ahead, the first one, two or all of (default): {','.join(PRESETS)}"
+    add("--presets", default=",".join(PRESETS), help=presets)
+    add("--launchers", type=int, help="fork servers (default: one per slot)")
+    warm = SandboxConfig().warm_slots
+    add(
+        "--warm-slots", type=int, help=f"slots kept ready per preset and launcher (default: {warm})"
     )
-    parser.add_argument(
-        "--open-loopback", action="store_true", help="no key at all; only on a loopback address"
-    )
-    parser.add_argument("--isolation", choices=levels, help="use this level (default: strongest)")
-    parser.add_argument("--min-isolation", choices=levels, default=Level.BASIC.value)
-    parser.add_argument("--allow-insecure", action="store_true", help="run without any isolation")
-    parser.add_argument("--presets", default=",".join(PRESETS), help="a prefix of the default")
-    parser.add_argument("--launchers", type=int, help="fork servers (default: one per slot)")
-    parser.add_argument("--warm-slots", type=int, help="slots kept ready per zygote")
-    parser.add_argument("--log-level", default="INFO")
+    add("--log-level", default="INFO", help="DEBUG, INFO, WARNING or ERROR (default: INFO)")
     defaults = Settings()
     for name, text in _NUMBERS.items():
         value = getattr(defaults, name)
-        parser.add_argument(
-            "--" + name.replace("_", "-"), type=type(value), default=value, help=text
-        )
+        flag = "--" + name.replace("_", "-")
+        add(flag, type=type(value), default=value, help=f"{text} (default: {value})")
     return parser
 
 
@@ -75,7 +89,8 @@ def settings_from(arguments: argparse.Namespace) -> Settings:
     """Turn flags into settings. Raises ValueError with cause and fix."""
     presets = tuple(arguments.presets.split(","))
     if not presets or presets != PRESETS[: len(presets)]:
-        raise ValueError(f"--presets is {arguments.presets}, a prefix of {PRESETS} is required")
+        choices = [",".join(PRESETS[: count + 1]) for count in range(len(PRESETS))]
+        raise ValueError(f"--presets is {arguments.presets}; it must be one of {' '.join(choices)}")
     numbers = {name: getattr(arguments, name) for name in _NUMBERS}
     isolation = Level(arguments.isolation) if arguments.isolation else None
     minimum = Level(arguments.min_isolation)

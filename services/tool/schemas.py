@@ -96,8 +96,10 @@ class Usage(_Wire):
 
     wall_ms: float
     cpu_ms: float
+    """0 for a cell of a session: its process lives on and has not been accounted for."""
     peak_mb: float
-    """Largest resident memory of the first process, including the preloaded libraries."""
+    """Largest resident memory of the first process, including the preloaded libraries; 0 for a cell
+    of a session."""
     queue_ms: float
 
 

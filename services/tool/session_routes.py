@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Path, Request, Response
+from fastapi import APIRouter, Body, Path, Request, Response
 
 from services.common.disconnect import while_connected
 from services.common.errors import ApiError, ErrorBody
@@ -34,7 +34,9 @@ def build_session_router() -> APIRouter:
     router = APIRouter(prefix="/v1/sessions", tags=["sessions"])
 
     @router.post("", status_code=201)
-    async def open_session(body: SessionRequest, request: Request) -> SessionInfo:
+    async def open_session(
+        request: Request, body: Annotated[SessionRequest, Body(default_factory=SessionRequest)]
+    ) -> SessionInfo:
         """Open a persistent interpreter."""
         sessions = _service(request).sessions
         return sessions.info(await sessions.open(body))

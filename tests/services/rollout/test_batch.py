@@ -101,3 +101,11 @@ async def test_a_request_that_does_not_match_the_schema_is_named(http: httpx.Asy
     bad = request("bad", n=0)
     reply = await http.post("/v1/generate/batch", json={"requests": [request("good"), bad]})
     assert (reply.status_code, reply.json()["error"]["field"]) == (422, "requests.1.n")
+
+
+async def test_a_body_without_its_type_is_not_blamed_on_its_fields(http: httpx.AsyncClient) -> None:
+    form = {"content-type": "application/x-www-form-urlencoded"}  # what curl -d sends
+    answer = await http.post("/v1/generate", content=b'{"token_ids": [1]}', headers=form)
+    assert answer.status_code == 422
+    error = answer.json()["error"]
+    assert (error["code"], error["field"]) == ("wrong_content_type", "Content-Type")

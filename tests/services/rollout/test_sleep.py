@@ -43,6 +43,17 @@ async def test_a_server_that_slept_draws_what_it_drew_before(
     assert service.engine.num_jobs == 2  # type: ignore[attr-defined]
 
 
+async def test_a_paused_server_says_so_where_readiness_is_asked_for(
+    http: httpx.AsyncClient,
+) -> None:
+    assert (await http.post("/v1/pause")).status_code == 200  # every field has a default
+    ready = await http.get("/readyz")
+    assert ready.status_code == 200
+    assert "paused" in ready.json()["detail"]
+    await http.post("/v1/resume")
+    assert (await http.get("/readyz")).json()["detail"] is None
+
+
 async def test_level_2_drops_the_weights_until_wake_up(
     http: httpx.AsyncClient, service: RolloutService
 ) -> None:

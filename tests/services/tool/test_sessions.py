@@ -205,3 +205,9 @@ async def test_a_huge_representation_is_cut(client: httpx.AsyncClient) -> None:
     assert len(str(body["result"])) == 10_000
     broken = await cell(client, session, "class A:\n    def __repr__(self): raise OSError\nA()")
     assert broken["result"] == "<repr raised OSError>"
+
+
+async def test_a_session_is_opened_without_a_body(client: httpx.AsyncClient) -> None:
+    answer = await client.post("/v1/sessions")
+    assert answer.status_code == 201
+    await client.delete(f"/v1/sessions/{answer.json()['session_id']}")
