@@ -17,6 +17,8 @@
 
 import argparse
 import asyncio
+import signal
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -50,6 +52,7 @@ def main() -> None:
         "serve-bare": lambda: ceiling.serve_bare(args.url_file),
         "in-process": lambda: asyncio.run(throughput.serve_in_process(args.model, args.requests)),
     }
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what was started is stopped
     for part in [args.part] if args.part else NEED_NO_MODEL:
         parts[part]()
 
