@@ -16,6 +16,7 @@ from vllm.distributed.weight_transfer.ipc_engine import IPCTrainerInitInfo
 from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
 
 from openrlhf_alp.clients.weights import Bucket
+from services.rollout.vllm_group import lacks_nccl, leave_group
 
 Post = Callable[[dict[str, Any]], Coroutine[Any, Any, None]]
 
@@ -48,8 +49,7 @@ class Sender:
         self._engine: TrainerWeightTransferEngine = WeightTransferTrainerFactory.trainer_init(
             info, client=_ControlPlane(loop, join, receive), source=self._source
         )
-        group = self._group()
-        if group is not None and group.disabled:
+        if lacks_nccl(self._engine):
             raise RuntimeError("vLLM cannot load NCCL in the learner")
 
     def send(self, bucket: Bucket) -> None:
@@ -59,13 +59,7 @@ class Sender:
 
     def leave(self) -> None:
         """Leave the group; whoever still waits in it here is woken up with an error."""
-        group = self._group()
-        if group is not None:
-            group.destroy()
-        self._engine.shutdown()
-
-    def _group(self) -> Any:
-        return getattr(self._engine, "model_update_group", None)
+        leave_group(self._engine)
 
 
 def nccl(host: str, port: int, *, world_size: int, buffer_bytes: int) -> TrainerInitInfo:

@@ -30,6 +30,7 @@ from services.rollout.engine import TransferError
 from services.rollout.ipc_handles import from_wire
 from services.rollout.schemas import LinkBackend
 from services.rollout.transfer_schemas import OpenRequest, ReceiveRequest, SentTensor
+from services.rollout.vllm_group import lacks_nccl, leave_group
 
 logger = logging.getLogger(__name__)
 
@@ -158,8 +159,7 @@ class Link:
             }
         parsed = self._engine.parse_init_info(info)
         self._within_limit(lambda: self._engine.init_transfer_engine(parsed))
-        group = self._group()
-        if group is not None and group.disabled:
+        if lacks_nccl(self._engine):
             raise TransferError("failed", "vLLM cannot load NCCL on this server")
 
     def receive(self, tensors: Sequence[SentTensor], path: Path) -> None:
@@ -184,14 +184,7 @@ class Link:
 
     def leave(self) -> None:
         """Leave the group; whoever still waits in it is woken up with an error."""
-        group = self._group()
-        if group is not None:
-            group.destroy()
-        self._engine.shutdown()
-
-    def _group(self) -> Any:
-        """vLLM's communicator; ipc has none, nor has a group that never met."""
-        return getattr(self._engine, "model_update_group", None)
+        leave_group(self._engine)
 
     def _within_limit(self, call: Callable[[], None]) -> None:
         """NCCL waits for ever; destroying the communicator from outside ends the wait.
