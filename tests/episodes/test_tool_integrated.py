@@ -59,9 +59,15 @@ class RewardOfText:
 
 
 async def play(
-    tokenizer, *turns: str, interpreter=None, reward=None, config=CONFIG, template="plain"
+    tokenizer,
+    *turns: str,
+    policy_class=ScriptedPolicy,
+    interpreter=None,
+    reward=None,
+    config=CONFIG,
+    template="plain",
 ) -> tuple[Episode, ScriptedPolicy, Interpreter, RewardOfText]:
-    policy = ScriptedPolicy(tokenizer, *turns)
+    policy = policy_class(tokenizer, *turns)
     interpreter = interpreter or Interpreter()
     reward = reward or RewardOfText()
     episode = await run_tool_integrated(
@@ -246,20 +252,7 @@ async def test_a_log_prob_that_is_not_finite_names_the_turns_request(tokenizer):
 
     interpreter = Interpreter()
     with pytest.raises(BadCompletionError, match="request r-1"):
-        await run_tool_integrated(
-            request_id="r",
-            prompt="6 * 7?",
-            label="42",
-            prompt_ids=[1],
-            generate=Broken(tokenizer, CALL, ANSWER),
-            interpreter=interpreter,
-            encode=tokenizer.encode,
-            decode=tokenizer.decode,
-            template=plain_template(tokenizer),
-            reward=RewardOfText(),
-            sampling=SamplingConfig(max_tokens=1),
-            config=CONFIG,
-        )
+        await play(tokenizer, CALL, ANSWER, policy_class=Broken, interpreter=interpreter)
     assert interpreter.num_closed == 1
 
 
@@ -290,17 +283,4 @@ async def test_an_engine_that_keeps_the_stop_string_to_itself_is_found_out(token
             )
 
     with pytest.raises(BadCompletionError, match="those of the stop string too"):
-        await run_tool_integrated(
-            request_id="r",
-            prompt="6 * 7?",
-            label="42",
-            prompt_ids=[1],
-            generate=Cut(tokenizer, CALL),
-            interpreter=Interpreter(),
-            encode=tokenizer.encode,
-            decode=tokenizer.decode,
-            template=plain_template(tokenizer),
-            reward=RewardOfText(),
-            sampling=SamplingConfig(max_tokens=1),
-            config=CONFIG,
-        )
+        await play(tokenizer, CALL, policy_class=Cut)
