@@ -11,6 +11,7 @@ import random
 import statistics
 import subprocess
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ def bench_engine(model: Path, num_requests: int) -> None:
     with contextlib.ExitStack() as stack:
         contenders: dict[str, Measure] = {
             "in process": stack.enter_context(_in_process(model, num_requests)),
-            "service": _over_http(stack.enter_context(our_service(model)), _ours, num_requests),
+            "service": _over_http(stack.enter_context(our_service(model)), _ours(), num_requests),
             "vllm serve": _over_http(
                 stack.enter_context(vllm_serve(model)), _vllms(model), num_requests
             ),
@@ -90,7 +91,7 @@ async def serve_in_process(model: Path, num_requests: int) -> None:
     loop = asyncio.get_running_loop()
     try:
         for round_number in itertools.count():
-            if not await asyncio.to_thread(input_line):
+            if not await asyncio.to_thread(_input_line):
                 return
             jobs = [
                 Job(
@@ -109,7 +110,7 @@ async def serve_in_process(model: Path, num_requests: int) -> None:
         await engine.close()
 
 
-def input_line() -> bool:
+def _input_line() -> bool:
     """Wait for a line; False at the end of the input."""
     try:
         input()
@@ -125,28 +126,40 @@ def _prompts(num_requests: int, round_number: int) -> list[list[int]]:
     return [[draw.randrange(100, 40000) for _ in range(32)] for _ in range(num_requests)]
 
 
-Body = Callable[[list[int], str], tuple[str, bytes]]
-"""Path and body of the request for a prompt under a request id."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Api:
+    """How one server is asked for the tokens that follow a prompt."""
+
+    path: str
+    media_type: str
+    body: Callable[[list[int], str], bytes]
+    """Of the request for a prompt under a request id."""
 
 
-def _ours(prompt: list[int], request_id: str) -> tuple[str, bytes]:
-    sampling = {"max_tokens": _NUM_TOKENS, "ignore_eos": True}
-    body = {"request_id": request_id, "token_ids": prompt, "sampling": sampling}
-    return "/v1/generate", msgpack.packb(body)
+def _ours() -> _Api:
+    def body(prompt: list[int], request_id: str) -> bytes:
+        sampling = {"max_tokens": _NUM_TOKENS, "ignore_eos": True}
+        fields = {"request_id": request_id, "token_ids": prompt, "sampling": sampling}
+        return msgpack.packb(fields)
+
+    return _Api(path="/v1/generate", media_type=MSGPACK_TYPE, body=body)
 
 
-def _vllms(model: Path) -> Body:
-    def make(prompt: list[int], request_id: str) -> tuple[str, bytes]:
-        body: dict[str, Any] = {"model": str(model), "prompt": prompt, "return_token_ids": True}
-        body |= {"max_tokens": _NUM_TOKENS, "ignore_eos": True, "logprobs": 0, "temperature": 1.0}
-        return "/v1/completions", json.dumps(body).encode()
+def _vllms(model: Path) -> _Api:
+    def body(prompt: list[int], request_id: str) -> bytes:
+        fields: dict[str, Any] = {"model": str(model), "prompt": prompt, "return_token_ids": True}
+        fields |= {"max_tokens": _NUM_TOKENS, "ignore_eos": True, "logprobs": 0, "temperature": 1.0}
+        return json.dumps(fields).encode()
 
-    return make
+    return _Api(path="/v1/completions", media_type=JSON_TYPE, body=body)
 
 
-def _over_http(url: str, make: Body, num_requests: int) -> Measure:
-    kind = MSGPACK_TYPE if make is _ours else JSON_TYPE
-    headers = {"authorization": f"Bearer {KEY}", "content-type": kind, "accept": kind}
+def _over_http(url: str, api: _Api, num_requests: int) -> Measure:
+    headers = {
+        "authorization": f"Bearer {KEY}",
+        "content-type": api.media_type,
+        "accept": api.media_type,
+    }
     rounds = itertools.count()
 
     async def play(round_number: int) -> float:
@@ -154,8 +167,8 @@ def _over_http(url: str, make: Body, num_requests: int) -> Measure:
         async with connect(url, headers) as http:
 
             async def one(index: int, prompt: list[int]) -> None:
-                path, content = make(prompt, f"{round_number}-{index}")
-                (await http.post(path, content=content)).raise_for_status()
+                content = api.body(prompt, f"{round_number}-{index}")
+                (await http.post(api.path, content=content)).raise_for_status()
 
             prompts = enumerate(_prompts(num_requests, round_number))
             started_s = loop.time()
