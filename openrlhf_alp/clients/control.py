@@ -1,6 +1,7 @@
 """What is asked of every rollout server alike: contract, weights, pause, sleep, readiness.
 
-Weight updates go to every server; one that misses an update is stale and gets no traffic.
+Weight updates go to every server; one that misses an update is stale and gets no traffic. The next
+update asks it again.
 """
 
 import asyncio
@@ -78,6 +79,7 @@ class ControlClient:
                 for url in urls
             ]
         )
+        self._missed: set[str] = set()  # URLs that missed a phase of the update in progress
         self._background: set[asyncio.Task[None]] = set()  # cancellations on their way
 
     async def __aenter__(self) -> Self:
@@ -100,8 +102,8 @@ class ControlClient:
         self._fleet.min_version = version
 
     def reachable(self) -> list[Channel]:
-        """The servers that have followed an update so far."""
-        return [server.channel for server in self._fleet.servers if not server.stale]
+        """The servers that have followed the update in progress so far."""
+        return [server.channel for server in self._following()]
 
     async def contract(self) -> Contract:
         """The contract of the first server, after checking that all servers have the same one.
@@ -128,11 +130,12 @@ class ControlClient:
         return contracts
 
     async def reachable_weights(self) -> list[WeightsStatus]:
-        """Weight state of the servers that answer; the others become stale.
+        """Begin an update: weight state of the servers that answer; the others become stale.
 
         Raises:
             WeightUpdateFailed: none answers.
         """
+        self._missed.clear()
         return await self._update(lambda c: c.get("/v1/weights", WeightsStatus))
 
     async def weights(self) -> list[WeightsStatus]:
@@ -155,15 +158,20 @@ class ControlClient:
     async def commit_weights(self, request: CommitRequest) -> list[CommitResponse]:
         """Swap every server that staged the update; one that fails to becomes stale.
 
-        Afterwards replies below this version are refused.
+        Ends the update. Afterwards replies below this version are refused.
 
         Raises:
             WeightUpdateFailed: no server serves the new version.
         """
         path = "/v1/weights/commit"
-        responses = await self._update(
-            lambda c: c.post(path, request, CommitResponse), refusal_is_fatal=False
-        )
+        try:
+            responses = await self._update(
+                lambda c: c.post(path, request, CommitResponse), refusal_is_fatal=False
+            )
+            for server in self._following():
+                self._fleet.readmit(server)
+        finally:
+            self._missed.clear()
         self.require_version(request.version)
         return responses
 
@@ -180,7 +188,8 @@ class ControlClient:
         return f"uploads/{name}"
 
     async def abort_weights(self) -> None:
-        """Forget the staged update and the uploads on every server that answers."""
+        """End the update: every server that answers forgets what it staged, and the uploads."""
+        self._missed.clear()
 
         async def abort(channel: Channel) -> None:
             with contextlib.suppress(ServiceError):
@@ -236,6 +245,9 @@ class ControlClient:
     async def _on_all(self, call: Callable[[Channel], Awaitable[Result]]) -> list[Result]:
         return list(await asyncio.gather(*(call(s.channel) for s in self._fleet.servers)))
 
+    def _following(self) -> list[Server]:
+        return [s for s in self._fleet.servers if s.channel.url not in self._missed]
+
     async def _update(
         self, call: Callable[[Channel], Awaitable[Result]], *, refusal_is_fatal: bool = True
     ) -> list[Result]:
@@ -250,7 +262,7 @@ class ControlClient:
             except ServiceError as error:
                 return error
 
-        servers = [server for server in self._fleet.servers if not server.stale]
+        servers = self._following()
         outcomes = await asyncio.gather(*(outcome_of(server) for server in servers))
         failures = {
             server.channel.url: outcome
@@ -264,5 +276,6 @@ class ControlClient:
         for server in servers:
             failure = failures.get(server.channel.url)
             if failure is not None:
+                self._missed.add(server.channel.url)
                 self._fleet.mark_stale(server, str(failure))
         return [outcome for outcome in outcomes if not isinstance(outcome, ServiceError)]

@@ -11,9 +11,16 @@ from openrlhf_alp.clients.errors import WeightUpdateFailed
 from openrlhf_alp.clients.file_carriers import FileCarrier
 from openrlhf_alp.clients.fleet import ServerState
 from openrlhf_alp.clients.push import WeightPusher
+from openrlhf_alp.clients.rollout import RolloutClient
 from openrlhf_alp.clients.weights import CarriedWeights, carry_weights, digest_tensor
 from services.rollout.fingerprint import weights_digest
-from services.rollout.schemas import GenerateRequest, PrepareRequest, Sampling, TensorSpec
+from services.rollout.schemas import (
+    CommitRequest,
+    GenerateRequest,
+    PrepareRequest,
+    Sampling,
+    TensorSpec,
+)
 from services.rollout.service import RolloutService
 
 
@@ -283,6 +290,64 @@ async def test_a_server_that_comes_back_in_mid_push_waits_for_the_next_one(
     network.before = lambda _: None
     assert (await push(pusher, model)).version == 2
     assert served_equal(services["b"], model)
+
+
+async def update(
+    client: RolloutClient, weights_dir: str, version: int, model: LlamaForCausalLM
+) -> None:
+    """What a push does, with a client that lives on."""
+    statuses = await client.reachable_weights()
+    async with FileCarrier(Path(weights_dir), f"u{version}") as carrier:
+        carried = await carry_weights(carrier, model.state_dict().items(), statuses[0].tensors)
+        await client.prepare_weights(
+            PrepareRequest(version=version, digest=carried.digest, files=list(carried.files))
+        )
+    await client.commit_weights(CommitRequest(version=version, digest=carried.digest))
+
+
+@pytest.mark.parametrize("phase", ["", "/prepare", "/commit"])
+async def test_every_update_of_a_client_asks_a_server_that_missed_the_one_before(
+    make_service: Any, network: Any, make_client: Any, model_folder: Path, phase: str
+) -> None:
+    services = {host: make_service() for host in "ab"}
+    urls = [network.add(host, service) for host, service in services.items()]
+    weights_dir = services["a"].contract().weights_dir
+    lost_call = ("b", f"/v1/weights{phase}")
+
+    def lose_b_once(sent: httpx.Request) -> None:
+        if (sent.url.host, sent.url.path) == lost_call and network.calls.count(lost_call) == 1:
+            raise httpx.ConnectError("refused")
+
+    network.before = lose_b_once
+    async with make_client(*urls) as client:
+        await update(client, weights_dir, 1, new_model(model_folder, 0.5))
+        assert [call for call in network.calls if call[0] == "b"][-1] == lost_call
+        assert client.states() == {"http://a": ServerState.HEALTHY, "http://b": ServerState.STALE}
+        model = new_model(model_folder, 0.25)
+        await update(client, weights_dir, 2, model)
+        assert all(served_equal(service, model) for service in services.values())
+        assert set(client.states().values()) == {ServerState.HEALTHY}
+
+
+async def test_a_server_back_in_traffic_stays_out_of_an_update_until_that_one_is_given_up(
+    make_service: Any, network: Any, make_client: Any
+) -> None:
+    urls = [network.add(host, make_service()) for host in "ab"]
+
+    def lose_b_once(sent: httpx.Request) -> None:
+        if sent.url.host == "b" and network.calls.count(("b", "/v1/weights")) == 1:
+            raise httpx.ConnectError("refused")
+
+    network.before = lose_b_once
+    async with make_client(*urls) as client:
+        assert len(await client.reachable_weights()) == 1
+        for server in client._fleet.servers:
+            server.avoid_until_s = 0.0
+        await client.generate(request("probes"))
+        assert client.states()["http://b"] is ServerState.HEALTHY
+        assert [channel.url for channel in client.reachable()] == ["http://a"]
+        await client.abort_weights()
+        assert [channel.url for channel in client.reachable()] == urls
 
 
 async def test_a_reply_kept_from_before_an_update_keeps_its_label(
