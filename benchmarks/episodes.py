@@ -24,7 +24,7 @@ from functools import partial
 from pathlib import Path
 from uuid import uuid4
 
-from tiny_policy import EOS, save_tiny_policy
+from policies.tiny_policy import EOS, save_tiny_policy
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from openrlhf_alp.clients.keys import ADMIN_KEY_VARIABLE, API_KEY_VARIABLE, TOOL_KEY_VARIABLE

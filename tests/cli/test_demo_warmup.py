@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from benchmarks.tiny_policy import make_tokenizer
+from benchmarks.policies.tiny_policy import make_tokenizer
 from openrlhf_alp.cli.demo_warmup import collate, encode, warm_up
 from openrlhf_alp.data.multiplication import Dialogue
 

@@ -162,7 +162,7 @@ def tiny_policy(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     It calls a tool once to print K, and boxes what it reads.
     """
-    from benchmarks.tiny_policy import save_tiny_policy
+    from benchmarks.policies.tiny_policy import save_tiny_policy
 
     dialogues = [
         (

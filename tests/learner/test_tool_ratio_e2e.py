@@ -16,7 +16,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from benchmarks.tiny_policy import save_tiny_policy
+from benchmarks.policies.tiny_policy import save_tiny_policy
 from openrlhf_alp.learner.config import ServiceConfig
 from openrlhf_alp.learner.rollout_engine import RolloutEngine
 from openrlhf_alp.learner.tool_config import ToolConfig
