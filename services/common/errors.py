@@ -4,7 +4,8 @@
                "request_id": "..."}}
 
 `code` is stable and for programs, `message` says the cause, `fix` says what to do, `field` names
-the part of the request that is wrong (dots for nesting), or is null when no field is to blame.
+the part of the request that is wrong (dots for nesting), or is null when no field is to blame. Of
+several wrong fields it is the first; `fix` names all.
 """
 
 import logging
@@ -22,7 +23,8 @@ from services.common.context import current_request_id
 
 logger = logging.getLogger(__name__)
 
-_MAX_FIELDS_IN_MESSAGE = 5
+_MAX_NAMED = 20
+"""Wrong fields that an error names; a list of token ids may be wrong in every place."""
 
 
 class ConfigError(ValueError):
@@ -129,14 +131,21 @@ async def _on_validation_error(request: Request, error: Exception) -> JSONRespon
             fix="Send 'Content-Type: application/json'.",
             field="Content-Type",
         )
-    shown = [f"{field_name(p['loc'])}: {p['msg']}" for p in problems[:_MAX_FIELDS_IN_MESSAGE]]
+    fields = [field_name(problem["loc"]) for problem in problems]
+    causes = [f"{name}: {p['msg']}" for name, p in zip(fields, problems, strict=True)]
     return error_response(
         422,
         "invalid_request",
-        "The request does not match the schema: " + "; ".join(shown) + ".",
-        fix="Correct the named field; the schema is served at /openapi.json.",
-        field=field_name(problems[0]["loc"]) if problems else "body",
+        f"The request does not match the schema: {_listed(causes, '; ')}.",
+        fix=f"Correct {_listed(fields, ', ')}; the schema is served at /openapi.json.",
+        field=fields[0],
     )
+
+
+def _listed(items: Sequence[str], separator: str) -> str:
+    num_more = len(items) - _MAX_NAMED
+    more = [f"and {num_more} more"] if num_more > 0 else []
+    return separator.join([*items[:_MAX_NAMED], *more])
 
 
 _HTTP_FIXES = {

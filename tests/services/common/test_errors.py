@@ -26,6 +26,23 @@ async def test_a_validation_error_names_the_nested_field(client: httpx.AsyncClie
     assert error["code"] == "invalid_request"
 
 
+async def test_of_several_wrong_fields_the_cause_and_the_fix_name_every_one(
+    client: httpx.AsyncClient,
+) -> None:
+    wrong = {"token_ids": ["a"], "logprobs": [0.0], "inner": {"top_p": 1.5}, "temprature": 1}
+    error = (await client.post("/echo", json=wrong)).json()["error"]
+    assert error["fix"].startswith("Correct token_ids.0, inner.top_p, temprature; ")
+    assert all(f"{name}: " in error["message"] for name in ("token_ids.0", "temprature"))
+    assert error["field"] == "token_ids.0"
+
+
+async def test_of_very_many_wrong_fields_the_rest_is_counted(client: httpx.AsyncClient) -> None:
+    error = (await client.post("/echo", json={**GOOD, "token_ids": ["a"] * 100})).json()["error"]
+    for text in (error["message"], error["fix"]):
+        assert "token_ids.19" in text and "token_ids.20" not in text
+        assert "and 80 more" in text
+
+
 async def test_an_unknown_field_is_refused_by_name(client: httpx.AsyncClient) -> None:
     response = await client.post("/echo", json={**GOOD, "temprature": 1})
     assert response.status_code == 422
