@@ -37,13 +37,14 @@ def is_loopback(host: str) -> bool:
         return False
 
 
-def resolve_api_key(configured: str | None, *, host: str, flag: str) -> ApiKey:
+def resolve_api_key(configured: str | None, *, host: str, flag: str, variable: str) -> ApiKey:
     """Return the configured key, or a generated one when the service is on loopback.
 
     Args:
         configured: the operator's key, or None.
         host: address the service binds to.
         flag: name of the flag that sets this key, for the message.
+        variable: name of the environment variable that sets it too.
 
     Raises:
         ConfigError: no key with a bind that other machines can reach, or a key of fewer than 8
@@ -53,14 +54,15 @@ def resolve_api_key(configured: str | None, *, host: str, flag: str) -> ApiKey:
         sendable = configured.isascii() and configured.isprintable()
         if len(configured) < _MIN_KEY_CHARS or not sendable:
             raise ConfigError(
-                f"{flag} must have at least {_MIN_KEY_CHARS} printable ASCII characters. "
-                'Fix: generate one with: python -c "import secrets; print(secrets.token_urlsafe())"'
+                f"{flag} or ${variable} must have at least {_MIN_KEY_CHARS} printable ASCII "
+                "characters. Fix: generate one with: "
+                'python -c "import secrets; print(secrets.token_urlsafe())"'
             )
         return ApiKey(value=configured, generated=False)
     if not is_loopback(host):
         raise ConfigError(
             f"Refusing to bind {host}: other machines can reach it and no key is configured. "
-            f"Fix: set {flag}, or bind --host 127.0.0.1."
+            f"Fix: set {flag} or ${variable}, or bind --host 127.0.0.1."
         )
     return ApiKey(value=secrets.token_urlsafe(32), generated=True)
 

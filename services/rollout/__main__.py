@@ -13,7 +13,7 @@ from services.common.errors import ConfigError
 from services.common.logging import configure_logging
 from services.common.serve import bind_socket, run, serve
 from services.rollout.engine import Engine
-from services.rollout.settings import RolloutSettings
+from services.rollout.settings import ENV_PREFIX, RolloutSettings
 
 EXIT_CONFIG = 2
 
@@ -52,8 +52,8 @@ async def _run(settings: RolloutSettings) -> None:
         resolve_model,
     )
 
-    api_key = _key(settings.api_key, settings.host, "--api-key")
-    admin_key = _key(settings.admin_key, settings.host, "--admin-key")
+    api_key = _key(settings.api_key, settings.host, "api-key")
+    admin_key = _key(settings.admin_key, settings.host, "admin-key")
     sock = bind_socket(settings.host, settings.port)
     settings = settings.model_copy(update={"model": resolve_model(settings.model)})
     model = read_model_folder(settings)
@@ -75,9 +75,10 @@ async def _run(settings: RolloutSettings) -> None:
             shutil.rmtree(weights_dir, ignore_errors=True)
 
 
-def _key(configured: SecretStr | None, host: str, flag: str) -> ApiKey:
+def _key(configured: SecretStr | None, host: str, name: str) -> ApiKey:
     value = configured.get_secret_value() if configured is not None else None
-    return resolve_api_key(value, host=host, flag=flag)
+    variable = ENV_PREFIX + name.replace("-", "_").upper()
+    return resolve_api_key(value, host=host, flag=f"--{name}", variable=variable)
 
 
 def _start_engine(

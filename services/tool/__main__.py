@@ -113,10 +113,13 @@ async def run(arguments: argparse.Namespace) -> None:
     if arguments.open_loopback:
         if not is_loopback(arguments.host):
             raise ConfigError(
-                "--open-loopback needs a loopback --host. Fix: set --api-key instead."
+                "--open-loopback needs a loopback --host. "
+                f"Fix: set --api-key or ${_KEY_VARIABLE} instead."
             )
     else:
-        resolved = resolve_api_key(arguments.api_key, host=arguments.host, flag="--api-key")
+        resolved = resolve_api_key(
+            arguments.api_key, host=arguments.host, flag="--api-key", variable=_KEY_VARIABLE
+        )
         key = resolved.value
         if resolved.generated:
             print(f"api key: {key}", flush=True)

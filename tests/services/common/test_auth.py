@@ -6,6 +6,7 @@ from services.common.errors import ConfigError
 
 KEY = "a-key-for-tests"
 JSON = {"content-type": "application/json"}
+NAMES = {"flag": "--api-key", "variable": "SERVICE_API_KEY"}
 
 
 async def test_the_right_key_passes(client: httpx.AsyncClient) -> None:
@@ -32,29 +33,29 @@ async def test_a_stranger_learns_nothing_about_a_body(client: httpx.AsyncClient)
 
 
 def test_a_key_is_generated_on_loopback_and_differs_each_time() -> None:
-    first = resolve_api_key(None, host="127.0.0.1", flag="--api-key")
-    second = resolve_api_key(None, host="::1", flag="--api-key")
+    first = resolve_api_key(None, host="127.0.0.1", **NAMES)
+    second = resolve_api_key(None, host="::1", **NAMES)
     assert first.generated and second.generated
     assert first.value != second.value
     assert len(first.value) >= 32
 
 
 def test_a_key_never_shows_in_its_repr() -> None:
-    key = resolve_api_key("correct-horse", host="0.0.0.0", flag="--api-key")
+    key = resolve_api_key("correct-horse", host="0.0.0.0", **NAMES)
     assert not key.generated
     assert "horse" not in repr(key)
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "10.0.0.1", "example.org"])
 def test_an_open_bind_without_a_key_is_refused(host: str) -> None:
-    with pytest.raises(ConfigError, match="--api-key"):
-        resolve_api_key(None, host=host, flag="--api-key")
+    with pytest.raises(ConfigError, match=r"--api-key or \$SERVICE_API_KEY"):
+        resolve_api_key(None, host=host, **NAMES)
 
 
 @pytest.mark.parametrize("key", ["", "short", "has\nnewline-in-it", "schl\u00fcssel-lang"])
 def test_a_weak_or_unsendable_key_is_refused(key: str) -> None:
-    with pytest.raises(ConfigError, match="--api-key"):
-        resolve_api_key(key, host="127.0.0.1", flag="--api-key")
+    with pytest.raises(ConfigError, match=r"--api-key or \$SERVICE_API_KEY"):
+        resolve_api_key(key, host="127.0.0.1", **NAMES)
 
 
 def test_loopback_is_told_from_the_rest() -> None:

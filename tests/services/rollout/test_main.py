@@ -69,7 +69,14 @@ def test_an_id_in_the_local_cache_is_used_without_network(
         ([], "model"),
         (["--model", "m", "--port", "70000"], "port"),
         (["--model", "m", "--surprise", "1"], "surprise"),
-        (["--model", "m", "--host", "0.0.0.0", "--port", "0"], "--api-key"),
+        (
+            ["--model", "m", "--host", "0.0.0.0", "--port", "0"],
+            "--api-key or $OPENRLHF_ALP_ROLLOUT_API_KEY",
+        ),
+        (
+            ["--model", "m", "--host", "0.0.0.0", "--port", "0", "--api-key", "long-enough"],
+            "--admin-key or $OPENRLHF_ALP_ROLLOUT_ADMIN_KEY",
+        ),
         (["--model", "m", "--api-key", "short", "--port", "0"], "--api-key"),
         (["--model", "m", "--faults.kill-after-tokens", "9"], "--engine hf"),
     ],
