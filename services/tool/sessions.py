@@ -108,7 +108,8 @@ class Sessions:
         self._opening += 1
         try:
             # The largest zygote: nobody knows yet what the session will import.
-            slot = await service.sandbox.take(service.settings.sandbox.presets[-1])
+            largest = service.settings.sandbox.presets[-1]
+            slot = await service.sandbox.take(largest, limits.memory_bytes)
             sandbox = await SandboxSession.open(slot, limits, request.seed)
         finally:
             self._opening -= 1

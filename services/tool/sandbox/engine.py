@@ -19,15 +19,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from services.tool.sandbox import execution
+from services.tool.sandbox.cgroups import Cgroups, CgroupUnavailableError
 from services.tool.sandbox.execution import Job, Limits
 from services.tool.sandbox.filters import compile_filter
 from services.tool.sandbox.handles import (
-    LauncherHandle,
     SlotFailedError,
     SlotHandle,
     ZygoteHandle,
     ZygoteLostError,
 )
+from services.tool.sandbox.launcher_handle import LauncherHandle
 from services.tool.sandbox.plan import Level, Plan
 from services.tool.sandbox.preload import PRESETS
 from services.tool.sandbox.verdict import Outcome, Status
@@ -64,6 +65,8 @@ class SandboxConfig:
     file_bytes: int = 32 << 20
     max_processes: int = 64
     max_open_files: int = 128
+    cgroup: bool = True
+    """Have the kernel count each slot's memory and processes where a cgroup v2 is delegated."""
 
 
 class Sandbox:
@@ -75,6 +78,9 @@ class Sandbox:
         self._restarting: set[asyncio.Task[None]] = set()
         self._work_root: WorkRoot | None = None
         self._stopping = False
+        self.cgroups: Cgroups | None = None
+        self.no_cgroups = "not asked for"
+        """Why there are none; empty when there are."""
         self.restarts = 0
 
     async def start(self) -> None:
@@ -85,6 +91,8 @@ class Sandbox:
         """
         if self.config.level is not Level.FULL:
             self._work_root = WorkRoot()
+        if self.config.cgroup and self.config.level is not Level.NONE:
+            self._divide_cgroup()
         indices = range(self.config.launchers)
         self._launchers = [self._launch(index) for index in indices]
         try:
@@ -103,29 +111,42 @@ class Sandbox:
         if self._work_root is not None:
             self._work_root.remove()
             self._work_root = None
+        if self.cgroups is not None:
+            await asyncio.to_thread(self.cgroups.close)
+            self.cgroups = None
 
     async def run(self, job: Job, limits: Limits) -> Outcome:
         """Run one job on a fresh slot. Never raises for what the code does."""
         try:
-            slot = await self.take(job.code)
+            slot = await self.take(job.code, limits.memory_bytes)
         except (SlotFailedError, ZygoteLostError) as error:
             return Outcome(status=Status.SANDBOX_ERROR, message=f"{error}; the code never ran")
         return await execution.run(slot, job, limits)
 
-    async def take(self, code: str) -> SlotHandle:
+    async def take(self, code: str, memory_bytes: int) -> SlotHandle:
         """Take a waiting slot of the smallest zygote that has what `code` imports.
 
+        Args:
+            memory_bytes: what its processes may hold together, for the kernel where that counts.
+
         Raises:
-            SlotFailedError: a fence could not be put up.
+            SlotFailedError: a fence or the limit could not be put up.
             ZygoteLostError: zygotes died several times in a row.
         """
         preset = preset_for(code, self.config.presets)
         for _ in range(_RETRIES):
             zygote = await self._choose(preset)
             try:
-                return await zygote.take()
+                slot = await zygote.take()
             except ZygoteLostError:
                 continue
+            try:
+                slot.limit_memory(memory_bytes)
+            except OSError as error:
+                slot.kill()
+                slot.close()
+                raise SlotFailedError(f"the memory limit could not be set: {error}") from error
+            return slot
         raise ZygoteLostError(f"zygote {preset} died {_RETRIES} times in a row")
 
     def processes(self) -> list[int]:
@@ -159,8 +180,18 @@ class Sandbox:
 
     def _launch(self, index: int) -> LauncherHandle:
         return LauncherHandle.start(
-            self._plan(index), self.config.warm_slots, lambda: self._on_lost(index)
+            self._plan(index), self.config.warm_slots, self.cgroups, lambda: self._on_lost(index)
         )
+
+    def _divide_cgroup(self) -> None:
+        # A tmpfs is memory: what a program may hold and the files it may write count together.
+        try:
+            self.cgroups = Cgroups(
+                max_processes=self.config.max_processes, slack_bytes=self.config.scratch_bytes
+            )
+            self.no_cgroups = ""
+        except CgroupUnavailableError as error:
+            self.no_cgroups = str(error)
 
     async def _warm(self, launcher: LauncherHandle) -> None:
         """Wait for a launcher's zygotes and fill their pools."""
@@ -217,6 +248,7 @@ class Sandbox:
             max_processes=config.max_processes + process_headroom(level),
             max_open_files=config.max_open_files,
             work_root=str(self._work_root.path) if self._work_root is not None else "",
+            cgroup=self.cgroups is not None,
             seccomp=encode(compile_filter(allow_fork=True)).decode() if fenced else "",
             no_fork_filter=(
                 encode(compile_filter(allow_fork=False)).decode() if level is Level.BASIC else ""

@@ -1,6 +1,6 @@
 """The API process's end of the sandbox: one handle per launcher, zygote and slot.
 
-    LauncherHandle  the process; its death ends every zygote below it
+    LauncherHandle  the process; its death ends every zygote below it (launcher_handle.py)
       ZygoteHandle  a channel, a pool of slots that are fenced and waiting
         SlotHandle  descriptors of one slot and the facts of its end
 
@@ -14,37 +14,24 @@ import logging
 import os
 import signal
 import socket
-import subprocess
-import sys
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from services.tool.sandbox import channel, wire
-from services.tool.sandbox.plan import Plan
+from services.tool.sandbox.cgroups import Cgroups, SlotCgroup
 
 logger = logging.getLogger(__name__)
-
-ENVIRONMENT = {
-    "PATH": "/usr/bin:/bin",
-    "LANG": "C.UTF-8",
-    "LC_ALL": "C.UTF-8",
-    "TZ": "UTC",
-    "PYTHONHASHSEED": "0",
-    "OPENBLAS_NUM_THREADS": "1",
-    "OMP_NUM_THREADS": "1",
-    "MKL_NUM_THREADS": "1",
-    "MALLOC_ARENA_MAX": "2",
-    "LD_BIND_NOW": "1",
-    "MPLBACKEND": "Agg",
-}
-"""Everything a snippet finds in os.environ, besides HOME and TMPDIR."""
 
 _DESCRIPTORS_PER_SLOT = 5
 
 
 class ZygoteLostError(ConnectionError):
     """The zygote died before it could hand out a slot: nothing ran, another one may be asked."""
+
+
+class SlotFailedError(RuntimeError):
+    """A fence could not be put up. The snippet never ran and is not run behind fewer fences."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,7 +43,7 @@ class ExitFacts:
     cpu_s: float = 0.0
     peak_bytes: int = 0
     memory: bool = False
-    """Whether the watchdog killed it for its memory."""
+    """Whether the watchdog or its cgroup killed it for its memory."""
     lost: bool = False
     """The zygote died first, so nobody knows how the slot ended (the kernel killed it)."""
 
@@ -72,6 +59,8 @@ class SlotHandle:
     stdout: int
     stderr: int
     kill_fd: int
+    cgroup: SlotCgroup | None
+    """None where the watchdog counts its memory."""
     exited: asyncio.Future[ExitFacts]
     fenced: bool = False
     """Whether its first frame said that every fence stands."""
@@ -85,6 +74,11 @@ class SlotHandle:
         the rest."""
         with contextlib.suppress(ProcessLookupError):
             signal.pidfd_send_signal(self.kill_fd, signal.SIGKILL)
+
+    def limit_memory(self, limit_bytes: int) -> None:
+        """Tell the kernel, where it counts, before the program starts. Raises OSError."""
+        if self.cgroup is not None and not self.exited.done():
+            self.cgroup.limit_memory(limit_bytes)
 
     def close_stdin(self) -> None:
         if self.stdin >= 0:
@@ -107,6 +101,7 @@ class ZygoteHandle:
     link: socket.socket
     target: int
     """Slots to keep waiting."""
+    cgroups: Cgroups | None
     on_lost: Callable[[], None]
     ready: asyncio.Future[int]
     """Done when it forks; the ranges of its memory that huge pages back."""
@@ -116,6 +111,8 @@ class ZygoteHandle:
     """Live slots by number, whether waiting, running or serving a session."""
     warm: deque[SlotHandle] = field(default_factory=deque)
     waiters: deque[asyncio.Future[SlotHandle]] = field(default_factory=deque)
+    joining: deque[SlotCgroup] = field(default_factory=deque)
+    """Cgroups of the slots that were asked for and are not there yet, in order."""
     alive: bool = True
 
     def listen(self) -> None:
@@ -126,13 +123,19 @@ class ZygoteHandle:
         has ended or its session is open: a fork would delay what just started."""
         while self.alive and len(self.warm) + self.ordered < self.target + len(self.waiters):
             self.ordered += 1
-            self._order(channel.SPAWN)
+            try:
+                self._order_slot()
+            except OSError as error:
+                logger.error("no slot can be made: %s", error)
+                self.ordered -= 1
+                self._fail_waiter(SlotFailedError(f"the sandbox could not make a slot: {error}"))
+                return
 
     def watch(self, slot: SlotHandle, limit_bytes: int) -> None:
-        """Ask the zygote to watch the memory of a slot that has been running for a while; 0 ends
-        it.
+        """Ask the zygote to watch the memory of a slot that has been running for a while, unless
+        its cgroup does; 0 ends it.
         """
-        if self.alive:
+        if self.alive and slot.cgroup is None:
             self._order(channel.WATCH, slot.number, limit_bytes)
 
     async def take(self) -> SlotHandle:
@@ -168,15 +171,34 @@ class ZygoteHandle:
                 waiter.set_exception(error)
         for slot in list(self.slots.values()):
             self._finish(slot, ExitFacts(lost=True))
+        for cgroup in self.joining:
+            self._give_back(cgroup)
         if not self.ready.done():
             self.ready.set_exception(error)
             self.ready.exception()  # retrieved: a caller that gave up must not cause a warning
 
-    def _order(self, kind: bytes, slot: int = 0, limit_bytes: int = 0) -> None:
+    def _order_slot(self) -> None:
+        """Order one slot, with the way into its cgroup where there are cgroups. Raises OSError."""
+        if self.cgroups is None:
+            self._order(channel.SPAWN)
+            return
+        cgroup = self.cgroups.take()
+        way_in = cgroup.open()
+        self.joining.append(cgroup)
+        self._order(channel.SPAWN, descriptors=[way_in])
+        os.close(way_in)
+
+    def _order(
+        self, kind: bytes, slot: int = 0, limit_bytes: int = 0, descriptors: Sequence[int] = ()
+    ) -> None:
         try:
-            self.link.send(channel.ORDER.pack(kind, slot, limit_bytes))
+            socket.send_fds(self.link, [channel.ORDER.pack(kind, slot, limit_bytes)], descriptors)
         except OSError:
             self.on_lost()
+
+    def _give_back(self, cgroup: SlotCgroup | None) -> None:
+        if self.cgroups is not None and cgroup is not None:
+            self.cgroups.give_back(cgroup)
 
     def _on_packet(self) -> None:
         while self.alive:
@@ -199,13 +221,8 @@ class ZygoteHandle:
         elif event.kind == channel.SLOT:
             self._adopt(event.slot, descriptors)
         elif event.slot in self.slots:
-            facts = ExitFacts(
-                status=event.status,
-                cpu_s=event.cpu_s,
-                peak_bytes=event.peak_bytes,
-                memory=event.memory,
-            )
-            self._finish(self.slots[event.slot], facts)
+            slot = self.slots[event.slot]
+            self._finish(slot, _exit_facts(event, slot.cgroup))
 
     def _adopt(self, number: int, descriptors: list[int]) -> None:
         loop = asyncio.get_running_loop()
@@ -222,6 +239,7 @@ class ZygoteHandle:
             stdout=stdout,
             stderr=stderr,
             kill_fd=kill_fd,
+            cgroup=self.joining.popleft() if self.cgroups is not None else None,
             exited=loop.create_future(),
         )
         self.slots[number] = slot
@@ -263,7 +281,8 @@ class ZygoteHandle:
                 return
 
     def _finish(self, slot: SlotHandle, facts: ExitFacts) -> None:
-        self.slots.pop(slot.number, None)
+        if self.slots.pop(slot.number, None) is not None:
+            self._give_back(slot.cgroup)
         if not slot.exited.done():
             slot.exited.set_result(facts)
         if not slot.taken:
@@ -280,60 +299,9 @@ class ZygoteHandle:
         self._fail_waiter(SlotFailedError(slot.failure))
 
 
-class SlotFailedError(RuntimeError):
-    """A fence could not be put up. The snippet never ran and is not run behind fewer fences."""
-
-
-@dataclass(slots=True, kw_only=True)
-class LauncherHandle:
-    """One launcher process with its zygotes."""
-
-    process: subprocess.Popen[bytes]
-    zygotes: dict[str, ZygoteHandle]
-    alive: bool = True
-
-    @classmethod
-    def start(cls, plan: Plan, warm_slots: int, on_lost: Callable[[], None]) -> "LauncherHandle":
-        """Start the process and its channels; returns before the zygotes are ready."""
-        loop = asyncio.get_running_loop()
-        pairs = [socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET) for _ in plan.presets]
-        plan.channels[:] = [theirs.fileno() for _, theirs in pairs]
-        code = (
-            f"import sys; sys.path[:0] = {[plan.code_root, *plan.package_paths]!r}; "
-            "from services.tool.sandbox.launcher import main; main()"
-        )
-        process = subprocess.Popen(
-            [sys.executable, "-P", "-s", "-S", "-B", "-c", code],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.DEVNULL,
-            env=ENVIRONMENT,
-            cwd="/",
-            pass_fds=plan.channels,
-            start_new_session=True,
-        )
-        assert process.stdin is not None
-        process.stdin.write(plan.to_json().encode())
-        process.stdin.close()
-        zygotes = {}
-        for preset, (ours, theirs) in zip(plan.presets, pairs, strict=True):
-            theirs.close()
-            ours.setblocking(False)
-            zygotes[preset] = ZygoteHandle(
-                preset=preset,
-                link=ours,
-                target=warm_slots,
-                on_lost=on_lost,
-                ready=loop.create_future(),
-            )
-            zygotes[preset].listen()
-        return cls(process=process, zygotes=zygotes)
-
-    def stop(self) -> None:
-        """Kill the launcher: its children die with it. Waits for the process, which is instant."""
-        if not self.alive:
-            return
-        self.alive = False
-        for zygote in self.zygotes.values():
-            zygote.close()
-        self.process.kill()
-        self.process.wait()
+def _exit_facts(event: channel.Event, cgroup: SlotCgroup | None) -> ExitFacts:
+    """What the zygote was told by wait4, and what the cgroup knows of all processes together."""
+    memory, peak_bytes = event.memory, event.peak_bytes
+    if cgroup is not None:
+        memory, peak_bytes = cgroup.out_of_memory(), max(peak_bytes, cgroup.peak_bytes())
+    return ExitFacts(status=event.status, cpu_s=event.cpu_s, peak_bytes=peak_bytes, memory=memory)

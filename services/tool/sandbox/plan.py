@@ -66,6 +66,8 @@ class Plan:
     """Folder for the slots' working directories at the levels without mount namespaces."""
     seccomp: str
     """Compiled filter, base64; empty at level none."""
+    cgroup: bool
+    """Whether each slot has a cgroup to join."""
     no_fork_filter: str
     """The filter that level basic adds before foreign code runs, base64; empty elsewhere."""
 

@@ -122,7 +122,11 @@ def sweep(uid: int) -> None:
 
 
 def enter(
-    fences: Fences, descriptors: tuple[int, ...], uid: int | None, folder: str | None
+    fences: Fences,
+    descriptors: tuple[int, ...],
+    uid: int | None,
+    folder: str | None,
+    cgroup: list[int],
 ) -> NoReturn:
     """Become a slot: fence this process, say so on the job socket, run what arrives there. Never
     returns.
@@ -130,9 +134,12 @@ def enter(
     Args:
         descriptors: stdin, stdout, stderr and the job socket, none of them 0 to 2 and the last
             above 3; every other one is closed.
+        cgroup: the way into the slot's cgroup, or nothing.
     """
     place = fences.place
     try:
+        if fences.plan.cgroup:
+            os.write(cgroup[0], b"0")  # first: what is charged later is charged there
         if folder is not None:
             place = replace(place, home=f"{folder}/{WORK}")
             _set_home(place.home)

@@ -122,12 +122,12 @@ def _serve(zygote: _Zygote) -> None:
 
 def _obey(zygote: _Zygote) -> bool:
     """Carry out one order. False: the API process is gone."""
-    message = zygote.channel.recv(channel.ORDER.size)
+    message, descriptors, _, _ = socket.recv_fds(zygote.channel, channel.ORDER.size, 1)
     if not message:
         return False
     kind, number, limit_bytes = channel.ORDER.unpack(message)
     if kind == channel.SPAWN:
-        _spawn(zygote)
+        _spawn(zygote, descriptors)
         return True
     for child in zygote.slots.values():
         if child.number == number:
@@ -149,7 +149,8 @@ def _receive_room(zygote: _Zygote) -> int:
     return descriptors[0]
 
 
-def _spawn(zygote: _Zygote) -> None:
+def _spawn(zygote: _Zygote, cgroup: list[int]) -> None:
+    """Fork a slot. `cgroup` holds the way into its cgroup, or nothing."""
     plan = zygote.plan
     full = plan.level is Level.FULL
     number = zygote.next_number
@@ -163,7 +164,7 @@ def _spawn(zygote: _Zygote) -> None:
         rooms.step_into(room)
     pid = os.fork()
     if pid == 0:
-        slot.enter(zygote.fences, (stdin[0], stdout[1], stderr[1], theirs), uid, folder)
+        slot.enter(zygote.fences, (stdin[0], stdout[1], stderr[1], theirs), uid, folder, cgroup)
     pid_fd = os.pidfd_open(pid)
     if full:
         rooms.step_into(zygote.outside)
@@ -176,7 +177,7 @@ def _spawn(zygote: _Zygote) -> None:
     handed = (ours, stdin[1], stdout[0], stderr[0])
     event = channel.EVENT.pack(channel.SLOT, number, 0, 0.0, 0, False)
     socket.send_fds(zygote.channel, [event], (*handed, kill_fd))
-    for descriptor in (*handed, theirs, stdin[0], stdout[1], stderr[1]):
+    for descriptor in (*handed, theirs, stdin[0], stdout[1], stderr[1], *cgroup):
         os.close(descriptor)
 
 

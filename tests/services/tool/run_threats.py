@@ -48,7 +48,10 @@ async def settled(sandbox: Sandbox) -> dict[str, int]:
             break
         await asyncio.sleep(0.05)
     await asyncio.sleep(0.2)
-    return resources()
+    if sandbox.cgroups is None:
+        return resources()
+    cgroups = sum(path.is_dir() for path in sandbox.cgroups.folder.iterdir())
+    return {**resources(), "cgroups": cgroups}
 
 
 async def stopped(processes_before: int) -> dict[str, int]:
