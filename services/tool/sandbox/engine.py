@@ -187,7 +187,7 @@ class Sandbox:
         # A tmpfs is memory: what a program may hold and the files it may write count together.
         try:
             self.cgroups = Cgroups(
-                max_processes=self.config.max_processes, slack_bytes=self.config.scratch_bytes
+                max_processes=self.config.max_processes + 1, slack_bytes=self.config.scratch_bytes
             )
             self.no_cgroups = ""
         except CgroupUnavailableError as error:
@@ -268,11 +268,12 @@ def preset_for(code: str, presets: tuple[str, ...]) -> str:
 def process_headroom(level: Level) -> int:
     """Processes that RLIMIT_NPROC counts besides the snippet's own.
 
-    Root gives every slot an id of its own. Otherwise slots and sessions share the count, at level
-    basic with everything else that the user runs; seccomp refuses new processes there.
+    Root gives every slot an id of its own, which at level full an idle process shares. Otherwise
+    slots and sessions share the count, at level basic with everything else that the user runs;
+    seccomp refuses new processes there.
     """
     if os.geteuid() == 0:
-        return 0
+        return 1 if level is Level.FULL else 0
     return 256 if level is Level.FULL else 4096
 
 

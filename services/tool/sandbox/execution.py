@@ -22,7 +22,6 @@ from services.tool.sandbox.verdict import Outcome, Status, judge
 _READ_BYTES = 1 << 16
 _WATCH_AFTER_S = 0.03
 _DEATH_S = 5.0
-_DRAIN_S = 1.0
 _MAX_READS = 10_000
 _PIPE_READS = 32  # a pipe holds far less; a process that keeps printing must not keep us here
 
@@ -63,7 +62,7 @@ class Drain:
         self._kept = bytearray()
         self.truncated = False
         self._loop = asyncio.get_running_loop()
-        self.ended: asyncio.Future[None] = self._loop.create_future()
+        self._open = True
         self._loop.add_reader(descriptor, self._on_readable)
 
     def _on_readable(self) -> None:
@@ -81,9 +80,9 @@ class Drain:
             self._on_overflow()
 
     def drain_now(self) -> None:
-        """Read what is in the pipe without waiting (sessions, where the pipe stays open)."""
+        """Read what is in the pipe without waiting for its end, which others may hold open."""
         for _ in range(_PIPE_READS):
-            if self.ended.done():
+            if not self._open:
                 return
             try:
                 data = os.read(self._descriptor, _READ_BYTES)
@@ -96,9 +95,9 @@ class Drain:
             self._kept += data[:room]
 
     def stop(self) -> None:
-        self._loop.remove_reader(self._descriptor)
-        if not self.ended.done():
-            self.ended.set_result(None)
+        if self._open:
+            self._open = False
+            self._loop.remove_reader(self._descriptor)
 
     def text(self) -> str:
         """What was printed, with bytes that are not UTF-8 replaced."""
@@ -120,24 +119,25 @@ class _Reports:
         if listen:
             self._loop.add_reader(self._job.fileno(), self._on_readable)
 
-    def _on_readable(self) -> None:
+    def _on_readable(self) -> bool:
+        """Read once; whether there was something to read."""
         try:
             data = self._job.recv(_READ_BYTES)
             for message in self._reader.feed(data):
                 self.merged.update(message)
         except BlockingIOError:
-            return
+            return False
         except (OSError, wire.FrameError):
             data = b""
         if not data:
             self.stop()
+        return bool(data)
 
     def finish(self) -> None:
-        """Read what is left once the sender is dead: the end of the stream is then certain."""
+        """Read what is left once the sender is dead: all it sent is then in the buffer."""
         for _ in range(_MAX_READS):
-            if not self._open:
+            if not self._open or not self._on_readable():
                 return
-            self._on_readable()
 
     def stop(self) -> None:
         if self._open:
@@ -172,9 +172,8 @@ async def run(slot: SlotHandle, job: Job, limits: Limits) -> Outcome:
     try:
         facts = await asyncio.shield(slot.exited)
         wall_s = time.perf_counter() - started
-        unfinished = [stream.ended for stream in streams if not stream.ended.done()]
-        if unfinished:
-            await asyncio.wait(unfinished, timeout=_DRAIN_S)
+        for stream in streams:
+            stream.drain_now()
         reports.finish()
     except asyncio.CancelledError:
         slot.kill()

@@ -29,8 +29,7 @@ MNT_DETACH = 2
 MADV_COLLAPSE = 25
 
 _CLONE_VM = 0x100
-_CLONE_FILES = 0x400
-_SIGCHLD = 17
+CLONE_FILES = 0x400
 _PR_SET_PDEATHSIG = 1
 _PR_SET_DUMPABLE = 4
 _PR_SET_SECCOMP = 22
@@ -94,16 +93,16 @@ def setns(fd: int, flags: int) -> None:
 def clone_idle(flags: int, stack: ctypes.Array[ctypes.c_char]) -> int:
     """Start a process that waits for its death and does nothing else; returns its pid.
 
-    It shares this process's memory and descriptors, so it costs no copy of either. It runs one
-    function of the C library, pause, on `stack`, which must outlive it. This process must have no
-    signal handlers: one would run there.
+    It shares this process's memory, so it costs no copy of it. It runs one function of the C
+    library, pause, on `stack`, which must outlive it. A signal handler of this process would run
+    there as well.
 
     Args:
-        flags: CLONE_NEW*, namespaces that the new process is the first of.
+        flags: what else it shares (CLONE_FILES), namespaces that it is the first of (CLONE_NEW*),
+            and the signal that its death sends; with none, no plain wait of this process sees it.
     """
     top = ctypes.addressof(stack) + len(stack)
-    kind = _CLONE_VM | _CLONE_FILES | _SIGCHLD | flags
-    pid = _libc.clone(_libc.pause, ctypes.c_void_p(top), kind, None)
+    pid = _libc.clone(_libc.pause, ctypes.c_void_p(top), _CLONE_VM | flags, None)
     _check(pid, "clone")
     return int(pid)
 

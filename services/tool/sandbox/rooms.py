@@ -16,6 +16,7 @@ from services.tool.sandbox import filesystem, kernel
 from services.tool.sandbox.plan import JAIL, Plan
 
 _SHARED = kernel.CLONE_NEWNS | kernel.CLONE_NEWIPC
+_IDLE = kernel.CLONE_FILES | signal.SIGCHLD
 _STACK_BYTES = 1024
 _STACKS = 2048  # more than there can be slots: each has a user id or a session of its own
 
@@ -64,7 +65,7 @@ class Builder:
     def _clone(self, flags: int) -> int:
         stack = self._stacks[self._count % _STACKS]
         self._count += 1
-        return os.pidfd_open(kernel.clone_idle(flags, stack))
+        return os.pidfd_open(kernel.clone_idle(_IDLE | flags, stack))
 
 
 def step_into(room: int) -> None:

@@ -6,6 +6,7 @@ before any job reaches it.
 """
 
 import base64
+import ctypes
 import os
 import resource
 import signal
@@ -23,6 +24,7 @@ JOB_FD = 3
 
 _MAX_FD = 2**31 - 1  # one close_range call, however many sessions the zygote holds
 _STACK_BYTES = 8 << 20
+_UNDERTAKER_STACK_BYTES = 1024
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,6 +40,8 @@ class Fences:
     """Empty where each slot needs a ruleset of its own or none is applied."""
     after: list[kernel.Step]
     """The system call filter, which would refuse the calls before it."""
+    undertaker: ctypes.Array[ctypes.c_char]
+    """Stack of the process that takes a slot's memory apart (level full)."""
     place: harness.Place
     """Of level full, where every slot sees the same; a draft elsewhere."""
 
@@ -77,6 +81,7 @@ def prepare_fences(plan: Plan, baseline_bytes: int) -> Fences:
         before=before,
         landlock=_own_landlock(plan, None) if shared else [],
         after=[kernel.loading_seccomp(base64.b64decode(plan.seccomp))] if fenced else [],
+        undertaker=ctypes.create_string_buffer(_UNDERTAKER_STACK_BYTES),
         place=harness.Place(
             home=home,
             baseline_bytes=baseline_bytes,
@@ -148,6 +153,10 @@ def enter(
         for target, descriptor in enumerate(descriptors):
             os.dup2(descriptor, target, target != JOB_FD)
         os.closerange(JOB_FD + 1, _MAX_FD)
+        if fences.plan.level is Level.FULL:
+            # It shares the memory of this process, which so dies at once, whatever it held: the
+            # last user takes memory apart, and this one is killed with the room, after the verdict.
+            kernel.clone_idle(0, fences.undertaker)
     except BaseException as error:
         wire.send(descriptors[JOB_FD], {"failed": f"{type(error).__name__}: {error}"})
         os._exit(SETUP_FAILED)
