@@ -1,7 +1,7 @@
 """Which server gets the next request.
 
     HEALTHY --failed attempt--> SUSPECT --its pause is over--> HEALTHY
-    any --failed or old weights--> STALE --probe sees the required version--> HEALTHY
+    any --failed or old weights--> STALE --probe sees the required version, or commit--> HEALTHY
 
 A STALE server gets no traffic: its samples would carry the wrong weights.
 """

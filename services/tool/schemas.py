@@ -96,10 +96,10 @@ class Usage(_Wire):
 
     wall_ms: float
     cpu_ms: float
-    """0 for a cell of a session: its process lives on and has not been accounted for."""
+    """User and system time. Of a cell that was stopped with its session 0, as is `peak_mb`."""
     peak_mb: float
-    """Largest resident memory of the first process, including the preloaded libraries; 0 for a cell
-    of a session."""
+    """Largest resident memory of the first process, including the preloaded libraries, or what all
+    processes held together where a cgroup counts it and that is more."""
     queue_ms: float
 
 

@@ -94,6 +94,8 @@ class _Keeper:
     cell: int = 0
     """Pid of the process that runs the current cell; 0 when idle."""
     snapshot: bool = False
+    spent_s: float = 0.0
+    """CPU time that the cell's process had used before the cell."""
 
 
 def serve(job_fd: int, place: harness.Place) -> NoReturn:
@@ -195,13 +197,14 @@ def _hear_holder(keeper: _Keeper, message: wire.Message) -> None:
     if "started" in message:
         keeper.snapshot = bool(message["snapshot"]) and keeper.place.can_fork
         keeper.cell = int(message["started"]) if keeper.snapshot else keeper.holder
+        keeper.spent_s = float(message["spent_s"])
     elif "done" in message:
         if keeper.snapshot and keeper.cell > 1:
             old, keeper.holder = keeper.holder, keeper.cell
             _kill_group(old, own_group=False)
         _answer(keeper, message)
     elif "died" in message:
-        _answer(keeper, {"died": int(message["died"]), "lost": False})
+        _answer(keeper, {**message, "lost": False})
 
 
 def _answer(keeper: _Keeper, message: wire.Message) -> None:
@@ -214,7 +217,7 @@ def _reap(keeper: _Keeper) -> None:
     cell's end."""
     while True:
         try:
-            pid, status = os.waitpid(-1, os.WNOHANG)
+            pid, status, used = os.wait4(-1, os.WNOHANG)
         except ChildProcessError:
             return
         if pid == 0:
@@ -222,7 +225,7 @@ def _reap(keeper: _Keeper) -> None:
         if pid == keeper.holder:
             keeper.holder = 0
             if keeper.cell:
-                _answer(keeper, {"died": status, "lost": True})
+                _answer(keeper, {"died": status, "lost": True, **_usage(used, keeper.spent_s)})
 
 
 def _hold(orders: int, place: harness.Place) -> NoReturn:
@@ -236,17 +239,18 @@ def _hold(orders: int, place: harness.Place) -> NoReturn:
         if snapshot:
             pid = os.fork()
             if pid != 0:
-                _, status = os.waitpid(pid, 0)
-                wire.send(orders, {"died": status})
+                _, status, used = os.wait4(pid, 0)
+                wire.send(orders, {"died": status, **_usage(used, 0.0)})
                 continue
             os.setpgid(0, 0)
-        wire.send(orders, {"started": os.getpid(), "snapshot": snapshot})
-        wire.send(orders, _run_cell(cell, namespace))
+        spent_s = _cpu_s(resource.getrusage(resource.RUSAGE_SELF))
+        started = {"started": os.getpid(), "snapshot": snapshot, "spent_s": spent_s}
+        wire.send(orders, started)
+        wire.send(orders, _run_cell(cell, namespace, spent_s))
 
 
-def _run_cell(cell: wire.Message, namespace: dict[str, Any]) -> wire.Message:
-    used = resource.getrusage(resource.RUSAGE_SELF)
-    budget = int(used.ru_utime + used.ru_stime) + 1 + cell["cpu_s"]
+def _run_cell(cell: wire.Message, namespace: dict[str, Any], spent_s: float) -> wire.Message:
+    budget = int(spent_s) + 1 + cell["cpu_s"]
     hard = resource.getrlimit(resource.RLIMIT_CPU)[1]
     if hard == resource.RLIM_INFINITY or budget <= hard:
         resource.setrlimit(resource.RLIMIT_CPU, (budget, hard))
@@ -259,7 +263,17 @@ def _run_cell(cell: wire.Message, namespace: dict[str, Any]) -> wire.Message:
         "error": execution.error,
         "exit_code": execution.exit_code,
         "result": result,
+        **_usage(resource.getrusage(resource.RUSAGE_SELF), spent_s),
     }
+
+
+def _cpu_s(used: resource.struct_rusage) -> float:
+    return used.ru_utime + used.ru_stime
+
+
+def _usage(used: resource.struct_rusage, spent_s: float) -> wire.Message:
+    """What a cell used: CPU seconds and the largest memory of its process in bytes."""
+    return {"cpu_s": _cpu_s(used) - spent_s, "peak_bytes": used.ru_maxrss * 1024}
 
 
 def _represent(value: Any) -> str | None:

@@ -221,19 +221,33 @@ def _judge_cell(
     memory = slot.exited.done() and slot.exited.result().memory
     if memory:
         return Outcome(status=Status.MEMORY_LIMIT, message="memory limit exceeded")
+    cpu_s, peak_bytes = _amount(answer.get("cpu_s")), int(_amount(answer.get("peak_bytes")))
     if stopped is not None:
-        return Outcome(status=stopped, signal="SIGKILL", message=f"{stopped.value} exceeded")
+        return Outcome(
+            status=stopped,
+            signal="SIGKILL",
+            message=f"{stopped.value} exceeded",
+            cpu_s=cpu_s,
+            peak_bytes=peak_bytes,
+        )
     if answer.get("lost_session"):
         return Outcome(status=Status.SANDBOX_ERROR, message="the session's processes died")
     status = answer.get("died")
     if not isinstance(status, int):
         code = answer.get("exit_code")
         status = (code & 0xFF) << 8 if isinstance(code, int) else 0
-    verdict = judge_wait_status(status, 0.0, answer.get("error"), limits.cpu_s)
+    verdict = judge_wait_status(status, cpu_s, answer.get("error"), limits.cpu_s)
     return Outcome(
         status=verdict.status,
         exit_code=verdict.exit_code,
         signal=verdict.signal,
         error=verdict.error,
         message=verdict.message,
+        cpu_s=cpu_s,
+        peak_bytes=peak_bytes,
     )
+
+
+def _amount(value: Any) -> float:
+    """A number that foreign code may have written; 0 for what cannot be one."""
+    return float(value) if isinstance(value, int | float) and 0 <= value < 2**50 else 0.0

@@ -35,6 +35,24 @@ async def test_variables_persist_and_a_last_expression_is_shown(client: httpx.As
     assert (second["result"], second["stdout"], second["step"]) == ("42", "hi\n", 1)
 
 
+@pytest.mark.parametrize("thread", [False, True], ids=["snapshot", "in place"])
+async def test_a_cell_is_charged_for_its_own_cpu_time_alone(
+    client: httpx.AsyncClient, thread: bool
+) -> None:
+    session = await open_session(client)
+    if thread:
+        code = (
+            "import threading\nthreading.Thread(target=threading.Event().wait, daemon=True).start()"
+        )
+        await cell(client, session, code)
+    spin = "import time\nend = time.process_time() + 0.3\nwhile time.process_time() < end: pass"
+    busy = await cell(client, session, spin)
+    after = await cell(client, session, "1")
+    assert busy["snapshot"] is not thread
+    assert busy["usage"]["cpu_ms"] >= 290 and busy["usage"]["peak_mb"] > 10  # type: ignore[index]
+    assert after["usage"]["cpu_ms"] < 200  # type: ignore[index]
+
+
 async def test_an_exception_and_sys_exit_keep_partial_effects(client: httpx.AsyncClient) -> None:
     session = await open_session(client)
     failed = await cell(client, session, "x = 1\n1/0")
@@ -57,6 +75,7 @@ async def test_an_exception_and_sys_exit_keep_partial_effects(client: httpx.Asyn
         ("import os\nos._exit(4)", "exit", {}),
         ("import os\nos.kill(os.getpid(), 9)", "crashed", {}),
         ("while True: print('x' * 999)", "output_limit", {"output_bytes": 5000}),
+        ("while True: pass", "cpu_limit", {"cpu_s": 1}),
     ],
 )
 async def test_a_killed_cell_leaves_the_state_before_it_and_the_files(
