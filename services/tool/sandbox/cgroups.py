@@ -11,6 +11,7 @@ the watchdog counts (watchdog.py). See the kernel's Documentation/admin-guide/cg
 """
 
 import contextlib
+import itertools
 import logging
 import os
 import time
@@ -92,26 +93,27 @@ class Cgroups:
         """
         self._max_processes = max_processes
         self._slack_bytes = slack_bytes
-        self._count = 0
+        self._numbers = itertools.count()
         self._ready: deque[SlotCgroup] = deque()
-        self._dying: list[SlotCgroup] = []
+        self._dead: deque[SlotCgroup] = deque()
+        self._awake = False
         self._worker = ThreadPoolExecutor(1, "cgroups")
         try:
             self.folder, self._lock = _divide()
         except OSError as error:
             raise CgroupUnavailableError(f"{error.filename}: {error.strerror}") from error
         self._controllers = _controllers(self.folder / "cgroup.subtree_control")
-        for _ in range(_PREPARED):
-            self._worker.submit(self._prepare)
+        self._wake()
 
     def take(self) -> SlotCgroup:
         """A cgroup for a new slot. Raises OSError."""
-        self._worker.submit(self._prepare)
+        self._wake()
         return self._ready.popleft() if self._ready else self._make()
 
     def give_back(self, cgroup: SlotCgroup) -> None:
-        """Remove the cgroup of a dead slot."""
-        self._worker.submit(self._remove, cgroup)
+        """Have the cgroup of a dead slot removed."""
+        self._dead.append(cgroup)
+        self._wake()
 
     def close(self) -> None:
         """Remove all of it; blocks until the last killed process is gone."""
@@ -119,22 +121,29 @@ class Cgroups:
         _remove_with_children(self.folder)
         os.close(self._lock)
 
-    def _prepare(self) -> None:
-        if len(self._ready) < _PREPARED:
+    def _wake(self) -> None:
+        if not self._awake:
+            self._awake = True
+            self._worker.submit(self._tidy)
+
+    def _tidy(self) -> None:
+        """Make what will be needed, remove what was; in the thread."""
+        self._awake = False  # before looking: what comes later wakes again
+        while len(self._ready) < _PREPARED:
             self._ready.append(self._make())
+        for _ in range(len(self._dead)):
+            cgroup = self._dead.popleft()
+            if not _remove_patiently(cgroup):
+                self._dead.append(cgroup)
 
     def _make(self) -> SlotCgroup:
-        folder = self.folder / str(self._count)
-        self._count += 1
+        folder = self.folder / str(next(self._numbers))
         folder.mkdir()
         _write(folder / "pids.max", str(self._max_processes))
         _write(folder / "memory.oom.group", "1")
         if "cpu" in self._controllers:
             _write(folder / "cpu.max", _ONE_CORE)
         return SlotCgroup(folder, self._slack_bytes)
-
-    def _remove(self, cgroup: SlotCgroup) -> None:
-        self._dying = [each for each in [*self._dying, cgroup] if not _remove_patiently(each)]
 
 
 def _remove_patiently(cgroup: SlotCgroup) -> bool:
