@@ -81,9 +81,7 @@ def percentile(values: list[float], q: float) -> float:
 
 
 def floor_main(seconds: float) -> None:
-    """Child process: fork + _exit + wait of a preloaded, warmed interpreter; prints runs per
-    second and CPU seconds per run.
-    """
+    """Child process: fork + _exit + wait of a preloaded, warmed interpreter; prints its rate."""
     for preset in ("numpy", "sympy"):
         preload.load(preset)
     proc = os.open("/proc", os.O_PATH)
@@ -91,29 +89,22 @@ def floor_main(seconds: float) -> None:
     gc.collect()
     gc.freeze()
     gc.disable()
-    count, started, spent_s = 0, time.perf_counter(), cpu_s()
+    count, started = 0, time.perf_counter()
     while time.perf_counter() - started < seconds:
         pid = os.fork()
         if pid == 0:
             os._exit(0)
         os.waitpid(pid, 0)
         count += 1
-    print(count / (time.perf_counter() - started), (cpu_s() - spent_s) / count)
+    print(count / (time.perf_counter() - started))
 
 
-def cpu_s() -> float:
-    """CPU seconds of this process and of the children it has waited for."""
-    spent = os.times()
-    return spent.user + spent.system + spent.children_user + spent.children_system
-
-
-def measure_floor(seconds: float) -> tuple[float, float]:
-    """Forks per second of the floor, and CPU seconds per fork."""
+def measure_floor(seconds: float) -> float:
+    """Forks per second of the floor."""
     argv = [sys.executable, __file__, "--floor", str(seconds)]
     env = {**os.environ, "OPENBLAS_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
     done = subprocess.run(argv, env=env, capture_output=True, text=True, check=True)
-    runs_per_s, run_s = map(float, done.stdout.split())
-    return runs_per_s, run_s
+    return float(done.stdout)
 
 
 async def rate(run: Callable[[], Awaitable[None]], seconds: float, concurrency: int) -> float:
@@ -131,19 +122,7 @@ async def rate(run: Callable[[], Awaitable[None]], seconds: float, concurrency: 
     return count / (time.perf_counter() - started)
 
 
-def sandbox_cpu_s(sandbox: Sandbox) -> float:
-    """CPU seconds of this process, the launchers and everything below that lives or was waited
-    for."""
-    launchers = [psutil.Process(pid) for pid in sandbox.processes()]
-    below = [each for launcher in launchers for each in launcher.children(recursive=True)]
-    total_s = cpu_s()
-    for process in [*launchers, *below]:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            total_s += sum(process.cpu_times()[:4])
-    return total_s
-
-
-async def core_rows(seconds: float, floor: float, floor_run_s: float) -> list[Row]:
+async def core_rows(seconds: float, floor: float) -> list[Row]:
     """The sandbox without HTTP, one launcher per core, as the service starts it."""
     cores = len(os.sched_getaffinity(0))
     config = SandboxConfig(
@@ -158,19 +137,15 @@ async def core_rows(seconds: float, floor: float, floor_run_s: float) -> list[Ro
 
     try:
         await rate(hello, 0.5, cores)
-        spent_s = sandbox_cpu_s(sandbox)
         speed = await rate(hello, seconds, cores)
-        run_s = (sandbox_cpu_s(sandbox) - spent_s) / (speed * seconds)
         waits = await paced_ms(hello, 100)
     finally:
         await sandbox.stop()
     ratio = speed / cores / floor
     text = f"{speed:.0f}/s on {cores} cores, floor {floor:.0f}/s per core"
-    cpu = f"{run_s * 1e3:.2f} ms a run, floor {floor_run_s * 1e3:.2f} ms"
     p99 = f"p99 {percentile(waits, 0.99):.2f} ms, min {min(waits):.2f} ms"
     return [
         at_least("core, full level, per core / floor", ratio, 0.55, text),
-        at_least("core, by CPU time (other load spoils it less)", floor_run_s / run_s, 0.55, cpu),
         at_most("core, warm print(1+1), p50", percentile(waits, 0.5), 1.5, "ms", p99),
     ]
 
@@ -355,11 +330,11 @@ async def memory_row(client: aiohttp.ClientSession, pid: int, runs: int) -> Row:
 
 
 async def measure(seconds: float, runs: int) -> None:
-    floor, floor_run_s = measure_floor(seconds)
+    floor = measure_floor(seconds)
     print(
         f"load {os.getloadavg()[0]:.1f}, {len(os.sched_getaffinity(0))} cores, floor {floor:.0f}/s"
     )
-    for row in await core_rows(seconds, floor, floor_run_s):
+    for row in await core_rows(seconds, floor):
         print(row, flush=True)
     async for row in http_rows(seconds, floor, runs):
         print(row, flush=True)
