@@ -90,7 +90,15 @@ def setns(fd: int, flags: int) -> None:
     _check(_libc.setns(fd, flags), "setns")
 
 
-def clone_idle(flags: int, stack: ctypes.Array[ctypes.c_char]) -> int:
+Stack = ctypes.Array[ctypes.c_char]
+"""Memory for `clone_idle`, which needs next to none."""
+
+
+def new_stack() -> Stack:
+    return ctypes.create_string_buffer(1024)
+
+
+def clone_idle(flags: int, stack: Stack) -> int:
     """Start a process that waits for its death and does nothing else; returns its pid.
 
     It shares this process's memory, so it costs no copy of it. It runs one function of the C

@@ -6,7 +6,6 @@ small process that never forks. The zygotes are large and fork all the time: aft
 memory page they touch has to be copied, so they only walk in, fork and walk out.
 """
 
-import ctypes
 import os
 import select
 import signal
@@ -17,7 +16,6 @@ from services.tool.sandbox.plan import JAIL, Plan
 
 _SHARED = kernel.CLONE_NEWNS | kernel.CLONE_NEWIPC
 _IDLE = kernel.CLONE_FILES | signal.SIGCHLD
-_STACK_BYTES = 1024
 _STACKS = 2048  # more than there can be slots: each has a user id or a session of its own
 
 
@@ -31,7 +29,7 @@ class Builder:
 
     def __init__(self, plan: Plan) -> None:
         self._plan = plan
-        self._stacks = (ctypes.c_char * _STACK_BYTES * _STACKS)()
+        self._stacks = [kernel.new_stack() for _ in range(_STACKS)]
         self._count = 0
         # The idle processes must not find Python's handlers, and the kernel shall reap them and the
         # orphans that they inherit: nobody asks for their status.

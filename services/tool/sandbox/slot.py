@@ -6,7 +6,6 @@ before any job reaches it.
 """
 
 import base64
-import ctypes
 import os
 import resource
 import signal
@@ -24,7 +23,6 @@ JOB_FD = 3
 
 _MAX_FD = 2**31 - 1  # one close_range call, however many sessions the zygote holds
 _STACK_BYTES = 8 << 20
-_UNDERTAKER_STACK_BYTES = 1024
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,7 +38,7 @@ class Fences:
     """Empty where each slot needs a ruleset of its own or none is applied."""
     after: list[kernel.Step]
     """The system call filter, which would refuse the calls before it."""
-    undertaker: ctypes.Array[ctypes.c_char]
+    undertaker: kernel.Stack
     """Stack of the process that takes a slot's memory apart (level full)."""
     place: harness.Place
     """Of level full, where every slot sees the same; a draft elsewhere."""
@@ -81,7 +79,7 @@ def prepare_fences(plan: Plan, baseline_bytes: int) -> Fences:
         before=before,
         landlock=_own_landlock(plan, None) if shared else [],
         after=[kernel.loading_seccomp(base64.b64decode(plan.seccomp))] if fenced else [],
-        undertaker=ctypes.create_string_buffer(_UNDERTAKER_STACK_BYTES),
+        undertaker=kernel.new_stack(),
         place=harness.Place(
             home=home,
             baseline_bytes=baseline_bytes,
