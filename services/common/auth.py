@@ -103,8 +103,8 @@ def unauthorized() -> ApiError:
         401,
         "unauthorized",
         "The bearer key is missing or wrong.",
-        fix="Send 'Authorization: Bearer <key>' with the key given at start; where there are two, "
-        "control routes take the admin key only.",
+        fix="Send 'Authorization: Bearer <key>' with the key given at start; control routes of a "
+        "rollout service take its admin key only.",
         field="Authorization",
         headers={"WWW-Authenticate": "Bearer"},
     )

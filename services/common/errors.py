@@ -101,7 +101,7 @@ def error_response(
 
 def field_name(location: Sequence[str | int]) -> str:
     """`("body", "sampling", "top_p")` -> `"sampling.top_p"`; a bare place stays as it is."""
-    parts = [str(part) for part in location]
+    parts = [str(part) for part in location if part != "[key]"]
     if len(parts) > 1 and parts[0] in {"body", "query", "path", "header"}:
         parts = parts[1:]
     return ".".join(parts) or "body"
@@ -130,6 +130,15 @@ async def _on_validation_error(request: Request, error: Exception) -> JSONRespon
             f"The body came as {given or 'no Content-Type'}, which is not read.",
             fix="Send 'Content-Type: application/json'.",
             field="Content-Type",
+        )
+    if problems[0]["type"] == "json_invalid":
+        return error_response(
+            422,
+            "invalid_json",
+            f"The body is not JSON: {problems[0]['ctx']['error']} at character "
+            f"{problems[0]['loc'][-1]}.",
+            fix="Send one JSON object.",
+            field="body",
         )
     fields = [field_name(problem["loc"]) for problem in problems]
     causes = [f"{name}: {p['msg']}" for name, p in zip(fields, problems, strict=True)]

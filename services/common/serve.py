@@ -33,7 +33,7 @@ def bind_socket(host: str, port: int) -> socket.socket:
         sock.bind((host, port))
     except (OSError, OverflowError) as error:
         sock.close()
-        reason = getattr(error, "strerror", None) or error
+        reason = getattr(error, "strerror", None) or str(error).rstrip(".")
         raise ConfigError(
             f"Cannot bind {host}:{port}: {reason}. "
             "Fix: stop what holds it, choose another --port, or --port 0 for any free one."

@@ -42,10 +42,12 @@ _NUMBERS = {
     "max_timeout_s": "largest wall time a caller may ask for",
     "default_memory_mb": "memory when the caller names none",
     "max_memory_mb": "largest memory a caller may ask for",
+    "default_output_bytes": "stdout and stderr, each, when the caller names none",
+    "max_output_bytes": "largest output a caller may ask for",
     "max_code_bytes": "largest program",
     "max_body_bytes": "largest request body",
     "max_file_bytes": "largest file, and all files of one request",
-    "max_sessions": "live sessions",
+    "max_sessions": "live sessions; one more ends the one that is idle longest",
     "session_ttl_s": "idle seconds after which a session ends",
 }
 
@@ -126,7 +128,8 @@ async def run(arguments: argparse.Namespace) -> None:
     sock = bind_socket(arguments.host, arguments.port)
     async with ToolService.running(settings) as service:
         level = service.isolation.level
-        logger.info("sandbox level %s, %s", level, service.isolation.canaries_passed)
+        passed, total = service.isolation.canaries_passed, service.isolation.canaries
+        logger.info("sandbox level %s: %d of %d canaries blocked", level, passed, total)
         print(f"isolation: {level}", flush=True)
         await serve(create_app(service, key), sock, url_file=arguments.url_file)
 

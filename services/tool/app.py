@@ -1,8 +1,7 @@
 """The HTTP face of the tool service: `create_app(service, api_key)` and the native routes."""
 
 import asyncio
-import math
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -12,11 +11,10 @@ from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from services.common.auth import KeyGuard
-from services.common.disconnect import ClientGone, while_connected
-from services.common.errors import ApiError, ErrorBody, install_error_handlers
+from services.common.disconnect import while_connected
+from services.common.errors import ErrorBody, install_error_handlers
 from services.common.middleware import install_middleware
-from services.tool import examples, fusion, mcp_server
-from services.tool.admission import OverloadedError
+from services.tool import errors, examples, fusion, mcp_server
 from services.tool.schemas import (
     BatchItem,
     BatchRequest,
@@ -24,16 +22,8 @@ from services.tool.schemas import (
     ExecuteResult,
     IsolationReport,
 )
-from services.tool.service import LimitError, ToolService
+from services.tool.service import ToolService
 from services.tool.session_routes import build_session_router
-from services.tool.sessions import (
-    OPENING_ERRORS,
-    SessionGoneError,
-    SessionsFullError,
-    StepConflictError,
-)
-
-_CLIENT_CLOSED = 499
 
 
 def create_app(service: ToolService, api_key: str | None) -> FastAPI:
@@ -60,7 +50,7 @@ def create_app(service: ToolService, api_key: str | None) -> FastAPI:
     app.include_router(_probe_router())
     app.router.routes.append(mcp_server.mount(tools, api_key))
     install_error_handlers(app)
-    _install_domain_errors(app)
+    errors.install(app)
     install_middleware(app, max_body_bytes=service.settings.max_body_bytes)
     app.add_middleware(_LevelHeader, level=service.isolation.level)
     return app
@@ -156,49 +146,3 @@ def _probe_router() -> APIRouter:
         return PlainTextResponse(text, media_type="text/plain; version=0.0.4; charset=utf-8")
 
     return router
-
-
-def _to_api_error(error: Exception) -> ApiError:
-    """One table from what the service raises to what the caller sees."""
-    if isinstance(error, OverloadedError):
-        after = str(max(1, math.ceil(error.retry_after_s)))
-        fix = "Retry after the given seconds, with a longer deadline_s, or add --slots."
-        message = f"The code never ran: {error}."
-        return ApiError(503, "overloaded", message, fix=fix, headers={"Retry-After": after})
-    if isinstance(error, SessionsFullError):
-        fix = "End a session, retry later, or raise --max-sessions."
-        return ApiError(503, "sessions_full", f"{error}.", fix=fix, headers={"Retry-After": "1"})
-    if isinstance(error, LimitError):
-        fix = f"Ask for less, or start the service with a larger {error.flag}."
-        return ApiError(422, "rejected", f"{error}.", fix=fix, field=error.field)
-    if isinstance(error, SessionGoneError):
-        fix = "Open a new session and send its state again."
-        if error.known:
-            return ApiError(410, "session_expired", f"The session is gone: {error}.", fix=fix)
-        return ApiError(404, "session_unknown", f"No such session: {error}.", fix=fix)
-    if isinstance(error, StepConflictError):
-        fix = "GET the session for the number of the next step."
-        return ApiError(409, "step_conflict", f"{error}.", fix=fix, field="step")
-    if isinstance(error, ClientGone):
-        return ApiError(_CLIENT_CLOSED, "client_closed", "The client hung up.", fix="None.")
-    fix = "Retry; if it persists, see /v1/isolation and the log."
-    return ApiError(503, "sandbox_error", f"{error}; the code never ran.", fix=fix)
-
-
-def _install_domain_errors(app: FastAPI) -> None:
-    known = (
-        OverloadedError, SessionsFullError, LimitError, SessionGoneError, StepConflictError,
-        ClientGone, *OPENING_ERRORS,
-    )  # fmt: skip
-    for kind in known:
-        app.add_exception_handler(kind, _domain_handler(app))
-
-
-def _domain_handler(app: FastAPI) -> Callable[[Request, Exception], Awaitable[Response]]:
-    handle: Any = app.exception_handlers[ApiError]
-
-    async def respond(request: Request, error: Exception) -> Response:
-        response: Response = await handle(request, _to_api_error(error))
-        return response
-
-    return respond

@@ -11,9 +11,10 @@ import logging
 import os
 import platform
 from dataclasses import replace
+from pathlib import Path
 
 from services.tool.canaries import canaries, laid_out_bait
-from services.tool.sandbox.engine import Sandbox, SandboxConfig
+from services.tool.sandbox.engine import Sandbox, SandboxConfig, read_paths
 from services.tool.sandbox.execution import Job, Limits
 from services.tool.sandbox.plan import STRENGTH, Level
 from services.tool.schemas import IsolationReport, LayerReport
@@ -42,8 +43,9 @@ FIXES = {
     "no_fork": "as for seccomp",
     "memory_watchdog": "a mountable /proc in the sandbox's pid namespace (Docker masks it)",
     "cgroup": "start the service alone in a delegated cgroup v2: systemd-run --user --scope "
-    "-p Delegate=yes, a unit with Delegate=yes, or a container that may write /sys/fs/cgroup; "
-    "the watchdog and RLIMIT_DATA stand in for it",
+    "-p Delegate=yes, a unit with Delegate=yes, or a container that may write /sys/fs/cgroup; on a "
+    "host with cgroup v1 beside it boot with systemd.unified_cgroup_hierarchy=1; until then the "
+    "watchdog and RLIMIT_DATA stand in for it",
 }
 _LIMITS = Limits(
     wall_s=5.0, cpu_s=5, memory_bytes=128 << 20, output_bytes=1 << 16, fetch_bytes=1 << 16
@@ -60,18 +62,20 @@ def _memory_layer(sandbox: Sandbox) -> str:
     return "memory_watchdog" if sandbox.cgroups is None else "cgroup"
 
 
-async def try_out(sandbox: Sandbox) -> dict[str, list[str]]:
-    """Run every canary. Returns, per layer, the names of those that were NOT blocked."""
+async def try_out(sandbox: Sandbox) -> tuple[dict[str, list[str]], int]:
+    """Run every canary. Returns, per layer, the names of those that were NOT blocked, and how many
+    were run."""
     open_doors: dict[str, list[str]] = {}
     async with laid_out_bait() as bait:
-        for canary in canaries(bait, _memory_layer(sandbox)):
+        programs = canaries(bait, _memory_layer(sandbox))
+        for canary in programs:
             doors = open_doors.setdefault(canary.layer, [])
             runs = 2 if canary.name == "leftovers" else 1
             for _ in range(runs):
                 outcome = await sandbox.run(Job(code=canary.code), _LIMITS)
             if not canary.blocked(outcome):
                 doors.append(f"{canary.name} ({outcome.status.value})")
-    return open_doors
+    return open_doors, len(programs)
 
 
 async def establish(settings: Settings) -> tuple[Sandbox, IsolationReport]:
@@ -82,6 +86,7 @@ async def establish(settings: Settings) -> tuple[Sandbox, IsolationReport]:
     """
     wanted = [settings.isolation] if settings.isolation else [Level.FULL, Level.UID, Level.BASIC]
     tried: dict[Level, str] = {}
+    confirmed: set[str] = set()
     for level in wanted:
         if STRENGTH[level] < STRENGTH[settings.min_isolation]:
             tried[level] = f"below --min-isolation {settings.min_isolation.value}"
@@ -101,8 +106,19 @@ async def establish(settings: Settings) -> tuple[Sandbox, IsolationReport]:
         if not missing:
             return sandbox, report
         await sandbox.stop()
-        tried[level] = "; ".join(f"{name}: {report.layers[name].detail}" for name in missing)
-    raise IsolationError(_table(settings, tried))
+        confirmed |= {name for name, layer in report.layers.items() if layer.active}
+        tried[level] = _why_not(level, missing, report)
+    raise IsolationError(_table(settings, tried, confirmed))
+
+
+def _why_not(level: Level, missing: list[str], report: IsolationReport) -> str:
+    closed = _out_of_reach(read_paths()) if level is Level.UID else None
+    if closed is not None:
+        return (
+            f"other users cannot enter {closed}, where the interpreter or its packages are: "
+            f"chmod o+x {closed}, or install them elsewhere"
+        )
+    return "; ".join(f"{name}: {report.layers[name].detail}" for name in missing)
 
 
 async def _start(config: SandboxConfig, settings: Settings) -> tuple[Sandbox, IsolationReport]:
@@ -123,10 +139,8 @@ async def _start(config: SandboxConfig, settings: Settings) -> tuple[Sandbox, Is
 async def report_on(sandbox: Sandbox, settings: Settings) -> IsolationReport:
     """Run the canaries against a started sandbox and describe each layer."""
     level = sandbox.config.level
-    open_doors = await try_out(sandbox)
+    open_doors, total = await try_out(sandbox)
     layers = {name: _layer_report(name, sandbox, open_doors.get(name)) for name in FIXES}
-    async with laid_out_bait() as bait:
-        total = len(canaries(bait, _memory_layer(sandbox)))
     failed = sum(len(doors) for doors in open_doors.values())
     return IsolationReport(
         level=level.value,
@@ -141,27 +155,44 @@ async def report_on(sandbox: Sandbox, settings: Settings) -> IsolationReport:
 
 def _layer_report(name: str, sandbox: Sandbox, doors: list[str] | None) -> LayerReport:
     """Describe a layer by its open doors; None when nothing was tried."""
+    level = sandbox.config.level
+    required = name in REQUIRED[level]
     detail, fix = "every canary was blocked", FIXES[name]
     if doors:
         detail = "not blocked: " + ", ".join(doors)
-    elif doors == []:
-        fix = ""
-    elif name == "memory_watchdog":
+    if name == "cgroup" and sandbox.cgroups is not None:
+        detail += f"; holds {', '.join(sandbox.cgroups.controllers)}"
+    elif name == "cgroup":
+        detail = sandbox.no_cgroups
+    elif name == "memory_watchdog" and doors is None:
         detail, fix = "not needed: the kernel counts (cgroup)", ""
-    else:
-        detail = sandbox.no_cgroups if name == "cgroup" else "no canary"
-    required = name in REQUIRED[sandbox.config.level]
-    return LayerReport(active=doors == [], required=required, detail=detail, fix=fix)
+    elif not required and name != "memory_watchdog":
+        fix = f"none needed: level {level.value} does without"
+    active = doors == []
+    return LayerReport(active=active, required=required, detail=detail, fix="" if active else fix)
 
 
-def _table(settings: Settings, tried: dict[Level, str]) -> str:
-    lines = [
-        f"The sandbox does not reach the level required ({settings.min_isolation.value}).",
-        "",
-        f"{'level':<8} why not",
-        *(f"{level.value:<8} {reason}" for level, reason in tried.items()),
-        "",
-        f"{'layer':<16} how to get it",
-        *(f"{name:<16} {fix}" for name, fix in FIXES.items()),
-    ]
-    return "\n".join(lines)
+def _table(settings: Settings, tried: dict[Level, str], confirmed: set[str]) -> str:
+    """Why each level was not reached, and how to get what the one asked for still needs."""
+    wanted = settings.isolation or settings.min_isolation
+    needed = {*REQUIRED[wanted], *REQUIRED[settings.min_isolation]} - confirmed
+    return "\n".join(
+        [
+            f"The sandbox does not reach the level required ({settings.min_isolation.value}).",
+            "",
+            f"{'level':<8} why not",
+            *(f"{level.value:<8} {reason}" for level, reason in tried.items()),
+            "",
+            f"{'missing':<16} how to get it",
+            *(f"{name:<16} {fix}" for name, fix in FIXES.items() if name in needed),
+        ]
+    )
+
+
+def _out_of_reach(paths: list[str]) -> str | None:
+    """The first folder that other users cannot enter on the way to what programs have to read."""
+    for path in map(Path, paths):
+        for folder in [*reversed(path.parents), path]:
+            if folder.is_dir() and not folder.stat().st_mode & 0o001:
+                return str(folder)
+    return None

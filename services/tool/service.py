@@ -3,8 +3,8 @@
 import dataclasses
 import logging
 import math
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 
 from services.tool.admission import Admission, OverloadedError
 from services.tool.isolation import establish
@@ -26,13 +26,24 @@ from services.tool.settings import Settings
 logger = logging.getLogger(__name__)
 
 
+_BYTE_FIELDS = {"code": "--max-code-bytes", "files": "--max-file-bytes"}
+"""Fields whose size is limited, with the flag that sets it."""
+
+
 class LimitError(ValueError):
     """A request asks for more than the server allows; `field` names what."""
 
     def __init__(self, field: str, given: float, largest: float, flag: str) -> None:
-        super().__init__(f"{field} is {given:g}, the largest allowed is {largest:g}")
+        unit = " bytes" if field in _BYTE_FIELDS else ""
+        super().__init__(f"{field}: {given:.12g}{unit} asked for, {largest:.12g} allowed")
         self.field = field
         self.flag = flag
+
+
+_REFUSALS: dict[type[Exception], Status] = {
+    OverloadedError: Status.OVERLOADED,
+    LimitError: Status.REJECTED,
+}
 
 
 class ToolService:
@@ -66,32 +77,44 @@ class ToolService:
         """Run one program. Raises LimitError for a request above the ceilings, OverloadedError when
         there is no slot.
         """
-        limits = self.limits(request)
-        self.check_code(request.code)
-        self.check_files(request.files)
-        job = Job(
-            code=request.code,
-            stdin=request.stdin.encode("utf-8", "surrogatepass"),
-            files=request.files,
-            fetch=request.fetch,
-            seed=request.seed,
-        )
-        async with self.admission.slot(self.wait_s(request.deadline_s)) as queue_s:
-            outcome = await self.sandbox.run(job, limits)
+        with self.counting_refusals():
+            limits = self.limits(request)
+            self.check_code(request.code)
+            self.check_files(request.files)
+            job = Job(
+                code=request.code,
+                stdin=request.stdin.encode("utf-8", "surrogatepass"),
+                files=request.files,
+                fetch=request.fetch,
+                seed=request.seed,
+            )
+            async with self.admission.slot(self.wait_s(request.deadline_s)) as queue_s:
+                outcome = await self.sandbox.run(job, limits)
         outcome = dataclasses.replace(outcome, queue_s=queue_s)
         self.metrics.observe(outcome)
         return self.to_result(outcome, request.request_id)
 
     async def execute_to_the_end(self, request: ExecuteRequest) -> ExecuteResult:
-        """Like `execute`, with overload as a result instead of an exception (batches, MCP)."""
+        """Like `execute`, with a refusal as a result instead of an exception (batches)."""
         try:
             return await self.execute(request)
-        except OverloadedError as error:
-            outcome = Outcome(status=Status.OVERLOADED, message=str(error))
-        except LimitError as error:
-            outcome = Outcome(status=Status.REJECTED, message=str(error))
-        self.metrics.observe(outcome)
+        except (OverloadedError, LimitError) as error:
+            outcome = Outcome(status=_REFUSALS[type(error)], message=str(error))
+        except Exception:  # one program must not end the batch
+            logger.exception("an execution failed")
+            outcome = Outcome(
+                status=Status.SANDBOX_ERROR, message="the service failed, see its log"
+            )
         return self.to_result(outcome, request.request_id)
+
+    @contextmanager
+    def counting_refusals(self) -> Iterator[None]:
+        """Count what is refused inside, before it ran."""
+        try:
+            yield
+        except (OverloadedError, LimitError) as error:
+            self.metrics.observe_refusal(_REFUSALS[type(error)])
+            raise
 
     def wait_s(self, deadline_s: float | None) -> float:
         return self.settings.max_wait_s if deadline_s is None else deadline_s
@@ -127,8 +150,7 @@ class ToolService:
     @staticmethod
     def check(field: str, given: float, largest: float) -> None:
         if given > largest:
-            names = {"code": "max_code_bytes", "files": "max_file_bytes"}
-            flag = "--" + names.get(field, f"max_{field}").replace("_", "-")
+            flag = _BYTE_FIELDS.get(field, f"--max-{field}".replace("_", "-"))
             raise LimitError(field, given, largest, flag)
 
     def to_result(self, outcome: Outcome, request_id: str | None) -> ExecuteResult:

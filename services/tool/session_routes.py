@@ -5,8 +5,7 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Body, Path, Request, Response
 
 from services.common.disconnect import while_connected
-from services.common.errors import ApiError, ErrorBody
-from services.tool.sandbox.session import SessionFileError
+from services.common.errors import ErrorBody
 from services.tool.schemas import (
     CellRequest,
     CellResult,
@@ -72,11 +71,8 @@ def build_session_router() -> APIRouter:
     async def get_file(session_id: SessionId, path: SafePath, request: Request) -> Response:
         """The content of a regular file."""
         session = _service(request).sessions.get(session_id)
-        try:
-            async with session.lock:
-                content = await session.sandbox.read_file(path)
-        except SessionFileError as error:
-            raise _file_error(error) from error
+        async with session.lock:
+            content = await session.sandbox.read_file(path)
         return Response(content, media_type="application/octet-stream")
 
     @router.put("/{session_id}/files/{path:path}", status_code=204, responses=_GONE)
@@ -86,16 +82,7 @@ def build_session_router() -> APIRouter:
         session = service.sessions.get(session_id)
         content = await request.body()
         service.check("files", len(content), service.settings.max_file_bytes)
-        try:
-            async with session.lock:
-                await session.sandbox.write_file(path, content)
-        except SessionFileError as error:
-            raise _file_error(error) from error
+        async with session.lock:
+            await session.sandbox.write_file(path, content)
 
     return router
-
-
-def _file_error(error: SessionFileError) -> ApiError:
-    status, code = (404, "file_not_found") if error.missing else (409, "file_refused")
-    fix = "List the session's files; only regular files below its working folder are served."
-    return ApiError(status, code, f"{error}.", fix=fix, field="path")

@@ -59,6 +59,8 @@ class Session:
     sandbox: SandboxSession
     ttl_s: float
     memory_mb: int | None
+    unclaimed: bool = False
+    """Whether nobody but its own answer has named it yet; the first to go when room is needed."""
     last_used: float = field(default_factory=time.monotonic)
     next_step: int = 0
     answers: OrderedDict[int, tuple[str, CellResult]] = field(default_factory=OrderedDict)
@@ -78,6 +80,8 @@ class Sessions:
         self._live: dict[str, Session] = {}
         self._opening = 0
         self._tombstones: OrderedDict[str, str] = OrderedDict()
+        self.num_evicted = 0
+        """Sessions ended because another one needed their place."""
 
     def __len__(self) -> int:
         return len(self._live)
@@ -98,7 +102,7 @@ class Sessions:
             for session_id in list(self._live):
                 self.end(session_id, "the service stopped")
 
-    async def open(self, request: SessionRequest) -> Session:
+    async def open(self, request: SessionRequest, *, unclaimed: bool = False) -> Session:
         """Open a session. Raises SessionsFullError, LimitError, SlotFailedError, ZygoteLostError,
         SessionLostError.
         """
@@ -119,6 +123,7 @@ class Sessions:
             sandbox=sandbox,
             ttl_s=min(request.ttl_s or ceiling, ceiling),
             memory_mb=request.memory_mb,
+            unclaimed=unclaimed,
         )
         self._live[session.session_id] = session
         return session
@@ -157,6 +162,10 @@ class Sessions:
         """Run one cell exactly once. Raises SessionGoneError, StepConflictError, LimitError,
         OverloadedError.
         """
+        with self._service.counting_refusals():
+            return await self._run_cell(session_id, request)
+
+    async def _run_cell(self, session_id: str, request: CellRequest) -> CellResult:
         service = self._service
         limits = service.limits(request, self.get(session_id).memory_mb)
         service.check_code(request.code)
@@ -201,7 +210,8 @@ class Sessions:
         idle = [session for session in self._live.values() if not session.lock.locked()]
         if not idle:
             raise SessionsFullError(f"all {cap} sessions are running cells")
-        oldest = max(idle, key=lambda session: session.idle_s)
+        oldest = max(idle, key=lambda session: (session.unclaimed, session.idle_s))
+        self.num_evicted += 1
         self.end(oldest.session_id, f"ended to make room: {cap} sessions are the cap")
 
     async def _sweep(self) -> None:

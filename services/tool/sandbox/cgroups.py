@@ -24,13 +24,14 @@ from services.tool.sandbox import locked_folders
 
 logger = logging.getLogger(__name__)
 
-_REQUIRED = frozenset({"memory", "pids"})
-_WANTED = ("memory", "pids", "cpu")
+_REQUIRED = ("memory", "pids")
+_WANTED = (*_REQUIRED, "cpu")
 _SERVICE = "openrlhf-alp-tool"
 _SLOTS = "openrlhf-alp-slots-"
 _PREPARED = 4
 _ONE_CORE = "100000 100000"  # microseconds of CPU time per microseconds of time
-_PATIENCE_S = (0.0, 0.002, 0.008, 0.03)  # killed processes leave a cgroup a moment later
+_PAUSE_S = 0.01  # killed processes leave a cgroup when their memory is freed
+_LEAVE_S = 5.0
 
 
 class CgroupUnavailableError(RuntimeError):
@@ -98,11 +99,14 @@ class Cgroups:
         self._dead: deque[SlotCgroup] = deque()
         self._awake = False
         self._worker = ThreadPoolExecutor(1, "cgroups")
+        self._closed = False
         try:
             self.folder, self._lock = _divide()
         except OSError as error:
             raise CgroupUnavailableError(f"{error.filename}: {error.strerror}") from error
-        self._controllers = _controllers(self.folder / "cgroup.subtree_control")
+        offered = (self.folder / "cgroup.subtree_control").read_text().split()
+        self.controllers = [name for name in _WANTED if name in offered]
+        """Those that hold a slot: memory, pids and, where it is delegated, cpu."""
         self._wake()
 
     def take(self) -> SlotCgroup:
@@ -116,42 +120,46 @@ class Cgroups:
         self._wake()
 
     def close(self) -> None:
-        """Remove all of it; blocks until the last killed process is gone."""
+        """Remove all of it; blocks until the last killed process is gone, 5 s at most."""
+        self._closed = True
         self._worker.shutdown()
         _remove_with_children(self.folder)
         os.close(self._lock)
 
     def _wake(self) -> None:
-        if not self._awake:
+        if not self._awake and not self._closed:
             self._awake = True
             self._worker.submit(self._tidy)
 
     def _tidy(self) -> None:
         """Make what will be needed, remove what was; in the thread."""
         self._awake = False  # before looking: what comes later wakes again
-        while len(self._ready) < _PREPARED:
-            self._ready.append(self._make())
-        for _ in range(len(self._dead)):
-            cgroup = self._dead.popleft()
-            if not _remove_patiently(cgroup):
-                self._dead.append(cgroup)
+        try:
+            for _ in range(len(self._dead)):
+                cgroup = self._dead.popleft()
+                if not cgroup.remove():
+                    self._dead.append(cgroup)
+            while len(self._ready) < _PREPARED:
+                self._ready.append(self._make())
+        except OSError as error:  # whoever takes the next one is told as well
+            logger.error("cgroups: %s", error)
+            return
+        if self._dead:
+            time.sleep(_PAUSE_S)
+            self._wake()
 
     def _make(self) -> SlotCgroup:
-        folder = self.folder / str(next(self._numbers))
-        folder.mkdir()
-        _write(folder / "pids.max", str(self._max_processes))
-        _write(folder / "memory.oom.group", "1")
-        if "cpu" in self._controllers:
-            _write(folder / "cpu.max", _ONE_CORE)
-        return SlotCgroup(folder, self._slack_bytes)
-
-
-def _remove_patiently(cgroup: SlotCgroup) -> bool:
-    for pause_s in _PATIENCE_S:
-        time.sleep(pause_s)
-        if cgroup.remove():
-            return True
-    return False
+        cgroup = SlotCgroup(self.folder / str(next(self._numbers)), self._slack_bytes)
+        cgroup.folder.mkdir()
+        try:
+            _write(cgroup.folder / "pids.max", str(self._max_processes))
+            _write(cgroup.folder / "memory.oom.group", "1")
+            if "cpu" in self.controllers:
+                _write(cgroup.folder / "cpu.max", _ONE_CORE)
+        except OSError:
+            cgroup.remove()
+            raise
+        return cgroup
 
 
 def own_cgroup(proc: Path = Path("/proc/self")) -> tuple[Path, Path]:
@@ -179,9 +187,10 @@ def _divide() -> tuple[Path, int]:
     """Make the folder of our slots' cgroups; also returns the descriptor that holds it."""
     own, mount_point = own_cgroup()
     base = own.parent if own.name == _SERVICE else own
-    missing = _REQUIRED - _controllers(base / "cgroup.controllers")
+    offered = (base / "cgroup.controllers").read_text().split()
+    missing = [name for name in _REQUIRED if name not in offered]
     if missing:
-        raise CgroupUnavailableError(f"{base} has no controller {' and '.join(sorted(missing))}")
+        raise CgroupUnavailableError(f"{base} has no controller {' and '.join(missing)}")
     if not os.access(base / "cgroup.subtree_control", os.W_OK):
         raise CgroupUnavailableError(f"{base} is not ours to write in")
     # The machine's root cgroup, alone in having no type, may hold processes and be divided.
@@ -191,10 +200,17 @@ def _divide() -> tuple[Path, int]:
     for folder in locked_folders.abandoned(base, _SLOTS):
         _remove_with_children(folder)
     slots, lock = locked_folders.make(base, _SLOTS)
-    _enable(slots)
-    # For all slots together; without it a program at its limit would be written to disk.
-    with contextlib.suppress(FileNotFoundError):  # a kernel without swap
-        _write(slots / "memory.swap.max", "0")
+    try:
+        _enable(slots)
+        # For all slots together; without it a program at its limit would be written to disk.
+        with contextlib.suppress(FileNotFoundError):  # a kernel without swap
+            _write(slots / "memory.swap.max", "0")
+        if not (slots / "memory.peak").exists():
+            raise CgroupUnavailableError("this kernel's cgroups tell no peak (Linux 5.19)")
+    except BaseException:
+        _remove_with_children(slots)
+        os.close(lock)
+        raise
     return slots, lock
 
 
@@ -206,7 +222,7 @@ def _vacate(base: Path, *, everybody: bool) -> None:
     """
     pids = [int(pid) for pid in (base / "cgroup.procs").read_text().split()]
     others = [pid for pid in pids if pid != os.getpid()]
-    if others and not everybody:
+    if others and (not everybody or 0 in others):  # 0: out of our sight, in another namespace
         shown = ", ".join(str(pid) for pid in others[:5])
         raise CgroupUnavailableError(f"{base} also holds other processes ({shown})")
     (base / _SERVICE).mkdir(exist_ok=True)
@@ -215,30 +231,33 @@ def _vacate(base: Path, *, everybody: bool) -> None:
             _write(base / _SERVICE / "cgroup.procs", str(pid))
 
 
-def _controllers(file: Path) -> set[str]:
-    return set(file.read_text().split())
-
-
 def _enable(folder: Path) -> None:
     """Pass the controllers on to the children."""
-    offered = _controllers(folder / "cgroup.controllers")
+    offered = (folder / "cgroup.controllers").read_text().split()
     wanted = " ".join(f"+{name}" for name in _WANTED if name in offered)
     _write(folder / "cgroup.subtree_control", wanted)
 
 
 def _remove_with_children(folder: Path) -> None:
+    """Remove the cgroup of a service with those of its slots, once all in them are dead."""
     children = [SlotCgroup(child, 0) for child in folder.iterdir() if child.is_dir()]
-    left = [child.folder.name for child in children if not _remove_patiently(child)]
-    if left:
-        logger.warning("%s: processes do not end in %s", folder, ", ".join(left))
-    else:
+    give_up = time.monotonic() + _LEAVE_S
+    while children and time.monotonic() < give_up:
+        children = [child for child in children if not child.remove()]
+        if children:
+            time.sleep(_PAUSE_S)
+    try:
         folder.rmdir()
+    except OSError as error:
+        logger.warning("%s is left: %s", folder, error)
 
 
 def _write(file: Path, text: str) -> None:
-    """Write a setting in one call, as the kernel wants it."""
+    """Write a setting in one call, as the kernel wants it. Raises OSError that names the file."""
     descriptor = os.open(file, os.O_WRONLY | os.O_CLOEXEC)
     try:
         os.write(descriptor, text.encode())
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(file)) from error
     finally:
         os.close(descriptor)

@@ -3,7 +3,7 @@
 Both ends are ours; a slot never sees this channel. Records instead of JSON, because whatever a
 zygote touches between two forks costs it a page copy.
 
-    order  API -> zygote   SPAWN, with a descriptor where there are cgroups | WATCH slot, bytes
+    order  API -> zygote   SPAWN slot, with a descriptor where there are cgroups | WATCH slot, bytes
     event  zygote -> API   READY collapsed | SLOT slot, with descriptors | EXIT slot, how it ended
 """
 

@@ -89,13 +89,12 @@ class Sandbox:
         Raises:
             RuntimeError: a launcher did not come up; its standard error says why.
         """
-        if self.config.level is not Level.FULL:
-            self._work_root = WorkRoot()
-        if self.config.cgroup and self.config.level is not Level.NONE:
-            self._divide_cgroup()
-        indices = range(self.config.launchers)
-        self._launchers = [self._launch(index) for index in indices]
         try:
+            if self.config.level is not Level.FULL:
+                self._work_root = WorkRoot()
+            if self.config.cgroup and self.config.level is not Level.NONE:
+                self._divide_cgroup()
+            self._launchers = [self._launch(index) for index in range(self.config.launchers)]
             await asyncio.gather(*(self._warm(launcher) for launcher in self._launchers))
         except BaseException:
             await self.stop()
@@ -274,7 +273,7 @@ def process_headroom(level: Level) -> int:
     """
     if os.geteuid() == 0:
         return 1 if level is Level.FULL else 0
-    return 256 if level is Level.FULL else 4096
+    return 1024 if level is Level.FULL else 4096
 
 
 def uid_base(index: int) -> int:

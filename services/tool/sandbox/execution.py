@@ -23,7 +23,7 @@ _READ_BYTES = 1 << 16
 _WATCH_AFTER_S = 0.03
 _DEATH_S = 5.0
 _MAX_READS = 10_000
-_PIPE_READS = 32  # a pipe holds far less; a process that keeps printing must not keep us here
+_PIPE_BYTES = 2 << 20  # a pipe holds less; a process that keeps printing must not keep us here
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,33 +66,31 @@ class Drain:
         self._loop.add_reader(descriptor, self._on_readable)
 
     def _on_readable(self) -> None:
-        try:
-            data = os.read(self._descriptor, _READ_BYTES)
-        except BlockingIOError:
-            return
-        if not data:
-            self.stop()
-            return
-        room = self._cap - len(self._kept)
-        self._kept += data[:room]
-        if len(data) > room and not self.truncated:
-            self.truncated = True
+        before = self.truncated
+        self._read()
+        if self.truncated and not before:
             self._on_overflow()
 
     def drain_now(self) -> None:
         """Read what is in the pipe without waiting for its end, which others may hold open."""
-        for _ in range(_PIPE_READS):
-            if not self._open:
-                return
-            try:
-                data = os.read(self._descriptor, _READ_BYTES)
-            except BlockingIOError:
-                return
-            if not data:
-                self.stop()
-            room = self._cap - len(self._kept)
-            self.truncated = self.truncated or len(data) > room
-            self._kept += data[:room]
+        total = 0
+        while total < _PIPE_BYTES and (count := self._read()):
+            total += count
+
+    def _read(self) -> int:
+        """Read once and keep what there is room for. Returns bytes read; 0 when there are none."""
+        if not self._open:
+            return 0
+        try:
+            data = os.read(self._descriptor, _READ_BYTES)
+        except BlockingIOError:
+            return 0
+        if not data:
+            self.stop()
+        room = self._cap - len(self._kept)
+        self._kept += data[:room]
+        self.truncated = self.truncated or len(data) > room
+        return len(data)
 
     def stop(self) -> None:
         if self._open:
@@ -124,7 +122,9 @@ class _Reports:
         try:
             data = self._job.recv(_READ_BYTES)
             for message in self._reader.feed(data):
-                self.merged.update(message)
+                if self.merged.get("started"):
+                    message.pop("refused", None)  # foreign code says so: it runs already
+                self.merged.update(wire.printable(message))
         except BlockingIOError:
             return False
         except (OSError, wire.FrameError):

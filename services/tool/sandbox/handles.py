@@ -111,8 +111,10 @@ class ZygoteHandle:
     """Live slots by number, whether waiting, running or serving a session."""
     warm: deque[SlotHandle] = field(default_factory=deque)
     waiters: deque[asyncio.Future[SlotHandle]] = field(default_factory=deque)
-    joining: deque[SlotCgroup] = field(default_factory=deque)
-    """Cgroups of the slots that were asked for and are not there yet, in order."""
+    joining: dict[int, SlotCgroup] = field(default_factory=dict)
+    """Cgroups of the slots that were asked for and are not there yet, by number."""
+    num_ordered: int = 0
+    """Slots ever asked for, which numbers the next one."""
     alive: bool = True
 
     def listen(self) -> None:
@@ -171,7 +173,7 @@ class ZygoteHandle:
                 waiter.set_exception(error)
         for slot in list(self.slots.values()):
             self._finish(slot, ExitFacts(lost=True))
-        for cgroup in self.joining:
+        for cgroup in self.joining.values():
             self._give_back(cgroup)
         if not self.ready.done():
             self.ready.set_exception(error)
@@ -179,13 +181,18 @@ class ZygoteHandle:
 
     def _order_slot(self) -> None:
         """Order one slot, with the way into its cgroup where there are cgroups. Raises OSError."""
+        number = self.num_ordered
+        self.num_ordered += 1
         if self.cgroups is None:
-            self._order(channel.SPAWN)
+            self._order(channel.SPAWN, number)
             return
-        cgroup = self.cgroups.take()
-        way_in = cgroup.open()
-        self.joining.append(cgroup)
-        self._order(channel.SPAWN, descriptors=[way_in])
+        self.joining[number] = cgroup = self.cgroups.take()
+        try:
+            way_in = cgroup.open()
+        except OSError:
+            self._give_back(self.joining.pop(number))
+            raise
+        self._order(channel.SPAWN, number, descriptors=[way_in])
         os.close(way_in)
 
     def _order(
@@ -209,8 +216,12 @@ class ZygoteHandle:
             except BlockingIOError:
                 return
             except OSError:
-                data = b""
-            if not data:
+                data, descriptors = b"", []
+            # Where this process has none left, descriptors do not arrive and cannot be asked again.
+            missed = data[:1] == channel.SLOT and len(descriptors) < _DESCRIPTORS_PER_SLOT
+            if not data or missed:
+                for descriptor in descriptors:
+                    os.close(descriptor)
                 self.on_lost()
                 return
             self._on_event(channel.Event(*channel.EVENT.unpack(data)), descriptors)
@@ -239,7 +250,7 @@ class ZygoteHandle:
             stdout=stdout,
             stderr=stderr,
             kill_fd=kill_fd,
-            cgroup=self.joining.popleft() if self.cgroups is not None else None,
+            cgroup=self.joining.pop(number, None),
             exited=loop.create_future(),
         )
         self.slots[number] = slot
@@ -303,5 +314,8 @@ def _exit_facts(event: channel.Event, cgroup: SlotCgroup | None) -> ExitFacts:
     """What the zygote was told by wait4, and what the cgroup knows of all processes together."""
     memory, peak_bytes = event.memory, event.peak_bytes
     if cgroup is not None:
-        memory, peak_bytes = cgroup.out_of_memory(), max(peak_bytes, cgroup.peak_bytes())
+        try:
+            memory, peak_bytes = cgroup.out_of_memory(), max(peak_bytes, cgroup.peak_bytes())
+        except OSError as error:  # no descriptors left; the slot ended all the same
+            logger.error("%s cannot be read: %s", cgroup.folder, error)
     return ExitFacts(status=event.status, cpu_s=event.cpu_s, peak_bytes=peak_bytes, memory=memory)

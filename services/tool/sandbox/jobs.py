@@ -11,6 +11,7 @@ from typing import NoReturn
 from services.tool.sandbox import harness, keeper, wire
 
 _READY = wire.encode({"ready": True})
+_STARTED = wire.encode({"started": True})
 _EMPTY_JOB = json.dumps({"mode": "run", "code": "0", "files": {}, "fetch": [], "seed": None})
 
 
@@ -52,6 +53,7 @@ def serve(job_fd: int, place: harness.Place) -> NoReturn:
         os._exit(1)
     if job["mode"] == "session":
         keeper.serve(job_fd, place)
+    os.write(job_fd, _STARTED)  # from here on foreign code may write on this socket as well
     if job["fetch"]:
         keeper.run_and_collect(job_fd, job, place)
     harness.run_program(job, place, lambda report: wire.send(job_fd, report))

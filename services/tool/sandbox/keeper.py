@@ -25,6 +25,7 @@ from typing import Any, NoReturn
 
 from services.tool.sandbox import harness, kernel, wire
 
+_ALL = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)  # what wait4 tells of a dead process
 _RESULT_CHARS = 10_000
 _MAX_LISTED = 1000
 
@@ -243,14 +244,15 @@ def _hold(orders: int, place: harness.Place) -> NoReturn:
                 wire.send(orders, {"died": status, **_usage(used, 0.0)})
                 continue
             os.setpgid(0, 0)
-        spent_s = _cpu_s(resource.getrusage(resource.RUSAGE_SELF))
+        spent_s = _spent_s(*_ALL)
         started = {"started": os.getpid(), "snapshot": snapshot, "spent_s": spent_s}
         wire.send(orders, started)
         wire.send(orders, _run_cell(cell, namespace, spent_s))
 
 
 def _run_cell(cell: wire.Message, namespace: dict[str, Any], spent_s: float) -> wire.Message:
-    budget = int(spent_s) + 1 + cell["cpu_s"]
+    # The kernel limits this process alone, and in whole seconds.
+    budget = round(_spent_s(resource.RUSAGE_SELF)) + cell["cpu_s"]
     hard = resource.getrlimit(resource.RLIMIT_CPU)[1]
     if hard == resource.RLIM_INFINITY or budget <= hard:
         resource.setrlimit(resource.RLIMIT_CPU, (budget, hard))
@@ -263,17 +265,19 @@ def _run_cell(cell: wire.Message, namespace: dict[str, Any], spent_s: float) -> 
         "error": execution.error,
         "exit_code": execution.exit_code,
         "result": result,
-        **_usage(resource.getrusage(resource.RUSAGE_SELF), spent_s),
+        "cpu_s": _spent_s(*_ALL) - spent_s,
+        "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
     }
 
 
-def _cpu_s(used: resource.struct_rusage) -> float:
-    return used.ru_utime + used.ru_stime
+def _spent_s(*who: int) -> float:
+    used = [resource.getrusage(each) for each in who]
+    return sum(each.ru_utime + each.ru_stime for each in used)
 
 
 def _usage(used: resource.struct_rusage, spent_s: float) -> wire.Message:
-    """What a cell used: CPU seconds and the largest memory of its process in bytes."""
-    return {"cpu_s": _cpu_s(used) - spent_s, "peak_bytes": used.ru_maxrss * 1024}
+    """What the process of a dead cell used: CPU seconds and its largest memory in bytes."""
+    return {"cpu_s": used.ru_utime + used.ru_stime - spent_s, "peak_bytes": used.ru_maxrss * 1024}
 
 
 def _represent(value: Any) -> str | None:

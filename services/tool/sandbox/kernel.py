@@ -8,6 +8,7 @@ kernel refuses.
 
 import ctypes
 import os
+import signal
 from collections.abc import Sequence
 from typing import Any
 
@@ -28,6 +29,7 @@ MNT_DETACH = 2
 
 MADV_COLLAPSE = 25
 
+_ALL_SIGNALS = signal.valid_signals()
 _CLONE_VM = 0x100
 CLONE_FILES = 0x400
 _PR_SET_PDEATHSIG = 1
@@ -102,16 +104,20 @@ def clone_idle(flags: int, stack: Stack) -> int:
     """Start a process that waits for its death and does nothing else; returns its pid.
 
     It shares this process's memory, so it costs no copy of it. It runs one function of the C
-    library, pause, on `stack`, which must outlive it. A signal handler of this process would run
-    there as well.
+    library, pause, on `stack`, which must outlive it and is too small for a signal handler: only
+    SIGKILL and SIGSTOP reach it.
 
     Args:
         flags: what else it shares (CLONE_FILES), namespaces that it is the first of (CLONE_NEW*),
             and the signal that its death sends; with none, no plain wait of this process sees it.
     """
     top = ctypes.addressof(stack) + len(stack)
-    pid = _libc.clone(_libc.pause, ctypes.c_void_p(top), _CLONE_VM | flags, None)
-    _check(pid, "clone")
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _ALL_SIGNALS)
+    try:
+        pid = _libc.clone(_libc.pause, ctypes.c_void_p(top), _CLONE_VM | flags, None)
+        _check(pid, "clone")
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
     return int(pid)
 
 

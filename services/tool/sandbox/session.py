@@ -13,7 +13,7 @@ from typing import Any
 from services.tool.sandbox import wire
 from services.tool.sandbox.execution import Drain, Job, Limits, job_message
 from services.tool.sandbox.handles import SlotHandle
-from services.tool.sandbox.verdict import Outcome, Status, judge_wait_status
+from services.tool.sandbox.verdict import Outcome, Status, as_wait_status, judge_wait_status
 
 _INTERRUPT_S = 1.0
 _FILE_S = 10.0
@@ -116,12 +116,19 @@ class SandboxSession:
     async def read_file(self, path: str) -> bytes:
         """Read a regular file. Raises SessionFileError, SessionLostError."""
         reply = await self._file({"op": "get", "path": path, "max_bytes": self._limits.fetch_bytes})
-        return base64.b64decode(reply)
+        if not isinstance(reply, str):
+            raise self._confused()
+        try:
+            return base64.b64decode(reply, validate=True)
+        except ValueError as error:
+            raise self._confused() from error
 
     async def list_files(self) -> list[dict[str, Any]]:
         """Paths and sizes below the working folder. Raises SessionLostError."""
         reply = await self._file({"op": "list"})
-        return list(reply)
+        if not isinstance(reply, list) or not all(map(_is_listed_file, reply)):
+            raise self._confused()
+        return reply
 
     def close(self) -> None:
         """Kill the slot and close its descriptors."""
@@ -130,6 +137,12 @@ class SandboxSession:
         self._closed = True
         self._slot.kill()
         self._slot.close()
+
+    def _confused(self) -> SessionLostError:
+        """End a session whose processes answer what they were not asked, as foreign code can make
+        them do."""
+        self.close()
+        return SessionLostError("the session's answers make no sense; it was ended")
 
     async def _wait_for_cell(
         self, wall_s: float, overflow: asyncio.Event
@@ -202,7 +215,7 @@ class SandboxSession:
                     data = await loop.sock_recv(self._slot.job, 1 << 16)
                     if not data:
                         raise SessionLostError("the session's keeper is gone")
-                    self._inbox += self._reader.feed(data)
+                    self._inbox += map(wire.printable, self._reader.feed(data))
         except (OSError, wire.FrameError) as error:
             raise SessionLostError(f"the session does not answer: {error}") from error
         return self._inbox.pop(0)
@@ -232,8 +245,8 @@ def _judge_cell(
         )
     if answer.get("lost_session"):
         return Outcome(status=Status.SANDBOX_ERROR, message="the session's processes died")
-    status = answer.get("died")
-    if not isinstance(status, int):
+    status = as_wait_status(answer.get("died"))
+    if status is None:
         code = answer.get("exit_code")
         status = (code & 0xFF) << 8 if isinstance(code, int) else 0
     verdict = judge_wait_status(status, cpu_s, answer.get("error"), limits.cpu_s)
@@ -245,6 +258,14 @@ def _judge_cell(
         message=verdict.message,
         cpu_s=cpu_s,
         peak_bytes=peak_bytes,
+    )
+
+
+def _is_listed_file(item: Any) -> bool:
+    return (
+        isinstance(item, dict)
+        and isinstance(item.get("path"), str)
+        and isinstance(item.get("size_bytes"), int)
     )
 
 

@@ -32,6 +32,8 @@ class Fences:
     plan: Plan
     limits: list[tuple[int, tuple[int, int]]]
     """Resource limits: number, soft and hard value."""
+    max_processes: tuple[int, int]
+    """RLIMIT_NPROC, which comes last: the slots of an ordinary user share the count."""
     before: list[kernel.Step]
     """Calls after the change of user id and before Landlock."""
     landlock: list[kernel.Step]
@@ -76,6 +78,7 @@ def prepare_fences(plan: Plan, baseline_bytes: int) -> Fences:
     return Fences(
         plan=plan,
         limits=_limits(plan),
+        max_processes=(plan.max_processes, plan.max_processes),
         before=before,
         landlock=_own_landlock(plan, None) if shared else [],
         after=[kernel.loading_seccomp(base64.b64decode(plan.seccomp))] if fenced else [],
@@ -139,7 +142,7 @@ def enter(
             above 3; every other one is closed.
         cgroup: the way into the slot's cgroup, or nothing.
     """
-    place = fences.place
+    place, job_fd = fences.place, descriptors[JOB_FD]
     try:
         if fences.plan.cgroup:
             os.write(cgroup[0], b"0")  # first: what is charged later is charged there
@@ -151,14 +154,26 @@ def enter(
         for target, descriptor in enumerate(descriptors):
             os.dup2(descriptor, target, target != JOB_FD)
         os.closerange(JOB_FD + 1, _MAX_FD)
+        job_fd = JOB_FD
         if fences.plan.level is Level.FULL:
-            # It shares the memory of this process, which so dies at once, whatever it held: the
-            # last user takes memory apart, and this one is killed with the room, after the verdict.
-            kernel.clone_idle(0, fences.undertaker)
+            _hire_undertaker(fences.undertaker)
+        resource.setrlimit(resource.RLIMIT_NPROC, fences.max_processes)
     except BaseException as error:
-        wire.send(descriptors[JOB_FD], {"failed": f"{type(error).__name__}: {error}"})
+        wire.send(job_fd, {"failed": f"{type(error).__name__}: {error}"})
         os._exit(SETUP_FAILED)
     jobs.serve(JOB_FD, place)
+
+
+def _hire_undertaker(stack: kernel.Stack) -> None:
+    """Start a process that shares this one's memory, so that this one dies at once, whatever it
+    held: the last user takes memory apart, and that one is killed with the room, after the verdict.
+
+    A program that makes it run something gains no more than a fork, and without resources.
+    """
+    pid = kernel.clone_idle(0, stack)
+    for name in (resource.RLIMIT_NPROC, resource.RLIMIT_DATA, resource.RLIMIT_FSIZE):
+        resource.prlimit(pid, name, (0, 0))
+    resource.prlimit(pid, resource.RLIMIT_CPU, (1, 1))
 
 
 def _fence(fences: Fences, uid: int | None, folder: str | None) -> None:
@@ -191,7 +206,6 @@ def _set_home(home: str) -> None:
 
 def _limits(plan: Plan) -> list[tuple[int, tuple[int, int]]]:
     limits = {
-        resource.RLIMIT_NPROC: plan.max_processes,
         resource.RLIMIT_NOFILE: plan.max_open_files,
         resource.RLIMIT_FSIZE: plan.file_bytes,
         resource.RLIMIT_STACK: _STACK_BYTES,

@@ -7,7 +7,6 @@ from enum import StrEnum
 from typing import Any
 
 from services.tool.sandbox.handles import ExitFacts
-from services.tool.sandbox.slot import SETUP_FAILED
 
 _CPU_TOLERANCE = 0.5  # the kernel's limit counts ticks, its accounts nanoseconds: they drift apart
 
@@ -105,8 +104,8 @@ def judge(
         return Verdict(status=stopped, signal="SIGKILL", message=f"{stopped.value} exceeded")
     if isinstance(report.get("refused"), str):
         return Verdict(status=Status.REJECTED, message=report["refused"])
-    kept = report.get("wait_status")
-    status = kept if isinstance(kept, int) and facts.status == 0 else facts.status
+    kept = as_wait_status(report.get("wait_status"))
+    status = kept if kept is not None and facts.status == 0 else facts.status
     return judge_wait_status(status, facts.cpu_s, report.get("error"), cpu_limit_s)
 
 
@@ -126,9 +125,12 @@ def judge_wait_status(status: int, cpu_s: float, error: Any, cpu_limit_s: int) -
     described = describe(error)
     if described is not None:
         return Verdict(status=Status.ERROR, exit_code=code, error=described)
-    if code == SETUP_FAILED and error is not None:
-        return Verdict(status=Status.SANDBOX_ERROR, exit_code=code, message=str(error))
     return Verdict(status=Status.EXIT, exit_code=code)
+
+
+def as_wait_status(value: Any) -> int | None:
+    """A wait status that foreign code may have written, or None for what cannot be one."""
+    return value if isinstance(value, int) and 0 <= value <= 0xFFFF else None
 
 
 def describe(error: Any) -> ErrorInfo | None:

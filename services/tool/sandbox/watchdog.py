@@ -10,9 +10,8 @@ import os
 from services.tool.sandbox.plan import Level
 
 _IDLE_PIDS = (1, 3)
-"""Pids, inside a room, of the processes that hold it open and its slot's memory: they have none of
-their own. A snippet cannot take over either number, short of going through all the numbers there
-are."""
+"""Pids, inside a room, of the processes that hold it open (rooms.py) and share its slot's memory
+(slot.py): they have none of their own. The kernel gives neither number out again."""
 _PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 
 
@@ -97,12 +96,34 @@ def _read(proc: int, path: str) -> bytes:
 
 
 def _resident_bytes(proc: int, pid: int) -> int:
-    fields = _read(proc, f"{pid}/statm").split()
+    resident = _statm_bytes(proc, str(pid))
+    # A process whose first thread has ended shows its memory only below its other threads.
+    return resident or max(
+        (_statm_bytes(proc, thread) for thread in _threads(proc, pid)), default=0
+    )
+
+
+def _statm_bytes(proc: int, task: str) -> int:
+    fields = _read(proc, f"{task}/statm").split()
     return int(fields[1]) * _PAGE_BYTES if len(fields) > 1 else 0
 
 
+def _threads(proc: int, pid: int) -> list[str]:
+    try:
+        folder = os.open(f"{pid}/task", os.O_RDONLY | os.O_DIRECTORY, dir_fd=proc)
+    except OSError:
+        return []
+    try:
+        return [f"{pid}/task/{name}" for name in os.listdir(folder)]
+    except OSError:
+        return []
+    finally:
+        os.close(folder)
+
+
 def _proportional_bytes(proc: int, pid: int) -> int:
-    for line in _read(proc, f"{pid}/smaps_rollup").splitlines():
-        if line.startswith(b"Pss:"):
-            return int(line.split()[1]) * 1024
+    for task in [str(pid), *_threads(proc, pid)]:
+        for line in _read(proc, f"{task}/smaps_rollup").splitlines():
+            if line.startswith(b"Pss:"):
+                return int(line.split()[1]) * 1024
     return _resident_bytes(proc, pid)

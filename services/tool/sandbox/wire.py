@@ -60,6 +60,15 @@ class FrameReader:
         return messages
 
 
+def printable(value: Any) -> Any:
+    """Replace lone surrogates in every text of a message: JSON may carry them, UTF-8 cannot."""
+    if isinstance(value, str):
+        return value if value.isascii() else value.encode("utf-8", "replace").decode()
+    if isinstance(value, dict):
+        return {printable(key): printable(item) for key, item in value.items()}
+    return [printable(item) for item in value] if isinstance(value, list) else value
+
+
 def send(descriptor: int, message: Message) -> None:
     """Send one message on a blocking socket."""
     rest = memoryview(encode(message))

@@ -60,7 +60,6 @@ class _Zygote:
     slots: dict[int, _Slot] = field(default_factory=dict)
     """Live slots by their pid descriptor."""
     poller: select.poll = field(default_factory=select.poll)
-    next_number: int = 0
     watched: int = 0
     """Slots whose memory is looked at."""
 
@@ -127,7 +126,7 @@ def _obey(zygote: _Zygote) -> bool:
         return False
     kind, number, limit_bytes = channel.ORDER.unpack(message)
     if kind == channel.SPAWN:
-        _spawn(zygote, descriptors)
+        _spawn(zygote, number, descriptors)
         return True
     for child in zygote.slots.values():
         if child.number == number:
@@ -149,14 +148,12 @@ def _receive_room(zygote: _Zygote) -> int:
     return descriptors[0]
 
 
-def _spawn(zygote: _Zygote, cgroup: list[int]) -> None:
+def _spawn(zygote: _Zygote, number: int, cgroup: list[int]) -> None:
     """Fork a slot. `cgroup` holds the way into its cgroup, or nothing."""
     plan = zygote.plan
     full = plan.level is Level.FULL
-    number = zygote.next_number
-    zygote.next_number += 1
     folder = slot.make_folder(plan, f"{os.getpid()}-{number}")
-    uid = _free_uid(zygote)
+    uid = _free_uid(zygote, number)
     stdin, stdout, stderr = os.pipe(), os.pipe(), os.pipe()
     ours, theirs = (sock.detach() for sock in socket.socketpair())
     room = _receive_room(zygote) if full else -1
@@ -181,7 +178,7 @@ def _spawn(zygote: _Zygote, cgroup: list[int]) -> None:
         os.close(descriptor)
 
 
-def _free_uid(zygote: _Zygote) -> int | None:
+def _free_uid(zygote: _Zygote, number: int) -> int | None:
     """An id of the range that no live slot of this zygote has. Id 0 is the zygote's own at level
     full."""
     plan = zygote.plan
@@ -191,9 +188,8 @@ def _free_uid(zygote: _Zygote) -> int | None:
     width = (plan.uid_count - 1) // len(plan.presets)
     start = first + 1 + plan.presets.index(zygote.preset) * width
     taken = {child.uid for child in zygote.slots.values()}
-    offset = zygote.next_number
     for step in range(width):
-        uid = start + (offset + step) % width
+        uid = start + (number + step) % width
         if uid not in taken:
             return uid
     raise RuntimeError(f"all {width} user ids of zygote {zygote.preset} are in use")

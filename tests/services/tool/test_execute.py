@@ -166,6 +166,29 @@ async def test_the_report_says_which_layers_were_tried(client: httpx.AsyncClient
     assert required and all(report["layers"][name]["active"] for name in required)
 
 
+async def test_text_that_cannot_be_sent_is_replaced_and_ends_no_batch(
+    client: httpx.AsyncClient,
+) -> None:
+    requests = [{"code": "raise ValueError('\\ud800')"}, {"code": "print(2)"}]
+    answer = await client.post("/v1/execute/batch", json={"requests": requests})
+    items = sorted(
+        (json.loads(line) for line in answer.text.splitlines()), key=lambda i: i["index"]
+    )
+    assert [item["status"] for item in items] == ["error", "ok"]
+    assert items[0]["error"]["message"] == "?"
+
+
+async def test_what_is_refused_is_counted(client: httpx.AsyncClient, service: ToolService) -> None:
+    def refused() -> float:
+        name = "tool_executions_total"
+        return service.metrics.registry.get_sample_value(name, {"status": "rejected"}) or 0.0
+
+    before = refused()
+    answer = await client.post("/v1/execute", json={"code": "1", "timeout_s": 9999})
+    assert answer.status_code == 422 and "--max-timeout-s" in answer.json()["error"]["fix"]
+    assert refused() == before + 1
+
+
 async def test_the_function_schema_has_the_name_agents_expect(client: httpx.AsyncClient) -> None:
     (tool,) = (await client.get("/v1/tools")).json()
     assert tool["function"]["name"] == "code_interpreter"

@@ -14,6 +14,7 @@ from mcp.client import Client
 from mcp.client.streamable_http import streamable_http_client
 from tool_server import KEY, served
 
+from services.tool.schemas import SessionRequest
 from services.tool.service import ToolService
 
 README = Path(__file__).resolve().parents[3] / "services" / "tool" / "README.md"
@@ -73,6 +74,27 @@ async def test_a_connection_keeps_its_own_state(service: ToolService) -> None:
         await run_python(two, "x = 'two'")
         assert (await run_python(one, "x"))["result"] == "'one'"
         assert (await run_python(two, "x"))["result"] == "'two'"
+
+
+async def test_a_mistake_is_explained_to_the_model(service: ToolService) -> None:
+    async with served(service) as url, connected(url) as client:
+        for tool, arguments, told in (
+            ("run_python", {"code": "1", "timeout_s": 9999}, "--max-timeout-s"),
+            ("run_python", {"code": "1", "session_id": "bogus"}, "No such session"),
+            ("read_file", {"path": "nope", "session_id": "bogus"}, "No such session"),
+            ("write_file", {"path": "a", "text": "b"}, "Pass the session_id"),
+        ):
+            answer = await client.call_tool(tool, arguments)
+            assert answer.is_error and told in answer.content[0].text, answer
+
+
+async def test_a_session_nobody_named_goes_first_when_room_is_needed(service: ToolService) -> None:
+    kept = (await service.sessions.open(SessionRequest())).session_id
+    async with served(service) as url, connected(url) as client:
+        for _ in range(service.settings.max_sessions + 1):
+            await run_python(client, "1")
+    assert kept in service.sessions
+    service.sessions.end(kept, "the test is over")
 
 
 async def test_a_wrong_key_gets_nowhere(service: ToolService) -> None:

@@ -1,6 +1,7 @@
 """Sessions: state, snapshots, exactly-once steps, files, ends, and walls between sessions."""
 
 import asyncio
+import json
 
 import httpx
 import pytest
@@ -230,3 +231,54 @@ async def test_a_session_is_opened_without_a_body(client: httpx.AsyncClient) -> 
     answer = await client.post("/v1/sessions")
     assert answer.status_code == 201
     await client.delete(f"/v1/sessions/{answer.json()['session_id']}")
+
+
+@pytest.mark.parametrize(
+    "frames",
+    [
+        [{"died": 2**70}],
+        [{"done": True, "exit_code": 10**400, "cpu_s": float("nan"), "peak_bytes": [1]}],
+        [{"started": 1, "snapshot": True, "spent_s": "x"}],
+        [{"died": 0}, {"died": 0, "reply": 7}],
+        [{"died": 0}, {"died": 0, "reply": [1]}],
+    ],
+    ids=["status", "numbers", "started", "reply", "list"],
+)
+async def test_a_cell_that_forges_answers_hurts_only_its_own_session(
+    client: httpx.AsyncClient, frames: list[dict[str, object]]
+) -> None:
+    bodies = [json.dumps(frame).encode() for frame in frames]
+    forge = (
+        "import os, stat, struct\n"
+        f"for body in {bodies!r}:\n"
+        "    for fd in range(3, 12):\n"
+        "        try: mode = os.fstat(fd).st_mode\n"
+        "        except OSError: continue\n"
+        "        if stat.S_ISSOCK(mode): os.write(fd, struct.pack('>I', len(body)) + body); break"
+    )
+    forged, other = await open_session(client), await open_session(client)
+    await cell(client, forged, forge, timeout_s=3.0)
+    for path in ("/files", "/files/a", ""):
+        answer = await client.get(f"/v1/sessions/{forged}{path}")
+        assert answer.status_code in (200, 404, 409, 410, 503), answer.text
+    assert (await cell(client, other, "6 * 7"))["result"] == "42"
+
+
+async def test_a_result_that_cannot_be_sent_is_replaced(client: httpx.AsyncClient) -> None:
+    session = await open_session(client)
+    code = "class A:\n    def __repr__(self): return '\\ud800'\nopen(b'\\xff', 'w').close()\nA()"
+    assert (await cell(client, session, code))["result"] == "?"
+    (listed,) = (await client.get(f"/v1/sessions/{session}/files")).json()["files"]
+    assert listed["size_bytes"] == 0
+
+
+async def test_a_cell_is_not_blamed_for_what_an_earlier_one_used(client: httpx.AsyncClient) -> None:
+    """With a thread alive cells share a process, whose children count from cell to cell."""
+    session = await open_session(client)
+    wait = "import threading\nthreading.Thread(target=threading.Event().wait, daemon=True).start()"
+    await cell(client, session, wait)
+    burn = "import os, time\npid = os.fork()\nif pid == 0:\n    while time.process_time() < 0.7: pass\n    os._exit(0)"
+    busy = await cell(client, session, burn + "\n_ = os.waitpid(pid, 0)")
+    assert busy["usage"]["cpu_ms"] >= 600  # type: ignore[index]
+    killed = await cell(client, session, "os.kill(os.getpid(), 9)", cpu_s=1)
+    assert (killed["status"], killed["signal"]) == ("crashed", "SIGKILL")

@@ -6,6 +6,7 @@
 contain.
 """
 
+import json
 from dataclasses import dataclass, field
 
 ALL = ("full", "uid", "basic")
@@ -35,6 +36,12 @@ def denied(row: str, body: str, levels: tuple[str, ...] = ALL) -> Threat:
     return Threat(row=row, code=code, says="denied\n", levels=levels)
 
 
+def _report(frame: dict[str, object]) -> str:
+    """A statement that writes a frame of ours on the slot's own socket."""
+    body = json.dumps(frame).encode()
+    return f"import os, struct\nos.write(3, struct.pack('>I', {len(body)}) + {body!r})\n"
+
+
 def system_call(row: str, *calls: str) -> list[Threat]:
     """System calls of x86_64 by number and arguments that have to fail with EPERM or ENOSYS."""
     code = (
@@ -55,6 +62,37 @@ try:
     while True: kept.append({make})
 except OSError as error:
     print(errno.errorcode[error.errno])
+"""
+_DEAD_FIRST_THREADS = """
+import ctypes, os, threading, time
+def hold():
+    time.sleep(0.2)
+    kept = bytearray(100 << 20)
+    time.sleep(20)
+for _ in range(4):
+    if os.fork() == 0:
+        threading.Thread(target=hold).start()
+        ctypes.CDLL(None).syscall(60, 0)
+time.sleep(20)
+"""
+_PACKETS = """
+import fcntl, os
+fcntl.fcntl(1, fcntl.F_SETPIPE_SZ, 1 << 20)
+fcntl.fcntl(1, fcntl.F_SETFL, fcntl.fcntl(1, fcntl.F_GETFL) | os.O_DIRECT)
+for number in range(200): os.write(1, b'%03d\\n' % number)
+os._exit(0)
+"""
+_INTERRUPTS = """
+import os, signal, time
+count = 0
+def handle(*_):
+    global count
+    count += 1
+signal.signal(signal.SIGINT, handle)
+for _ in range(5):
+    os.kill(0, signal.SIGINT)
+    time.sleep(0.02)
+print(count)
 """
 _FORKS_THEN_MEMORY = """
 import os, time
@@ -157,6 +195,12 @@ RESOURCES = [
     Threat(
         row="4-memory-in-forks",
         code=_FORKS_THEN_MEMORY,
+        expect=("memory_limit",),
+        levels=FORKING,
+    ),
+    Threat(
+        row="4-memory-behind-dead-first-threads",
+        code=_DEAD_FIRST_THREADS,
         expect=("memory_limit",),
         levels=FORKING,
     ),
@@ -443,6 +487,17 @@ PROGRAMS = [
     Threat(row="66-cookie", code="# -*- coding: latin-1 -*-\nprint('\u00e9')", says="\u00e9\n"),
     Threat(row="67-long", code="x = 1\n" * 20_000 + "print('end')", says="end\n"),
     Threat(row="69-forged", code=_FORGE, expect=("exit",)),
+    *(
+        Threat(row=f"69-forged-{name}", code=_report(frame) + ending, expect=(status,))
+        for name, frame, ending, status in (
+            ("wait-status", {"wait_status": 2**70}, "", "ok"),
+            ("refusal", {"refused": "never ran"}, "", "ok"),
+            ("setup", {"error": "boo"}, "os._exit(70)", "exit"),
+        )
+    ),
+    Threat(row="69-surrogate", code="raise ValueError('\\ud800')", expect=("error",)),
+    Threat(row="70-packets", code=_PACKETS, says="".join(f"{n:03}\n" for n in range(200))),
+    Threat(row="79-interrupts", code=_INTERRUPTS, says="5\n", levels=FORKING),
     Threat(row="70-order", code=_EXIT_ORDER, says="main\njoined\natexit\n"),
     Threat(
         row="72-multiprocessing",
