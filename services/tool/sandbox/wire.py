@@ -60,13 +60,24 @@ class FrameReader:
         return messages
 
 
-def printable(value: Any) -> Any:
-    """Replace lone surrogates in every text of a message: JSON may carry them, UTF-8 cannot."""
+def printable(message: Message) -> Message:
+    """Replace lone surrogates in every text of a message: JSON may carry them, UTF-8 cannot.
+
+    Raises:
+        FrameError: it is nested too deeply.
+    """
+    try:
+        return {key: _printable(value) for key, value in message.items()}
+    except RecursionError as error:
+        raise FrameError("frame is nested too deeply") from error
+
+
+def _printable(value: Any) -> Any:
     if isinstance(value, str):
         return value if value.isascii() else value.encode("utf-8", "replace").decode()
     if isinstance(value, dict):
-        return {printable(key): printable(item) for key, item in value.items()}
-    return [printable(item) for item in value] if isinstance(value, list) else value
+        return {_printable(key): _printable(item) for key, item in value.items()}
+    return [_printable(item) for item in value] if isinstance(value, list) else value
 
 
 def send(descriptor: int, message: Message) -> None:

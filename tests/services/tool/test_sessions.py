@@ -277,8 +277,12 @@ async def test_a_cell_is_not_blamed_for_what_an_earlier_one_used(client: httpx.A
     session = await open_session(client)
     wait = "import threading\nthreading.Thread(target=threading.Event().wait, daemon=True).start()"
     await cell(client, session, wait)
-    burn = "import os, time\npid = os.fork()\nif pid == 0:\n    while time.process_time() < 0.7: pass\n    os._exit(0)"
-    busy = await cell(client, session, burn + "\n_ = os.waitpid(pid, 0)")
+    burn = (
+        "import os, time\npid = os.fork()\n"
+        "if pid == 0:\n    while time.process_time() < 0.7: pass\n    os._exit(0)\n"
+        "_ = os.waitpid(pid, 0)"
+    )
+    busy = await cell(client, session, burn)
     assert busy["usage"]["cpu_ms"] >= 600  # type: ignore[index]
     killed = await cell(client, session, "os.kill(os.getpid(), 9)", cpu_s=1)
     assert (killed["status"], killed["signal"]) == ("crashed", "SIGKILL")

@@ -6,6 +6,7 @@
 contain.
 """
 
+import functools
 import json
 from dataclasses import dataclass, field
 
@@ -493,6 +494,12 @@ PROGRAMS = [
             ("wait-status", {"wait_status": 2**70}, "", "ok"),
             ("refusal", {"refused": "never ran"}, "", "ok"),
             ("setup", {"error": "boo"}, "os._exit(70)", "exit"),
+            (
+                "depth",
+                {"error": functools.reduce(lambda inner, _: [inner], range(900), [])},
+                "",
+                "ok",
+            ),
         )
     ),
     Threat(row="69-surrogate", code="raise ValueError('\\ud800')", expect=("error",)),
