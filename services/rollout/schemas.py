@@ -39,7 +39,9 @@ WeightTransport = Literal["file", "http", "nccl", "ipc"]
 class Wire(BaseModel):
     """Base of every message: unknown fields, NaN and infinity are refused."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
 
 
 class Sampling(Wire):

@@ -78,6 +78,8 @@ def build_parser() -> argparse.ArgumentParser:
     add(
         "--warm-slots", type=int, help=f"slots kept ready per preset and launcher (default: {warm})"
     )
+    drain = "seconds that running programs get after SIGTERM (default: 10)"
+    add("--drain-s", type=float, default=10.0, help=drain)
     add("--log-level", default="INFO", help="DEBUG, INFO, WARNING or ERROR (default: INFO)")
     defaults = Settings()
     for name, text in _NUMBERS.items():
@@ -131,7 +133,9 @@ async def run(arguments: argparse.Namespace) -> None:
         passed, total = service.isolation.canaries_passed, service.isolation.canaries
         logger.info("sandbox level %s: %d of %d canaries blocked", level, passed, total)
         print(f"isolation: {level}", flush=True)
-        await serve(create_app(service, key), sock, url_file=arguments.url_file)
+        await serve(
+            create_app(service, key), sock, url_file=arguments.url_file, drain_s=arguments.drain_s
+        )
 
 
 def main() -> None:

@@ -50,7 +50,7 @@ Base64Text = Annotated[str, AfterValidator(_base64_text)]
 
 
 class _Wire(BaseModel):
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 
 
 class ExecuteRequest(_Wire):
@@ -65,7 +65,9 @@ class ExecuteRequest(_Wire):
     timeout_s: float | None = Field(default=None, gt=0)
     """Wall time of the execution; waiting for a slot does not count."""
     cpu_s: int | None = Field(default=None, ge=1, le=86_400)
+    """CPU time of each process; when left out, what four threads use in the wall time."""
     memory_mb: int | None = Field(default=None, ge=1)
+    """What the program may hold on top of the interpreter and its preloaded libraries, in MiB."""
     output_bytes: int | None = Field(default=None, ge=1)
     """Of stdout and of stderr, each."""
     seed: int | None = Field(default=None, ge=0, lt=2**32)
