@@ -29,7 +29,9 @@ MNT_DETACH = 2
 
 MADV_COLLAPSE = 25
 
-_ALL_SIGNALS = signal.valid_signals()
+_SIGNAL_SET_BYTES = 128
+_ALL_SIGNALS = ctypes.create_string_buffer(b"\xff" * _SIGNAL_SET_BYTES, _SIGNAL_SET_BYTES)
+_MASK_BEFORE = ctypes.create_string_buffer(_SIGNAL_SET_BYTES)
 _CLONE_VM = 0x100
 CLONE_FILES = 0x400
 _PR_SET_PDEATHSIG = 1
@@ -112,12 +114,11 @@ def clone_idle(flags: int, stack: Stack) -> int:
             and the signal that its death sends; with none, no plain wait of this process sees it.
     """
     top = ctypes.addressof(stack) + len(stack)
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, _ALL_SIGNALS)
-    try:
-        pid = _libc.clone(_libc.pause, ctypes.c_void_p(top), _CLONE_VM | flags, None)
-        _check(pid, "clone")
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    # Not through the module signal, which makes an object of every signal.
+    _libc.pthread_sigmask(signal.SIG_BLOCK, _ALL_SIGNALS, _MASK_BEFORE)
+    pid = _libc.clone(_libc.pause, ctypes.c_void_p(top), _CLONE_VM | flags, None)
+    _libc.pthread_sigmask(signal.SIG_SETMASK, _MASK_BEFORE, None)
+    _check(pid, "clone")
     return int(pid)
 
 

@@ -168,12 +168,9 @@ def _hire_undertaker(stack: kernel.Stack) -> None:
     """Start a process that shares this one's memory, so that this one dies at once, whatever it
     held: the last user takes memory apart, and that one is killed with the room, after the verdict.
 
-    A program that makes it run something gains no more than a fork, and without resources.
+    A program that makes it run something gains no more than a thread, and one that cannot fork.
     """
-    pid = kernel.clone_idle(0, stack)
-    for name in (resource.RLIMIT_NPROC, resource.RLIMIT_DATA, resource.RLIMIT_FSIZE):
-        resource.prlimit(pid, name, (0, 0))
-    resource.prlimit(pid, resource.RLIMIT_CPU, (1, 1))
+    resource.prlimit(kernel.clone_idle(0, stack), resource.RLIMIT_NPROC, (0, 0))
 
 
 def _fence(fences: Fences, uid: int | None, folder: str | None) -> None:
