@@ -28,6 +28,7 @@ _REQUIRED = ("memory", "pids")
 _WANTED = (*_REQUIRED, "cpu")
 _SERVICE = "openrlhf-alp-tool"
 _SLOTS = "openrlhf-alp-slots-"
+_SYSTEMD = Path("/run/systemd/system")  # there when systemd manages this machine
 _PREPARED = 4
 _ONE_CORE = "100000 100000"  # microseconds of CPU time per microseconds of time
 _PAUSE_S = 0.01  # killed processes leave a cgroup when their memory is freed
@@ -102,9 +103,9 @@ class Cgroups:
         self._closed = False
         try:
             self.folder, self._lock = _divide()
+            offered = (self.folder / "cgroup.subtree_control").read_text().split()
         except OSError as error:
             raise CgroupUnavailableError(f"{error.filename}: {error.strerror}") from error
-        offered = (self.folder / "cgroup.subtree_control").read_text().split()
         self.controllers = [name for name in _WANTED if name in offered]
         """Those that hold a slot: memory, pids and, where it is delegated, cpu."""
         self._wake()
@@ -193,6 +194,8 @@ def _divide() -> tuple[Path, int]:
         raise CgroupUnavailableError(f"{base} has no controller {' and '.join(missing)}")
     if not os.access(base / "cgroup.subtree_control", os.W_OK):
         raise CgroupUnavailableError(f"{base} is not ours to write in")
+    if os.geteuid() == 0 and base != mount_point and not _is_left_to_us(base):
+        raise CgroupUnavailableError(f"{base} is systemd's own: its unit lacks Delegate=yes")
     # The machine's root cgroup, alone in having no type, may hold processes and be divided.
     if (base / "cgroup.type").exists():
         _vacate(base, everybody=base == mount_point)
@@ -212,6 +215,19 @@ def _divide() -> tuple[Path, int]:
         os.close(lock)
         raise
     return slots, lock
+
+
+def _is_left_to_us(base: Path) -> bool:
+    """Whether no systemd manages this cgroup, or one that marked it as delegated. Root could write
+    in any."""
+    if not _SYSTEMD.is_dir():
+        return True
+    for folder in [base, *base.parents]:
+        for mark in ("user.delegate", "trusted.delegate"):
+            with contextlib.suppress(OSError):
+                if os.getxattr(folder, mark) == b"1":
+                    return True
+    return False
 
 
 def _vacate(base: Path, *, everybody: bool) -> None:

@@ -110,6 +110,19 @@ def test_a_cgroup_that_is_not_ours_is_left_as_it_is(
     assert {path.name: path.read_text() for path in tmp_path.iterdir()} == before
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="an ordinary user can write in delegated ones only")
+def test_a_cgroup_of_systemds_own_is_left_to_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "cgroup.controllers").write_text("cpu memory pids")
+    (tmp_path / "cgroup.subtree_control").write_text("")
+    monkeypatch.setattr(cgroups, "own_cgroup", lambda: (tmp_path, tmp_path.parent))
+    monkeypatch.setattr(cgroups, "_SYSTEMD", tmp_path)
+    with pytest.raises(CgroupUnavailableError, match="Delegate=yes"):
+        Cgroups(max_processes=8, slack_bytes=0)
+    assert (tmp_path / "cgroup.subtree_control").read_text() == ""
+
+
 @pytest_asyncio.fixture
 async def sandbox() -> AsyncIterator[Sandbox]:
     started = Sandbox(SandboxConfig(presets=("numpy",)))
