@@ -159,14 +159,3 @@ def canaries(bait: Bait, memory_layer: str) -> list[Canary]:
         Canary(layer="no_fork", name="fork", code=_attempt(fork)),
         Canary(layer=memory_layer, name="sum", code=_MEMORY_OF_MANY, status=Status.MEMORY_LIMIT),
     ]
-
-
-_MEMORY_OF_MANY = """
-import mmap, time
-blocks = []
-for _ in range(64):
-    block = mmap.mmap(-1, 16 << 20, flags=mmap.MAP_SHARED | mmap.MAP_ANONYMOUS)
-    block.write(b"x" * (16 << 20))
-    blocks.append(block)
-    time.sleep(0.02)
-"""

@@ -58,16 +58,13 @@ class IsolationError(RuntimeError):
     """
 
 
-def _memory_layer(sandbox: Sandbox) -> str:
-    return "memory_watchdog" if sandbox.cgroups is None else "cgroup"
-
-
 async def try_out(sandbox: Sandbox) -> tuple[dict[str, list[str]], int]:
     """Run every canary. Returns, per layer, the names of those that were NOT blocked, and how many
     were run."""
     open_doors: dict[str, list[str]] = {}
+    memory_layer = "memory_watchdog" if sandbox.cgroups is None else "cgroup"
     async with laid_out_bait() as bait:
-        programs = canaries(bait, _memory_layer(sandbox))
+        programs = canaries(bait, memory_layer)
         for canary in programs:
             doors = open_doors.setdefault(canary.layer, [])
             runs = 2 if canary.name == "leftovers" else 1

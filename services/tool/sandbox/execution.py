@@ -122,7 +122,7 @@ class _Reports:
         try:
             data = self._job.recv(_READ_BYTES)
             for message in self._reader.feed(data):
-                if self.merged.get("started"):
+                if "started" in self.merged:
                     message.pop("refused", None)  # foreign code says so: it runs already
                 self.merged.update(wire.printable(message))
         except BlockingIOError:

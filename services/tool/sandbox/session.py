@@ -13,7 +13,13 @@ from typing import Any
 from services.tool.sandbox import wire
 from services.tool.sandbox.execution import Drain, Job, Limits, job_message
 from services.tool.sandbox.handles import SlotHandle
-from services.tool.sandbox.verdict import Outcome, Status, as_wait_status, judge_wait_status
+from services.tool.sandbox.verdict import (
+    Outcome,
+    Status,
+    as_wait_status,
+    judge_stop,
+    judge_wait_status,
+)
 
 _INTERRUPT_S = 1.0
 _FILE_S = 10.0
@@ -234,22 +240,17 @@ def _judge_cell(
     memory = slot.exited.done() and slot.exited.result().memory
     if memory:
         return Outcome(status=Status.MEMORY_LIMIT, message="memory limit exceeded")
-    cpu_s, peak_bytes = _amount(answer.get("cpu_s")), int(_amount(answer.get("peak_bytes")))
+    cpu_s = _amount(answer.get("cpu_s"))
     if stopped is not None:
-        return Outcome(
-            status=stopped,
-            signal="SIGKILL",
-            message=f"{stopped.value} exceeded",
-            cpu_s=cpu_s,
-            peak_bytes=peak_bytes,
-        )
-    if answer.get("lost_session"):
+        verdict = judge_stop(stopped)
+    elif answer.get("lost_session"):
         return Outcome(status=Status.SANDBOX_ERROR, message="the session's processes died")
-    status = as_wait_status(answer.get("died"))
-    if status is None:
-        code = answer.get("exit_code")
-        status = (code & 0xFF) << 8 if isinstance(code, int) else 0
-    verdict = judge_wait_status(status, cpu_s, answer.get("error"), limits.cpu_s)
+    else:
+        status = as_wait_status(answer.get("died"))
+        if status is None:
+            code = answer.get("exit_code")
+            status = (code & 0xFF) << 8 if isinstance(code, int) else 0
+        verdict = judge_wait_status(status, cpu_s, answer.get("error"), limits.cpu_s)
     return Outcome(
         status=verdict.status,
         exit_code=verdict.exit_code,
@@ -257,7 +258,7 @@ def _judge_cell(
         error=verdict.error,
         message=verdict.message,
         cpu_s=cpu_s,
-        peak_bytes=peak_bytes,
+        peak_bytes=int(_amount(answer.get("peak_bytes"))),
     )
 
 

@@ -15,7 +15,7 @@ from typing import NoReturn
 from services.tool.sandbox import filesystem, harness, jobs, kernel, wire
 from services.tool.sandbox.plan import BOX, WORK, Level, Plan
 
-SETUP_FAILED = 70
+_SETUP_FAILED = 70
 """Exit code of a slot that could not put up a fence (EX_SOFTWARE)."""
 
 JOB_FD = 3
@@ -23,6 +23,7 @@ JOB_FD = 3
 
 _MAX_FD = 2**31 - 1  # one close_range call, however many sessions the zygote holds
 _STACK_BYTES = 8 << 20
+_UNDERTAKER = kernel.new_stack()  # each fork has its own copy
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,16 +33,12 @@ class Fences:
     plan: Plan
     limits: list[tuple[int, tuple[int, int]]]
     """Resource limits: number, soft and hard value."""
-    max_processes: tuple[int, int]
-    """RLIMIT_NPROC, which comes last: the slots of an ordinary user share the count."""
     before: list[kernel.Step]
     """Calls after the change of user id and before Landlock."""
     landlock: list[kernel.Step]
     """Empty where each slot needs a ruleset of its own or none is applied."""
     after: list[kernel.Step]
     """The system call filter, which would refuse the calls before it."""
-    undertaker: kernel.Stack
-    """Stack of the process that takes a slot's memory apart (level full)."""
     place: harness.Place
     """Of level full, where every slot sees the same; a draft elsewhere."""
 
@@ -78,11 +75,9 @@ def prepare_fences(plan: Plan, baseline_bytes: int) -> Fences:
     return Fences(
         plan=plan,
         limits=_limits(plan),
-        max_processes=(plan.max_processes, plan.max_processes),
         before=before,
         landlock=_own_landlock(plan, None) if shared else [],
         after=[kernel.loading_seccomp(base64.b64decode(plan.seccomp))] if fenced else [],
-        undertaker=kernel.new_stack(),
         place=harness.Place(
             home=home,
             baseline_bytes=baseline_bytes,
@@ -156,21 +151,23 @@ def enter(
         os.closerange(JOB_FD + 1, _MAX_FD)
         job_fd = JOB_FD
         if fences.plan.level is Level.FULL:
-            _hire_undertaker(fences.undertaker)
-        resource.setrlimit(resource.RLIMIT_NPROC, fences.max_processes)
+            _hire_undertaker()
+        # Last: the slots of an ordinary user share the count.
+        limit = fences.plan.max_processes
+        resource.setrlimit(resource.RLIMIT_NPROC, (limit, limit))
     except BaseException as error:
         wire.send(job_fd, {"failed": f"{type(error).__name__}: {error}"})
-        os._exit(SETUP_FAILED)
+        os._exit(_SETUP_FAILED)
     jobs.serve(JOB_FD, place)
 
 
-def _hire_undertaker(stack: kernel.Stack) -> None:
+def _hire_undertaker() -> None:
     """Start a process that shares this one's memory, so that this one dies at once, whatever it
     held: the last user takes memory apart, and that one is killed with the room, after the verdict.
 
     A program that makes it run something gains no more than a thread, and one that cannot fork.
     """
-    resource.prlimit(kernel.clone_idle(0, stack), resource.RLIMIT_NPROC, (0, 0))
+    resource.prlimit(kernel.clone_idle(0, _UNDERTAKER), resource.RLIMIT_NPROC, (0, 0))
 
 
 def _fence(fences: Fences, uid: int | None, folder: str | None) -> None:

@@ -101,12 +101,17 @@ def judge(
             status=Status.MEMORY_LIMIT, signal="SIGKILL", message="memory limit exceeded"
         )
     if stopped is not None:
-        return Verdict(status=stopped, signal="SIGKILL", message=f"{stopped.value} exceeded")
+        return judge_stop(stopped)
     if isinstance(report.get("refused"), str):
         return Verdict(status=Status.REJECTED, message=report["refused"])
     kept = as_wait_status(report.get("wait_status"))
     status = kept if kept is not None and facts.status == 0 else facts.status
     return judge_wait_status(status, facts.cpu_s, report.get("error"), cpu_limit_s)
+
+
+def judge_stop(limit: Status) -> Verdict:
+    """The verdict on what this process killed for a limit."""
+    return Verdict(status=limit, signal="SIGKILL", message=f"{limit.value} exceeded")
 
 
 def judge_wait_status(status: int, cpu_s: float, error: Any, cpu_limit_s: int) -> Verdict:

@@ -54,11 +54,7 @@ def baseline_bytes(proc: int) -> int:
 
 
 def _pids(proc: int) -> list[int]:
-    folder = os.open(".", os.O_RDONLY | os.O_DIRECTORY, dir_fd=proc)
-    try:
-        return [int(name) for name in os.listdir(folder) if name.isdigit()]
-    finally:
-        os.close(folder)
+    return [int(name) for name in _listing(proc, ".") if name.isdigit()]
 
 
 def _pid_namespace(proc: int, pid: int) -> int:
@@ -95,12 +91,30 @@ def _read(proc: int, path: str) -> bytes:
         os.close(descriptor)
 
 
+def _listing(proc: int, path: str) -> list[str]:
+    try:
+        folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY, dir_fd=proc)
+    except OSError:
+        return []
+    try:
+        return os.listdir(folder)
+    except OSError:
+        return []
+    finally:
+        os.close(folder)
+
+
+def _with_memory(proc: int, pid: int) -> str:
+    """Where below /proc the memory of a process shows: when its first thread has ended, only at
+    another one."""
+    if _statm_bytes(proc, str(pid)):
+        return str(pid)
+    threads = (f"{pid}/task/{name}" for name in _listing(proc, f"{pid}/task"))
+    return next((thread for thread in threads if _statm_bytes(proc, thread)), str(pid))
+
+
 def _resident_bytes(proc: int, pid: int) -> int:
-    resident = _statm_bytes(proc, str(pid))
-    # A process whose first thread has ended shows its memory only below its other threads.
-    return resident or max(
-        (_statm_bytes(proc, thread) for thread in _threads(proc, pid)), default=0
-    )
+    return _statm_bytes(proc, _with_memory(proc, pid))
 
 
 def _statm_bytes(proc: int, task: str) -> int:
@@ -108,22 +122,8 @@ def _statm_bytes(proc: int, task: str) -> int:
     return int(fields[1]) * _PAGE_BYTES if len(fields) > 1 else 0
 
 
-def _threads(proc: int, pid: int) -> list[str]:
-    try:
-        folder = os.open(f"{pid}/task", os.O_RDONLY | os.O_DIRECTORY, dir_fd=proc)
-    except OSError:
-        return []
-    try:
-        return [f"{pid}/task/{name}" for name in os.listdir(folder)]
-    except OSError:
-        return []
-    finally:
-        os.close(folder)
-
-
 def _proportional_bytes(proc: int, pid: int) -> int:
-    for task in [str(pid), *_threads(proc, pid)]:
-        for line in _read(proc, f"{task}/smaps_rollup").splitlines():
-            if line.startswith(b"Pss:"):
-                return int(line.split()[1]) * 1024
+    for line in _read(proc, f"{_with_memory(proc, pid)}/smaps_rollup").splitlines():
+        if line.startswith(b"Pss:"):
+            return int(line.split()[1]) * 1024
     return _resident_bytes(proc, pid)

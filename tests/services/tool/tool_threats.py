@@ -493,6 +493,7 @@ PROGRAMS = [
         for name, frame, ending, status in (
             ("wait-status", {"wait_status": 2**70}, "", "ok"),
             ("refusal", {"refused": "never ran"}, "", "ok"),
+            ("start", {"started": False}, _report({"refused": "never ran"}), "ok"),
             ("setup", {"error": "boo"}, "os._exit(70)", "exit"),
             (
                 "depth",
