@@ -35,6 +35,22 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
+def tiny_config(tokenizer: PreTrainedTokenizerFast, *, max_positions: int) -> LlamaConfig:
+    """Two layers of width 64, the least that vLLM on a CPU serves."""
+    return LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=2,  # vLLM on CPU needs heads of 32 or more
+        num_key_value_heads=1,
+        max_position_embeddings=max_positions,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=None,
+    )
+
+
 def save_tiny_policy(
     folder: Path,
     dialogues: Sequence[tuple[str, str]],
@@ -55,19 +71,7 @@ def save_tiny_policy(
     """
     tokenizer = make_tokenizer()
     torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=2,  # vLLM on CPU needs heads of 32 or more
-        num_key_value_heads=1,
-        max_position_embeddings=512,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=None,
-    )
-    model = LlamaForCausalLM(config)
+    model = LlamaForCausalLM(tiny_config(tokenizer, max_positions=512))
     num_threads = torch.get_num_threads()
     torch.set_num_threads(1)  # matrices this small only wait for each other
     try:

@@ -15,14 +15,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 import openrlhf_alp.learner  # noqa: F401  (installs the shims that OpenRLHF needs to import)
-
-CHAT_TEMPLATE = (
-    "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
-    "{% if add_generation_prompt %}assistant: {% endif %}"
-)
+from benchmarks.policies.tiny_policy import CHAT_TEMPLATE, save_tiny_policy, tiny_config
 
 
 def save_tiny_model(folder: Path, *, seed: int = 0) -> Path:
@@ -39,19 +35,8 @@ def save_tiny_model(folder: Path, *, seed: int = 0) -> Path:
         chat_template=CHAT_TEMPLATE,
     )
     torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=len(vocabulary),
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=2,  # vLLM on CPU needs heads of 32 or more
-        num_key_value_heads=1,
-        max_position_embeddings=256,
-        eos_token_id=1,
-        pad_token_id=0,
-        bos_token_id=None,
-    )
-    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    model = LlamaForCausalLM(tiny_config(fast, max_positions=256))
+    model.to(torch.bfloat16).save_pretrained(folder)
     fast.save_pretrained(folder)
     return folder
 
@@ -162,8 +147,6 @@ def tiny_policy(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     It calls a tool once to print K, and boxes what it reads.
     """
-    from benchmarks.policies.tiny_policy import save_tiny_policy
-
     dialogues = [
         (
             f"Task {k}\n",
