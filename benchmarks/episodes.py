@@ -35,9 +35,9 @@ from openrlhf_alp.episodes.observation import plain_template
 from openrlhf_alp.episodes.protocols import Interpreter
 from openrlhf_alp.episodes.records import Episode, SamplingConfig
 from openrlhf_alp.episodes.tool_integrated import ToolIntegratedConfig, run_tool_integrated
-from openrlhf_alp.learner.interpreter import StatelessInterpreter
-from openrlhf_alp.learner.service_generate import ServiceGenerate
 from openrlhf_alp.rewards.protocol import RewardResult
+from openrlhf_alp.rollouts.generate import ServiceGenerate
+from openrlhf_alp.rollouts.interpreter import StatelessInterpreter
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 KEY = "benchmark-key"

@@ -25,8 +25,9 @@ from openrlhf.trainer.ppo_utils.experience import Experience
 from openrlhf.utils import get_strategy
 
 from openrlhf_alp.data.smollm2 import unpack_smollm2
-from openrlhf_alp.learner import config, seams
+from openrlhf_alp.learner import seams
 from openrlhf_alp.learner.experience import SAMPLE_ID
+from openrlhf_alp.learner.flags import config
 
 GOAL = 0.85
 NUM_SAMPLES = 64

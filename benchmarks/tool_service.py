@@ -26,9 +26,9 @@ from typing import Any
 import aiohttp
 import psutil
 
-from services.tool.sandbox import preload
-from services.tool.sandbox.engine import Sandbox, SandboxConfig
-from services.tool.sandbox.execution import Job, Limits
+from services.tool.sandbox.host.execution import Job, Limits
+from services.tool.sandbox.host.pool import Sandbox, SandboxConfig
+from services.tool.sandbox.inside import preload
 from services.tool.sandbox.plan import Level
 
 REPOSITORY = Path(__file__).resolve().parents[1]

@@ -28,11 +28,11 @@ from rollout.common import (
 
 from openrlhf_alp.clients.rollout import RolloutClient
 from services.common.wire import JSON_TYPE, MSGPACK_TYPE, decode, encode
-from services.rollout.engine import Job, JobResult
+from services.rollout.engines.protocol import Job, JobResult
 from services.rollout.generator import Generator, check_request
 from services.rollout.ledger import Ledger, LedgerLimits, body_hash
-from services.rollout.schemas import GenerateRequest, GenerateResponse, Sample, Span, Timings
-from services.rollout.versions import Version, VersionLog
+from services.rollout.weights.versions import Version, VersionLog
+from services.rollout.wire.schemas import GenerateRequest, GenerateResponse, Sample, Span, Timings
 
 _ROUNDS = 5
 _REQUESTS_PER_ROUND = 1000
@@ -109,12 +109,12 @@ def serve_paced(url_file: Path, pace_s: float, max_pending: int) -> None:
     """Entry of the child process: the real app around the paced engine."""
     from services.common.logging import configure_logging
     from services.common.serve import bind_socket, run, serve
-    from services.rollout.app import create_app
+    from services.rollout.api.app import create_app
     from services.rollout.service import RolloutService
     from services.rollout.settings import RolloutSettings
-    from services.rollout.staging import ServedModel, Staging
-    from services.rollout.uploads import Uploads
-    from services.rollout.weights import WeightStore
+    from services.rollout.weights.staging import ServedModel, Staging
+    from services.rollout.weights.store import WeightStore
+    from services.rollout.weights.uploads import Uploads
 
     configure_logging("WARNING")
     engine: Any = PacedEngine(pace_s)

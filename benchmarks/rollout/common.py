@@ -12,8 +12,8 @@ from typing import Any
 
 import httpx
 
-from services.rollout.engine import EngineInfo, JobResult
-from services.rollout.schemas import GenerateRequest, Sampling
+from services.rollout.engines.protocol import EngineInfo, JobResult
+from services.rollout.wire.schemas import GenerateRequest, Sampling
 
 NUM_TOKENS = 256
 CONCURRENCY = 64

@@ -20,8 +20,8 @@ from rollout.common import KEY, bounded, child_command, child_environment, conne
 from rollout.servers import our_service, vllm_serve
 
 from services.common.wire import JSON_TYPE, MSGPACK_TYPE
-from services.rollout.engine import Job
-from services.rollout.schemas import Sampling
+from services.rollout.engines.protocol import Job
+from services.rollout.wire.schemas import Sampling
 
 _NUM_TOKENS = 64
 _ROUNDS = 3
@@ -83,8 +83,8 @@ def _in_process(model: Path, num_requests: int) -> Iterator[Measure]:
 
 async def serve_in_process(model: Path, num_requests: int) -> None:
     """The other end of `_in_process`: an engine without any server."""
+    from services.rollout.engines.vllm_engine import VllmEngine
     from services.rollout.settings import RolloutSettings
-    from services.rollout.vllm_engine import VllmEngine
 
     engine = VllmEngine.start(RolloutSettings(model=model), ())
     sampling = Sampling(max_tokens=_NUM_TOKENS, ignore_eos=True)

@@ -14,7 +14,7 @@ def bench_weights(model: Path) -> None:
     """A full push, every tensor changed, against a plain copy and vLLM's reload."""
     from safetensors.torch import load_file
 
-    from openrlhf_alp.clients.push import WeightPusher
+    from openrlhf_alp.clients.weights.push import WeightPusher
 
     tensors: dict[str, Any] = {}
     for file in sorted(model.glob("*.safetensors")):

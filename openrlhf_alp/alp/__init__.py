@@ -22,7 +22,14 @@ bit; sigma never leaves the learner.
 
 from openrlhf_alp.alp.calibration import Calibration, calibrate_sigma0, k3_kl
 from openrlhf_alp.alp.config import PerturbationConfig, parse_layers
-from openrlhf_alp.alp.loss import (
+from openrlhf_alp.alp.perturbation import (
+    LayerwisePerturbation,
+    SigmaSummary,
+    attach,
+    detached,
+    find_decoder_layers,
+)
+from openrlhf_alp.objective.loss import (
     MAX_LOG_RATIO,
     METHODS,
     LossOutput,
@@ -32,15 +39,8 @@ from openrlhf_alp.alp.loss import (
     masked_mean,
     unified_ratio_loss,
 )
-from openrlhf_alp.alp.perturbation import (
-    LayerwisePerturbation,
-    SigmaSummary,
-    attach,
-    detached,
-    find_decoder_layers,
-)
-from openrlhf_alp.alp.ratio import per_token_log_ratio, token_log_ratio
-from openrlhf_alp.alp.telemetry import METRICS, RatioTelemetry
+from openrlhf_alp.objective.ratio import per_token_log_ratio, token_log_ratio
+from openrlhf_alp.objective.telemetry import METRICS, RatioTelemetry
 
 __all__ = [
     "MAX_LOG_RATIO",

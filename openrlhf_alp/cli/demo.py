@@ -6,8 +6,8 @@ from pathlib import Path
 
 from rich.console import Console
 
-from openrlhf_alp.cli.demo_task import METHODS
-from openrlhf_alp.cli.demo_view import DemoView
+from openrlhf_alp.launch.task import METHODS
+from openrlhf_alp.launch.view import DemoView
 
 DESCRIPTION = """\
 A real pretrained model (SmolLM2-135M-Instruct, from an installed package) learns to add one-digit
@@ -84,6 +84,6 @@ def run(arguments: argparse.Namespace) -> int:
     goal = "multiply with a tool" if tir else "add"
     view.title(f"Learning to {goal} with {config.method}: {config.steps} steps, seed {config.seed}")
     # Here and not above: it imports torch and transformers, which takes seconds.
-    from openrlhf_alp.cli.demo_run import run_demo
+    from openrlhf_alp.launch.run import run_demo
 
     return run_demo(config, view)

@@ -13,10 +13,10 @@ from rich.console import Console
 from openrlhf_alp.cli.preflight_view import PreflightView, as_json
 from openrlhf_alp.clients.errors import ServiceError
 from openrlhf_alp.clients.keys import ADMIN_KEY_VARIABLE, API_KEY_VARIABLE
-from openrlhf_alp.report.verdict import LIMITS, Level
+from openrlhf_alp.learner.mismatch.judge import LIMITS, Level
 
 if TYPE_CHECKING:  # the module behind it imports torch
-    from openrlhf_alp.learner.probe import ProbeConfig
+    from openrlhf_alp.learner.mismatch.probe import ProbeConfig
 
 _LIMIT_LINES = "\n".join(
     f"  |{limit.figure}|".ljust(12) + f"{limit.suspicious:<14g}{limit.broken:g}" for limit in LIMITS
@@ -105,7 +105,7 @@ def run(arguments: argparse.Namespace) -> int:
         # Upstream prints while it loads a model; our output alone goes to stdout.
         with contextlib.redirect_stdout(sys.stderr):
             # Here and not above: it imports torch and OpenRLHF, which takes seconds.
-            from openrlhf_alp.learner.probe import probe
+            from openrlhf_alp.learner.mismatch.probe import probe
 
             report = probe(_config(arguments, prompts, keys))
     except (ValueError, OSError, ServiceError) as error:
@@ -158,7 +158,7 @@ def _config(
 ) -> "ProbeConfig":
     import torch
 
-    from openrlhf_alp.learner.probe import ProbeConfig
+    from openrlhf_alp.learner.mismatch.probe import ProbeConfig
 
     default_attention = "flash_attention_2" if torch.cuda.is_available() else "sdpa"
     api_key, admin_key = keys

@@ -6,10 +6,10 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from openrlhf_alp.report.verdict import LIMITS, Level
+from openrlhf_alp.learner.mismatch.judge import LIMITS, Level
 
 if TYPE_CHECKING:  # the module behind it imports torch
-    from openrlhf_alp.learner.probe import ProbeReport
+    from openrlhf_alp.learner.mismatch.probe import ProbeReport
 
 _COLORS = {Level.OK: "green", Level.SUSPICIOUS: "yellow", Level.BROKEN: "red"}
 _MEANING = {

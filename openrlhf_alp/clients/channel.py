@@ -13,7 +13,7 @@ from openrlhf_alp.clients.errors import IncompleteReply, InvalidReply, ServiceUn
 from openrlhf_alp.clients.http import LIMITS, Backoff, Timeouts, error_of
 from openrlhf_alp.clients.trace import trace_headers
 from services.common.wire import MSGPACK_TYPE, decode, encode, media_type_of
-from services.rollout.schemas import UploadStatus
+from services.rollout.wire.schemas import UploadStatus
 
 _UPLOAD_ATTEMPTS = 5
 _PIECE_BYTES = 4 * 2**20

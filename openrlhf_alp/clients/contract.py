@@ -4,8 +4,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from openrlhf_alp.clients.errors import ContractMismatch
-from services.rollout.fingerprint import chat_template_hash, tokenizer_hash
-from services.rollout.schemas import API_VERSION, Contract, WeightTransport
+from services.rollout.wire.fingerprint import chat_template_hash, tokenizer_hash
+from services.rollout.wire.schemas import API_VERSION, Contract, WeightTransport
 
 PROCESSED_LOGPROBS = "processed_logprobs"
 
@@ -15,7 +15,7 @@ class LearnerExpectation:
     """What the learner has, and so what the server must serve. None: not compared."""
 
     tokenizer_hash: str
-    """`services.rollout.fingerprint.tokenizer_hash` of the learner's tokenizer."""
+    """`services.rollout.wire.fingerprint.tokenizer_hash` of the learner's tokenizer."""
 
     chat_template_hash: str | None = None
     """Of the learner's template; None when the learner sends ids made elsewhere."""

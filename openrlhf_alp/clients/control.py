@@ -22,7 +22,7 @@ from openrlhf_alp.clients.errors import (
 )
 from openrlhf_alp.clients.fleet import Fleet, Server, ServerState
 from openrlhf_alp.clients.http import Backoff, Timeouts, error_of
-from services.rollout.schemas import (
+from services.rollout.wire.schemas import (
     CommitRequest,
     CommitResponse,
     Contract,

@@ -23,7 +23,7 @@ from openrlhf_alp.clients.errors import (
 from openrlhf_alp.clients.fleet import Server, ServerState
 from openrlhf_alp.clients.http import RETRYABLE, error_of
 from services.common.wire import MSGPACK_TYPE, encode
-from services.rollout.schemas import (
+from services.rollout.wire.schemas import (
     VERSION_HEADER,
     GenerateRequest,
     GenerateResponse,

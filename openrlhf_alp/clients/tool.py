@@ -22,7 +22,7 @@ from pydantic import BaseModel
 from openrlhf_alp.clients.errors import InvalidReply, ServiceUnavailable
 from openrlhf_alp.clients.http import LIMITS, RETRYABLE, Backoff, Timeouts, error_of
 from openrlhf_alp.clients.trace import trace_headers
-from services.tool.schemas import (
+from services.tool.wire.schemas import (
     CellRequest,
     CellResult,
     ExecuteRequest,

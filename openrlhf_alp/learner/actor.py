@@ -15,12 +15,12 @@ from openrlhf.trainer.ppo_utils.experience import Experience
 from openrlhf.trainer.ray import ppo_actor
 
 from openrlhf_alp.alp import LayerwisePerturbation, RatioTelemetry
-from openrlhf_alp.clients.push import WeightPusher
-from openrlhf_alp.learner.calibrate import calibrate
-from openrlhf_alp.learner.config import AlpConfig
+from openrlhf_alp.clients.weights.push import WeightPusher
 from openrlhf_alp.learner.experience import SAMPLE_ID
+from openrlhf_alp.learner.flags.config import AlpConfig
+from openrlhf_alp.learner.mismatch.calibrate import calibrate
+from openrlhf_alp.learner.mismatch.recheck import recheck
 from openrlhf_alp.learner.policy_loss import UnifiedPolicyLoss
-from openrlhf_alp.learner.recheck import recheck
 from openrlhf_alp.learner.remote import undecorated
 from openrlhf_alp.learner.strategy import perturbation_of, without_sigma
 from openrlhf_alp.learner.weight_sync import push_weights

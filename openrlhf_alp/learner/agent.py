@@ -22,9 +22,9 @@ from openrlhf.utils.agent import AgentExecutorBase
 
 from openrlhf_alp.clients.keys import TOOL_KEY_VARIABLE
 from openrlhf_alp.episodes.records import Completion, SamplingConfig, VersionSpan
-from openrlhf_alp.learner.episode_runner import Task, build_runner, to_response, tool_client
-from openrlhf_alp.learner.tool_config import ToolConfig
+from openrlhf_alp.learner.flags.tool import ToolConfig
 from openrlhf_alp.rewards.math import MathReward
+from openrlhf_alp.rollouts.runners import Task, build_runner, to_response, tool_client
 
 URLS_VARIABLE = "OPENRLHF_ALP_TOOL_URLS"
 SETTINGS_VARIABLE = "OPENRLHF_ALP_TIR"

@@ -16,8 +16,9 @@ import torch
 
 from openrlhf_alp.clients.errors import ServiceError
 from openrlhf_alp.episodes.records import EpisodeError
-from openrlhf_alp.learner import config, seams
-from openrlhf_alp.learner.checks import check_data, check_model, check_services, check_tools
+from openrlhf_alp.learner import seams
+from openrlhf_alp.learner.flags import config
+from openrlhf_alp.learner.flags.checks import check_data, check_model, check_services, check_tools
 
 LOGICAL_DEVICES = 8
 """Slots that a local Ray offers on a machine without GPUs; OpenRLHF asks for one per model."""

@@ -16,7 +16,7 @@ from torch import nn
 
 from openrlhf_alp.alp import LayerwisePerturbation, attach, detached
 from openrlhf_alp.learner import compat
-from openrlhf_alp.learner.config import AlpConfig
+from openrlhf_alp.learner.flags.config import AlpConfig
 
 
 def perturbation_of(model: nn.Module) -> LayerwisePerturbation | None:

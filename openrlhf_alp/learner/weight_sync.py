@@ -12,7 +12,7 @@ import deepspeed
 import torch
 from torch import nn
 
-from openrlhf_alp.clients.push import PushResult, WeightPusher
+from openrlhf_alp.clients.weights.push import PushResult, WeightPusher
 
 BUCKET_BYTES = 256 * 2**20
 """Full parameters that ZeRO-3 gathers at once: what a rank holds beside its shards during a push.

@@ -12,7 +12,7 @@ from services.common.auth import ApiKey, resolve_api_key
 from services.common.errors import ConfigError
 from services.common.logging import configure_logging
 from services.common.serve import bind_socket, run, serve
-from services.rollout.engine import Engine
+from services.rollout.engines.protocol import Engine
 from services.rollout.settings import ENV_PREFIX, RolloutSettings
 
 EXIT_CONFIG = 2
@@ -44,7 +44,7 @@ def main() -> int:
 
 
 async def _run(settings: RolloutSettings) -> None:
-    from services.rollout.app import create_app
+    from services.rollout.api.app import create_app
     from services.rollout.service import (
         build_service,
         make_weights_dir,
@@ -85,7 +85,7 @@ def _start_engine(
     settings: RolloutSettings, tokenizer: object, eos_token_ids: tuple[int, ...]
 ) -> Engine:
     if settings.engine == "hf":
-        from services.rollout.hf_engine import HfEngine
+        from services.rollout.engines.hf_engine import HfEngine
 
         return HfEngine.load(
             Path(settings.model),
@@ -98,7 +98,7 @@ def _start_engine(
             faults=settings.faults,
         )
     try:
-        from services.rollout.vllm_engine import VllmEngine
+        from services.rollout.engines.vllm_engine import VllmEngine
     except ImportError as error:
         raise ConfigError(
             f"vLLM cannot be imported: {error}. Fix: pip install -e .[rollout], or --engine hf."

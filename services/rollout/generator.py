@@ -9,15 +9,15 @@ from functools import partial
 
 from services.common.errors import ApiError
 from services.rollout import metrics
-from services.rollout.engine import BadJobError, Engine, EngineDeadError, EngineInfo, Job
-from services.rollout.schemas import (
+from services.rollout.engines.protocol import BadJobError, Engine, EngineDeadError, EngineInfo, Job
+from services.rollout.weights.versions import VersionLog
+from services.rollout.wire.schemas import (
     MIN_SAMPLED_TEMPERATURE,
     GenerateRequest,
     GenerateResponse,
     Sample,
     Timings,
 )
-from services.rollout.versions import VersionLog
 
 SampleSink = Callable[[int, list[int], list[float]], None]
 """Receives (sample index, new token ids, their log-probs) as they are drawn."""

@@ -23,7 +23,7 @@ from blake3 import blake3
 
 from services.common.errors import ApiError
 from services.rollout import metrics
-from services.rollout.schemas import GenerateRequest, GenerateResponse
+from services.rollout.wire.schemas import GenerateRequest, GenerateResponse
 
 Run = Callable[[], Coroutine[Any, Any, GenerateResponse]]
 Forgotten = Literal["cancelled", "dropped", "unknown"]

@@ -7,28 +7,28 @@ from pathlib import Path
 from typing import Any
 
 from services.common.errors import ConfigError
-from services.rollout.checkpoint import BadCheckpointError, model_files, scan
-from services.rollout.engine import LOGPROBS_MODE, Engine
-from services.rollout.fingerprint import (
-    chat_template_hash,
-    manifest_hash,
-    object_hash,
-    tokenizer_hash,
-)
+from services.rollout.engines.protocol import LOGPROBS_MODE, Engine
 from services.rollout.generator import Generator, SampleSink, check_request
 from services.rollout.ledger import Ledger, LedgerLimits
-from services.rollout.schemas import API_VERSION, Contract, DtypeCode, GenerateRequest
 from services.rollout.settings import RolloutSettings
-from services.rollout.staging import (
+from services.rollout.weights.checkpoint import BadCheckpointError, model_files, scan
+from services.rollout.weights.staging import (
     TIED_HEAD,
     ServedModel,
     Staging,
     digest_of,
     remove_if_abandoned,
 )
-from services.rollout.uploads import Uploads
-from services.rollout.versions import Version, VersionLog
-from services.rollout.weights import WeightStore
+from services.rollout.weights.store import WeightStore
+from services.rollout.weights.uploads import Uploads
+from services.rollout.weights.versions import Version, VersionLog
+from services.rollout.wire.fingerprint import (
+    chat_template_hash,
+    manifest_hash,
+    object_hash,
+    tokenizer_hash,
+)
+from services.rollout.wire.schemas import API_VERSION, Contract, DtypeCode, GenerateRequest
 
 _DTYPE_CODES: dict[str, DtypeCode] = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 _PRIVATE_PREFIX = "openrlhf-alp-weights-"

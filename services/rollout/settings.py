@@ -6,7 +6,7 @@ from typing import Literal
 from pydantic import Field, SecretStr, ValidationInfo, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from services.rollout.faults import FaultPlan
+from services.rollout.engines.faults import FaultPlan
 
 ENV_PREFIX = "OPENRLHF_ALP_ROLLOUT_"
 

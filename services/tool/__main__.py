@@ -14,11 +14,11 @@ from services.common.auth import is_loopback, resolve_api_key
 from services.common.errors import ConfigError
 from services.common.logging import configure_logging
 from services.common.serve import bind_socket, serve
-from services.tool.app import create_app
+from services.tool.api.app import create_app
 from services.tool.isolation import IsolationError
-from services.tool.sandbox.engine import SandboxConfig
+from services.tool.sandbox.host.pool import SandboxConfig
+from services.tool.sandbox.inside.preload import PRESETS
 from services.tool.sandbox.plan import Level
-from services.tool.sandbox.preload import PRESETS
 from services.tool.service import ToolService
 from services.tool.settings import Settings
 

@@ -10,7 +10,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from services.tool.sandbox.verdict import Outcome, Status
+from services.tool.sandbox.host.verdict import Outcome, Status
 
 _BLOCKED = "blocked\n"
 _MEMORY_OF_MANY = """

@@ -9,7 +9,7 @@ from fastapi import FastAPI, Request, Response
 from services.common.disconnect import ClientGone
 from services.common.errors import ApiError
 from services.tool.admission import OverloadedError
-from services.tool.sandbox.session import SessionFileError
+from services.tool.sandbox.host.session import SessionFileError
 from services.tool.service import LimitError
 from services.tool.sessions import (
     OPENING_ERRORS,

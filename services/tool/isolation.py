@@ -14,11 +14,11 @@ from dataclasses import replace
 from pathlib import Path
 
 from services.tool.canaries import canaries, laid_out_bait
-from services.tool.sandbox.engine import Sandbox, SandboxConfig, read_paths
-from services.tool.sandbox.execution import Job, Limits
+from services.tool.sandbox.host.execution import Job, Limits
+from services.tool.sandbox.host.pool import Sandbox, SandboxConfig, read_paths
 from services.tool.sandbox.plan import STRENGTH, Level
-from services.tool.schemas import IsolationReport, LayerReport
 from services.tool.settings import Settings
+from services.tool.wire.schemas import IsolationReport, LayerReport
 
 logger = logging.getLogger(__name__)
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
-from services.tool.sandbox.verdict import Outcome, Status
+from services.tool.sandbox.host.verdict import Outcome, Status
 
 if TYPE_CHECKING:
     from services.tool.service import ToolService

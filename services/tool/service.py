@@ -9,10 +9,12 @@ from contextlib import asynccontextmanager, contextmanager
 from services.tool.admission import Admission, OverloadedError
 from services.tool.isolation import establish
 from services.tool.metrics import Metrics
-from services.tool.sandbox.engine import Sandbox
-from services.tool.sandbox.execution import Job, Limits
-from services.tool.sandbox.verdict import Outcome, Status
-from services.tool.schemas import (
+from services.tool.sandbox.host.execution import Job, Limits
+from services.tool.sandbox.host.pool import Sandbox
+from services.tool.sandbox.host.verdict import Outcome, Status
+from services.tool.sessions import Sessions
+from services.tool.settings import Settings
+from services.tool.wire.schemas import (
     CellRequest,
     ErrorReport,
     ExecuteRequest,
@@ -20,8 +22,6 @@ from services.tool.schemas import (
     IsolationReport,
     Usage,
 )
-from services.tool.sessions import Sessions
-from services.tool.settings import Settings
 
 logger = logging.getLogger(__name__)
 

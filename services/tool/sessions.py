@@ -16,9 +16,9 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from services.tool.sandbox.handles import SlotFailedError, ZygoteLostError
-from services.tool.sandbox.session import SandboxSession, SessionLostError
-from services.tool.schemas import (
+from services.tool.sandbox.host.handles import SlotFailedError, ZygoteLostError
+from services.tool.sandbox.host.session import SandboxSession, SessionLostError
+from services.tool.wire.schemas import (
     CellRequest,
     CellResult,
     ExecuteRequest,

@@ -3,7 +3,7 @@
 import os
 from dataclasses import dataclass, field
 
-from services.tool.sandbox.engine import SandboxConfig
+from services.tool.sandbox.host.pool import SandboxConfig
 from services.tool.sandbox.plan import Level
 
 

@@ -19,7 +19,7 @@ from starlette.responses import Response
 
 from services.common.serve import bind_socket, bound_url, write_url_file
 from services.common.wire_routes import WireRoute, reply
-from services.rollout.schemas import GenerateRequest, GenerateResponse, Sample, Span, Timings
+from services.rollout.wire.schemas import GenerateRequest, GenerateResponse, Sample, Span, Timings
 
 EOS = 1
 

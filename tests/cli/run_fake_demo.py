@@ -11,9 +11,9 @@ def main(service_mode: str, train_mode: str, model: str, folder: str) -> int:
     from rich.console import Console
 
     from openrlhf_alp.cli.demo import DemoConfig
-    from openrlhf_alp.cli.demo_recipe import Recipe
-    from openrlhf_alp.cli.demo_run import DemoCommands, run_demo
-    from openrlhf_alp.cli.demo_view import DemoView
+    from openrlhf_alp.launch.recipe import Recipe
+    from openrlhf_alp.launch.run import DemoCommands, run_demo
+    from openrlhf_alp.launch.view import DemoView
 
     pids = Path(folder) / "pids"
 

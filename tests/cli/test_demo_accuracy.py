@@ -4,11 +4,11 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
-from openrlhf_alp.cli.demo_accuracy import Examiner
 from openrlhf_alp.data.questions import Question
 from openrlhf_alp.episodes.records import Completion, SamplingConfig, VersionSpan
-from openrlhf_alp.learner.episode_runner import SingleTurnRunner
+from openrlhf_alp.launch.accuracy import Examiner
 from openrlhf_alp.rewards.protocol import RewardResult, RewardUnavailable
+from openrlhf_alp.rollouts.runners import SingleTurnRunner
 
 ROWS = [Question(question=f"What is 1 + {n}?", label=str(1 + n)) for n in (1, 2, 3, 4)]
 

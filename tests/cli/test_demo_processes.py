@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from openrlhf_alp.cli.demo_processes import ProcessFailedError, ProcessGuard, tail
+from openrlhf_alp.launch.processes import ProcessFailedError, ProcessGuard, tail
 
 
 def python(code: str) -> list[str]:

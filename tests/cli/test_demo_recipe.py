@@ -5,15 +5,16 @@ from pathlib import Path
 import pytest
 
 from openrlhf_alp.alp import METHODS as ALL_METHODS
-from openrlhf_alp.cli.demo_recipe import (
+from openrlhf_alp.launch.recipe import (
     Recipe,
     service_command,
     tool_command,
     train_command,
     warm_up_command,
 )
-from openrlhf_alp.cli.demo_task import METHODS
-from openrlhf_alp.learner import config, tool_config
+from openrlhf_alp.launch.task import METHODS
+from openrlhf_alp.learner.flags import config
+from openrlhf_alp.learner.flags import tool as tool_config
 from services.rollout.settings import RolloutSettings
 
 

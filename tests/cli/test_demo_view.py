@@ -3,8 +3,6 @@ import io
 import pytest
 from rich.console import Console
 
-from openrlhf_alp.cli.demo_accuracy import Accuracy
-from openrlhf_alp.cli.demo_view import DemoView, describe, reward_at_edges
 from openrlhf_alp.data.questions import Question
 from openrlhf_alp.episodes.records import (
     Episode,
@@ -14,6 +12,8 @@ from openrlhf_alp.episodes.records import (
     TurnKind,
     VersionSpan,
 )
+from openrlhf_alp.launch.accuracy import Accuracy
+from openrlhf_alp.launch.view import DemoView, describe, reward_at_edges
 from openrlhf_alp.report.metrics import REWARD, StepMetrics
 
 ROW = Question(question="What is 3 + 4?", label="7")

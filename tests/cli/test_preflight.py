@@ -8,7 +8,7 @@ import pytest
 
 from openrlhf_alp.cli.main import main
 from openrlhf_alp.clients.keys import ADMIN_KEY_VARIABLE, API_KEY_VARIABLE
-from openrlhf_alp.report.verdict import LIMITS
+from openrlhf_alp.learner.mismatch.judge import LIMITS
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ from transformers import AutoTokenizer
 
 from openrlhf_alp.clients.contract import LearnerExpectation, check_contract
 from openrlhf_alp.clients.errors import ContractMismatch
-from services.rollout.fingerprint import tokenizer_hash
+from services.rollout.wire.fingerprint import tokenizer_hash
 
 
 def expectation(folder: Path, **fields: Any) -> LearnerExpectation:

@@ -21,9 +21,9 @@ import torch
 from transformers import LlamaForCausalLM
 
 from openrlhf_alp.clients.errors import InvalidReply
-from openrlhf_alp.clients.push import WeightPusher
-from services.rollout.faults import FaultPlan as EngineFaults
-from services.rollout.schemas import GenerateRequest, GenerateResponse, Sampling
+from openrlhf_alp.clients.weights.push import WeightPusher
+from services.rollout.engines.faults import FaultPlan as EngineFaults
+from services.rollout.wire.schemas import GenerateRequest, GenerateResponse, Sampling
 
 NUM_REQUESTS = 300
 NUM_UPDATES = 5

@@ -17,7 +17,7 @@ from openrlhf_alp.clients.errors import (
 from openrlhf_alp.clients.fleet import ServerState
 from openrlhf_alp.clients.rollout import RolloutClient
 from services.common.wire import MSGPACK_TYPE, decode
-from services.rollout.schemas import GenerateRequest, Sampling
+from services.rollout.wire.schemas import GenerateRequest, Sampling
 
 
 def request(request_id: str = "r-1", **changes: Any) -> GenerateRequest:

@@ -14,7 +14,7 @@ import pytest
 
 from openrlhf_alp.clients.http import Backoff
 from openrlhf_alp.clients.rollout import RolloutClient
-from services.rollout.schemas import GenerateRequest, Sampling
+from services.rollout.wire.schemas import GenerateRequest, Sampling
 
 KEY = "a-key-for-tests"
 

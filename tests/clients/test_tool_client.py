@@ -12,10 +12,10 @@ from openrlhf_alp.clients.errors import RequestRejected, ServiceUnavailable, Una
 from openrlhf_alp.clients.http import Backoff, Timeouts
 from openrlhf_alp.clients.tool import ToolClient
 from openrlhf_alp.clients.trace import trace_headers
-from services.tool.app import create_app
-from services.tool.schemas import ExecuteRequest, SessionRequest
+from services.tool.api.app import create_app
 from services.tool.service import ToolService
 from services.tool.settings import Settings
+from services.tool.wire.schemas import ExecuteRequest, SessionRequest
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 

@@ -10,7 +10,7 @@ import httpx
 from opentelemetry.trace import NonRecordingSpan, SpanContext, TraceFlags, use_span
 
 from services.common.logging import JsonFormatter
-from services.rollout.schemas import GenerateRequest, Sampling
+from services.rollout.wire.schemas import GenerateRequest, Sampling
 
 TRACEPARENT = re.compile(r"00-[0-9a-f]{32}-[0-9a-f]{16}-01")
 

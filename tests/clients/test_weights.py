@@ -8,20 +8,20 @@ import torch
 from transformers import LlamaForCausalLM
 
 from openrlhf_alp.clients.errors import WeightUpdateFailed
-from openrlhf_alp.clients.file_carriers import FileCarrier
 from openrlhf_alp.clients.fleet import ServerState
-from openrlhf_alp.clients.push import WeightPusher
 from openrlhf_alp.clients.rollout import RolloutClient
-from openrlhf_alp.clients.weights import CarriedWeights, carry_weights, digest_tensor
-from services.rollout.fingerprint import weights_digest
-from services.rollout.schemas import (
+from openrlhf_alp.clients.weights.carry import CarriedWeights, carry_weights, digest_tensor
+from openrlhf_alp.clients.weights.file_carriers import FileCarrier
+from openrlhf_alp.clients.weights.push import WeightPusher
+from services.rollout.service import RolloutService
+from services.rollout.wire.fingerprint import weights_digest
+from services.rollout.wire.schemas import (
     CommitRequest,
     GenerateRequest,
     PrepareRequest,
     Sampling,
     TensorSpec,
 )
-from services.rollout.service import RolloutService
 
 
 def spec(tensor: torch.Tensor, digest: str = "old") -> TensorSpec:
@@ -41,7 +41,7 @@ async def write(
 
 
 async def test_both_sides_compute_the_same_digest(tmp_path: Path) -> None:
-    from services.rollout.checkpoint import scan
+    from services.rollout.weights.checkpoint import scan
 
     tensors = {"b": torch.randn(3, 5), "a": torch.randn(7).bfloat16(), "c": torch.zeros(())}
     expected = {name: spec(tensor) for name, tensor in tensors.items()}

@@ -19,7 +19,8 @@ import pytest
 
 import openrlhf_alp.learner  # noqa: F401  (installs the shims that OpenRLHF needs to import)
 from openrlhf_alp.data.templates import TEMPLATES
-from openrlhf_alp.learner import config, seams
+from openrlhf_alp.learner import seams
+from openrlhf_alp.learner.flags import config
 
 pytestmark = pytest.mark.e2e
 

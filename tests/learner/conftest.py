@@ -55,7 +55,8 @@ def service_keys(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def parse(tiny_model: Path, tmp_path: Path) -> Callable[..., SimpleNamespace]:
     """Args as OpenRLHF itself parses and validates them, for a run on one CPU rank."""
-    from openrlhf_alp.learner import config, seams
+    from openrlhf_alp.learner import seams
+    from openrlhf_alp.learner.flags import config
 
     def parse_flags(*flags: str) -> SimpleNamespace:
         base = [

@@ -29,16 +29,16 @@ from transformers import AutoTokenizer
 from openrlhf_alp.clients.http import Backoff, Timeouts
 from openrlhf_alp.clients.rollout import RolloutClient
 from openrlhf_alp.clients.tool import ToolClient
-from openrlhf_alp.learner.config import ServiceConfig
+from openrlhf_alp.learner.flags.config import ServiceConfig
+from openrlhf_alp.learner.flags.tool import ToolConfig
 from openrlhf_alp.learner.rollout_engine import RolloutEngine
-from openrlhf_alp.learner.tool_config import ToolConfig
 from openrlhf_alp.rewards.protocol import RewardResult
-from services.rollout.app import create_app as create_rollout_app
-from services.rollout.faults import FaultPlan
-from services.rollout.hf_engine import HfEngine
+from services.rollout.api.app import create_app as create_rollout_app
+from services.rollout.engines.faults import FaultPlan
+from services.rollout.engines.hf_engine import HfEngine
 from services.rollout.service import build_service, read_model_folder
 from services.rollout.settings import RolloutSettings
-from services.tool.app import create_app as create_tool_app
+from services.tool.api.app import create_app as create_tool_app
 from services.tool.service import ToolService
 from services.tool.settings import Settings
 

@@ -16,8 +16,8 @@ from openrlhf_alp.clients.http import Backoff, Timeouts
 from openrlhf_alp.clients.tool import ToolClient
 from openrlhf_alp.episodes.code_blocks import CodeStatus
 from openrlhf_alp.episodes.records import ToolLostError
-from openrlhf_alp.learner.interpreter import ATTEMPTS, SessionInterpreter, StatelessInterpreter
-from services.tool.app import create_app
+from openrlhf_alp.rollouts.interpreter import ATTEMPTS, SessionInterpreter, StatelessInterpreter
+from services.tool.api.app import create_app
 from services.tool.service import ToolService
 from services.tool.settings import Settings
 

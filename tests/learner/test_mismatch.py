@@ -7,8 +7,8 @@ import math
 import numpy as np
 import pytest
 
-from openrlhf_alp.learner.mismatch import METRICS, Mismatch, metrics_of
-from openrlhf_alp.report.verdict import CAUSES, Level, judge
+from openrlhf_alp.learner.mismatch.judge import CAUSES, Level, judge
+from openrlhf_alp.learner.mismatch.measure import METRICS, Mismatch, metrics_of
 
 
 def test_the_figures_are_those_of_the_log_ratios() -> None:

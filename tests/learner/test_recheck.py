@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from openrlhf_alp.learner.mismatch import METRICS
+from openrlhf_alp.learner.mismatch.measure import METRICS
 
 Parse = Callable[..., SimpleNamespace]
 pytestmark = [pytest.mark.e2e, pytest.mark.filterwarnings("ignore")]

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
-from openrlhf_alp.learner.config import ServiceConfig
+from openrlhf_alp.learner.flags.config import ServiceConfig
 from openrlhf_alp.learner.rollout_engine import RolloutEngine
 from openrlhf_alp.rewards.protocol import RewardResult, RewardUnavailable
 

@@ -17,10 +17,10 @@ from openrlhf_alp.episodes.records import (
     TurnKind,
     VersionSpan,
 )
-from openrlhf_alp.learner.episode_runner import to_response
 from openrlhf_alp.learner.experience import AlpSamplesGenerator
+from openrlhf_alp.learner.flags.tool import ToolConfig
 from openrlhf_alp.learner.policy_loss import UnifiedPolicyLoss
-from openrlhf_alp.learner.tool_config import ToolConfig
+from openrlhf_alp.rollouts.runners import to_response
 
 VOCABULARY = 11
 EPISODE = Episode(

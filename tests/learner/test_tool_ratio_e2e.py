@@ -17,9 +17,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks.policies.tiny_policy import save_tiny_policy
-from openrlhf_alp.learner.config import ServiceConfig
+from openrlhf_alp.learner.flags.config import ServiceConfig
+from openrlhf_alp.learner.flags.tool import ToolConfig
 from openrlhf_alp.learner.rollout_engine import RolloutEngine
-from openrlhf_alp.learner.tool_config import ToolConfig
 
 pytestmark = [
     pytest.mark.e2e,

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from openrlhf_alp.clients.errors import ContractMismatch
-from openrlhf_alp.clients.gpu_carrier import Meeting
-from openrlhf_alp.learner.checks import check_model, check_services
-from openrlhf_alp.learner.transport_config import TransportConfig
+from openrlhf_alp.clients.weights.gpu_carrier import Meeting
+from openrlhf_alp.learner.flags.checks import check_model, check_services
+from openrlhf_alp.learner.flags.transport import TransportConfig
 
 Parse = Callable[..., SimpleNamespace]
 URL = ("--rollout.service_urls", "http://127.0.0.1:1")

@@ -1,6 +1,6 @@
 import pytest
 
-from openrlhf_alp.alp import telemetry
+from openrlhf_alp.objective import telemetry
 from openrlhf_alp.report.metrics import (
     LOG_RATIO_QUANTILES,
     REWARD,

@@ -25,15 +25,15 @@ import torch
 from torch.distributed import TCPStore
 from transformers import LlamaForCausalLM
 
-from openrlhf_alp.clients.gpu_carrier import GpuCarrier, Meeting
 from openrlhf_alp.clients.http import Timeouts
-from openrlhf_alp.clients.push import WeightPusher
-from services.rollout.daemon import DAEMON_NAME, in_daemon
-from services.rollout.engine import EngineInfo
-from services.rollout.hf_engine import HfEngine
-from services.rollout.schemas import GenerateRequest, Sampling
+from openrlhf_alp.clients.weights.gpu_carrier import GpuCarrier, Meeting
+from openrlhf_alp.clients.weights.push import WeightPusher
+from services.rollout.engines.hf_engine import HfEngine
+from services.rollout.engines.protocol import EngineInfo
+from services.rollout.gpu_transfer.receiver import RpcReceiver, TransferReceiver
 from services.rollout.service import RolloutService
-from services.rollout.vllm_receiver import RpcReceiver, TransferReceiver
+from services.rollout.wire.daemon import DAEMON_NAME, in_daemon
+from services.rollout.wire.schemas import GenerateRequest, Sampling
 
 ADMIN = {"authorization": "Bearer admin-key-for-tests"}
 HERE = Meeting(host="127.0.0.1")

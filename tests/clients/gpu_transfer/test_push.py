@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from openrlhf_alp.clients.errors import WeightUpdateFailed
-from openrlhf_alp.clients.gpu_carrier import GpuCarrier
 from openrlhf_alp.clients.http import Timeouts
-from openrlhf_alp.clients.weights import carry_weights
-from services.rollout.schemas import CommitRequest, PrepareRequest
+from openrlhf_alp.clients.weights.carry import carry_weights
+from openrlhf_alp.clients.weights.gpu_carrier import GpuCarrier
 from services.rollout.service import RolloutService
+from services.rollout.wire.schemas import CommitRequest, PrepareRequest
 
 OPEN, RECEIVE = "/v1/weights/transfer/open", "/v1/weights/transfer/receive"
 

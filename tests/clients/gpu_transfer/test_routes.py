@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from openrlhf_alp.clients.errors import ContractMismatch, WeightUpdateFailed
-from services.rollout.ipc_handles import to_wire
-from services.rollout.vllm_receiver import link_backends
+from services.rollout.gpu_transfer.receiver import link_backends
+from services.rollout.wire.ipc_handles import to_wire
 
 OPEN, RECEIVE = "/v1/weights/transfer/open", "/v1/weights/transfer/receive"
 CLOSE = "/v1/weights/transfer/close"

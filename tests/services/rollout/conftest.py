@@ -14,8 +14,8 @@ from tokenizers.pre_tokenizers import ByteLevel
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from services.common.wire import MSGPACK_TYPE, decode
-from services.rollout.app import create_app
-from services.rollout.hf_engine import HfEngine
+from services.rollout.api.app import create_app
+from services.rollout.engines.hf_engine import HfEngine
 from services.rollout.service import RolloutService, build_service, read_model_folder
 from services.rollout.settings import RolloutSettings
 

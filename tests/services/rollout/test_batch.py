@@ -10,8 +10,8 @@ import httpx
 import msgpack
 
 from services.common.wire import MSGPACK_TYPE, encode
-from services.rollout.schemas import BatchRequest, GenerateRequest, Sampling
 from services.rollout.service import RolloutService
+from services.rollout.wire.schemas import BatchRequest, GenerateRequest, Sampling
 
 
 def request(request_id: str, num_tokens: int = 4, **changes: Any) -> dict[str, Any]:

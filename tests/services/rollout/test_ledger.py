@@ -7,8 +7,8 @@ import pytest
 
 from services.common.errors import ApiError
 from services.rollout.ledger import Ledger, LedgerLimits
-from services.rollout.schemas import GenerateRequest, GenerateResponse
 from services.rollout.service import RolloutService
+from services.rollout.wire.schemas import GenerateRequest, GenerateResponse
 
 PROMPT = [72, 101, 108, 108, 111]
 

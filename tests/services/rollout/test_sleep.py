@@ -10,9 +10,9 @@ import pytest
 import torch
 from vllm.v1.engine.async_llm import AsyncLLM
 
-from services.rollout.engine import NoSleepModeError
+from services.rollout.engines.protocol import NoSleepModeError
+from services.rollout.engines.vllm_engine import VllmEngine
 from services.rollout.service import RolloutService
-from services.rollout.vllm_engine import VllmEngine
 
 REQUEST = {
     "token_ids": [72, 105],

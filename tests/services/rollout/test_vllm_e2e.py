@@ -20,9 +20,9 @@ import torch
 from transformers import LlamaForCausalLM
 
 from openrlhf_alp.clients.errors import RequestRejected
-from openrlhf_alp.clients.push import WeightPusher
 from openrlhf_alp.clients.rollout import RolloutClient
-from services.rollout.schemas import GenerateRequest, GenerateResponse, Sampling
+from openrlhf_alp.clients.weights.push import WeightPusher
+from services.rollout.wire.schemas import GenerateRequest, GenerateResponse, Sampling
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(240)]
 

@@ -31,8 +31,8 @@ def changed(service: RolloutService, factor: float = 1.5) -> dict[str, torch.Ten
 
 
 def digest_of(tensors: dict[str, torch.Tensor]) -> str:
-    from services.rollout.checkpoint import DTYPE_CODES, tensor_bytes
-    from services.rollout.fingerprint import tensor_digest, weights_digest
+    from services.rollout.weights.checkpoint import DTYPE_CODES, tensor_bytes
+    from services.rollout.wire.fingerprint import tensor_digest, weights_digest
 
     return weights_digest(
         {
@@ -289,7 +289,7 @@ async def test_the_control_routes_need_the_admin_key(http: httpx.AsyncClient) ->
 
 
 def test_a_private_folder_is_removed_once_its_service_was_killed(tmp_path: Path) -> None:
-    from services.rollout.staging import ServedModel, Staging, remove_if_abandoned
+    from services.rollout.weights.staging import ServedModel, Staging, remove_if_abandoned
 
     model = ServedModel(tensors={}, dtype_code="F32", head_is_tied=False)
     starting = tmp_path / "starting"

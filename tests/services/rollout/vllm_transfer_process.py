@@ -22,17 +22,17 @@ import torch
 from safetensors.torch import load_file
 
 from openrlhf_alp.clients.control import ControlClient
-from openrlhf_alp.clients.gpu_carrier import Meeting
-from openrlhf_alp.clients.push import PushResult, WeightPusher
 from openrlhf_alp.clients.rollout import RolloutClient
-from services.rollout.app import create_app
-from services.rollout.engine import TransferError
-from services.rollout.schemas import GenerateRequest, Sampling
+from openrlhf_alp.clients.weights.gpu_carrier import Meeting
+from openrlhf_alp.clients.weights.push import PushResult, WeightPusher
+from services.rollout.api.app import create_app
+from services.rollout.engines.protocol import TransferError
+from services.rollout.engines.vllm_engine import VllmEngine
+from services.rollout.gpu_transfer.receiver import RpcReceiver
 from services.rollout.service import build_service, read_model_folder
 from services.rollout.settings import RolloutSettings
-from services.rollout.transfer_schemas import NcclLink, OpenRequest
-from services.rollout.vllm_engine import VllmEngine
-from services.rollout.vllm_receiver import RpcReceiver
+from services.rollout.wire.schemas import GenerateRequest, Sampling
+from services.rollout.wire.transfer import NcclLink, OpenRequest
 
 API_KEY, ADMIN_KEY = "api-key-for-tests", "admin-key-for-tests"
 

@@ -13,7 +13,7 @@ import httpx
 import pytest_asyncio
 from fastapi import FastAPI
 
-from services.tool.app import create_app
+from services.tool.api.app import create_app
 from services.tool.service import ToolService
 from services.tool.settings import Settings
 

@@ -18,8 +18,8 @@ from dataclasses import replace
 from run_threats import LIMITS, resources, settled, stopped
 from tool_threats import THREATS
 
-from services.tool.sandbox.engine import Sandbox, SandboxConfig
-from services.tool.sandbox.execution import Job
+from services.tool.sandbox.host.execution import Job
+from services.tool.sandbox.host.pool import Sandbox, SandboxConfig
 from services.tool.sandbox.plan import Level
 
 HARMLESS = [

@@ -15,8 +15,8 @@ from dataclasses import asdict, replace
 
 from tool_threats import THREATS, Threat
 
-from services.tool.sandbox.engine import Sandbox, SandboxConfig
-from services.tool.sandbox.execution import Job, Limits
+from services.tool.sandbox.host.execution import Job, Limits
+from services.tool.sandbox.host.pool import Sandbox, SandboxConfig
 from services.tool.sandbox.plan import Level
 
 LIMITS = Limits(

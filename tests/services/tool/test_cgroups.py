@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 import pytest_asyncio
 
-from services.tool.sandbox import cgroups
-from services.tool.sandbox.cgroups import Cgroups, CgroupUnavailableError, own_cgroup
-from services.tool.sandbox.engine import Sandbox, SandboxConfig
-from services.tool.sandbox.execution import Job, Limits
-from services.tool.sandbox.session import SandboxSession
+from services.tool.sandbox.host import cgroups
+from services.tool.sandbox.host.cgroups import Cgroups, CgroupUnavailableError, own_cgroup
+from services.tool.sandbox.host.execution import Job, Limits
+from services.tool.sandbox.host.pool import Sandbox, SandboxConfig
+from services.tool.sandbox.host.session import SandboxSession
 
 REPOSITORY = Path(__file__).parents[3]
 LIMITS = Limits(
@@ -198,7 +198,7 @@ async def test_what_a_killed_service_left_is_removed(sandbox: Sandbox) -> None:
     assert sandbox.cgroups is not None
     base = sandbox.cgroups.folder.parent
     code = (
-        "import os\nfrom services.tool.sandbox.cgroups import Cgroups\n"
+        "import os\nfrom services.tool.sandbox.host.cgroups import Cgroups\n"
         "print(Cgroups(max_processes=8, slack_bytes=0).folder, flush=True)\nos.kill(os.getpid(), 9)"
     )
     done = subprocess.run(

@@ -8,8 +8,8 @@ import httpx
 import pytest
 
 from services.tool.admission import Admission, OverloadedError
-from services.tool.sandbox.engine import preset_for
-from services.tool.sandbox.preload import PRESETS
+from services.tool.sandbox.host.pool import preset_for
+from services.tool.sandbox.inside.preload import PRESETS
 from services.tool.service import ToolService
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")

@@ -14,8 +14,8 @@ from mcp.client import Client
 from mcp.client.streamable_http import streamable_http_client
 from tool_server import KEY, served
 
-from services.tool.schemas import SessionRequest
 from services.tool.service import ToolService
+from services.tool.wire.schemas import SessionRequest
 
 README = Path(__file__).resolve().parents[3] / "services" / "tool" / "README.md"
 

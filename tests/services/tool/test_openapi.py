@@ -8,10 +8,10 @@ from fastapi import FastAPI
 from hypothesis import HealthCheck, Phase, given, settings
 from tool_server import KEY, served
 
-from services.tool.examples import EXECUTE_RESPONSES
-from services.tool.sandbox.verdict import Status
-from services.tool.schemas import ExecuteResult, StatusName
+from services.tool.api.examples import EXECUTE_RESPONSES
+from services.tool.sandbox.host.verdict import Status
 from services.tool.service import ToolService
+from services.tool.wire.schemas import ExecuteResult, StatusName
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 

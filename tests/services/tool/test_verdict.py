@@ -6,8 +6,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from services.tool.sandbox.handles import ExitFacts
-from services.tool.sandbox.verdict import Status, judge
+from services.tool.sandbox.host.handles import ExitFacts
+from services.tool.sandbox.host.verdict import Status, judge
 
 ERROR = {"type": "ValueError", "message": "no", "line": 3}
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from services.tool.sandbox.work_root import WorkRoot
+from services.tool.sandbox.host.work_root import WorkRoot
 
 
 @pytest.fixture
@@ -29,7 +29,7 @@ def test_a_folder_is_removed_with_everything_in_it(temporary: Path) -> None:
 def test_what_a_killed_service_left_is_removed_and_what_is_in_use_stays(temporary: Path) -> None:
     code = (
         f"import os, tempfile; tempfile.tempdir = {str(temporary)!r}\n"
-        "from services.tool.sandbox.work_root import WorkRoot\n"
+        "from services.tool.sandbox.host.work_root import WorkRoot\n"
         "WorkRoot()\nos.kill(os.getpid(), 9)"
     )
     repository = Path(__file__).parents[3]

@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator
 import uvicorn
 
 from services.common.serve import bind_socket, bound_url
-from services.tool.app import create_app
+from services.tool.api.app import create_app
 from services.tool.service import ToolService
 
 KEY = "key-of-the-tests"

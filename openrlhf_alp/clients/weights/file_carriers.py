@@ -1,0 +1,96 @@
+"""Weights as safetensors files: in a folder that both sides share, or sent over HTTP."""
+
+import contextlib
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Self
+
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+
+from openrlhf_alp.clients.control import ControlClient
+from openrlhf_alp.clients.errors import WeightUpdateFailed
+from openrlhf_alp.clients.weights.carry import Bucket, Carrier
+
+BUCKET_BYTES = 512 * 2**20
+
+
+class FileCarrier(Carrier):
+    """Writes into the servers' shared folder; a server that has staged a file keeps its own link.
+
+    Args:
+        weights_dir: the contract's weights_dir.
+        name: folder of this update, new for each.
+        bucket_bytes: of one file.
+    """
+
+    on_device = False
+
+    def __init__(self, weights_dir: Path, name: str, *, bucket_bytes: int = BUCKET_BYTES) -> None:
+        self.bucket_bytes = bucket_bytes
+        self._weights_dir = weights_dir
+        self._name = name
+
+    async def __aenter__(self) -> Self:
+        with _naming_the_folder(self._weights_dir):
+            (self._weights_dir / self._name).mkdir(parents=True)
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        shutil.rmtree(self._weights_dir / self._name, ignore_errors=True)
+
+    async def carry(self, index: int, bucket: Bucket) -> str:
+        file = f"{self._name}/{index:05d}.safetensors"
+        with _naming_the_folder(self._weights_dir):
+            save_file(bucket, self._weights_dir / file)
+        return file
+
+
+class HttpCarrier(Carrier):
+    """Sends every file to every server; a server that does not answer becomes stale.
+
+    Args:
+        client: of all servers.
+        name: begins the name of each file, new for each update.
+        bucket_bytes: of one file; as much is written to the temporary folder at a time.
+    """
+
+    on_device = False
+
+    def __init__(
+        self, client: ControlClient, name: str, *, bucket_bytes: int = BUCKET_BYTES
+    ) -> None:
+        self.bucket_bytes = bucket_bytes
+        self._client = client
+        self._name = name
+        self._folder = Path()
+
+    async def __aenter__(self) -> Self:
+        self._folder = Path(tempfile.mkdtemp(prefix="openrlhf-alp-push-"))
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    async def carry(self, index: int, bucket: Bucket) -> str:
+        name = f"{self._name}-{index:05d}.safetensors"
+        path = self._folder / name
+        with _naming_the_folder(self._folder):
+            save_file(bucket, path)
+        try:
+            return await self._client.upload(path, name)
+        finally:
+            path.unlink()
+
+
+@contextlib.contextmanager
+def _naming_the_folder(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise WeightUpdateFailed(
+            f"The update cannot be written to {folder}: {error}. Fix: free space there, or start "
+            "the service with a --weights-dir that both sides can write."
+        ) from error

@@ -1,0 +1,154 @@
+"""Checks of the driver before anything heavy starts: the model folder and the served contract."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import json
+import logging
+import os
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from transformers import AutoConfig, AutoTokenizer
+
+from openrlhf_alp.clients.contract import LearnerExpectation, check_contract, require_transport
+from openrlhf_alp.clients.errors import ServiceError
+from openrlhf_alp.clients.keys import ADMIN_KEY_VARIABLE, API_KEY_VARIABLE, TOOL_KEY_VARIABLE
+from openrlhf_alp.clients.rollout import RolloutClient
+from openrlhf_alp.episodes.observation import chat_template
+from openrlhf_alp.learner.flags.config import ServiceConfig
+from openrlhf_alp.learner.flags.tool import ToolConfig
+from openrlhf_alp.learner.reward import MATH_VERIFY
+from openrlhf_alp.rollouts.runners import tool_client
+from services.tool.wire.schemas import ExecuteRequest
+
+logger = logging.getLogger(__name__)
+
+
+def check_model(name_or_path: str | None) -> Any:
+    """The tokenizer of the policy.
+
+    Raises:
+        ValueError: no model given, or neither a model folder nor a loadable Hugging Face id.
+    """
+    if not name_or_path:
+        raise ValueError(
+            "--actor.model_name_or_path is missing: give a folder or a Hugging Face id."
+        )
+    path = Path(name_or_path)
+    if (path.is_absolute() or path.exists()) and not (path / "config.json").is_file():
+        raise ValueError(
+            f"--actor.model_name_or_path {name_or_path}: no config.json there, so it is not a "
+            "Hugging Face model folder. Check the path; tokenizer and weights lie beside it."
+        )
+    try:
+        return AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=True)
+    except Exception as error:
+        raise ValueError(
+            f"--actor.model_name_or_path {name_or_path}: cannot load its tokenizer ({error}). Give "
+            "a model folder, or an id that the Hugging Face hub or its local cache knows."
+        ) from error
+
+
+def check_data(args: SimpleNamespace) -> None:
+    """The prompts are named, and have labels where the reward needs them.
+
+    Raises:
+        ValueError: a flag is missing, or names a file or a field that is not there.
+    """
+    dataset = args.data.prompt_dataset
+    if not dataset:
+        raise ValueError(
+            "--data.prompt_dataset is missing: give a .jsonl file, a dataset folder or a Hugging "
+            "Face id, with --data.input_key and --data.label_key naming its fields."
+        )
+    if Path(dataset).suffix in {".json", ".jsonl", ".parquet"} and not Path(dataset).is_file():
+        raise ValueError(f"--data.prompt_dataset {dataset}: there is no such file.")
+    if args.reward.remote_url == MATH_VERIFY and not args.data.label_key:
+        raise ValueError(
+            "--reward.remote_url math-verify compares answers with a label: name its field with "
+            "--data.label_key."
+        )
+    if Path(dataset).suffix == ".jsonl":
+        _check_first_row(args, Path(dataset))
+
+
+def _check_first_row(args: SimpleNamespace, path: Path) -> None:
+    """The named fields are there, and a conversation meets a chat template."""
+    with path.open(encoding="utf-8") as lines:
+        row = json.loads(next(lines, "{}"))
+    for flag, key in (("input_key", args.data.input_key), ("label_key", args.data.label_key)):
+        if key and key not in row:
+            raise ValueError(
+                f"--data.{flag} {key}: the first row of {path} has no such field, but "
+                f"{', '.join(row) or 'none at all'}."
+            )
+    if isinstance(row.get(args.data.input_key), list) and not args.data.apply_chat_template:
+        raise ValueError(
+            f"the prompts of {path} are conversations: add --data.apply_chat_template, without "
+            "which the policy would read them as Python lists."
+        )
+
+
+def check_services(args: SimpleNamespace, tokenizer: Any) -> None:
+    """Wait for every service of `--rollout.service_urls` and compare its contract with the learner.
+
+    Raises:
+        ServiceError: not reachable within `--rollout.ready_timeout_s`, wrong key, or a
+            ContractMismatch that lists each field with both values and the fix, or the transports
+            that the service has.
+    """
+    model = AutoConfig.from_pretrained(args.actor.model_name_or_path, trust_remote_code=True)
+    expected = LearnerExpectation.from_tokenizer(
+        tokenizer,
+        vocab_size=model.get_text_config().vocab_size,
+        architecture=(model.architectures or [None])[0],
+        min_model_len=args.data.max_len,
+    )
+    for url in args.rollout_service.urls:
+        asyncio.run(_check_service(url, args.rollout_service, expected))
+
+
+async def _check_service(url: str, service: ServiceConfig, expected: LearnerExpectation) -> None:
+    client = RolloutClient(
+        [url],
+        api_key=os.environ[API_KEY_VARIABLE],
+        admin_key=os.environ[ADMIN_KEY_VARIABLE],
+    )
+    try:
+        await client.wait_ready(service.ready_timeout_s)
+        contract = await client.contract()
+        check_contract(contract, expected)
+        require_transport(contract, service.weights.kind, url)
+    finally:
+        await client.aclose()
+
+
+def check_tools(args: SimpleNamespace, tokenizer: Any) -> None:
+    """Run a program on every service of `--tool.service_urls`; build the observations' template.
+
+    Raises:
+        ServiceError: not reachable within `--rollout.ready_timeout_s`, wrong key, or
+            `--tool.timeout_s` above what it allows.
+        ValueError: the tokenizer's chat template cannot show a tool's output.
+    """
+    tool: ToolConfig = args.tool_service
+    if tool.template == "chat":
+        chat_template(tokenizer)
+    for url in tool.urls:
+        asyncio.run(_check_tool(url, tool, args.rollout_service.ready_timeout_s))
+
+
+async def _check_tool(url: str, tool: ToolConfig, ready_timeout_s: float) -> None:
+    one = dataclasses.replace(tool, urls=(url,), request_timeout_s=ready_timeout_s)
+    async with tool_client(one, os.environ[TOOL_KEY_VARIABLE]) as client:
+        answer = await client.execute(ExecuteRequest(code="print(6 * 7)", timeout_s=tool.timeout_s))
+    if (answer.status, answer.stdout) != ("ok", "42\n"):
+        reason = answer.message or answer.stderr
+        raise ServiceError(
+            f"{url} ran `print(6 * 7)` and answered {answer.status}: {reason}. Fix: its log and "
+            "its GET /v1/isolation say what is wrong with the sandbox."
+        )
+    logger.info("%s runs code at isolation level %s", url, answer.isolation)

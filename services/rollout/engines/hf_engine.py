@@ -1,0 +1,296 @@
+"""A real Hugging Face model on CPU behind the Engine protocol: small, exact, deterministic.
+
+It recomputes the whole sequence for every token in float32, so a log-prob here can be checked with
+one plain forward pass. For tests and for machines without vLLM; not for speed.
+"""
+
+import asyncio
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from fastapi import FastAPI
+from transformers import (
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from services.rollout.engines.faults import FaultPlan
+from services.rollout.engines.protocol import (
+    EngineDeadError,
+    EngineInfo,
+    Job,
+    JobResult,
+    LoadPlan,
+    TokenSink,
+    WeightReceiver,
+)
+from services.rollout.weights.checkpoint import read_tensors
+from services.rollout.wire.schemas import PauseMode, Sampling, SleepLevel, SleepMode
+
+_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+def _processors(sampling: Sampling) -> LogitsProcessorList:
+    """Transformers' own processors in vLLM's order: penalties, temperature, min-p, top-k, top-p."""
+    chain: list[Any] = []
+    if sampling.repetition_penalty != 1.0:
+        chain.append(RepetitionPenaltyLogitsProcessor(sampling.repetition_penalty))
+    if sampling.temperature not in (0.0, 1.0):
+        chain.append(TemperatureLogitsWarper(sampling.temperature))
+    if sampling.temperature > 0.0:
+        if sampling.min_p > 0.0:
+            chain.append(MinPLogitsWarper(sampling.min_p))
+        if sampling.top_k > 0:
+            chain.append(TopKLogitsWarper(sampling.top_k))
+        if sampling.top_p < 1.0:
+            chain.append(TopPLogitsWarper(sampling.top_p))
+    return LogitsProcessorList(chain)
+
+
+@dataclass(slots=True)
+class _Running:
+    """A job being drawn, one token per step."""
+
+    job: Job
+    generator: torch.Generator | None
+    done: asyncio.Future[JobResult]
+    processors: LogitsProcessorList
+    on_tokens: TokenSink | None
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+
+    def finish(self, reason: Any, stop_reason: int | str | None = None) -> None:
+        if not self.done.done():
+            result = JobResult(
+                token_ids=self.token_ids,
+                logprobs=self.logprobs,
+                finish_reason=reason,
+                stop_reason=stop_reason,
+            )
+            self.done.set_result(result)
+
+
+class HfEngine:
+    """Draws one token per step for each of the first `max_num_seqs` jobs, in order of arrival."""
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        info: EngineInfo,
+        *,
+        max_num_seqs: int = 64,
+        seed: int = 0,
+        faults: FaultPlan | None = None,
+    ) -> None:
+        self._model = model
+        self._tokenizer = tokenizer
+        self._info = info
+        self._max_num_seqs = max_num_seqs
+        self._faults = faults or FaultPlan()
+        self._shared_generator = torch.Generator().manual_seed(seed)
+        self._running: dict[str, _Running] = {}
+        self._unpaused = asyncio.Event()
+        self._unpaused.set()
+        self._stepper: asyncio.Task[None] | None = None
+        self._dead: str | None = None
+        self._num_jobs = 0
+        self._num_drawn = 0
+
+    @classmethod
+    def load(
+        cls,
+        folder: Path,
+        tokenizer: Any,
+        *,
+        dtype: str,
+        max_model_len: int | None,
+        eos_token_ids: tuple[int, ...],
+        max_num_seqs: int = 64,
+        seed: int = 0,
+        faults: FaultPlan | None = None,
+    ) -> "HfEngine":
+        """Load a model folder. Weights keep `dtype`'s precision; arithmetic is float32."""
+        model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=_DTYPES[dtype])
+        model = model.float().eval()
+        config = model.config
+        info = EngineInfo(
+            engine="hf",
+            engine_version=transformers.__version__,
+            architecture=config.architectures[0],
+            dtype=dtype,
+            vocab_size=config.vocab_size,
+            max_model_len=max_model_len or config.max_position_embeddings,
+            eos_token_ids=eos_token_ids,
+        )
+        return cls(model, tokenizer, info, max_num_seqs=max_num_seqs, seed=seed, faults=faults)
+
+    @property
+    def info(self) -> EngineInfo:
+        return self._info
+
+    @property
+    def receiver(self) -> WeightReceiver | None:
+        return None
+
+    @property
+    def num_jobs(self) -> int:
+        """Jobs ever started: what a retry must not raise."""
+        return self._num_jobs
+
+    @property
+    def num_drawn(self) -> int:
+        """Tokens ever drawn, those of unfinished jobs included."""
+        return self._num_drawn
+
+    async def sample(self, job: Job, on_tokens: TokenSink | None = None) -> JobResult:
+        await self.check()
+        self._num_jobs += 1
+        seed = job.sampling.seed
+        generator = None if seed is None else torch.Generator().manual_seed(seed + job.index)
+        running = _Running(
+            job=job,
+            generator=generator,
+            done=asyncio.get_running_loop().create_future(),
+            processors=_processors(job.sampling),
+            on_tokens=on_tokens,
+        )
+        self._running[job.job_id] = running
+        if self._stepper is None or self._stepper.done():
+            self._stepper = asyncio.create_task(self._step_while_running())
+        try:
+            return await running.done
+        finally:
+            self._running.pop(job.job_id, None)
+
+    async def _step_while_running(self) -> None:
+        while self._running:
+            await self._unpaused.wait()
+            for running in list(self._running.values())[: self._max_num_seqs]:
+                if not running.done.done() and self._unpaused.is_set():
+                    try:
+                        self._step(running)
+                    except Exception as error:
+                        running.done.set_exception(error)
+                    if self._num_drawn == self._faults.kill_after_tokens:
+                        self._die("it was killed as its fault plan says")
+            await asyncio.sleep(self._faults.step_s)
+
+    @torch.no_grad()
+    def _step(self, running: _Running) -> None:
+        sampling = running.job.sampling
+        ids = torch.tensor([running.job.token_ids + running.token_ids])  # (1, T)
+        logits = self._model(ids, use_cache=False).logits[:, -1].float()  # (1, V)
+        if len(running.token_ids) < sampling.min_tokens:
+            banned = [*self._info.eos_token_ids, *sampling.stop_token_ids]
+            logits[0, banned] = -torch.inf
+        self._penalise(running, logits)
+        log_probs = torch.log_softmax(running.processors(ids, logits), dim=-1)  # (1, V)
+        if sampling.temperature == 0.0:
+            token = int(log_probs.argmax())
+        else:
+            generator = running.generator or self._shared_generator
+            token = int(torch.multinomial(log_probs.exp(), 1, generator=generator))
+        self._num_drawn += 1
+        logprob = float(log_probs[0, token])
+        running.token_ids.append(token)
+        running.logprobs.append(
+            math.nan if self._num_drawn == self._faults.nan_at_token else logprob
+        )
+        if running.on_tokens is not None:
+            running.on_tokens(running.token_ids[-1:], running.logprobs[-1:])
+        self._maybe_finish(running, token)
+
+    @staticmethod
+    def _penalise(running: _Running, logits: torch.Tensor) -> None:
+        sampling = running.job.sampling
+        if not running.token_ids or not (sampling.presence_penalty or sampling.frequency_penalty):
+            return
+        counts = torch.bincount(torch.tensor(running.token_ids), minlength=logits.shape[-1])
+        logits -= sampling.frequency_penalty * counts + sampling.presence_penalty * (counts > 0)
+
+    def _maybe_finish(self, running: _Running, token: int) -> None:
+        sampling = running.job.sampling
+        drawn = len(running.token_ids)
+        if drawn > sampling.min_tokens or sampling.min_tokens == 0:
+            if token in self._info.eos_token_ids and not sampling.ignore_eos:
+                running.finish("stop")
+            elif token in sampling.stop_token_ids:
+                running.finish("stop", token)
+        if sampling.stop and not running.done.done():
+            text = self._tokenizer.decode(running.token_ids)
+            for stop in sampling.stop:
+                if stop in text:
+                    running.finish("stop", stop)
+                    break
+        if drawn >= sampling.max_tokens:
+            running.finish("length")
+
+    def num_tokens(self, job_id: str) -> int | None:
+        running = self._running.get(job_id)
+        return None if running is None or running.done.done() else len(running.token_ids)
+
+    async def pause(self, mode: PauseMode) -> None:
+        if mode == "wait":
+            waiting = [running.done for running in self._running.values()]
+            await asyncio.gather(*waiting, return_exceptions=True)
+        self._unpaused.clear()
+        if mode == "abort":
+            for running in list(self._running.values())[: self._max_num_seqs]:
+                running.finish("abort")
+
+    async def resume(self) -> None:
+        self._unpaused.set()
+
+    async def is_paused(self) -> bool:
+        return not self._unpaused.is_set()
+
+    async def sleep(self, level: SleepLevel, mode: SleepMode) -> None:
+        """Nothing is freed; at level 2 the weights are zeroed, which a lost reload would show."""
+        await self.pause(mode)
+        if level == 2:
+            with torch.no_grad():
+                for parameter in self._model.parameters():
+                    parameter.zero_()
+
+    async def wake_up(self, plan: LoadPlan | None) -> None:
+        if plan is not None:
+            await self.load_weights(plan)
+        await self.resume()
+
+    async def load_weights(self, plan: LoadPlan) -> None:
+        def load() -> None:
+            for path, names in plan.items():
+                self._model.load_state_dict(dict(read_tensors(path, names)), strict=False)
+            self._model.tie_weights()
+
+        await asyncio.to_thread(load)
+
+    async def reset_cache(self, *, recompute_running: bool) -> None:
+        """Nothing is cached: every token is drawn from a full forward pass."""
+
+    async def check(self) -> None:
+        if self._dead is not None:
+            raise EngineDeadError(self._dead)
+
+    async def add_native_routes(self, app: FastAPI, keys: tuple[str, ...]) -> None:
+        """There are none."""
+
+    async def close(self) -> None:
+        self._die("the engine is closed")
+        if self._stepper is not None:
+            self._stepper.cancel()
+
+    def _die(self, cause: str) -> None:
+        self._dead = cause
+        for running in self._running.values():
+            if not running.done.done():
+                running.done.set_exception(EngineDeadError(cause))

@@ -1,0 +1,290 @@
+"""SandboxFusion's wire contract, so that its clients (its own SDK, verl) work unchanged.
+
+    POST /run_code      one program       POST /run_jupyter   several cells, one fresh interpreter
+    GET  /v1/ping       "pong"
+
+Its habits are kept: HTTP 200 whatever the code did; `stdout` and `stderr` are never null; a timeout
+has no return code. verl's client retries on 504 alone, so that is what overload answers here.
+"""
+
+import base64
+import math
+import signal
+import time
+from typing import Any, Literal
+
+from fastapi import APIRouter, Depends, Request
+from pydantic import BaseModel, Field, TypeAdapter, ValidationError
+
+from services.common.disconnect import while_connected
+from services.common.errors import ApiError
+from services.tool.admission import OverloadedError
+from services.tool.sandbox.host.session import SessionFileError, SessionLostError
+from services.tool.service import LimitError, ToolService
+from services.tool.sessions import OPENING_ERRORS, SessionsFullError
+from services.tool.wire.schemas import (
+    Base64Text,
+    CellRequest,
+    CellResult,
+    ExecuteRequest,
+    ExecuteResult,
+    SafePath,
+    SessionRequest,
+)
+
+Language = Literal[
+    "python", "cpp", "nodejs", "go", "go_test", "java", "php", "csharp", "bash", "typescript",
+    "sql", "rust", "cuda", "lua", "R", "perl", "D_ut", "ruby", "scala", "julia", "pytest", "junit",
+    "kotlin_script", "jest", "verilog", "python_gpu", "lean", "swift", "racket",
+]  # fmt: skip
+
+_PATH = TypeAdapter(SafePath)
+_CONTENT = TypeAdapter(Base64Text)
+_ANCHORS = ("/mnt/", "/tmp/")
+
+
+class RunCodeRequest(BaseModel):
+    """SandboxFusion's request; fields that it does not know are ignored, as there."""
+
+    compile_timeout: float = 10
+    run_timeout: float = Field(default=10, gt=0)
+    memory_limit_MB: int = -1
+    code: str = Field(examples=['print("hello")'])
+    stdin: str | None = None
+    language: Language = Field(examples=["python"])
+    files: dict[str, str | None] = {}
+    fetch_files: list[str] = []
+
+
+class CommandRunResult(BaseModel):
+    """What one command did."""
+
+    status: Literal["Finished", "Error", "TimeLimitExceeded"]
+    execution_time: float | None = None
+    return_code: int | None = None
+    stdout: str = ""
+    stderr: str = ""
+
+
+class RunCodeResponse(BaseModel):
+    """SandboxFusion's answer."""
+
+    status: Literal["Success", "Failed", "SandboxError"]
+    message: str
+    compile_result: CommandRunResult | None = None
+    run_result: CommandRunResult | None = None
+    executor_pod_name: str | None = None
+    files: dict[str, str] = {}
+
+
+class RunJupyterRequest(BaseModel):
+    """Cells that share one fresh interpreter."""
+
+    cells: list[str] = Field(examples=[["x = 1", "print(x)"]])
+    cell_timeout: float = 0
+    """Seconds per cell; 0 leaves only the total."""
+    total_timeout: float = Field(default=45, gt=0)
+    kernel: Literal["python3"] = "python3"
+    files: dict[str, str | None] = {}
+    fetch_files: list[str] = []
+
+
+class CellRunResult(BaseModel):
+    """What one cell printed, displayed and raised."""
+
+    stdout: str
+    stderr: str
+    display: list[dict[str, Any]]
+    error: list[dict[str, Any]]
+
+
+class RunJupyterResponse(BaseModel):
+    """Answers of the cells that ran."""
+
+    status: Literal["Success", "Failed", "SandboxError"]
+    message: str
+    driver: CommandRunResult | None = None
+    cells: list[CellRunResult] = []
+    executor_pod_name: str | None = None
+    files: dict[str, str] = {}
+
+
+def _service(request: Request) -> ToolService:
+    service: ToolService = request.app.state.service
+    return service
+
+
+def overloaded(error: OverloadedError) -> ApiError:
+    """The one refusal that verl's client retries."""
+    return ApiError(
+        504,
+        "overloaded",
+        f"The code never ran: {error}.",
+        fix="Retry later, or start the service with more --slots.",
+        headers={"Retry-After": str(max(1, math.ceil(error.retry_after_s)))},
+    )
+
+
+def build_router() -> APIRouter:
+    """Routes of SandboxFusion's contract."""
+    router = APIRouter(tags=["SandboxFusion"])
+
+    @router.post("/run_code", responses={504: {"description": "no slot became free: retry"}})
+    async def run_code(
+        body: RunCodeRequest,
+        request: Request,
+        service: ToolService = Depends(_service),  # noqa: B008
+    ) -> RunCodeResponse:
+        """Run one program. Languages other than python are answered as not enabled."""
+        if body.language != "python":
+            message = f"language {body.language} is not enabled here, only python is"
+            return RunCodeResponse(status="SandboxError", message=message)
+        try:
+            native = to_native(body, service)
+            result = await while_connected(request, service.execute(native))
+        except OverloadedError as error:
+            raise overloaded(error) from error
+        except (LimitError, ValidationError) as error:
+            return RunCodeResponse(status="SandboxError", message=str(error))
+        return to_fusion(result)
+
+    @router.post("/run_jupyter", responses={504: {"description": "no slot became free: retry"}})
+    async def run_jupyter(
+        body: RunJupyterRequest,
+        request: Request,
+        service: ToolService = Depends(_service),  # noqa: B008
+    ) -> RunJupyterResponse:
+        """Run cells one after the other in one fresh interpreter, until one exceeds a limit."""
+        try:
+            return await while_connected(request, _run_cells(body, service))
+        except (OverloadedError, SessionsFullError) as error:
+            if isinstance(error, OverloadedError):
+                raise overloaded(error) from error
+            raise overloaded(OverloadedError(str(error), 1.0)) from error
+        except (LimitError, ValidationError, SessionFileError, *OPENING_ERRORS) as error:
+            return RunJupyterResponse(status="SandboxError", message=str(error))
+
+    @router.get("/v1/ping")
+    async def ping() -> str:
+        return "pong"
+
+    return router
+
+
+def to_native(body: RunCodeRequest, service: ToolService) -> ExecuteRequest:
+    """Translate a request. Raises ValidationError for paths or contents that are refused."""
+    settings = service.settings
+    memory = body.memory_limit_MB if body.memory_limit_MB > 0 else settings.default_memory_mb
+    return ExecuteRequest.model_construct(
+        code=body.code,
+        stdin=body.stdin or "",
+        files=_checked_files(body.files),
+        fetch=[_checked_path(path) for path in body.fetch_files],
+        timeout_s=min(body.run_timeout, settings.max_timeout_s),
+        cpu_s=None,
+        memory_mb=min(memory, settings.max_memory_mb),
+        output_bytes=None,
+        seed=None,
+        deadline_s=body.compile_timeout + body.run_timeout,
+        request_id=None,
+    )
+
+
+def to_fusion(result: ExecuteResult) -> RunCodeResponse:
+    """Translate a result."""
+    if result.status in ("sandbox_error", "rejected", "overloaded"):
+        return RunCodeResponse(status="SandboxError", message=result.message)
+    timed_out = result.status in ("timeout", "cpu_limit")
+    stderr = result.stderr
+    if result.message:
+        stderr = f"{stderr}{_break_after(stderr)}sandbox: {result.message}\n"
+    run = CommandRunResult(
+        status="TimeLimitExceeded" if timed_out else "Finished",
+        execution_time=result.usage.wall_ms / 1e3,
+        return_code=None if timed_out else _return_code(result),
+        stdout=result.stdout,
+        stderr=stderr,
+    )
+    status: Literal["Success", "Failed"] = "Success" if result.status == "ok" else "Failed"
+    return RunCodeResponse(status=status, message="", run_result=run, files=result.files)
+
+
+def _break_after(text: str) -> str:
+    return "" if not text or text.endswith("\n") else "\n"
+
+
+def _return_code(result: ExecuteResult) -> int:
+    if result.exit_code is not None:
+        return result.exit_code
+    name = result.signal or "SIGKILL"
+    return -int(getattr(signal, name, signal.SIGKILL))
+
+
+def _checked_path(path: str) -> str:
+    for anchor in _ANCHORS:
+        if path.startswith(anchor):
+            return anchor + _PATH.validate_python(path.removeprefix(anchor))
+    return _PATH.validate_python(path.removeprefix("./"))
+
+
+def _checked_files(files: dict[str, str | None]) -> dict[str, str]:
+    return {
+        _checked_path(path): _CONTENT.validate_python(content)
+        for path, content in files.items()
+        if content is not None
+    }
+
+
+async def _run_cells(body: RunJupyterRequest, service: ToolService) -> RunJupyterResponse:
+    files = _checked_files(body.files)
+    fetch = [_checked_path(path) for path in body.fetch_files]
+    service.check_files(files)
+    session = await service.sessions.open(SessionRequest())
+    started = time.perf_counter()
+    cells: list[CellRunResult] = []
+    fetched: dict[str, str] = {}
+    last: CellResult | None = None
+    try:
+        for path, content in files.items():
+            await session.sandbox.write_file(path, base64.b64decode(content))
+        for code in body.cells:
+            left_s = body.total_timeout - (time.perf_counter() - started)
+            wall_s = min(left_s, body.cell_timeout or left_s, service.settings.max_timeout_s)
+            request = CellRequest(code=code, timeout_s=max(wall_s, 0.001))
+            last = await service.sessions.run_cell(session.session_id, request)
+            cells.append(_to_cell(last))
+            if last.status in ("timeout", "sandbox_error", "memory_limit"):
+                break
+        for path in fetch:
+            try:
+                content_bytes = await session.sandbox.read_file(path)
+            except (SessionFileError, SessionLostError):
+                continue  # as SandboxFusion: a file that is not there is not in the answer
+            fetched[path] = base64.b64encode(content_bytes).decode("ascii")
+    finally:
+        if session.sandbox.alive:
+            service.sessions.end(session.session_id, "its request is done")
+    timed_out = last is not None and last.status == "timeout"
+    driver = CommandRunResult(
+        status="TimeLimitExceeded" if timed_out else "Finished",
+        execution_time=time.perf_counter() - started,
+        return_code=None if timed_out else 0,
+    )
+    if timed_out:
+        return RunJupyterResponse(status="Failed", message="", driver=driver, cells=cells)
+    return RunJupyterResponse(
+        status="Success", message="", driver=driver, cells=cells, files=fetched
+    )
+
+
+def _to_cell(result: CellResult) -> CellRunResult:
+    errors: list[dict[str, Any]] = []
+    if result.error is not None:
+        trace = result.stderr.splitlines()
+        errors.append(
+            {"ename": result.error.type, "evalue": result.error.message, "traceback": trace}
+        )
+    elif result.status != "ok":
+        errors.append({"ename": result.status, "evalue": result.message, "traceback": []})
+    display = [{"text/plain": result.result}] if result.result is not None else []
+    return CellRunResult(stdout=result.stdout, stderr=result.stderr, display=display, error=errors)

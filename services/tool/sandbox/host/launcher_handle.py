@@ -1,0 +1,89 @@
+"""The API process's end of a launcher: start it with its channels, kill it."""
+
+import asyncio
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from services.tool.sandbox.host.cgroups import Cgroups
+from services.tool.sandbox.host.handles import ZygoteHandle
+from services.tool.sandbox.plan import Plan
+
+ENVIRONMENT = {
+    "PATH": "/usr/bin:/bin",
+    "LANG": "C.UTF-8",
+    "LC_ALL": "C.UTF-8",
+    "TZ": "UTC",
+    "PYTHONHASHSEED": "0",
+    "OPENBLAS_NUM_THREADS": "1",
+    "OMP_NUM_THREADS": "1",
+    "MKL_NUM_THREADS": "1",
+    "MALLOC_ARENA_MAX": "2",
+    "LD_BIND_NOW": "1",
+    "MPLBACKEND": "Agg",
+}
+"""Everything a snippet finds in os.environ, besides HOME and TMPDIR."""
+
+
+@dataclass(slots=True, kw_only=True)
+class LauncherHandle:
+    """One launcher process with its zygotes."""
+
+    process: subprocess.Popen[bytes]
+    zygotes: dict[str, ZygoteHandle]
+    alive: bool = True
+
+    @classmethod
+    def start(
+        cls,
+        plan: Plan,
+        warm_slots: int,
+        cgroups: Cgroups | None,
+        on_lost: Callable[[], None],
+    ) -> "LauncherHandle":
+        """Start the process and its channels; returns before the zygotes are ready."""
+        loop = asyncio.get_running_loop()
+        pairs = [socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET) for _ in plan.presets]
+        plan.channels[:] = [theirs.fileno() for _, theirs in pairs]
+        code = (
+            f"import sys; sys.path[:0] = {[plan.code_root, *plan.package_paths]!r}; "
+            "from services.tool.sandbox.inside.launcher import main; main()"
+        )
+        process = subprocess.Popen(
+            [sys.executable, "-P", "-s", "-S", "-B", "-c", code],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            env=ENVIRONMENT,
+            cwd="/",
+            pass_fds=plan.channels,
+            start_new_session=True,
+        )
+        assert process.stdin is not None
+        process.stdin.write(plan.to_json().encode())
+        process.stdin.close()
+        zygotes = {}
+        for preset, (ours, theirs) in zip(plan.presets, pairs, strict=True):
+            theirs.close()
+            ours.setblocking(False)
+            zygotes[preset] = ZygoteHandle(
+                preset=preset,
+                link=ours,
+                target=warm_slots,
+                cgroups=cgroups,
+                on_lost=on_lost,
+                ready=loop.create_future(),
+            )
+            zygotes[preset].listen()
+        return cls(process=process, zygotes=zygotes)
+
+    def stop(self) -> None:
+        """Kill the launcher: its children die with it. Waits for the process, which is instant."""
+        if not self.alive:
+            return
+        self.alive = False
+        for zygote in self.zygotes.values():
+            zygote.close()
+        self.process.kill()
+        self.process.wait()

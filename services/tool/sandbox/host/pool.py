@@ -1,0 +1,302 @@
+"""The sandbox as the rest of the service sees it: start, run, open a session slot, stop.
+
+It keeps one launcher per core alive, chooses the zygote by what the code imports and hands out
+waiting slots. A launcher that dies is replaced at once; code that had not been handed to a slot yet
+simply goes to another one.
+"""
+
+import asyncio
+import base64
+import contextlib
+import logging
+import os
+import re
+import site
+import sys
+import sysconfig
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from services.tool.sandbox.host import execution
+from services.tool.sandbox.host.cgroups import Cgroups, CgroupUnavailableError
+from services.tool.sandbox.host.execution import Job, Limits
+from services.tool.sandbox.host.handles import (
+    SlotFailedError,
+    SlotHandle,
+    ZygoteHandle,
+    ZygoteLostError,
+)
+from services.tool.sandbox.host.launcher_handle import LauncherHandle
+from services.tool.sandbox.host.verdict import Outcome, Status
+from services.tool.sandbox.host.work_root import WorkRoot
+from services.tool.sandbox.inside.filters import compile_filter
+from services.tool.sandbox.inside.preload import PRESETS
+from services.tool.sandbox.plan import Level, Plan
+
+logger = logging.getLogger(__name__)
+
+_LIBRARY_FOLDERS = ("/lib", "/lib64", "/usr/lib", "/usr/lib64", "/usr/local/lib")
+_LIBRARY_FILES = ("/etc/ld.so.cache", "/usr/share/zoneinfo")
+_UID_RANGE_START = 0x4000_0000
+_UIDS_PER_LAUNCHER = 1024
+_MAX_LAUNCHERS = 256
+_SIGNS = {
+    "sympy": re.compile(r"\bsympy\b"),
+    "scipy": re.compile(r"\b(scipy|lambdify)\b"),  # sympy.lambdify imports scipy
+}
+_READY_S = 120.0
+_RETRIES = 3
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SandboxConfig:
+    """How the sandbox is built. Bytes, counts and seconds; the defaults suit one machine."""
+
+    level: Level = Level.FULL
+    launchers: int = 1
+    """Fork servers; one per core scales."""
+    presets: tuple[str, ...] = PRESETS
+    """Zygotes per launcher, a prefix of numpy, sympy, scipy."""
+    warm_slots: int = 2
+    """Fenced slots kept waiting per zygote."""
+    scratch_bytes: int = 64 << 20
+    scratch_files: int = 4096
+    file_bytes: int = 32 << 20
+    max_processes: int = 64
+    max_open_files: int = 128
+    cgroup: bool = True
+    """Have the kernel count each slot's memory and processes where a cgroup v2 is delegated."""
+
+
+class Sandbox:
+    """Owner of the launchers. Create and use it on one event loop."""
+
+    def __init__(self, config: SandboxConfig) -> None:
+        self.config = config
+        self._launchers: list[LauncherHandle] = []
+        self._restarting: set[asyncio.Task[None]] = set()
+        self._work_root: WorkRoot | None = None
+        self._stopping = False
+        self.cgroups: Cgroups | None = None
+        self.no_cgroups = "not asked for"
+        """Why there are none; empty when there are."""
+        self.restarts = 0
+
+    async def start(self) -> None:
+        """Start every launcher and wait until its zygotes have loaded and filled their pools.
+
+        Raises:
+            RuntimeError: a launcher did not come up; its standard error says why.
+        """
+        try:
+            if self.config.level is not Level.FULL:
+                self._work_root = WorkRoot()
+            if self.config.cgroup and self.config.level is not Level.NONE:
+                self._divide_cgroup()
+            self._launchers = [self._launch(index) for index in range(self.config.launchers)]
+            await asyncio.gather(*(self._warm(launcher) for launcher in self._launchers))
+        except BaseException:
+            await self.stop()
+            raise
+
+    async def stop(self) -> None:
+        """Kill everything and remove the working folder."""
+        self._stopping = True
+        for task in self._restarting:
+            task.cancel()
+        for launcher in self._launchers:
+            launcher.stop()
+        if self._work_root is not None:
+            self._work_root.remove()
+            self._work_root = None
+        if self.cgroups is not None:
+            await asyncio.to_thread(self.cgroups.close)
+            self.cgroups = None
+
+    async def run(self, job: Job, limits: Limits) -> Outcome:
+        """Run one job on a fresh slot. Never raises for what the code does."""
+        try:
+            slot = await self.take(job.code, limits.memory_bytes)
+        except (SlotFailedError, ZygoteLostError) as error:
+            return Outcome(status=Status.SANDBOX_ERROR, message=f"{error}; the code never ran")
+        return await execution.run(slot, job, limits)
+
+    async def take(self, code: str, memory_bytes: int) -> SlotHandle:
+        """Take a waiting slot of the smallest zygote that has what `code` imports.
+
+        Args:
+            memory_bytes: what its processes may hold together, for the kernel where that counts.
+
+        Raises:
+            SlotFailedError: a fence or the limit could not be put up.
+            ZygoteLostError: zygotes died several times in a row.
+        """
+        preset = preset_for(code, self.config.presets)
+        for _ in range(_RETRIES):
+            zygote = await self._choose(preset)
+            try:
+                slot = await zygote.take()
+            except ZygoteLostError:
+                continue
+            try:
+                slot.limit_memory(memory_bytes)
+            except OSError as error:
+                slot.kill()
+                slot.close()
+                raise SlotFailedError(f"the memory limit could not be set: {error}") from error
+            return slot
+        raise ZygoteLostError(f"zygote {preset} died {_RETRIES} times in a row")
+
+    def processes(self) -> list[int]:
+        """Pids of the launchers."""
+        return [launcher.process.pid for launcher in self._launchers if launcher.alive]
+
+    def waiting(self) -> int:
+        """Slots that are fenced and waiting, over all zygotes."""
+        zygotes = (z for launcher in self._launchers for z in launcher.zygotes.values())
+        return sum(len(zygote.warm) for zygote in zygotes)
+
+    def busy(self) -> int:
+        """Slots that run code or hold a session, over all zygotes."""
+        zygotes = (z for launcher in self._launchers for z in launcher.zygotes.values())
+        return sum(len(zygote.slots) for zygote in zygotes) - self.waiting()
+
+    @property
+    def healthy(self) -> bool:
+        """Whether every launcher is alive."""
+        return bool(self._launchers) and all(launcher.alive for launcher in self._launchers)
+
+    async def _choose(self, preset: str) -> ZygoteHandle:
+        deadline = time.monotonic() + _READY_S
+        while time.monotonic() < deadline:
+            alive = [launcher for launcher in self._launchers if launcher.alive]
+            if alive:
+                zygotes = [launcher.zygotes[preset] for launcher in alive]
+                return min(zygotes, key=lambda z: (len(z.waiters) - len(z.warm), len(z.slots)))
+            await asyncio.wait(self._restarting, return_when=asyncio.FIRST_COMPLETED)
+        raise ZygoteLostError("no launcher is alive")
+
+    def _launch(self, index: int) -> LauncherHandle:
+        return LauncherHandle.start(
+            self._plan(index), self.config.warm_slots, self.cgroups, lambda: self._on_lost(index)
+        )
+
+    def _divide_cgroup(self) -> None:
+        # A tmpfs is memory: what a program may hold and the files it may write count together.
+        try:
+            self.cgroups = Cgroups(
+                max_processes=self.config.max_processes + 1, slack_bytes=self.config.scratch_bytes
+            )
+            self.no_cgroups = ""
+        except CgroupUnavailableError as error:
+            self.no_cgroups = str(error)
+
+    async def _warm(self, launcher: LauncherHandle) -> None:
+        """Wait for a launcher's zygotes and fill their pools."""
+        try:
+            async with asyncio.timeout(_READY_S):
+                for zygote in launcher.zygotes.values():
+                    await zygote.ready
+                    zygote.refill()
+        except (ZygoteLostError, TimeoutError) as error:
+            raise RuntimeError(
+                "a sandbox launcher did not come up; its own message is on standard error"
+            ) from error
+
+    def _on_lost(self, index: int) -> None:
+        """A zygote's channel broke: the launcher is finished. Replace it as a whole."""
+        launcher = self._launchers[index] if index < len(self._launchers) else None
+        if launcher is None or not launcher.alive:
+            return
+        launcher.stop()
+        if self._stopping:
+            return
+        self.restarts += 1
+        logger.error("launcher %d (pid %d) died, starting another", index, launcher.process.pid)
+        if self._work_root is not None and not any(each.alive for each in self._launchers):
+            self._work_root.empty()
+        task = asyncio.get_running_loop().create_task(self._restart(index))
+        self._restarting.add(task)
+        task.add_done_callback(self._restarting.discard)
+
+    async def _restart(self, index: int) -> None:
+        # A launcher that cannot come up must not spin.
+        await asyncio.sleep(min(0.1 * self.restarts, 5.0) if self.restarts > 3 else 0)
+        self._launchers[index] = self._launch(index)
+        with contextlib.suppress(RuntimeError):
+            await self._warm(self._launchers[index])
+
+    def _plan(self, index: int) -> Plan:
+        config = self.config
+        level = config.level
+        fenced = level is not Level.NONE
+        encode = base64.b64encode
+        return Plan(
+            level=level,
+            presets=list(config.presets),
+            channels=[],
+            code_root=str(Path(__file__).resolve().parents[4]),
+            package_paths=package_paths(),
+            read_paths=read_paths(),
+            uid_base=uid_base(index) if os.geteuid() == 0 and fenced else None,
+            uid_count=_UIDS_PER_LAUNCHER,
+            scratch_bytes=config.scratch_bytes,
+            scratch_files=config.scratch_files,
+            file_bytes=config.file_bytes,
+            max_processes=config.max_processes + process_headroom(level),
+            max_open_files=config.max_open_files,
+            work_root=str(self._work_root.path) if self._work_root is not None else "",
+            cgroup=self.cgroups is not None,
+            seccomp=encode(compile_filter(allow_fork=True)).decode() if fenced else "",
+            no_fork_filter=(
+                encode(compile_filter(allow_fork=False)).decode() if level is Level.BASIC else ""
+            ),
+        )
+
+
+def preset_for(code: str, presets: tuple[str, ...]) -> str:
+    """The largest preset that the code shows a sign of. A wrong guess costs an import, nothing
+    else."""
+    for preset in reversed(presets[1:]):
+        if _SIGNS[preset].search(code):
+            return preset
+    return presets[0]
+
+
+def process_headroom(level: Level) -> int:
+    """Processes that RLIMIT_NPROC counts besides the snippet's own.
+
+    Root gives every slot an id of its own, which at level full an idle process shares. Otherwise
+    slots and sessions share the count, at level basic with everything else that the user runs;
+    seccomp refuses new processes there.
+    """
+    if os.geteuid() == 0:
+        return 1 if level is Level.FULL else 0
+    return 1024 if level is Level.FULL else 4096
+
+
+def uid_base(index: int) -> int:
+    """First user id of a launcher's range, apart for every live service of this machine."""
+    block = (os.getpid() % 4096) * _MAX_LAUNCHERS + index
+    return _UID_RANGE_START + block * _UIDS_PER_LAUNCHER
+
+
+def package_paths() -> list[str]:
+    """The site-packages folders of the running interpreter."""
+    paths = sysconfig.get_paths()
+    folders = [paths["purelib"], paths["platlib"], *site.getsitepackages()]
+    return sorted({os.path.realpath(folder) for folder in folders if os.path.isdir(folder)})
+
+
+def read_paths() -> list[str]:
+    """What a snippet may read: the standard library, site-packages, shared libraries. Real paths
+    and the ones in use."""
+    paths = sysconfig.get_paths()
+    base_lib = str(Path(sys.base_prefix) / "lib")
+    wanted = [paths["stdlib"], paths["platstdlib"], base_lib, *package_paths()]
+    wanted += [*_LIBRARY_FOLDERS, *_LIBRARY_FILES]
+    found = {
+        form for path in wanted if os.path.exists(path) for form in (path, os.path.realpath(path))
+    }
+    return sorted(found)

@@ -1,0 +1,275 @@
+"""One session on the API side: a slot whose keeper runs cell after cell (see keeper.py).
+
+run_cell -> "cell" -> ... -> done | died | [limit: interrupt -> died] | [no answer: kill the slot,
+session lost]
+"""
+
+import asyncio
+import base64
+import time
+from dataclasses import dataclass, replace
+from typing import Any
+
+from services.tool.sandbox import wire
+from services.tool.sandbox.host.execution import Drain, Job, Limits, job_message
+from services.tool.sandbox.host.handles import SlotHandle
+from services.tool.sandbox.host.verdict import (
+    Outcome,
+    Status,
+    as_wait_status,
+    judge_stop,
+    judge_wait_status,
+)
+
+_INTERRUPT_S = 1.0
+_FILE_S = 10.0
+_OPEN_S = 10.0
+_WATCH_AFTER_S = 0.03
+
+
+class SessionLostError(RuntimeError):
+    """The session's processes are gone; its state cannot be had back."""
+
+
+class SessionFileError(ValueError):
+    """A file operation was refused; `missing` tells whether the file does not exist."""
+
+    def __init__(self, message: str, *, missing: bool) -> None:
+        super().__init__(message)
+        self.missing = missing
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CellOutcome:
+    """The result of one cell."""
+
+    outcome: Outcome
+    result: str | None = None
+    """repr of the last expression, when the cell ended with one that is not None."""
+    snapshot: bool = False
+    """Whether the state before the cell was kept while it ran."""
+    rolled_back: bool = False
+    """Whether the state is that before the cell."""
+    state_lost: bool = False
+    """Whether the interpreter's state is gone (files are kept as long as the session lives)."""
+
+
+class SandboxSession:
+    """A persistent interpreter in a slot of its own. One call at a time."""
+
+    def __init__(self, slot: SlotHandle, limits: Limits) -> None:
+        self._slot = slot
+        self._limits = limits
+        self._reader = wire.FrameReader(limits.fetch_bytes * 2 + (1 << 20))
+        self._inbox: list[wire.Message] = []
+        self._closed = False
+
+    @classmethod
+    async def open(cls, slot: SlotHandle, limits: Limits, seed: int | None) -> "SandboxSession":
+        """Turn a waiting slot into a session. Raises SessionLostError."""
+        session = cls(slot, limits)
+        slot.close_stdin()
+        slot.zygote.refill()
+        await session._send(job_message(Job(code="", seed=seed), limits, "session"))
+        answer = await session._answer(_OPEN_S)
+        if not answer.get("opened"):
+            session.close()
+            raise SessionLostError("the sandbox could not open a session")
+        return session
+
+    @property
+    def alive(self) -> bool:
+        return not self._closed and not self._slot.exited.done()
+
+    async def run_cell(self, code: str, step: int, limits: Limits) -> CellOutcome:
+        """Run one cell. A lost session is told in the outcome, never raised."""
+        overflow = asyncio.Event()
+        streams = [
+            Drain(self._slot.stdout, limits.output_bytes, overflow.set),
+            Drain(self._slot.stderr, limits.output_bytes, overflow.set),
+        ]
+        zygote = self._slot.zygote
+        watching = asyncio.get_running_loop().call_later(
+            _WATCH_AFTER_S, zygote.watch, self._slot, limits.memory_bytes
+        )
+        started = time.perf_counter()
+        stopped: Status | None = None
+        try:
+            await self._send({"op": "cell", "code": code, "step": step, "cpu_s": limits.cpu_s})
+            stopped, answer = await self._wait_for_cell(limits.wall_s, overflow)
+        except SessionLostError:
+            answer = {"lost_session": True}
+            await asyncio.wait([self._slot.exited], timeout=_INTERRUPT_S)  # the kernel knows why
+        except asyncio.CancelledError:
+            self.close()
+            raise
+        finally:
+            watching.cancel()
+            if not self._closed and time.perf_counter() - started >= _WATCH_AFTER_S:
+                zygote.watch(self._slot, 0)
+            for stream in streams:
+                if not self._closed:
+                    stream.drain_now()
+                stream.stop()
+        wall_s = time.perf_counter() - started
+        return self._cell_outcome(answer, stopped, streams, limits, wall_s)
+
+    async def write_file(self, path: str, content: bytes) -> None:
+        """Write a file below the working folder. Raises SessionFileError, SessionLostError."""
+        data = base64.b64encode(content).decode("ascii")
+        await self._file({"op": "put", "path": path, "data": data})
+
+    async def read_file(self, path: str) -> bytes:
+        """Read a regular file. Raises SessionFileError, SessionLostError."""
+        reply = await self._file({"op": "get", "path": path, "max_bytes": self._limits.fetch_bytes})
+        if not isinstance(reply, str):
+            raise self._confused()
+        try:
+            return base64.b64decode(reply, validate=True)
+        except ValueError as error:
+            raise self._confused() from error
+
+    async def list_files(self) -> list[dict[str, Any]]:
+        """Paths and sizes below the working folder. Raises SessionLostError."""
+        reply = await self._file({"op": "list"})
+        if not isinstance(reply, list) or not all(map(_is_listed_file, reply)):
+            raise self._confused()
+        return reply
+
+    def close(self) -> None:
+        """Kill the slot and close its descriptors."""
+        if self._closed:
+            return
+        self._closed = True
+        self._slot.kill()
+        self._slot.close()
+
+    def _confused(self) -> SessionLostError:
+        """End a session whose processes answer what they were not asked, as foreign code can make
+        them do."""
+        self.close()
+        return SessionLostError("the session's answers make no sense; it was ended")
+
+    async def _wait_for_cell(
+        self, wall_s: float, overflow: asyncio.Event
+    ) -> tuple[Status | None, wire.Message]:
+        answering = asyncio.ensure_future(self._answer(None))
+        flooding = asyncio.ensure_future(overflow.wait())
+        try:
+            done, _ = await asyncio.wait(
+                {answering, flooding}, timeout=wall_s, return_when=asyncio.FIRST_COMPLETED
+            )
+            if answering in done:
+                return None, answering.result()
+            stopped = Status.OUTPUT_LIMIT if flooding in done else Status.TIMEOUT
+            await self._send({"op": "interrupt"})
+            try:
+                return stopped, await asyncio.wait_for(answering, _INTERRUPT_S)
+            except TimeoutError:
+                return stopped, {"lost_session": True}
+        finally:
+            for task in (answering, flooding):
+                task.cancel()
+            await asyncio.wait({answering, flooding})
+
+    def _cell_outcome(
+        self,
+        answer: wire.Message,
+        stopped: Status | None,
+        streams: list[Drain],
+        limits: Limits,
+        wall_s: float,
+    ) -> CellOutcome:
+        lost_session = bool(answer.get("lost_session"))
+        done = bool(answer.get("done"))
+        if lost_session:
+            self.close()
+        outcome = _judge_cell(answer, stopped, self._slot, limits)
+        outcome = replace(
+            outcome,
+            stdout=streams[0].text(),
+            stderr=streams[1].text(),
+            stdout_truncated=streams[0].truncated,
+            stderr_truncated=streams[1].truncated,
+            wall_s=wall_s,
+        )
+        result = answer.get("result")
+        lost = lost_session or bool(answer.get("lost"))
+        return CellOutcome(
+            outcome=outcome,
+            result=result if isinstance(result, str) else None,
+            snapshot=bool(answer.get("snapshot")),
+            rolled_back=not done and not lost,
+            state_lost=not done and lost,
+        )
+
+    async def _send(self, message: wire.Message) -> None:
+        if not self.alive:
+            raise SessionLostError("the session's processes are gone")
+        try:
+            loop = asyncio.get_running_loop()
+            await loop.sock_sendall(self._slot.job, wire.encode(message))
+        except OSError as error:
+            raise SessionLostError("the session's keeper is gone") from error
+
+    async def _answer(self, timeout_s: float | None) -> wire.Message:
+        """Wait for one frame from the keeper. Raises SessionLostError."""
+        loop = asyncio.get_running_loop()
+        try:
+            async with asyncio.timeout(timeout_s):
+                while not self._inbox:
+                    data = await loop.sock_recv(self._slot.job, 1 << 16)
+                    if not data:
+                        raise SessionLostError("the session's keeper is gone")
+                    self._inbox += map(wire.printable, self._reader.feed(data))
+        except (OSError, wire.FrameError) as error:
+            raise SessionLostError(f"the session does not answer: {error}") from error
+        return self._inbox.pop(0)
+
+    async def _file(self, message: wire.Message) -> Any:
+        await self._send(message)
+        answer = await self._answer(_FILE_S)
+        if "refused" in answer:
+            raise SessionFileError(str(answer["refused"]), missing=bool(answer.get("missing")))
+        return answer.get("reply")
+
+
+def _judge_cell(
+    answer: wire.Message, stopped: Status | None, slot: SlotHandle, limits: Limits
+) -> Outcome:
+    memory = slot.exited.done() and slot.exited.result().memory
+    if memory:
+        return Outcome(status=Status.MEMORY_LIMIT, message="memory limit exceeded")
+    cpu_s = _amount(answer.get("cpu_s"))
+    if stopped is not None:
+        verdict = judge_stop(stopped)
+    elif answer.get("lost_session"):
+        return Outcome(status=Status.SANDBOX_ERROR, message="the session's processes died")
+    else:
+        status = as_wait_status(answer.get("died"))
+        if status is None:
+            code = answer.get("exit_code")
+            status = (code & 0xFF) << 8 if isinstance(code, int) else 0
+        verdict = judge_wait_status(status, cpu_s, answer.get("error"), limits.cpu_s)
+    return Outcome(
+        status=verdict.status,
+        exit_code=verdict.exit_code,
+        signal=verdict.signal,
+        error=verdict.error,
+        message=verdict.message,
+        cpu_s=cpu_s,
+        peak_bytes=int(_amount(answer.get("peak_bytes"))),
+    )
+
+
+def _is_listed_file(item: Any) -> bool:
+    return (
+        isinstance(item, dict)
+        and isinstance(item.get("path"), str)
+        and isinstance(item.get("size_bytes"), int)
+    )
+
+
+def _amount(value: Any) -> float:
+    """A number that foreign code may have written; 0 for what cannot be one."""
+    return float(value) if isinstance(value, int | float) and 0 <= value < 2**50 else 0.0

@@ -1,0 +1,255 @@
+"""A slot: a forked child of a zygote that puts up every fence of its level, then waits for one job.
+
+Order matters: mounts need the capabilities, the user id change needs them too, Landlock and seccomp
+come last because they would refuse the steps before. A fence that cannot be put up ends the slot
+before any job reaches it.
+"""
+
+import base64
+import os
+import resource
+import signal
+from dataclasses import dataclass, replace
+from typing import NoReturn
+
+from services.tool.sandbox import wire
+from services.tool.sandbox.inside import filesystem, harness, jobs, kernel
+from services.tool.sandbox.plan import BOX, WORK, Level, Plan
+
+_SETUP_FAILED = 70
+"""Exit code of a slot that could not put up a fence (EX_SOFTWARE)."""
+
+JOB_FD = 3
+"""Descriptor on which a slot gets its job, after the three standard streams."""
+
+_MAX_FD = 2**31 - 1  # one close_range call, however many sessions the zygote holds
+_STACK_BYTES = 8 << 20
+_UNDERTAKER = kernel.new_stack()  # each fork has its own copy
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fences:
+    """What a zygote prepares once, so that each slot only has to apply it."""
+
+    plan: Plan
+    limits: list[tuple[int, tuple[int, int]]]
+    """Resource limits: number, soft and hard value."""
+    before: list[kernel.Step]
+    """Calls after the change of user id and before Landlock."""
+    landlock: list[kernel.Step]
+    """Empty where each slot needs a ruleset of its own or none is applied."""
+    after: list[kernel.Step]
+    """The system call filter, which would refuse the calls before it."""
+    place: harness.Place
+    """Of level full, where every slot sees the same; a draft elsewhere."""
+
+
+def load_landlock() -> int:
+    """Load py_landlock while the root directory is still the machine's. Returns the ABI, 0 when the
+    kernel has none."""
+    from py_landlock import landlock_sys
+    from py_landlock.errors import LandlockError
+
+    try:
+        return int(landlock_sys.get_abi_version())
+    except LandlockError:
+        return 0
+
+
+def prepare_fences(plan: Plan, baseline_bytes: int) -> Fences:
+    """Make ready whatever the slots of a zygote have in common.
+
+    Args:
+        baseline_bytes: what RLIMIT_DATA counts before a snippet allocates anything.
+    """
+    full, fenced = plan.level is Level.FULL, plan.level is not Level.NONE
+    shared = full and not filesystem.occupied(plan)
+    dying = kernel.dying_with_parent(signal.SIGKILL)
+    before = [dying]
+    if plan.uid_base is not None:
+        before.insert(0, kernel.allowing_inspection())
+    if fenced:
+        before += [kernel.dropping_capabilities(), kernel.forbidding_new_privileges()]
+    home = f"{BOX}/{WORK}"
+    if full:
+        _set_home(home)
+    return Fences(
+        plan=plan,
+        limits=_limits(plan),
+        before=before,
+        landlock=_own_landlock(plan, None) if shared else [],
+        after=[kernel.loading_seccomp(base64.b64decode(plan.seccomp))] if fenced else [],
+        place=harness.Place(
+            home=home,
+            baseline_bytes=baseline_bytes,
+            alone=full or plan.uid_base is not None,
+            can_fork=plan.level is not Level.BASIC,
+            no_fork_filter=base64.b64decode(plan.no_fork_filter),
+        ),
+    )
+
+
+def make_folder(plan: Plan, name: str) -> str | None:
+    """The working folder of a slot at the levels that cannot mount one."""
+    if plan.level is Level.FULL:
+        return None
+    folder = f"{plan.work_root}/{name}"
+    os.mkdir(folder, 0o755)
+    filesystem.make_box_folders(folder)
+    return folder
+
+
+def remove_folder(folder: str | None) -> None:
+    """Remove what a dead slot left. rmtree does not follow links and the slot's processes are
+    dead."""
+    if folder is not None:
+        import shutil  # maps three compressors: at level full every fork would pay for them
+
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def sweep(uid: int) -> None:
+    """Kill every process of a slot's user id (level uid), by becoming that user for a moment."""
+    pid = os.fork()
+    if pid == 0:
+        try:
+            os.setgroups([])
+            os.setresgid(uid, uid, uid)
+            os.setresuid(uid, uid, uid)
+            if 0 not in os.getresuid():  # as root this call would empty the machine
+                os.kill(-1, signal.SIGKILL)
+        finally:
+            os._exit(0)
+    os.waitpid(pid, 0)
+
+
+def enter(
+    fences: Fences,
+    descriptors: tuple[int, ...],
+    uid: int | None,
+    folder: str | None,
+    cgroup: list[int],
+) -> NoReturn:
+    """Become a slot: fence this process, say so on the job socket, run what arrives there. Never
+    returns.
+
+    Args:
+        descriptors: stdin, stdout, stderr and the job socket, none of them 0 to 2 and the last
+            above 3; every other one is closed.
+        cgroup: the way into the slot's cgroup, or nothing.
+    """
+    place, job_fd = fences.place, descriptors[JOB_FD]
+    try:
+        if fences.plan.cgroup:
+            os.write(cgroup[0], b"0")  # first: what is charged later is charged there
+        if folder is not None:
+            place = replace(place, home=f"{folder}/{WORK}")
+            _set_home(place.home)
+        _fence(fences, uid, folder)
+        os.chdir(place.home)
+        for target, descriptor in enumerate(descriptors):
+            os.dup2(descriptor, target, target != JOB_FD)
+        os.closerange(JOB_FD + 1, _MAX_FD)
+        job_fd = JOB_FD
+        if fences.plan.level is Level.FULL:
+            _hire_undertaker()
+        # Last: the slots of an ordinary user share the count.
+        limit = fences.plan.max_processes
+        resource.setrlimit(resource.RLIMIT_NPROC, (limit, limit))
+    except BaseException as error:
+        wire.send(job_fd, {"failed": f"{type(error).__name__}: {error}"})
+        os._exit(_SETUP_FAILED)
+    jobs.serve(JOB_FD, place)
+
+
+def _hire_undertaker() -> None:
+    """Start a process that shares this one's memory, so that this one dies at once, whatever it
+    held: the last user takes memory apart, and that one is killed with the room, after the verdict.
+
+    A program that makes it run something gains no more than a thread, and one that cannot fork.
+    """
+    resource.prlimit(kernel.clone_idle(0, _UNDERTAKER), resource.RLIMIT_NPROC, (0, 0))
+
+
+def _fence(fences: Fences, uid: int | None, folder: str | None) -> None:
+    landlock = fences.landlock or _own_landlock(fences.plan, folder)
+    for name, value in fences.limits:
+        resource.setrlimit(name, value)
+    if uid is not None:
+        os.setresgid(uid, uid, uid)
+        os.setresuid(uid, uid, uid)
+    kernel.run(fences.before)
+    kernel.run(landlock)
+    kernel.run(fences.after)
+
+
+def _own_landlock(plan: Plan, folder: str | None) -> list[kernel.Step]:
+    if folder is not None:
+        fenced = plan.level is not Level.NONE
+        return _landlock(_build_ruleset(plan.read_paths, [folder])) if fenced else []
+    # Landlock looks past a mount point at what is mounted, which exists only in the room.
+    return _landlock(_build_ruleset(["/"], filesystem.writable_paths(plan)))
+
+
+def _landlock(ruleset: int) -> list[kernel.Step]:
+    return [kernel.restricting_by_landlock(ruleset)]
+
+
+def _set_home(home: str) -> None:
+    os.environ.update(HOME=home, TMPDIR=os.path.dirname(home) + "/tmp")
+
+
+def _limits(plan: Plan) -> list[tuple[int, tuple[int, int]]]:
+    limits = {
+        resource.RLIMIT_NOFILE: plan.max_open_files,
+        resource.RLIMIT_FSIZE: plan.file_bytes,
+        resource.RLIMIT_STACK: _STACK_BYTES,
+        resource.RLIMIT_CORE: 0,
+        resource.RLIMIT_MEMLOCK: 0,
+        resource.RLIMIT_MSGQUEUE: 0,
+        resource.RLIMIT_RTPRIO: 0,
+        resource.RLIMIT_NICE: 0,
+    }
+    return [(name, (value, value)) for name, value in limits.items()]
+
+
+def _build_ruleset(read: list[str], write: list[str]) -> int:
+    """Landlock: nothing but reading below `read` and full use of files below `write`; no TCP, no
+    outside signals."""
+    from py_landlock import AccessFs, landlock_sys
+    from py_landlock.abi import get_supported_fs, get_supported_net, get_supported_scope
+
+    abi = landlock_sys.get_abi_version()
+    handled = get_supported_fs(abi)
+    attributes = landlock_sys.RulesetAttr(
+        int(handled), int(get_supported_net(abi)), int(get_supported_scope(abi))
+    )
+    ruleset = landlock_sys.create_ruleset(attributes)
+    reading = AccessFs.READ_FILE | AccessFs.READ_DIR
+    refused = (
+        AccessFs.EXECUTE | AccessFs.MAKE_CHAR | AccessFs.MAKE_BLOCK | AccessFs.MAKE_SOCK
+    ) | AccessFs.IOCTL_DEV
+    devices = [f"/dev/{name}" for name in filesystem.DEVICES]
+    rules = [(path, reading) for path in read]
+    rules += [(path, handled & ~refused) for path in write]
+    rules += [(path, AccessFs.READ_FILE | AccessFs.WRITE_FILE) for path in devices]
+    for path, access in rules:
+        _add_rule(ruleset, path, access & handled)
+    return int(ruleset)
+
+
+def _add_rule(ruleset: int, path: str, access: int) -> None:
+    from py_landlock import AccessFs, landlock_sys
+
+    try:
+        descriptor = os.open(path, os.O_PATH | os.O_CLOEXEC)
+    except (FileNotFoundError, PermissionError):
+        return  # not there or not reachable: less access, never more
+    try:
+        if not os.path.isdir(path):
+            access &= AccessFs.READ_FILE | AccessFs.WRITE_FILE | AccessFs.TRUNCATE
+        if access:
+            rule = landlock_sys.PathBeneathAttr(int(access), descriptor)
+            landlock_sys.add_rule(landlock_sys.RulesetFd(ruleset), rule)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,235 @@
+"""A zygote: an interpreter with its libraries loaded and warmed, that forks isolated slots and
+reaps them.
+
+It never sees a request: code reaches a slot on the slot's own socket, after the slot is fenced.
+What the zygote tells the API process about a slot is what the kernel told it: wait status, resource
+usage, the sum of memory (channel.py).
+
+After each fork, every memory page that the zygote touches has to be copied, because the child
+shares it. So it does little: rooms are built elsewhere and messages are fixed records.
+"""
+
+import gc
+import os
+import select
+import signal
+import socket
+from dataclasses import dataclass, field
+from typing import NoReturn
+
+from services.tool.sandbox import channel
+from services.tool.sandbox.inside import harness, jobs, kernel, preload, rooms, slot, watchdog
+from services.tool.sandbox.plan import Level, Plan
+
+_WATCH_INTERVAL_MS = 50
+_REHEARSALS = 20  # CPython 3.11 specialises a function from its eighth call on
+
+
+def load_before_root_changes() -> None:
+    """Import what needs the machine's own files: after the root changes they are gone."""
+    slot.load_landlock()
+
+
+@dataclass(slots=True, kw_only=True)
+class _Slot:
+    """One forked slot, from fork to reaping."""
+
+    number: int
+    pid: int
+    pid_fd: int
+    """Pid descriptor of the slot's first process: readable when it is dead."""
+    kill_fd: int
+    """Pid descriptor of the slot's room at level full, of its first process otherwise."""
+    uid: int | None
+    folder: str | None
+    limit_bytes: int = 0
+    """Limit on the sum of the slot's processes; 0 while nobody asks for a watch."""
+    too_large: bool = False
+    """Whether it was killed for that."""
+
+
+@dataclass(slots=True, kw_only=True)
+class _Zygote:
+    plan: Plan
+    preset: str
+    channel: socket.socket
+    factory: socket.socket
+    proc: int | None
+    outside: int
+    """Pid descriptor that leads out of the rooms; -1 below level full."""
+    fences: slot.Fences
+    slots: dict[int, _Slot] = field(default_factory=dict)
+    """Live slots by their pid descriptor."""
+    poller: select.poll = field(default_factory=select.poll)
+    watched: int = 0
+    """Slots whose memory is looked at."""
+
+
+def run(plan: Plan, factories: list[socket.socket], proc: int | None, outside: int) -> NoReturn:
+    """Load preset after preset; fork a child for the next one and serve the current one. Never
+    returns."""
+    index = 0
+    while True:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        kernel.die_with_parent(signal.SIGKILL)
+        preload.load(plan.presets[index])
+        if index + 1 == len(plan.presets) or os.fork() != 0:
+            break
+        index += 1
+    for other in range(len(plan.presets)):
+        if other != index:
+            os.close(plan.channels[other])
+            factories[other].close()
+    try:
+        zygote = _Zygote(
+            plan=plan,
+            preset=plan.presets[index],
+            channel=socket.socket(fileno=plan.channels[index]),
+            factory=factories[index],
+            proc=proc,
+            outside=outside,
+            fences=slot.prepare_fences(plan, watchdog.baseline_bytes(proc) if proc else 0),
+        )
+        _serve(zygote)
+    finally:
+        os._exit(1)
+
+
+def _serve(zygote: _Zygote) -> None:
+    harness.open_streams()
+    harness.prepare()
+    for _ in range(_REHEARSALS):
+        harness.after_fork()
+        harness.reseed(None)
+        jobs.rehearse()
+    collapsed = preload.collapse_heap(zygote.proc)
+    gc.collect()
+    gc.freeze()
+    gc.disable()
+    _request_room(zygote)
+    zygote.channel.send(channel.EVENT.pack(channel.READY, collapsed, 0, 0.0, 0, False))
+    zygote.poller.register(zygote.channel.fileno(), select.POLLIN)
+    while True:
+        for descriptor, _ in zygote.poller.poll(_WATCH_INTERVAL_MS if zygote.watched else None):
+            if descriptor in zygote.slots:
+                _reap(zygote, zygote.slots[descriptor])
+            elif not _obey(zygote):
+                return
+        if zygote.watched:
+            _watch(zygote)
+
+
+def _obey(zygote: _Zygote) -> bool:
+    """Carry out one order. False: the API process is gone."""
+    message, descriptors, _, _ = socket.recv_fds(zygote.channel, channel.ORDER.size, 1)
+    if not message:
+        return False
+    kind, number, limit_bytes = channel.ORDER.unpack(message)
+    if kind == channel.SPAWN:
+        _spawn(zygote, number, descriptors)
+        return True
+    for child in zygote.slots.values():
+        if child.number == number:
+            zygote.watched += bool(limit_bytes) - bool(child.limit_bytes)
+            child.limit_bytes = limit_bytes
+    return True
+
+
+def _request_room(zygote: _Zygote) -> None:
+    if zygote.plan.level is Level.FULL:
+        zygote.factory.send(b"r")
+
+
+def _receive_room(zygote: _Zygote) -> int:
+    """Take the room that was requested after the last one."""
+    data, descriptors, _, _ = socket.recv_fds(zygote.factory, 1, 1)
+    if not data or not descriptors:
+        raise ConnectionError("the factory of rooms is gone")
+    return descriptors[0]
+
+
+def _spawn(zygote: _Zygote, number: int, cgroup: list[int]) -> None:
+    """Fork a slot. `cgroup` holds the way into its cgroup, or nothing."""
+    plan = zygote.plan
+    full = plan.level is Level.FULL
+    folder = slot.make_folder(plan, f"{os.getpid()}-{number}")
+    uid = _free_uid(zygote, number)
+    stdin, stdout, stderr = os.pipe(), os.pipe(), os.pipe()
+    ours, theirs = (sock.detach() for sock in socket.socketpair())
+    room = _receive_room(zygote) if full else -1
+    if full:
+        rooms.step_into(room)
+    pid = os.fork()
+    if pid == 0:
+        slot.enter(zygote.fences, (stdin[0], stdout[1], stderr[1], theirs), uid, folder, cgroup)
+    pid_fd = os.pidfd_open(pid)
+    if full:
+        rooms.step_into(zygote.outside)
+        _request_room(zygote)
+    kill_fd = room if full else pid_fd
+    zygote.slots[pid_fd] = _Slot(
+        number=number, pid=pid, pid_fd=pid_fd, kill_fd=kill_fd, uid=uid, folder=folder
+    )
+    zygote.poller.register(pid_fd, select.POLLIN)
+    handed = (ours, stdin[1], stdout[0], stderr[0])
+    event = channel.EVENT.pack(channel.SLOT, number, 0, 0.0, 0, False)
+    socket.send_fds(zygote.channel, [event], (*handed, kill_fd))
+    for descriptor in (*handed, theirs, stdin[0], stdout[1], stderr[1], *cgroup):
+        os.close(descriptor)
+
+
+def _free_uid(zygote: _Zygote, number: int) -> int | None:
+    """An id of the range that no live slot of this zygote has. Id 0 is the zygote's own at level
+    full."""
+    plan = zygote.plan
+    if plan.uid_base is None:
+        return None
+    first = 0 if plan.level is Level.FULL else plan.uid_base
+    width = (plan.uid_count - 1) // len(plan.presets)
+    start = first + 1 + plan.presets.index(zygote.preset) * width
+    taken = {child.uid for child in zygote.slots.values()}
+    for step in range(width):
+        uid = start + (number + step) % width
+        if uid not in taken:
+            return uid
+    raise RuntimeError(f"all {width} user ids of zygote {zygote.preset} are in use")
+
+
+def _reap(zygote: _Zygote, child: _Slot) -> None:
+    """Collect a dead slot, kill what it left behind, and report what the kernel says about it."""
+    _, status, usage = os.wait4(child.pid, 0)
+    del zygote.slots[child.pid_fd]
+    zygote.poller.unregister(child.pid_fd)
+    zygote.watched -= bool(child.limit_bytes)
+    if child.kill_fd != child.pid_fd:
+        _kill(child)
+        os.close(child.kill_fd)
+    os.close(child.pid_fd)
+    if child.uid is not None and zygote.plan.level is not Level.FULL:
+        slot.sweep(child.uid)
+    slot.remove_folder(child.folder)
+    cpu_s, peak_bytes = usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024
+    ended = (channel.EXIT, child.number, status, cpu_s, peak_bytes, child.too_large)
+    zygote.channel.send(channel.EVENT.pack(*ended))
+
+
+def _kill(child: _Slot) -> None:
+    try:
+        signal.pidfd_send_signal(child.kill_fd, signal.SIGKILL)
+    except ProcessLookupError:
+        return  # already dead: the goal is reached
+
+
+def _watch(zygote: _Zygote) -> None:
+    """Kill the slots whose processes together hold more memory than allowed."""
+    if zygote.proc is None:
+        return
+    census = watchdog.Census(zygote.proc, zygote.plan.level)
+    for child in zygote.slots.values():
+        limit = child.limit_bytes
+        if not limit or child.too_large:
+            continue
+        if census.memory_bytes(child.pid, child.uid, limit) > limit:
+            child.too_large = True
+            _kill(child)
