@@ -1,15 +1,17 @@
 """What the API process decides once and every process of the sandbox reads: level, limits, places.
 
-A plan is built in engine.py, travels to the launcher as JSON on its standard input and is inherited
-by fork below it. It holds no secret: a snippet can read all of it.
+A plan is built in host/pool.py, goes to the launcher as JSON on its standard input and is inherited
+by fork below it. It holds no secret, since a snippet can read all of it.
 """
 
 import json
 from dataclasses import asdict, dataclass
 from enum import StrEnum
 
+PRESETS = ("numpy", "sympy", "scipy")
+"""Libraries that zygotes load, in order of size; each zygote is forked from the one before."""
 JAIL = "/jail"
-"""Directory, below the launcher's new root, that snippets see as `/`; /proc stays outside of it."""
+"""Directory below the launcher's new root that snippets see as `/`; /proc stays outside of it."""
 SCRATCH = "/scratch"
 """Parent of a slot's private tmpfs inside the jail. Landlock grants writing here."""
 BOX = "/scratch/box"
@@ -19,7 +21,7 @@ WORK = "work"
 
 
 class Level(StrEnum):
-    """How much stands between a snippet and the machine, strongest first."""
+    """How much isolates a snippet from the machine, strongest first."""
 
     FULL = "full"
     """Own user, pid, mount, network, ipc and uts namespaces, private tmpfs, plus everything
@@ -41,7 +43,7 @@ class Plan:
 
     level: Level
     presets: list[str]
-    """Names of the zygotes, each forked from the one before: numpy, sympy, scipy."""
+    """Names of the zygotes, a prefix of PRESETS."""
     channels: list[int]
     """One inherited SOCK_SEQPACKET descriptor per preset."""
     code_root: str

@@ -11,9 +11,6 @@ import threading
 
 from services.tool.sandbox.inside import kernel
 
-PRESETS = ("numpy", "sympy", "scipy")
-"""In order of size; each is forked from the one before."""
-
 # Not all of the standard library: an extension module maps five more ranges of memory, which makes
 # every fork dearer by 15 us, and modules with exit functions (logging, multiprocessing, asyncio)
 # every exit. Programs import those themselves.

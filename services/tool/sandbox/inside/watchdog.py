@@ -10,7 +10,7 @@ import os
 from services.tool.sandbox.plan import Level
 
 _IDLE_PIDS = (1, 3)
-"""Pids, inside a room, of the processes that hold it open (rooms.py) and share its slot's memory
+"""Pids, inside a room, of the processes that hold it open (launcher.py) and share its slot's memory
 (slot.py): they have none of their own. The kernel gives neither number out again."""
 _PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 
