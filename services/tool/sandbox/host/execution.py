@@ -52,79 +52,63 @@ class Job:
     seed: int | None = None
 
 
-class _Drain:
-    """Reads a pipe by callback, keeps at most `cap` bytes, and calls `on_overflow` once if there
-    are more."""
+class Output:
+    """What a slot prints: reads both pipes by callback and keeps at most `cap` bytes of each. Calls
+    `on_overflow`, maybe several times, when there are more."""
 
-    def __init__(self, descriptor: int, cap: int, on_overflow: Callable[[], None]) -> None:
-        self._descriptor = descriptor
+    def __init__(self, slot: SlotHandle, cap: int, on_overflow: Callable[[], None]) -> None:
         self._cap = cap
         self._on_overflow = on_overflow
-        self._kept = bytearray()
-        self.truncated = False
+        self._kept = {slot.stdout: bytearray(), slot.stderr: bytearray()}
+        self._truncated: set[int] = set()
+        self._open = set(self._kept)
         self._loop = asyncio.get_running_loop()
-        self._open = True
-        self._loop.add_reader(descriptor, self._on_readable)
+        for pipe in self._kept:
+            self._loop.add_reader(pipe, self._on_readable, pipe)
 
-    def _on_readable(self) -> None:
-        before = self.truncated
-        self._read()
-        if self.truncated and not before:
+    def _on_readable(self, pipe: int) -> None:
+        self._read(pipe)
+        if pipe in self._truncated:
             self._on_overflow()
 
     def drain_now(self) -> None:
-        """Read what is in the pipe without waiting for its end, which others may hold open."""
-        total = 0
-        while total < _PIPE_BYTES and (count := self._read()):
-            total += count
+        """Read what is in the pipes without waiting for their ends, which others may hold open."""
+        for pipe in self._kept:
+            total = 0
+            while total < _PIPE_BYTES and (count := self._read(pipe)):
+                total += count
 
-    def _read(self) -> int:
+    def _read(self, pipe: int) -> int:
         """Read once and keep what there is room for. Returns bytes read; 0 when there are none."""
-        if not self._open:
+        if pipe not in self._open:
             return 0
         try:
-            data = os.read(self._descriptor, _READ_BYTES)
+            data = os.read(pipe, _READ_BYTES)
         except BlockingIOError:
             return 0
         if not data:
-            self.stop()
-        room = self._cap - len(self._kept)
-        self._kept += data[:room]
-        self.truncated = self.truncated or len(data) > room
+            self._stop(pipe)
+        kept = self._kept[pipe]
+        room = self._cap - len(kept)
+        kept += data[:room]
+        if len(data) > room:
+            self._truncated.add(pipe)
         return len(data)
 
-    def stop(self) -> None:
-        if self._open:
-            self._open = False
-            self._loop.remove_reader(self._descriptor)
-
-    def text(self) -> str:
-        """What was printed, with bytes that are not UTF-8 replaced."""
-        return self._kept.decode("utf-8", "replace")
-
-
-class Output:
-    """What a slot prints on stdout and stderr, each up to `cap` bytes."""
-
-    def __init__(self, slot: SlotHandle, cap: int, on_overflow: Callable[[], None]) -> None:
-        self._streams = [_Drain(each, cap, on_overflow) for each in (slot.stdout, slot.stderr)]
-
-    def drain_now(self) -> None:
-        for stream in self._streams:
-            stream.drain_now()
+    def _stop(self, pipe: int) -> None:
+        self._open.discard(pipe)
+        self._loop.remove_reader(pipe)
 
     def stop(self) -> None:
-        for stream in self._streams:
-            stream.stop()
+        for pipe in list(self._open):
+            self._stop(pipe)
 
     def added_to(self, outcome: Outcome) -> Outcome:
-        stdout, stderr = self._streams
+        """The outcome with what was printed; bytes that are not UTF-8 are replaced."""
+        stdout, stderr = (kept.decode("utf-8", "replace") for kept in self._kept.values())
+        cut = [pipe in self._truncated for pipe in self._kept]
         return replace(
-            outcome,
-            stdout=stdout.text(),
-            stderr=stderr.text(),
-            stdout_truncated=stdout.truncated,
-            stderr_truncated=stderr.truncated,
+            outcome, stdout=stdout, stderr=stderr, stdout_truncated=cut[0], stderr_truncated=cut[1]
         )
 
 

@@ -6,7 +6,6 @@ goes to another one.
 """
 
 import asyncio
-import base64
 import contextlib
 import logging
 import os
@@ -19,7 +18,7 @@ import sysconfig
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from services.common.owned_folders import OwnedFolder
@@ -34,7 +33,7 @@ from services.tool.sandbox.host.slots import (
 )
 from services.tool.sandbox.host.verdict import Outcome, Status
 from services.tool.sandbox.inside.filters import compile_filter
-from services.tool.sandbox.plan import PRESETS, Level, Plan
+from services.tool.sandbox.plan import Level, Plan, SandboxConfig
 
 logger = logging.getLogger(__name__)
 
@@ -67,26 +66,6 @@ _READY_S = 120.0
 _RETRIES = 3
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SandboxConfig:
-    """How the sandbox is built. The defaults suit one machine."""
-
-    level: Level = Level.FULL
-    launchers: int = 1
-    """Fork servers; throughput scales up to one per core."""
-    presets: tuple[str, ...] = PRESETS
-    """Zygotes per launcher, a prefix of PRESETS."""
-    warm_slots: int = 2
-    """Fenced slots kept waiting per zygote."""
-    scratch_bytes: int = 64 << 20
-    scratch_files: int = 4096
-    file_bytes: int = 32 << 20
-    max_processes: int = 64
-    max_open_files: int = 128
-    cgroup: bool = True
-    """Have the kernel count each slot's memory and processes where a cgroup v2 is delegated."""
-
-
 @dataclass(slots=True, kw_only=True)
 class LauncherHandle:
     """One launcher process with its zygotes."""
@@ -100,7 +79,6 @@ class LauncherHandle:
         cls, plan: Plan, warm_slots: int, cgroups: Cgroups | None, on_lost: Callable[[], None]
     ) -> "LauncherHandle":
         """Start the process and its channels; returns before the zygotes are ready."""
-        loop = asyncio.get_running_loop()
         pairs = [socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET) for _ in plan.presets]
         plan.channels[:] = [theirs.fileno() for _, theirs in pairs]
         code = (
@@ -123,16 +101,9 @@ class LauncherHandle:
         zygotes = {}
         for preset, (ours, theirs) in zip(plan.presets, pairs, strict=True):
             theirs.close()  # or the channel would stay open after the zygote's death
-            ours.setblocking(False)
             zygotes[preset] = ZygoteHandle(
-                preset=preset,
-                link=ours,
-                target=warm_slots,
-                cgroups=cgroups,
-                on_lost=on_lost,
-                ready=loop.create_future(),
+                preset=preset, link=ours, target=warm_slots, cgroups=cgroups, on_lost=on_lost
             )
-            zygotes[preset].listen()
         return cls(process=process, zygotes=zygotes)
 
     def stop(self) -> None:
@@ -312,30 +283,24 @@ class Sandbox:
             await self._warm(self._launchers[index])
 
     def _plan(self, index: int) -> Plan:
-        config = self.config
-        level = config.level
+        level = self.config.level
         fenced = level is not Level.NONE
-        encode = base64.b64encode
+        headroom = process_headroom(level)
+        found = {
+            "max_processes": self.config.max_processes + headroom,
+            "cgroup": self.cgroups is not None,
+        }
         return Plan(
-            level=level,
-            presets=list(config.presets),
+            **asdict(self.config) | found,
             channels=[],
             code_root=str(Path(__file__).resolve().parents[4]),
             package_paths=package_paths(),
             read_paths=read_paths(),
             uid_base=uid_base(index) if os.geteuid() == 0 and fenced else None,
             uid_count=_UIDS_PER_LAUNCHER,
-            scratch_bytes=config.scratch_bytes,
-            scratch_files=config.scratch_files,
-            file_bytes=config.file_bytes,
-            max_processes=config.max_processes + process_headroom(level),
-            max_open_files=config.max_open_files,
             work_root=str(self._folder.path) if self._folder is not None else "",
-            cgroup=self.cgroups is not None,
-            seccomp=encode(compile_filter(allow_fork=True)).decode() if fenced else "",
-            no_fork_filter=(
-                encode(compile_filter(allow_fork=False)).decode() if level is Level.BASIC else ""
-            ),
+            seccomp=compile_filter(allow_fork=True) if fenced else "",
+            no_fork_filter=compile_filter(allow_fork=False) if level is Level.BASIC else "",
         )
 
 

@@ -138,7 +138,7 @@ class ZygoteHandle:
     """Slots to keep waiting."""
     cgroups: Cgroups | None
     on_lost: Callable[[], None]
-    ready: asyncio.Future[int]
+    ready: asyncio.Future[int] = field(init=False)
     """Done when it forks; the ranges of its memory that huge pages back."""
     queue: _Queue = field(default_factory=_Queue)
     slots: dict[int, SlotHandle] = field(default_factory=dict)
@@ -151,13 +151,16 @@ class ZygoteHandle:
     """Slots ever ordered, which numbers the next one."""
     alive: bool = True
 
+    def __post_init__(self) -> None:
+        loop = asyncio.get_running_loop()
+        self.ready = loop.create_future()
+        self.link.setblocking(False)
+        loop.add_reader(self.link.fileno(), self._on_packet)
+
     @property
     def load(self) -> tuple[int, int]:
         """What orders zygotes by how soon they have a slot: callers ahead, then live slots."""
         return len(self.queue.callers) - len(self.queue.slots), len(self.slots)
-
-    def listen(self) -> None:
-        asyncio.get_running_loop().add_reader(self.link.fileno(), self._on_packet)
 
     def refill(self) -> None:
         """Order the slots that are missing. Not called when one is handed out but when its program

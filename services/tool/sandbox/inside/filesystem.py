@@ -57,8 +57,8 @@ def enter_jail() -> None:
 
 
 def enter_room(room: int) -> None:
-    """Move this process into the room behind a pid descriptor; of its pid namespace only the next
-    children become members."""
+    """Move this process into the room behind a pid descriptor, its children also into the room's
+    pid namespace."""
     kernel.setns(room, ROOM_NAMESPACES | kernel.CLONE_NEWPID)
     enter_jail()  # a change of mount namespace resets the root directory
 
@@ -73,8 +73,7 @@ def outermost(paths: list[str]) -> list[str]:
 
 
 def mount_box(plan: Plan) -> None:
-    """Give the calling process, in its own mount namespace inside the jail, an empty private
-    tmpfs."""
+    """Mount an empty private tmpfs in this process's own mount namespace inside the jail."""
     options = f"mode=1777,size={plan.scratch_bytes},nr_inodes={plan.scratch_files}"
     kernel.mount("tmpfs", BOX, "tmpfs", kernel.MS_NOSUID | kernel.MS_NODEV, options)
     make_box_folders(BOX)
@@ -116,8 +115,7 @@ def _bind(source: str, target: str) -> None:
 
 
 def _write_accounts(jail: str, uids: set[int]) -> None:
-    """Write /etc/passwd: libraries ask getpwuid for the home directory and fail in odd ways if it
-    finds nobody."""
+    """Write /etc/passwd, in which libraries look up the home directory and may fail without it."""
     line = "sandbox:x:{uid}:{uid}::/scratch/box/work:/nonexistent\n"
     with open(f"{jail}/etc/passwd", "w") as file:
         file.writelines(line.format(uid=uid) for uid in sorted(uids))

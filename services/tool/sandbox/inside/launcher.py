@@ -19,7 +19,7 @@ import socket
 import sys
 from typing import NoReturn
 
-from services.tool.sandbox.inside import filesystem, kernel, zygote
+from services.tool.sandbox.inside import filesystem, kernel, slot, zygote
 from services.tool.sandbox.plan import Level, Plan
 
 _NAMESPACES = (
@@ -42,7 +42,7 @@ def main() -> None:
     os.dup2(null, 0)
     os.dup2(null, 1)
     os.close(null)
-    zygote.load_before_root_changes()
+    slot.load_landlock()
     # Snippets import from the packages first, and never from this repository.
     sys.path[:] = [*plan.package_paths, *(path for path in sys.path if path != plan.code_root)]
     if plan.uid_base is not None:
@@ -136,17 +136,15 @@ def _run_factory(plan: Plan) -> NoReturn:
 
 
 def _open_proc(plan: Plan) -> int | None:
-    """Open /proc of this pid namespace and, at level full, step into the jail. None: the host
-    allows no /proc."""
+    """Open /proc of this pid namespace, None if the host forbids it. At level full, enter the
+    jail."""
     if plan.level is not Level.FULL:
         return os.open("/proc", os.O_PATH | os.O_DIRECTORY)
-    proc: int | None = None
-    try:
+    proc = None
+    with contextlib.suppress(PermissionError):  # some hosts mask /proc; there is no watchdog then
         flags = kernel.MS_NOSUID | kernel.MS_NODEV | kernel.MS_NOEXEC
         kernel.mount("proc", "/proc", "proc", flags)
         proc = os.open("/proc", os.O_PATH | os.O_DIRECTORY)
-    except PermissionError:
-        proc = None  # some hosts mask /proc; the watchdog then says that it is absent
     filesystem.enter_jail()
     return proc
 

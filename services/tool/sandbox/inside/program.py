@@ -45,8 +45,7 @@ class Place:
     baseline_bytes: int
     """What RLIMIT_DATA counts before the snippet allocates anything."""
     alone: bool
-    """Whether every process that this one may signal belongs to the slot: its own pid namespace or
-    its own user id. Nothing may be swept otherwise."""
+    """Whether this process can signal the slot's processes only (own pid namespace or user id)."""
     can_fork: bool
     """False at level basic: the snippet runs behind a second filter that refuses new processes."""
     no_fork_filter: bytes
@@ -117,8 +116,7 @@ def execute(
 
 
 def _exit_code_of(error: SystemExit) -> int:
-    """CPython's exit code: 0 for None, an int modulo 256 (-1 if it does not fit), otherwise 1 and a
-    line on standard error."""
+    """CPython's exit code: None is 0, an int counts modulo 256, anything else is printed and 1."""
     value = error.code
     if value is None:
         return 0
@@ -179,8 +177,7 @@ def rehearse_fork() -> None:
 
 
 def reseed(seed: int | None) -> None:
-    """Give this process random generators of its own state, or of the state that the request asks
-    for; forks share theirs."""
+    """Seed the random generators, whose state forks share, by the request's seed or at random."""
     if seed is not None:
         random.seed(seed)  # without a seed, CPython's own fork hook has done this
     numpy = sys.modules.get("numpy")
@@ -189,8 +186,7 @@ def reseed(seed: int | None) -> None:
 
 
 def _split(home: str, path: str) -> tuple[str, str]:
-    """Split a job's path into its top folder and the rest: /mnt and /tmp lie beside `home`, all
-    else lies below it."""
+    """Split a job's path into its top folder and the rest; /mnt and /tmp lie beside `home`."""
     for prefix in _BESIDE_HOME:
         if path.startswith(prefix):
             return os.path.dirname(home) + prefix.rstrip("/"), path.removeprefix(prefix)

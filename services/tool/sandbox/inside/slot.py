@@ -6,6 +6,7 @@ slot before any job reaches it.
 """
 
 import base64
+import contextlib
 import gc
 import os
 import resource
@@ -13,6 +14,10 @@ import signal
 import sys
 from dataclasses import dataclass, replace
 from typing import NoReturn
+
+from py_landlock import AccessFs, landlock_sys
+from py_landlock.abi import get_supported_fs, get_supported_net, get_supported_scope
+from py_landlock.errors import LandlockError
 
 from services.tool.sandbox import wire
 from services.tool.sandbox.inside import filesystem, kernel, program, supervisor
@@ -49,16 +54,10 @@ class Fences:
     """The same for every slot at level full; elsewhere each slot puts its own home in."""
 
 
-def load_landlock() -> int:
-    """Load py_landlock while the root directory is still the machine's. Returns the ABI version, 0
-    if the kernel has none."""
-    from py_landlock import landlock_sys
-    from py_landlock.errors import LandlockError
-
-    try:
-        return int(landlock_sys.get_abi_version())
-    except LandlockError:
-        return 0
+def load_landlock() -> None:
+    """Have py_landlock find the C library, which fails once the root directory has changed."""
+    with contextlib.suppress(LandlockError):
+        landlock_sys.get_abi_version()
 
 
 def prepare_fences(plan: Plan, baseline_bytes: int) -> Fences:
@@ -69,8 +68,7 @@ def prepare_fences(plan: Plan, baseline_bytes: int) -> Fences:
     """
     full, fenced = plan.level is Level.FULL, plan.level is not Level.NONE
     shared = full and not filesystem.occupied(plan)
-    dying = kernel.dying_with_parent(signal.SIGKILL)
-    before = [dying]
+    before = [kernel.dying_with_parent(signal.SIGKILL)]
     if plan.uid_base is not None:
         # The change of user id hides this process in /proc from the watchdog.
         before.insert(0, kernel.allowing_inspection())
@@ -228,15 +226,12 @@ def _fence(fences: Fences, uid: int | None, folder: str | None) -> None:
 
 
 def _own_landlock(plan: Plan, folder: str | None) -> list[kernel.Step]:
+    if plan.level is Level.NONE:
+        return []
+    read, write = ["/"], filesystem.writable_paths(plan)  # at level full the mounts limit reading
     if folder is not None:
-        fenced = plan.level is not Level.NONE
-        return _landlock(_build_ruleset(plan.read_paths, [folder])) if fenced else []
-    # A rule holds for what is mounted on its path, and that exists only in the slot's room.
-    return _landlock(_build_ruleset(["/"], filesystem.writable_paths(plan)))
-
-
-def _landlock(ruleset: int) -> list[kernel.Step]:
-    return [kernel.restricting_by_landlock(ruleset)]
+        read, write = plan.read_paths, [folder]
+    return [kernel.restricting_by_landlock(_build_ruleset(read, write))]
 
 
 def _set_home(home: str) -> None:
@@ -260,9 +255,6 @@ def _limits(plan: Plan) -> list[tuple[int, tuple[int, int]]]:
 def _build_ruleset(read: list[str], write: list[str]) -> int:
     """Landlock: reading below `read`, full use of files below `write`, no TCP, no signals to the
     outside. Returns the descriptor of the ruleset."""
-    from py_landlock import AccessFs, landlock_sys
-    from py_landlock.abi import get_supported_fs, get_supported_net, get_supported_scope
-
     abi = landlock_sys.get_abi_version()
     handled = get_supported_fs(abi)
     attributes = landlock_sys.RulesetAttr(
@@ -270,9 +262,8 @@ def _build_ruleset(read: list[str], write: list[str]) -> int:
     )
     ruleset = landlock_sys.create_ruleset(attributes)
     reading = AccessFs.READ_FILE | AccessFs.READ_DIR
-    refused = (
-        AccessFs.EXECUTE | AccessFs.MAKE_CHAR | AccessFs.MAKE_BLOCK | AccessFs.MAKE_SOCK
-    ) | AccessFs.IOCTL_DEV
+    special = AccessFs.MAKE_CHAR | AccessFs.MAKE_BLOCK | AccessFs.MAKE_SOCK
+    refused = special | AccessFs.EXECUTE | AccessFs.IOCTL_DEV
     devices = [f"/dev/{name}" for name in filesystem.DEVICES]
     rules = [(path, reading) for path in read]
     rules += [(path, handled & ~refused) for path in write]
@@ -283,8 +274,6 @@ def _build_ruleset(read: list[str], write: list[str]) -> int:
 
 
 def _add_rule(ruleset: int, path: str, access: int) -> None:
-    from py_landlock import AccessFs, landlock_sys
-
     try:
         descriptor = os.open(path, os.O_PATH | os.O_CLOEXEC)
     except (FileNotFoundError, PermissionError):

@@ -13,6 +13,7 @@ not fork at all.
 """
 
 import base64
+import contextlib
 import os
 import resource
 import select
@@ -72,10 +73,8 @@ def _kill_everything_else() -> None:
     # level uid the slot has an id of its own, which is not root's.
     if os.getppid() != 0 and os.getuid() == 0:
         raise PermissionError("refusing to sweep: this process could signal the whole machine")
-    try:
+    with contextlib.suppress(ProcessLookupError):  # nothing was left
         os.kill(-1, signal.SIGKILL)
-    except ProcessLookupError:
-        return  # nothing was left
 
 
 def _first_error(reports: int) -> Any:
@@ -157,8 +156,7 @@ def _fork_state_process(session: _Session) -> None:
 
 
 def _obey(session: _Session, message: wire.Message) -> None:
-    """Carry out one order. The API process sends the next one after the answer, except for an
-    interrupt."""
+    """Carry out one order. Only an interrupt may come before the last one is answered."""
     operation = message["op"]
     if operation == "cell":
         if session.state_pid == 0:  # the last cell took it down: start again with an empty state
@@ -173,12 +171,10 @@ def _obey(session: _Session, message: wire.Message) -> None:
 
 
 def _kill_group(pid: int, *, own_group: bool) -> None:
-    try:
+    with contextlib.suppress(ProcessLookupError):
         if own_group:
             os.killpg(pid, signal.SIGKILL)
         os.kill(pid, signal.SIGKILL)
-    except ProcessLookupError:
-        return
 
 
 def _file_operation(home: str, message: wire.Message) -> wire.Message:
@@ -209,8 +205,7 @@ def _list_files(home: str) -> list[dict[str, Any]]:
 
 
 def _on_state_message(session: _Session, message: wire.Message) -> None:
-    """Follow what the state process or the cell process says. Both run foreign code: a lie costs
-    only their own session."""
+    """Follow what the state or cell process says; foreign code can harm only its own session."""
     if "started" in message:
         session.snapshot = bool(message["snapshot"]) and session.place.can_fork
         session.cell_pid = int(message["started"]) if session.snapshot else session.state_pid
@@ -231,8 +226,7 @@ def _answer(session: _Session, message: wire.Message) -> None:
 
 
 def _reap(session: _Session) -> None:
-    """Collect dead children and adopted orphans. The death of the state process during a cell is
-    the end of the cell."""
+    """Collect dead children and orphans. If the state process died, so did the cell in it."""
     while True:
         try:
             pid, status, used = os.wait4(-1, os.WNOHANG)
@@ -247,8 +241,8 @@ def _reap(session: _Session) -> None:
 
 
 def _run_cells(orders: int, place: program.Place) -> NoReturn:
-    """Keep the state of a session: take a cell, fork, let the child run it and become the state
-    process. Never returns."""
+    """The state process: take a cell, fork, let the child run it and replace this one. Never
+    returns."""
     program.forbid_processes(place)
     namespace = program.new_main()
     while True:

@@ -1,28 +1,28 @@
-"""The memory of a slot, counted from /proc: the fallback where no cgroup is delegated.
+"""The memory of a slot, counted from /proc by the zygote where no cgroup is delegated.
 
-The cheap upper bound (resident pages of every process) is read first. Only when it exceeds what was
-asked for is the proportional set size summed, because pages that forks share with the zygote would
-otherwise be counted many times.
+The cheap upper bound, the resident pages of every process, is read first. Only if it exceeds the
+limit is the proportional set size summed: it counts pages that forks share with the zygote once.
 """
 
 import os
+from functools import partial
 
 from services.tool.sandbox.plan import Level
 
 _IDLE_PIDS = (1, 3)
-"""Pids, inside a room, of the processes that hold it open (launcher.py) and share its slot's memory
-(slot.py): they have none of their own. The kernel gives neither number out again."""
+"""Pids in a room of its first process (launcher.py) and of the slot's memory helper (slot.py). Both
+only share the memory of others, and live as long as the room, so nobody else gets these pids."""
 _PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 
 
 class Census:
-    """Who belongs to which slot, read once per look at the machine."""
+    """Which process belongs to which slot, read once from `proc`, a descriptor of /proc."""
 
     def __init__(self, proc: int, level: Level) -> None:
-        """`proc` is a descriptor of a /proc that shows the slots."""
         self._proc = proc
         self._level = level
         self._members: dict[int, list[int]] = {}
+        # At level basic nothing can fork, so a slot's first process is all of it.
         for pid in _pids(proc) if level is not Level.BASIC else []:
             self._members.setdefault(self._key(pid), []).append(pid)
 
@@ -30,7 +30,7 @@ class Census:
         """Memory of the slot whose first process is `pid`; exact only above `limit`.
 
         Args:
-            uid: the slot's own user id, which at level uid tells its processes apart.
+            uid: the slot's own user id, by which its processes are found at level uid.
         """
         key = uid if self._level is Level.UID else self._key(pid)
         members = self._members.get(key, [pid]) if key else [pid]
@@ -61,7 +61,7 @@ def _pid_namespace(proc: int, pid: int) -> int:
     try:
         return os.stat(f"{pid}/ns/pid", dir_fd=proc).st_ino
     except OSError:
-        return 0  # gone, or not ours to look at
+        return 0  # it has ended, or may not be looked at
 
 
 def _inner_pid(proc: int, pid: int) -> int:
@@ -79,16 +79,12 @@ def _owner(proc: int, pid: int) -> int:
 
 
 def _read(proc: int, path: str) -> bytes:
+    """The first 4 KiB of a file below /proc; empty once the process has ended."""
     try:
-        descriptor = os.open(path, os.O_RDONLY, dir_fd=proc)
+        with open(path, "rb", 0, opener=partial(os.open, dir_fd=proc)) as file:
+            return file.read(4096)
     except OSError:
         return b""
-    try:
-        return os.read(descriptor, 4096)
-    except OSError:
-        return b""
-    finally:
-        os.close(descriptor)
 
 
 def _listing(proc: int, path: str) -> list[str]:
@@ -105,8 +101,7 @@ def _listing(proc: int, path: str) -> list[str]:
 
 
 def _with_memory(proc: int, pid: int) -> str:
-    """Where below /proc the memory of a process shows: when its first thread has ended, only at
-    another one."""
+    """Where below /proc a process's memory shows: not at its first thread once that has ended."""
     if _statm_bytes(proc, str(pid)):
         return str(pid)
     threads = (f"{pid}/task/{name}" for name in _listing(proc, f"{pid}/task"))

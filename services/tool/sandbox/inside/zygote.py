@@ -8,6 +8,7 @@ After each fork, every memory page that the zygote touches has to be copied, bec
 shares it. So it does little: the factory builds the rooms, and messages are fixed records.
 """
 
+import contextlib
 import gc
 import os
 import select
@@ -23,11 +24,6 @@ from services.tool.sandbox.plan import Level, Plan
 
 _WATCH_INTERVAL_MS = 50
 _REHEARSALS = 20  # CPython 3.11 specialises a function from its eighth call on
-
-
-def load_before_root_changes() -> None:
-    """Import what needs the machine's own files: after the root changes they are gone."""
-    slot.load_landlock()
 
 
 @dataclass(slots=True, kw_only=True)
@@ -66,8 +62,7 @@ class _Zygote:
 
 
 def run(plan: Plan, factories: list[socket.socket], proc: int | None, outside: int) -> NoReturn:
-    """Load preset after preset; fork a child for the next one and serve the current one. Never
-    returns."""
+    """Load a preset, fork a child for the next one and serve this one. Never returns."""
     index = 0
     while True:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
@@ -220,10 +215,8 @@ def _reap(zygote: _Zygote, child: _Slot) -> None:
 
 
 def _kill(child: _Slot) -> None:
-    try:
+    with contextlib.suppress(ProcessLookupError):
         signal.pidfd_send_signal(child.kill_fd, signal.SIGKILL)
-    except ProcessLookupError:
-        return  # it is dead already
 
 
 def _watch(zygote: _Zygote) -> None:
