@@ -194,7 +194,7 @@ def own_cgroup(proc: Path = Path("/proc/self")) -> tuple[Path, Path]:
 def _divide_own_cgroup() -> OwnedFolder:
     """Make the cgroup below which the slots' cgroups are made."""
     own, mount_point = own_cgroup()
-    # A service that was started from another one stands in that one's part.
+    # An earlier sandbox of this process has moved it already.
     base = own.parent if own.name == _SERVICE else own
     offered = (base / "cgroup.controllers").read_text().split()
     missing = [name for name in _REQUIRED if name not in offered]

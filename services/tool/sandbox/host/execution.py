@@ -238,25 +238,20 @@ def _start_feeding(slot: SlotHandle, job: Job, limits: Limits) -> asyncio.Task[N
 
 async def _feed(slot: SlotHandle, rest: memoryview, stdin: bytes) -> None:
     """Write the rest of the job, then stdin. It is no error when the program ends before."""
+    loop = asyncio.get_running_loop()
     try:
-        await asyncio.get_running_loop().sock_sendall(slot.job, rest)
-        await _write_stdin(slot, stdin)
+        await loop.sock_sendall(slot.job, rest)
+        view = memoryview(stdin)
+        while view:
+            try:
+                view = view[os.write(slot.stdin, view) :]
+            except BlockingIOError:  # the pipe is full: wait until the program reads
+                writable = asyncio.Event()
+                loop.add_writer(slot.stdin, writable.set)
+                await writable.wait()
+                loop.remove_writer(slot.stdin)
     except (BrokenPipeError, ConnectionResetError):
         return
     finally:
+        loop.remove_writer(slot.stdin)
         slot.close_stdin()
-
-
-async def _write_stdin(slot: SlotHandle, data: bytes) -> None:
-    loop = asyncio.get_running_loop()
-    view = memoryview(data)
-    while view:
-        try:
-            view = view[os.write(slot.stdin, view) :]
-        except BlockingIOError:  # the pipe is full: wait until the program reads
-            writable = asyncio.Event()
-            loop.add_writer(slot.stdin, writable.set)
-            try:
-                await writable.wait()
-            finally:
-                loop.remove_writer(slot.stdin)

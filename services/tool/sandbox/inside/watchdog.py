@@ -23,7 +23,8 @@ class Census:
         self._level = level
         self._members: dict[int, list[int]] = {}
         # At level basic nothing can fork, so a slot's first process is all of it.
-        for pid in _pids(proc) if level is not Level.BASIC else []:
+        pids = _listing(proc, ".") if level is not Level.BASIC else []
+        for pid in map(int, filter(str.isdigit, pids)):
             self._members.setdefault(self._key(pid), []).append(pid)
 
     def memory_bytes(self, pid: int, uid: int | None, limit: int) -> int:
@@ -36,15 +37,20 @@ class Census:
         members = self._members.get(key, [pid]) if key else [pid]
         if self._level is Level.FULL:
             members = [each for each in members if _inner_pid(self._proc, each) not in _IDLE_PIDS]
-        resident = sum(_resident_bytes(self._proc, member) for member in members)
+        tasks = [_with_memory(self._proc, member) for member in members]
+        resident = sum(_resident_bytes(self._proc, task) for task in tasks)
         if resident <= limit:
             return resident
-        return sum(_proportional_bytes(self._proc, member) for member in members)
+        return sum(_proportional_bytes(self._proc, task) for task in tasks)
 
     def _key(self, pid: int) -> int:
-        if self._level is Level.FULL:
-            return _pid_namespace(self._proc, pid)
-        return _owner(self._proc, pid) if self._level is Level.UID else pid
+        """What the processes of a slot have in common; 0 for one that has ended or is hidden."""
+        try:
+            if self._level is Level.FULL:
+                return os.stat(f"{pid}/ns/pid", dir_fd=self._proc).st_ino
+            return os.stat(f"{pid}", dir_fd=self._proc).st_uid if self._level is Level.UID else pid
+        except OSError:
+            return 0
 
 
 def baseline_bytes(proc: int) -> int:
@@ -53,29 +59,11 @@ def baseline_bytes(proc: int) -> int:
     return int(fields[5]) * _PAGE_BYTES
 
 
-def _pids(proc: int) -> list[int]:
-    return [int(name) for name in _listing(proc, ".") if name.isdigit()]
-
-
-def _pid_namespace(proc: int, pid: int) -> int:
-    try:
-        return os.stat(f"{pid}/ns/pid", dir_fd=proc).st_ino
-    except OSError:
-        return 0  # it has ended, or may not be looked at
-
-
 def _inner_pid(proc: int, pid: int) -> int:
     for line in _read(proc, f"{pid}/status").splitlines():
         if line.startswith(b"NSpid:"):
             return int(line.split()[-1])
     return 0
-
-
-def _owner(proc: int, pid: int) -> int:
-    try:
-        return os.stat(f"{pid}", dir_fd=proc).st_uid
-    except OSError:
-        return -1
 
 
 def _read(proc: int, path: str) -> bytes:
@@ -102,23 +90,19 @@ def _listing(proc: int, path: str) -> list[str]:
 
 def _with_memory(proc: int, pid: int) -> str:
     """Where below /proc a process's memory shows: not at its first thread once that has ended."""
-    if _statm_bytes(proc, str(pid)):
+    if _resident_bytes(proc, str(pid)):
         return str(pid)
     threads = (f"{pid}/task/{name}" for name in _listing(proc, f"{pid}/task"))
-    return next((thread for thread in threads if _statm_bytes(proc, thread)), str(pid))
+    return next((thread for thread in threads if _resident_bytes(proc, thread)), str(pid))
 
 
-def _resident_bytes(proc: int, pid: int) -> int:
-    return _statm_bytes(proc, _with_memory(proc, pid))
-
-
-def _statm_bytes(proc: int, task: str) -> int:
+def _resident_bytes(proc: int, task: str) -> int:
     fields = _read(proc, f"{task}/statm").split()
     return int(fields[1]) * _PAGE_BYTES if len(fields) > 1 else 0
 
 
-def _proportional_bytes(proc: int, pid: int) -> int:
-    for line in _read(proc, f"{_with_memory(proc, pid)}/smaps_rollup").splitlines():
+def _proportional_bytes(proc: int, task: str) -> int:
+    for line in _read(proc, f"{task}/smaps_rollup").splitlines():
         if line.startswith(b"Pss:"):
             return int(line.split()[1]) * 1024
-    return _resident_bytes(proc, pid)
+    return _resident_bytes(proc, task)
