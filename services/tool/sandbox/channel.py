@@ -1,7 +1,7 @@
 """What the API process and a zygote tell each other: one fixed record per packet.
 
-Both ends are ours; a slot never sees this channel. Records and not JSON, because every memory page
-that a zygote touches between two forks has to be copied.
+A slot never sees this channel, so both ends can be trusted. Records and not JSON, because every
+memory page that a zygote touches between two forks has to be copied.
 
     order  API -> zygote   SPAWN slot, with a descriptor where there are cgroups | WATCH slot, bytes
     event  zygote -> API   READY collapsed | SLOT slot, with descriptors | EXIT slot, how it ended

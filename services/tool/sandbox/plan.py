@@ -81,7 +81,7 @@ class Plan(SandboxConfig):
     seccomp: str
     """Compiled filter, base64; empty at level none."""
     no_fork_filter: str
-    """The filter that level basic adds before foreign code runs, base64; empty elsewhere."""
+    """The filter that level basic adds before untrusted code runs, base64; empty elsewhere."""
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))

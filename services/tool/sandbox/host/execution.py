@@ -205,7 +205,7 @@ async def run(slot: SlotHandle, job: Job, limits: Limits) -> Outcome:
 
 
 def _texts(value: Any) -> dict[str, str]:
-    """The texts of a mapping that foreign code may have written."""
+    """The texts of a mapping that untrusted code may have written."""
     if not isinstance(value, dict):
         return {}
     return {str(key): item for key, item in value.items() if isinstance(item, str)}

@@ -285,13 +285,10 @@ class Sandbox:
     def _plan(self, index: int) -> Plan:
         level = self.config.level
         fenced = level is not Level.NONE
-        headroom = process_headroom(level)
-        found = {
-            "max_processes": self.config.max_processes + headroom,
-            "cgroup": self.cgroups is not None,
-        }
+        max_processes = self.config.max_processes + process_headroom(level)
+        changes = {"max_processes": max_processes, "cgroup": self.cgroups is not None}
         return Plan(
-            **asdict(self.config) | found,
+            **asdict(self.config) | changes,
             channels=[],
             code_root=str(Path(__file__).resolve().parents[4]),
             package_paths=package_paths(),

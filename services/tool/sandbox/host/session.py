@@ -141,7 +141,7 @@ class SandboxSession:
         self._slot.close()
 
     def _confused(self) -> SessionLostError:
-        """End a session whose answer does not fit the question: foreign code has forged it."""
+        """End a session whose answer does not fit the question: untrusted code has forged it."""
         self.close()
         return SessionLostError("the session sent a malformed answer, so it was ended")
 
@@ -251,5 +251,5 @@ def _is_listed_file(item: Any) -> bool:
 
 
 def _amount(value: Any) -> float:
-    """A number that foreign code may have written; 0 for anything that cannot be one."""
+    """A number that untrusted code may have written; 0 for anything that cannot be one."""
     return float(value) if isinstance(value, int | float) and 0 <= value < 2**50 else 0.0

@@ -146,7 +146,7 @@ def judge_wait_status(status: int, cpu_s: float, error: Any, cpu_limit_s: int) -
 
 
 def as_wait_status(value: Any) -> int | None:
-    """A wait status that foreign code may have written, or None for what cannot be one."""
+    """A wait status that untrusted code may have written, or None for what cannot be one."""
     return value if isinstance(value, int) and 0 <= value <= 0xFFFF else None
 
 

@@ -194,7 +194,7 @@ def _take_job(place: program.Place) -> NoReturn:
         os._exit(1)
     if job["mode"] == "session":
         supervisor.serve_session(JOB_FD, place)
-    # From here on foreign code may write on this socket as well: a refusal no longer counts.
+    # From here on untrusted code may write on this socket as well: a refusal no longer counts.
     os.write(JOB_FD, _STARTED)
     if job["fetch"]:
         supervisor.run_and_fetch(JOB_FD, job, place)

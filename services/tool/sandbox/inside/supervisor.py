@@ -1,4 +1,4 @@
-"""The supervisor: the one process of a slot that never runs foreign code and so can outlive it.
+"""The supervisor: the one process of a slot that never runs untrusted code and so can outlive it.
 
 It has two uses. For a job with files to fetch it forks the program, waits for it, kills what it
 left and reads the files. For a session it supervises a chain of processes:
@@ -145,7 +145,7 @@ def serve_session(job_fd: int, place: program.Place) -> NoReturn:
 def _fork_state_process(session: _Session) -> None:
     session.state_pid = os.fork()
     if session.state_pid == 0:
-        # Foreign code runs here from now on: it gets neither the supervisor's handlers nor the
+        # Untrusted code runs here from now on: it gets neither the supervisor's handlers nor the
         # socket of the API process.
         signal.set_wakeup_fd(-1)
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
@@ -164,7 +164,7 @@ def _obey(session: _Session, message: wire.Message) -> None:
         wire.send(session.orders_fd, message)
     elif operation == "interrupt":
         target = session.cell_pid if session.snapshot else session.state_pid
-        if target > 1:  # foreign code named it, and numbers up to 1 reach more than a cell
+        if target > 1:  # untrusted code named it, and numbers up to 1 reach more than a cell
             _kill_group(target, own_group=session.snapshot)
     else:
         wire.send(session.job_fd, _file_operation(session.place.home, message))
@@ -205,7 +205,7 @@ def _list_files(home: str) -> list[dict[str, Any]]:
 
 
 def _on_state_message(session: _Session, message: wire.Message) -> None:
-    """Follow what the state or cell process says; foreign code can harm only its own session."""
+    """Follow what the state or cell process says; untrusted code can harm only its own session."""
     if "started" in message:
         session.snapshot = bool(message["snapshot"]) and session.place.can_fork
         session.cell_pid = int(message["started"]) if session.snapshot else session.state_pid

@@ -69,7 +69,7 @@ def run(plan: Plan, factories: list[socket.socket], proc: int | None, outside: i
         signal.signal(signal.SIGINT, signal.default_int_handler)
         kernel.die_with_parent(signal.SIGKILL)
         preload.load(plan.presets[index])
-        # The child goes on to the next preset on top of this one, whose pages the two then share.
+        # The child loads the next preset on top of this one, so both share its memory.
         if index + 1 == len(plan.presets) or os.fork() != 0:
             break
         index += 1
