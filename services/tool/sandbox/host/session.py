@@ -108,7 +108,19 @@ class SandboxSession:
                 output.drain_now()
             output.stop()
         wall_s = time.perf_counter() - started
-        return self._cell_outcome(answer, stopped, output, limits, wall_s)
+        lost_session = bool(answer.get("lost_session"))
+        if lost_session:
+            self.close()
+        outcome = _judge_cell(answer, stopped, self._slot, limits)
+        result, done = answer.get("result"), bool(answer.get("done"))
+        lost = lost_session or bool(answer.get("lost"))
+        return CellOutcome(
+            outcome=replace(output.added_to(outcome), wall_s=wall_s),
+            result=result if isinstance(result, str) else None,
+            snapshot=bool(answer.get("snapshot")),
+            rolled_back=not done and not lost,
+            state_lost=not done and lost,
+        )
 
     async def write_file(self, path: str, content: bytes) -> None:
         """Write a file below the working folder. Raises SessionFileError, SessionLostError."""
@@ -167,29 +179,6 @@ class SandboxSession:
             for task in (answering, flooding):
                 task.cancel()
             await asyncio.wait({answering, flooding})
-
-    def _cell_outcome(
-        self,
-        answer: wire.Message,
-        stopped: Status | None,
-        output: Output,
-        limits: Limits,
-        wall_s: float,
-    ) -> CellOutcome:
-        lost_session = bool(answer.get("lost_session"))
-        done = bool(answer.get("done"))
-        if lost_session:
-            self.close()
-        outcome = _judge_cell(answer, stopped, self._slot, limits)
-        result = answer.get("result")
-        lost = lost_session or bool(answer.get("lost"))
-        return CellOutcome(
-            outcome=replace(output.added_to(outcome), wall_s=wall_s),
-            result=result if isinstance(result, str) else None,
-            snapshot=bool(answer.get("snapshot")),
-            rolled_back=not done and not lost,
-            state_lost=not done and lost,
-        )
 
     async def _send(self, message: wire.Message) -> None:
         if not self.alive:

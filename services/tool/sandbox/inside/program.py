@@ -8,6 +8,7 @@ a description.
 import ast
 import atexit
 import base64
+import contextlib
 import io
 import json
 import linecache
@@ -122,17 +123,14 @@ def _exit_code_of(error: SystemExit) -> int:
         return 0
     if isinstance(value, int):
         return value & 0xFF if -(2**63) <= value < 2**63 else 255
-    try:
+    with contextlib.suppress(BaseException):  # the value's own __str__ may raise anything
         print(value, file=sys.stderr)
-    except BaseException:
-        return 1
     return 1
 
 
 def prepare() -> None:
-    """Set up what every program finds alike. The zygote calls it once: sys.std* are bound to the
-    descriptors 0 to 2, behind which each fork puts its own pipes.
-    """
+    """Set up what every program finds alike. The zygote calls it once: sys.std* use descriptors 0
+    to 2, behind which each fork puts its own pipes."""
     sys.argv = [MAIN]
     site.setquit()
     sys.stdin = sys.__stdin__ = io.TextIOWrapper(  # type: ignore[misc]
