@@ -17,8 +17,7 @@ from services.common.serve import bind_socket, serve
 from services.tool.api.app import create_app
 from services.tool.isolation import IsolationError
 from services.tool.sandbox.host.pool import SandboxConfig
-from services.tool.sandbox.inside.preload import PRESETS
-from services.tool.sandbox.plan import Level
+from services.tool.sandbox.plan import PRESETS, Level
 from services.tool.service import ToolService
 from services.tool.settings import Settings
 

@@ -16,8 +16,8 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from services.tool.sandbox.host.handles import SlotFailedError, ZygoteLostError
 from services.tool.sandbox.host.session import SandboxSession, SessionLostError
+from services.tool.sandbox.host.slots import SlotFailedError, ZygoteLostError
 from services.tool.wire.schemas import (
     CellRequest,
     CellResult,
