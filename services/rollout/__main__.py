@@ -8,10 +8,10 @@ from pathlib import Path
 from pydantic import SecretStr, ValidationError
 from pydantic_settings import CliApp, SettingsError
 
-from services.common.auth import ApiKey, resolve_api_key
 from services.common.errors import ConfigError
 from services.common.logging import configure_logging
 from services.common.serve import bind_socket, run, serve
+from services.common.settings import ApiKey, resolve_api_key
 from services.rollout.engines.protocol import Engine
 from services.rollout.settings import ENV_PREFIX, RolloutSettings
 

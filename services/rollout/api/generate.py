@@ -8,10 +8,9 @@ from fastapi import APIRouter, Path, Query
 from starlette.requests import Request
 from starlette.responses import Response
 
-from services.common.disconnect import while_connected
 from services.common.errors import ApiError, ClientGone, ErrorBody
+from services.common.routes import WireRoute, reply, while_connected
 from services.common.wire import media_type_of
-from services.common.wire_routes import WireRoute, reply
 from services.rollout.api.batch import ItemStream, stream_batch
 from services.rollout.api.streaming import EVENT_STREAM, stream_events
 from services.rollout.service import RolloutService
