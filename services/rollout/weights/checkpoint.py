@@ -1,4 +1,4 @@
-"""Safetensors files on disk: what is in them, what their bytes hash to, and reading them back."""
+"""Safetensors files on disk: what is in them, the digests of their tensors, and their tensors."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -31,7 +31,7 @@ class BadCheckpointError(ValueError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TensorFile:
-    """Where one tensor lives and what it is."""
+    """Where one tensor is stored and what it is."""
 
     path: Path
     shape: tuple[int, ...]

@@ -1,21 +1,31 @@
-"""The wire of weight transfers between GPUs. Imported by clients: pydantic only, no engine.
+"""What both ends of a GPU transfer share: its messages, CUDA handles, vLLM's group and a thread.
 
-open: the server's workers join the learner's group.
-receive, once per bucket: what the learner sends at the same time lies among the uploads.
-close.  Then prepare and commit take the files `uploads/<name>`, as after an upload.
+    open      the server's workers join the learner's group
+    receive   once per bucket: what the learner sends at the same time becomes `uploads/<name>`
+    close     prepare and commit then take the files `uploads/<name>`, as after an upload
+
+Never run on a GPU. Written against vLLM 0.29 and torch 2.13; imports pydantic and torch, no engine.
 """
 
 import base64
 import math
-from typing import Annotated, Literal
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from typing import Annotated, Any, Literal, TypeVar
 
+import torch
 from pydantic import BeforeValidator, Field, PlainSerializer, field_validator
 
 from services.rollout.wire.schemas import DtypeCode, FileName, LinkBackend, Wire
 
 MAX_RANKS = 4096
 MAX_TENSORS = 65_536
+TRANSFER_THREAD = "weight-transfer"
 _MAX_BYTES = 2**44
+_NUM_REBUILD_ARGS = 15
+
+Result = TypeVar("Result")
 
 
 def _decoded(value: object) -> object:
@@ -42,7 +52,7 @@ class NcclLink(Wire):
 
     backend: Literal["nccl"] = "nccl"
     master_address: Annotated[str, Field(pattern=r"^[A-Za-z0-9.:_-]{1,255}$")]
-    """Where the learner waits for the others."""
+    """Host on which the learner waits for the others."""
 
     master_port: int = Field(ge=1, le=65_535)
     rank_offset: int = Field(ge=1, lt=MAX_RANKS)
@@ -52,7 +62,7 @@ class NcclLink(Wire):
     """1 plus the workers of all servers."""
 
     buffer_bytes: int = Field(ge=1, le=_MAX_BYTES)
-    """Tensors travel packed in buffers of this size; both sides need the same."""
+    """Size of the buffers that tensors are packed into; both ends need the same."""
 
 
 class IpcLink(Wire):
@@ -60,7 +70,7 @@ class IpcLink(Wire):
 
     backend: Literal["ipc"] = "ipc"
     gpu_uuid: str = Field(min_length=1, max_length=128)
-    """Of the learner's GPU."""
+    """Identifier of the learner's GPU."""
 
 
 class OpenRequest(Wire):
@@ -68,7 +78,7 @@ class OpenRequest(Wire):
 
     link: NcclLink | IpcLink = Field(discriminator="backend")
     timeout_s: float = Field(default=60.0, gt=0.0, le=3600.0)
-    """For joining, and for each bucket received over this link."""
+    """Time limit for joining, and for each bucket received over this link."""
 
 
 class LinkStatus(Wire):
@@ -78,9 +88,9 @@ class LinkStatus(Wire):
 
 
 class IpcHandle(Wire):
-    """What torch says of one CUDA tensor that another process may map, field by field.
+    """torch's description of one CUDA tensor that another process may map, field by field.
 
-    torch would pickle it; a pickle from the network would run code in the engine.
+    torch would pickle it, but unpickling bytes from the network can run any code in the engine.
     """
 
     gpu_uuid: str = Field(min_length=1, max_length=128)
@@ -103,7 +113,7 @@ class SentTensor(Wire):
     dtype: DtypeCode
     shape: list[_Count] = Field(max_length=8)
     handle: IpcHandle | None = None
-    """Over ipc only."""
+    """Set over ipc only."""
 
     @property
     def num_elements(self) -> int:
@@ -122,3 +132,95 @@ class ReceiveRequest(Wire):
         if len({tensor.name for tensor in tensors}) < len(tensors):
             raise ValueError("a tensor is named twice")
         return tensors
+
+
+def to_wire(args: Sequence[Any], gpu_uuid: str) -> IpcHandle:
+    """The handle of one tensor; its shape and dtype travel beside it.
+
+    Args:
+        args: second part of what `reduce_tensor` returns for a CUDA tensor without gradient, in
+            the order of `torch.multiprocessing.reductions.rebuild_cuda_tensor`.
+        gpu_uuid: the GPU that holds the tensor.
+
+    Raises:
+        ValueError: the arguments are not those of a plain CUDA tensor, as torch 2.13 gives them.
+    """
+    # The classes are the same in every call, so they are compared here and do not travel.
+    classes = (torch.Tensor, torch.storage.TypedStorage, False)
+    if len(args) != _NUM_REBUILD_ARGS or (args[0], args[4], args[10]) != classes:
+        raise ValueError(
+            "torch describes a shared CUDA tensor in another way than this release knows. Fix: "
+            "use the transport nccl or http."
+        )
+    return IpcHandle(
+        gpu_uuid=gpu_uuid,
+        stride=list(args[2]),
+        tensor_offset=args[3],
+        device=args[6],
+        storage_handle=args[7],
+        storage_size_bytes=args[8],
+        storage_offset_bytes=args[9],
+        ref_counter_handle=args[11],
+        ref_counter_offset=args[12],
+        event_handle=args[13],
+        event_sync_required=args[14],
+    )
+
+
+def from_wire(handle: IpcHandle, shape: Sequence[int], dtype: torch.dtype) -> tuple[Any, ...]:
+    """The arguments of `rebuild_cuda_tensor`, exactly as the learner's torch gave them."""
+    return (
+        torch.Tensor,
+        torch.Size(shape),
+        tuple(handle.stride),
+        handle.tensor_offset,
+        torch.storage.TypedStorage,
+        dtype,
+        handle.device,
+        handle.storage_handle,
+        handle.storage_size_bytes,
+        handle.storage_offset_bytes,
+        False,
+        handle.ref_counter_handle,
+        handle.ref_counter_offset,
+        handle.event_handle,
+        handle.event_sync_required,
+    )
+
+
+def lacks_nccl(engine: Any) -> bool:
+    """Whether vLLM's transfer engine made a communicator that does nothing, for lack of NCCL."""
+    group = _communicator(engine)
+    return group is not None and bool(group.disabled)
+
+
+def leave_group(engine: Any) -> None:
+    """Leave the group of a transfer engine; calls on this side that wait in it raise an error."""
+    group = _communicator(engine)
+    if group is not None:
+        group.destroy()
+    engine.shutdown()
+
+
+def _communicator(engine: Any) -> Any:
+    """vLLM's communicator; None over ipc, and for a group that never met."""
+    return getattr(engine, "model_update_group", None)
+
+
+def run_in_daemon_thread(call: Callable[[], Result]) -> Future[Result]:
+    """Run `call` in a daemon thread.
+
+    Neither `asyncio.run` nor the interpreter waits for such a thread when it ends, unlike for one
+    of an executor: a call that waits inside NCCL may never return.
+    """
+    outcome: Future[Result] = Future()
+    outcome.set_running_or_notify_cancel()  # a waiter that is cancelled must not cancel the call
+
+    def run() -> None:
+        try:
+            outcome.set_result(call())
+        except BaseException as error:
+            outcome.set_exception(error)
+
+    threading.Thread(target=run, name=TRANSFER_THREAD, daemon=True).start()
+    return outcome

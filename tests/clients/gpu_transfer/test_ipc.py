@@ -10,7 +10,7 @@ from torch.multiprocessing import reductions
 
 from openrlhf_alp.clients.errors import WeightUpdateFailed
 from services.common.wire import JSON_TYPE, MSGPACK_TYPE, decode, encode
-from services.rollout.wire.ipc_handles import from_wire, to_wire
+from services.rollout.wire.transfer import from_wire, to_wire
 from services.rollout.wire.transfer import IpcHandle
 
 OWN_GPU = "GPU-of-this-test"
