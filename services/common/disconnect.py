@@ -6,11 +6,9 @@ from typing import Any, TypeVar
 
 from starlette.requests import Request
 
+from services.common.errors import ClientGone
+
 Result = TypeVar("Result")
-
-
-class ClientGone(Exception):
-    """The caller closed the connection before the reply."""
 
 
 async def while_connected(request: Request, work: Coroutine[Any, Any, Result]) -> Result:

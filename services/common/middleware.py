@@ -11,13 +11,8 @@ from fastapi import FastAPI
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from services.common.context import (
-    REQUEST_ID_HEADER,
-    TRACEPARENT_HEADER,
-    current_traceparent,
-    enter_request,
-)
-from services.common.errors import ApiError, error_response, internal_error_response
+from services.common.errors import ApiError, error_response, internal_error
+from services.common.logging import enter_request
 
 logger = logging.getLogger(__name__)
 
@@ -34,12 +29,7 @@ class RequestContext:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        headers = Headers(scope=scope)
-        request_id = enter_request(headers.get(REQUEST_ID_HEADER), headers.get(TRACEPARENT_HEADER))
-        echoed = [(REQUEST_ID_HEADER.encode(), request_id.encode())]
-        traceparent = current_traceparent()
-        if traceparent is not None:
-            echoed.append((TRACEPARENT_HEADER.encode(), traceparent.encode()))
+        echoed = Headers(enter_request(Headers(scope=scope))).raw
         started_s = time.perf_counter()
         status = 0
 
@@ -55,7 +45,7 @@ class RequestContext:
         except Exception:
             logger.exception("request failed", extra={"path": scope["path"]})
             if status == 0:
-                await internal_error_response()(scope, receive, send_with_id)
+                await error_response(internal_error())(scope, receive, send_with_id)
         level = logging.DEBUG if scope["path"] in _PROBES else logging.INFO
         if logger.isEnabledFor(level):
             fields = {
@@ -84,11 +74,7 @@ class BodyLimit:
             return
         declared = Headers(scope=scope).get("content-length", "")
         if declared.isdigit() and int(declared) > self._max_bytes:
-            error = self._too_large()
-            response = error_response(
-                error.status_code, error.code, error.message, fix=error.fix, field=error.field
-            )
-            await response(scope, receive, send)
+            await error_response(self._too_large())(scope, receive, send)
             return
         seen_bytes = 0
 

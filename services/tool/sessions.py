@@ -36,11 +36,15 @@ _SWEEP_S = 1.0
 
 
 class SessionGoneError(LookupError):
-    """The session ended; the message says why. `known` is False for an id never given out."""
+    """There is no live session with this id."""
 
-    def __init__(self, message: str, *, known: bool) -> None:
-        super().__init__(message)
-        self.known = known
+
+class SessionExpiredError(SessionGoneError):
+    """The session ended; the message says why."""
+
+
+class SessionUnknownError(SessionGoneError):
+    """The id was never given out, or its end is forgotten."""
 
 
 class StepConflictError(ValueError):
@@ -133,8 +137,9 @@ class Sessions:
         session = self._live.get(session_id)
         if session is None:
             reason = self._tombstones.get(session_id)
-            known = reason is not None
-            raise SessionGoneError(reason or "no session has this id", known=known)
+            if reason is None:
+                raise SessionUnknownError("no session has this id")
+            raise SessionExpiredError(reason)
         session.last_used = time.monotonic()
         return session
 

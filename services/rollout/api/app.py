@@ -54,7 +54,7 @@ def create_app(
         docs_url=None,
         redoc_url=None,
     )
-    install_error_handlers(app)
+    install_error_handlers(app, {})
     install_middleware(
         app, max_body_bytes=settings.max_body_bytes, body_limit_exempt=(UPLOAD_PATH,)
     )

@@ -8,8 +8,8 @@ from fastapi import APIRouter, Path, Query
 from starlette.requests import Request
 from starlette.responses import Response
 
-from services.common.disconnect import ClientGone, while_connected
-from services.common.errors import ApiError, ErrorBody
+from services.common.disconnect import while_connected
+from services.common.errors import ApiError, ClientGone, ErrorBody
 from services.common.wire import media_type_of
 from services.common.wire_routes import WireRoute, reply
 from services.rollout.api.batch import ItemStream, stream_batch

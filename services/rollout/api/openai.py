@@ -35,16 +35,7 @@ class _KeyGuard:
         if key_is_accepted(scope, self._keys):
             await self._app(scope, receive, send)
             return
-        error = unauthorized()
-        response = error_response(
-            error.status_code,
-            error.code,
-            error.message,
-            fix=error.fix,
-            field=error.field,
-            headers=error.headers,
-        )
-        await response(scope, receive, send)
+        await error_response(unauthorized())(scope, receive, send)
 
 
 async def add_openai_routes(

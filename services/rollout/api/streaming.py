@@ -59,9 +59,7 @@ def _last_event(result: asyncio.Future[GenerateResponse | None]) -> bytes:
     try:
         response = result.result()
     except ApiError as error:
-        body = error_response(
-            error.status_code, error.code, error.message, fix=error.fix, field=error.field
-        ).body
+        body = error_response(error).body
         return b"event: error\ndata: " + bytes(body) + b"\n\n"
     assert response is not None, "attach without a time limit waits for the reply"
     return _event("done", response)

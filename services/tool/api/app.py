@@ -14,10 +14,10 @@ from services.common.auth import KeyGuard
 from services.common.disconnect import while_connected
 from services.common.errors import ErrorBody, install_error_handlers
 from services.common.middleware import install_middleware
-from services.tool import errors
 from services.tool.api import examples, fusion
 from services.tool.api import mcp as mcp_server
 from services.tool.api.sessions import build_session_router
+from services.tool.errors import ERRORS
 from services.tool.service import ToolService
 from services.tool.wire.schemas import (
     BatchItem,
@@ -51,15 +51,14 @@ def create_app(service: ToolService, api_key: str | None) -> FastAPI:
         app.include_router(router, dependencies=guarded, responses=_ERRORS)
     app.include_router(_probe_router())
     app.router.routes.append(mcp_server.mount(tools, api_key))
-    install_error_handlers(app)
-    errors.install(app)
+    install_error_handlers(app, ERRORS)
     install_middleware(app, max_body_bytes=service.settings.max_body_bytes)
     app.add_middleware(_LevelHeader, level=service.isolation.level)
     return app
 
 
 _ERRORS: dict[int | str, dict[str, Any]] = {
-    status: {"model": ErrorBody} for status in (401, 413, 422, 503)
+    status: {"model": ErrorBody} for status in (401, 413, 422, 429, 503)
 }
 
 

@@ -19,7 +19,8 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from services.common.auth import key_is_accepted, unauthorized
-from services.tool import errors
+from services.common.errors import to_api_error
+from services.tool.errors import ERRORS
 from services.tool.service import ToolService
 from services.tool.sessions import Session, SessionGoneError
 from services.tool.wire.schemas import CellRequest, CellResult, FileInfo, SafePath, SessionRequest
@@ -77,8 +78,8 @@ def _told() -> Iterator[None]:
     """Tell the model cause and fix; of an unexpected error the SDK names only the tool."""
     try:
         yield
-    except errors.KNOWN as error:
-        raise ToolError(str(errors.to_api_error(error))) from error
+    except tuple(ERRORS) as error:
+        raise ToolError(str(to_api_error(error, ERRORS))) from error
 
 
 def build(service: ToolService) -> MCPServer:

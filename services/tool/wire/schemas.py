@@ -73,7 +73,7 @@ class ExecuteRequest(_Wire):
     seed: int | None = Field(default=None, ge=0, lt=2**32)
     """For `random` and numpy's global generator; fresh entropy when left out."""
     deadline_s: float | None = Field(default=None, gt=0)
-    """Longest wait for a slot; beyond it the answer is 503 `overloaded`."""
+    """Longest wait for a slot; beyond it the answer is 429 `overloaded`."""
     request_id: str | None = Field(default=None, max_length=128)
     """Returned as given, to match answers of a batch."""
 

@@ -203,7 +203,7 @@ async def test_a_deadline_that_cannot_be_met_is_refused_with_retry_after(
     while service.admission.running < service.settings.slots:
         await asyncio.sleep(0.01)
     refused = await client.post("/v1/execute", json={"code": "1", "deadline_s": 0.05})
-    assert refused.status_code == 503
+    assert refused.status_code == 429
     assert refused.json()["error"]["code"] == "overloaded"
     assert int(refused.headers["retry-after"]) >= 1
     assert [answer.json()["status"] for answer in await asyncio.gather(*busy)] == ["ok", "ok"]
