@@ -50,9 +50,11 @@ def check_request(request: GenerateRequest, info: EngineInfo) -> None:
     limit = f"not below the vocabulary size {info.vocab_size}."
     largest = max(request.token_ids)
     if largest >= info.vocab_size:
-        raise GenerateError("token_out_of_range", f"Token id {largest} is {limit}")
+        message = f"Token id {largest} is {limit}"
+        raise GenerateError("token_out_of_range", message, field="token_ids")
     if any(token >= info.vocab_size for token in sampling.stop_token_ids):
-        raise GenerateError("stop_token_out_of_range", f"A stop token id is {limit}")
+        message, field = f"A stop token id is {limit}", "sampling.stop_token_ids"
+        raise GenerateError("token_out_of_range", message, field=field)
     if 0.0 < sampling.temperature < MIN_SAMPLED_TEMPERATURE:
         raise GenerateError(
             "temperature_too_low",

@@ -11,10 +11,10 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from openrlhf_alp.clients.http import Backoff, Timeouts
 from openrlhf_alp.clients.rollout import RolloutClient
 from services.rollout.api.app import create_app
-from services.rollout.engines.faults import FaultPlan
 from services.rollout.engines.hf_engine import HfEngine
-from services.rollout.service import RolloutService, build_service, read_model_folder
-from services.rollout.settings import RolloutSettings
+from services.rollout.model_folder import read_model_folder
+from services.rollout.service import RolloutService, build_service
+from services.rollout.settings import FaultPlan, RolloutSettings
 
 torch.set_num_threads(1)
 

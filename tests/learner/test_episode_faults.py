@@ -34,10 +34,10 @@ from openrlhf_alp.learner.flags.tool import ToolConfig
 from openrlhf_alp.learner.rollout_engine import RolloutEngine
 from openrlhf_alp.rewards.protocol import RewardResult
 from services.rollout.api.app import create_app as create_rollout_app
-from services.rollout.engines.faults import FaultPlan
 from services.rollout.engines.hf_engine import HfEngine
-from services.rollout.service import build_service, read_model_folder
-from services.rollout.settings import RolloutSettings
+from services.rollout.model_folder import read_model_folder
+from services.rollout.service import build_service
+from services.rollout.settings import FaultPlan, RolloutSettings
 from services.tool.api.app import create_app as create_tool_app
 from services.tool.service import ToolService
 from services.tool.settings import Settings

@@ -1,7 +1,7 @@
-"""A real Hugging Face model on CPU behind the Engine protocol: small, exact, deterministic.
+"""A real Hugging Face model on CPU behind the Engine protocol: small, exact and deterministic.
 
-It recomputes the whole sequence for every token in float32, so a log-prob here can be checked with
-one plain forward pass. For tests and for machines without vLLM; not for speed.
+It recomputes the whole sequence in float32 for every token, so each log-prob can be checked with
+one plain forward pass. For tests, fault injection and machines without vLLM; not for speed.
 """
 
 import asyncio
@@ -22,7 +22,6 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from services.rollout.engines.faults import FaultPlan
 from services.rollout.engines.protocol import (
     EngineDeadError,
     EngineInfo,
@@ -32,6 +31,7 @@ from services.rollout.engines.protocol import (
     TokenSink,
     WeightReceiver,
 )
+from services.rollout.settings import FaultPlan
 from services.rollout.weights.checkpoint import read_tensors
 from services.rollout.wire.schemas import PauseMode, Sampling, SleepLevel, SleepMode
 
@@ -143,18 +143,19 @@ class HfEngine:
 
     @property
     def num_jobs(self) -> int:
-        """Jobs ever started: what a retry must not raise."""
+        """Jobs ever started; an idempotent retry must not increase it."""
         return self._num_jobs
 
     @property
     def num_drawn(self) -> int:
-        """Tokens ever drawn, those of unfinished jobs included."""
+        """Tokens ever drawn, including those of unfinished jobs."""
         return self._num_drawn
 
     async def sample(self, job: Job, on_tokens: TokenSink | None = None) -> JobResult:
         await self.check()
         self._num_jobs += 1
         seed = job.sampling.seed
+        # A generator for each job, so that a seeded sample does not depend on what runs beside it.
         generator = None if seed is None else torch.Generator().manual_seed(seed + job.index)
         running = _Running(
             job=job,
@@ -175,13 +176,15 @@ class HfEngine:
         while self._running:
             await self._unpaused.wait()
             for running in list(self._running.values())[: self._max_num_seqs]:
+                # Checked again: a pause may have come after the event and before this turn.
                 if not running.done.done() and self._unpaused.is_set():
                     try:
                         self._step(running)
                     except Exception as error:
-                        running.done.set_exception(error)
+                        running.done.set_exception(error)  # one bad job must not end the loop
                     if self._num_drawn == self._faults.kill_after_tokens:
-                        self._die("it was killed as its fault plan says")
+                        self._die("it was killed by its fault plan")
+            # Also at 0 seconds: a step blocks the event loop, so others get their turn here.
             await asyncio.sleep(self._faults.step_s)
 
     @torch.no_grad()
@@ -254,7 +257,7 @@ class HfEngine:
         return not self._unpaused.is_set()
 
     async def sleep(self, level: SleepLevel, mode: SleepMode) -> None:
-        """Nothing is freed; at level 2 the weights are zeroed, which a lost reload would show."""
+        """Free nothing; at level 2 zero the weights, so that a missing reload would be noticed."""
         await self.pause(mode)
         if level == 2:
             with torch.no_grad():
@@ -270,19 +273,20 @@ class HfEngine:
         def load() -> None:
             for path, names in plan.items():
                 self._model.load_state_dict(dict(read_tensors(path, names)), strict=False)
+            # Loading copies into the parameters; a head that is the embedding must stay tied.
             self._model.tie_weights()
 
         await asyncio.to_thread(load)
 
     async def reset_cache(self, *, recompute_running: bool) -> None:
-        """Nothing is cached: every token is drawn from a full forward pass."""
+        """Do nothing: every token is drawn from a full forward pass."""
 
     async def check(self) -> None:
         if self._dead is not None:
             raise EngineDeadError(self._dead)
 
     async def add_native_routes(self, app: FastAPI, keys: tuple[str, ...]) -> None:
-        """There are none."""
+        """Add nothing: this engine has no routes of its own."""
 
     async def close(self) -> None:
         self._die("the engine is closed")

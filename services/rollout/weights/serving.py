@@ -1,8 +1,8 @@
 """Whether the weights in the engine may be used now, and sleep and wake-up.
 
-    serving -- commit --> committing -- loaded, or rolled back --> serving
-                              `-- roll-back failed --> failed -- a full update --> serving
-    serving -- sleep --> sleeping -- wake_up --> serving
+serving -- commit --> committing -- loaded, or rolled back --> serving
+                          `-- roll-back failed --> failed -- a full update --> serving
+serving -- sleep --> sleeping -- wake_up --> serving
 """
 
 import asyncio

@@ -5,13 +5,16 @@ name for it. The link is what gets verified and later loaded; replacing the lear
 between changes neither.
 """
 
+import contextlib
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from services.common.owned_folders import OwnedFolder, remove_abandoned_folders
+from services.common.errors import ConfigError
+from services.common.owned_folders import OwnedFolder
 from services.rollout.engines.protocol import LoadPlan
 from services.rollout.weights.checkpoint import BadCheckpointError, TensorFile, scan
 from services.rollout.weights.serving import WeightsError
@@ -21,6 +24,7 @@ from services.rollout.wire.schemas import DtypeCode, PrepareRequest
 
 TIED_HEAD = "lm_head.weight"
 UPLOADS = "uploads/"
+WEIGHTS_PREFIX = "openrlhf-alp-weights-"
 _STAGING_PREFIX = ".staging-"
 _FLOATING = frozenset({"BF16", "F16", "F32", "F64"})
 _SHOWN_NAMES = 3
@@ -177,13 +181,36 @@ class Staging:
                 raise WeightsError("dtype_mismatch", message)
 
 
-def remove_if_abandoned(weights_dir: Path) -> None:
-    """Remove a weights folder made for one service, with its contents, if that service is dead."""
-    if any(weights_dir.glob(f"{_STAGING_PREFIX}*")):
-        remove_abandoned_folders(weights_dir, _STAGING_PREFIX)
-        # Staging of a live service keeps its lock and so its folder; then nothing is removed.
-        if not any(weights_dir.glob(f"{_STAGING_PREFIX}*")):
-            shutil.rmtree(weights_dir, ignore_errors=True)
+@contextlib.contextmanager
+def weights_folder(
+    configured: Path | None, shared_memory: Path = Path("/dev/shm")
+) -> Iterator[Path]:
+    """The folder for weight updates while the service runs: `configured`, or one of its own.
+
+    Its own is in shared memory, from which the engine reads without a copy, or else in the
+    temporary folder, and is removed at the end.
+
+    Raises:
+        ConfigError: the folder cannot be made.
+    """
+    own = None
+    try:
+        if configured is not None:
+            folder = configured
+            folder.mkdir(parents=True, exist_ok=True)
+        else:
+            parent = shared_memory if shared_memory.is_dir() else Path(tempfile.gettempdir())
+            own = OwnedFolder.create(parent, WEIGHTS_PREFIX)
+            folder = own.path
+    except OSError as error:
+        raise ConfigError(
+            f"--weights-dir cannot be used: {error}. Fix: name a folder this user can write."
+        ) from error
+    try:
+        yield folder
+    finally:
+        if own is not None:
+            own.remove()
 
 
 def _some(names: Sequence[str]) -> str:

@@ -32,8 +32,8 @@ from services.rollout.engines.hf_engine import HfEngine
 from services.rollout.engines.protocol import EngineInfo
 from services.rollout.gpu_transfer.receiver import RpcReceiver, TransferReceiver
 from services.rollout.service import RolloutService
-from services.rollout.wire.transfer import TRANSFER_THREAD, run_in_daemon_thread
 from services.rollout.wire.schemas import GenerateRequest, Sampling
+from services.rollout.wire.transfer import TRANSFER_THREAD, run_in_daemon_thread
 
 ADMIN = {"authorization": "Bearer admin-key-for-tests"}
 HERE = Meeting(host="127.0.0.1")

@@ -16,7 +16,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from services.common.wire import MSGPACK_TYPE, decode
 from services.rollout.api.app import create_app
 from services.rollout.engines.hf_engine import HfEngine
-from services.rollout.service import RolloutService, build_service, read_model_folder
+from services.rollout.model_folder import read_model_folder
+from services.rollout.service import RolloutService, build_service
 from services.rollout.settings import RolloutSettings
 
 torch.set_num_threads(1)

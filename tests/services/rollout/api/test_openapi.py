@@ -17,7 +17,8 @@ from schemathesis.core.transport import Response as Reply
 from services.common.wire import MSGPACK_TYPE
 from services.rollout.api.app import create_app
 from services.rollout.engines.hf_engine import HfEngine
-from services.rollout.service import build_service, read_model_folder
+from services.rollout.model_folder import read_model_folder
+from services.rollout.service import build_service
 from services.rollout.settings import RolloutSettings
 
 
