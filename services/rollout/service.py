@@ -91,16 +91,7 @@ def start_engine(settings: RolloutSettings, model: ModelFolder) -> Engine:
     if settings.engine == "hf":
         from services.rollout.engines.hf_engine import HfEngine
 
-        return HfEngine.load(
-            model.path,
-            model.tokenizer,
-            dtype=settings.dtype,
-            max_model_len=settings.max_model_len,
-            eos_token_ids=model.eos_token_ids,
-            max_num_seqs=settings.max_num_seqs,
-            seed=settings.seed,
-            faults=settings.faults,
-        )
+        return HfEngine.load(model, settings)
     try:
         from services.rollout.engines.vllm_engine import VllmEngine
     except ImportError as error:

@@ -69,14 +69,8 @@ async def make_service(model_folder: Path, tmp_path: Path) -> AsyncIterator[Make
         engine_class: type[HfEngine] = HfEngine,
         **changes: object,
     ) -> RolloutService:
-        engine = engine_class.load(
-            model.path,
-            model.tokenizer,
-            dtype="float32",
-            max_model_len=None,
-            eos_token_ids=model.eos_token_ids,
-            faults=faults,
-        )
+        faulty = settings.model_copy(update={"faults": faults or FaultPlan()})
+        engine = engine_class.load(model, faulty)
         weights_dir = tmp_path / (f"weights-{len(made)}" if own_folder else "weights")
         weights_dir.mkdir(exist_ok=True)
         made.append(build_service(engine, model, settings.model_copy(update=changes), weights_dir))

@@ -123,14 +123,7 @@ async def rollout_apps(tiny_policy: Path, tmp_path: Path) -> AsyncIterator[dict[
     model = read_model_folder(settings)
     services = []
     for name, faults in (("one", FaultPlan(kill_after_tokens=KILLED_AT)), ("two", FaultPlan())):
-        engine = HfEngine.load(
-            model.path,
-            model.tokenizer,
-            dtype="float32",
-            max_model_len=None,
-            eos_token_ids=model.eos_token_ids,
-            faults=faults,
-        )
+        engine = HfEngine.load(model, settings.model_copy(update={"faults": faults}))
         folder = tmp_path / name
         folder.mkdir()
         services.append(build_service(engine, model, settings, folder))

@@ -7,7 +7,6 @@ one plain forward pass. For tests, fault injection and machines without vLLM; no
 import asyncio
 import math
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -31,7 +30,8 @@ from services.rollout.engines.protocol import (
     TokenSink,
     WeightReceiver,
 )
-from services.rollout.settings import FaultPlan
+from services.rollout.model_folder import ModelFolder
+from services.rollout.settings import RolloutSettings
 from services.rollout.weights.checkpoint import read_tensors
 from services.rollout.wire.schemas import PauseMode, Sampling, SleepLevel, SleepMode
 
@@ -82,21 +82,14 @@ class HfEngine:
     """Draws one token per step for each of the first `max_num_seqs` jobs, in order of arrival."""
 
     def __init__(
-        self,
-        model: Any,
-        tokenizer: Any,
-        info: EngineInfo,
-        *,
-        max_num_seqs: int = 64,
-        seed: int = 0,
-        faults: FaultPlan | None = None,
+        self, model: Any, tokenizer: Any, info: EngineInfo, settings: RolloutSettings
     ) -> None:
         self._model = model
         self._tokenizer = tokenizer
         self._info = info
-        self._max_num_seqs = max_num_seqs
-        self._faults = faults or FaultPlan()
-        self._shared_generator = torch.Generator().manual_seed(seed)
+        self._max_num_seqs = settings.max_num_seqs
+        self._faults = settings.faults
+        self._shared_generator = torch.Generator().manual_seed(settings.seed)
         self._running: dict[str, _Running] = {}
         self._unpaused = asyncio.Event()
         self._unpaused.set()
@@ -106,32 +99,22 @@ class HfEngine:
         self._num_drawn = 0
 
     @classmethod
-    def load(
-        cls,
-        folder: Path,
-        tokenizer: Any,
-        *,
-        dtype: str,
-        max_model_len: int | None,
-        eos_token_ids: tuple[int, ...],
-        max_num_seqs: int = 64,
-        seed: int = 0,
-        faults: FaultPlan | None = None,
-    ) -> "HfEngine":
-        """Load a model folder. Weights keep `dtype`'s precision; arithmetic is float32."""
-        model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=_DTYPES[dtype])
+    def load(cls, folder: ModelFolder, settings: RolloutSettings) -> "HfEngine":
+        """Load a model folder. Weights keep the precision of `dtype`; arithmetic is float32."""
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            folder.path, dtype=_DTYPES[settings.dtype]
+        )
         model = model.float().eval()
-        config = model.config
         info = EngineInfo(
             engine="hf",
             engine_version=transformers.__version__,
-            architecture=config.architectures[0],
-            dtype=dtype,
-            vocab_size=config.vocab_size,
-            max_model_len=max_model_len or config.max_position_embeddings,
-            eos_token_ids=eos_token_ids,
+            architecture=model.config.architectures[0],
+            dtype=settings.dtype,
+            vocab_size=model.config.vocab_size,
+            max_model_len=settings.max_model_len or model.config.max_position_embeddings,
+            eos_token_ids=folder.eos_token_ids,
         )
-        return cls(model, tokenizer, info, max_num_seqs=max_num_seqs, seed=seed, faults=faults)
+        return cls(model, folder.tokenizer, info, settings)
 
     @property
     def info(self) -> EngineInfo:

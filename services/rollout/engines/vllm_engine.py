@@ -104,20 +104,13 @@ def engine_args(settings: RolloutSettings) -> AsyncEngineArgs:
 
 def sampling_params(sampling: Sampling, index: int) -> SamplingParams:
     """vLLM's parameters for sample `index`: one final result with the sampled tokens' log-probs."""
+    # Our fields have vLLM's names and meanings.
+    fields = sampling.model_dump(exclude={"seed", "stop", "stop_token_ids"})
     return SamplingParams(
         n=1,
-        max_tokens=sampling.max_tokens,
-        min_tokens=sampling.min_tokens,
-        temperature=sampling.temperature,
-        top_p=sampling.top_p,
-        top_k=sampling.top_k,
-        min_p=sampling.min_p,
-        presence_penalty=sampling.presence_penalty,
-        frequency_penalty=sampling.frequency_penalty,
-        repetition_penalty=sampling.repetition_penalty,
+        **fields,
         stop=list(sampling.stop),
         stop_token_ids=list(sampling.stop_token_ids),
-        ignore_eos=sampling.ignore_eos,
         seed=None if sampling.seed is None else sampling.seed + index,
         logprobs=0,  # of the sampled token alone
         flat_logprobs=True,  # one list and not a dictionary for each token

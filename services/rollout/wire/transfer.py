@@ -24,6 +24,12 @@ MAX_TENSORS = 65_536
 TRANSFER_THREAD = "weight-transfer"
 _MAX_BYTES = 2**44
 _NUM_REBUILD_ARGS = 15
+_HANDLE_ARGS = {
+    2: "stride", 3: "tensor_offset", 6: "device", 7: "storage_handle", 8: "storage_size_bytes",
+    9: "storage_offset_bytes", 11: "ref_counter_handle", 12: "ref_counter_offset",
+    13: "event_handle", 14: "event_sync_required",
+}  # fmt: skip
+"""Place in the arguments of torch's `rebuild_cuda_tensor` -> field of IpcHandle."""
 
 Result = TypeVar("Result")
 
@@ -94,7 +100,7 @@ class IpcHandle(Wire):
     """
 
     gpu_uuid: str = Field(min_length=1, max_length=128)
-    stride: list[_Count] = Field(max_length=8)
+    stride: tuple[_Count, ...] = Field(max_length=8)
     tensor_offset: _Count
     device: int = Field(ge=0, le=1024)
     storage_handle: Blob | None
@@ -138,8 +144,7 @@ def to_wire(args: Sequence[Any], gpu_uuid: str) -> IpcHandle:
     """The handle of one tensor; its shape and dtype travel beside it.
 
     Args:
-        args: second part of what `reduce_tensor` returns for a CUDA tensor without gradient, in
-            the order of `torch.multiprocessing.reductions.rebuild_cuda_tensor`.
+        args: second part of what `reduce_tensor` returns for a CUDA tensor without gradient.
         gpu_uuid: the GPU that holds the tensor.
 
     Raises:
@@ -153,39 +158,17 @@ def to_wire(args: Sequence[Any], gpu_uuid: str) -> IpcHandle:
             "use the transport nccl or http."
         )
     return IpcHandle(
-        gpu_uuid=gpu_uuid,
-        stride=list(args[2]),
-        tensor_offset=args[3],
-        device=args[6],
-        storage_handle=args[7],
-        storage_size_bytes=args[8],
-        storage_offset_bytes=args[9],
-        ref_counter_handle=args[11],
-        ref_counter_offset=args[12],
-        event_handle=args[13],
-        event_sync_required=args[14],
+        gpu_uuid=gpu_uuid, **{name: args[place] for place, name in _HANDLE_ARGS.items()}
     )
 
 
 def from_wire(handle: IpcHandle, shape: Sequence[int], dtype: torch.dtype) -> tuple[Any, ...]:
     """The arguments of `rebuild_cuda_tensor`, exactly as the learner's torch gave them."""
-    return (
-        torch.Tensor,
-        torch.Size(shape),
-        tuple(handle.stride),
-        handle.tensor_offset,
-        torch.storage.TypedStorage,
-        dtype,
-        handle.device,
-        handle.storage_handle,
-        handle.storage_size_bytes,
-        handle.storage_offset_bytes,
-        False,
-        handle.ref_counter_handle,
-        handle.ref_counter_offset,
-        handle.event_handle,
-        handle.event_sync_required,
-    )
+    args: dict[int, Any] = {
+        0: torch.Tensor, 1: torch.Size(shape), 4: torch.storage.TypedStorage, 5: dtype, 10: False
+    }  # fmt: skip
+    args |= {place: getattr(handle, name) for place, name in _HANDLE_ARGS.items()}
+    return tuple(args[place] for place in range(_NUM_REBUILD_ARGS))
 
 
 def lacks_nccl(engine: Any) -> bool:

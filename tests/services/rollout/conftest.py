@@ -84,14 +84,7 @@ async def service(settings: RolloutSettings, tmp_path: Path) -> AsyncIterator[Ro
     weights_dir = tmp_path / "weights"
     weights_dir.mkdir()
     model = read_model_folder(settings)
-    engine = HfEngine.load(
-        model.path,
-        model.tokenizer,
-        dtype=settings.dtype,
-        max_model_len=settings.max_model_len,
-        eos_token_ids=model.eos_token_ids,
-    )
-    service = build_service(engine, model, settings, weights_dir)
+    service = build_service(HfEngine.load(model, settings), model, settings, weights_dir)
     yield service
     await service.close()
 
