@@ -168,7 +168,7 @@ class Link:
         parsed = self._engine.parse_init_info(info)
         self._within_limit(lambda: self._engine.init_transfer_engine(parsed))
         if lacks_nccl(self._engine):
-            # vLLM goes on without NCCL and would report tensors that never arrived.
+            # vLLM continues without NCCL and would report tensors that never arrived.
             raise TransferError("transfer_failed", "vLLM cannot load NCCL on this server.")
 
     def receive(self, tensors: Sequence[SentTensor], path: Path) -> None:
