@@ -1,4 +1,4 @@
-"""Run an ASGI app under uvicorn: port 0, a file with the bound URL, and a clean stop."""
+"""Run an ASGI app under uvicorn: port 0, a file with the bound URL, a clean stop, loop lag."""
 
 import asyncio
 import contextlib
@@ -7,7 +7,7 @@ import logging
 import os
 import signal
 import socket
-from collections.abc import Coroutine, Generator
+from collections.abc import AsyncIterator, Callable, Coroutine, Generator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,8 @@ from starlette.types import ASGIApp
 from services.common.errors import ConfigError
 
 logger = logging.getLogger(__name__)
+
+_LAG_EVERY_S = 0.25
 
 
 def bind_socket(host: str, port: int) -> socket.socket:
@@ -125,3 +127,24 @@ async def serve(
             url_file.unlink(missing_ok=True)
     if not server.started:
         raise ConfigError("The service could not start. Fix: see the error logged above.")
+
+
+@contextlib.asynccontextmanager
+async def watch_loop_lag(observe: Callable[[float], None]) -> AsyncIterator[None]:
+    """While the body runs, call `observe` four times a second with the event loop's lag in seconds.
+
+    Timers that run late are the earliest sign that a handler blocks the loop.
+    """
+    watcher = asyncio.create_task(_watch(observe))
+    try:
+        yield
+    finally:
+        watcher.cancel()
+
+
+async def _watch(observe: Callable[[float], None]) -> None:
+    loop = asyncio.get_running_loop()
+    while True:
+        due_s = loop.time() + _LAG_EVERY_S
+        await asyncio.sleep(_LAG_EVERY_S)
+        observe(max(0.0, loop.time() - due_s))

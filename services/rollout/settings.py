@@ -1,12 +1,13 @@
-"""Settings of the rollout service: flags win over OPENRLHF_ALP_ROLLOUT_* variables."""
+"""Settings of the rollout service, and the faults that its deterministic engine can inject."""
 
 from pathlib import Path
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationInfo, field_validator
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic_settings import SettingsConfigDict
 
-ENV_PREFIX = "OPENRLHF_ALP_ROLLOUT_"
+from services.common.settings import ServiceSettings
+from services.common.wire import ROLLOUT_VARIABLES
 
 
 class FaultPlan(BaseModel):
@@ -28,36 +29,23 @@ class FaultPlan(BaseModel):
     """Seconds to wait after each step of one token per job."""
 
 
-class RolloutSettings(BaseSettings):
+class RolloutSettings(ServiceSettings):
     """Serve token-in/token-out generation over vLLM, with weights verified by digest.
 
     The weight transports nccl and ipc, offered on CUDA GPUs, have never been run on a GPU.
+
+    Each flag is also an environment variable: OPENRLHF_ALP_ROLLOUT_API_KEY and so on.
     """
 
     model_config = SettingsConfigDict(
-        env_prefix=ENV_PREFIX,
-        cli_prog_name="python -m services.rollout",
-        cli_kebab_case=True,
-        cli_implicit_flags=True,
-        cli_hide_none_type=True,
-        use_attribute_docstrings=True,
-        extra="forbid",
+        env_prefix=ROLLOUT_VARIABLES, cli_prog_name="python -m services.rollout"
     )
 
     model: Path
     """Folder with config.json, tokenizer and .safetensors files, or a Hugging Face id."""
 
-    host: str = "127.0.0.1"
-    """Address to bind. Anything but loopback needs both keys."""
-
     port: int = Field(default=8000, ge=0, le=65535)
     """TCP port; 0 takes any free one and prints it."""
-
-    url_file: Path | None = None
-    """File that receives the bound URL once the service accepts connections."""
-
-    api_key: SecretStr | None = None
-    """Bearer key of the data routes; generated and printed once if not given."""
 
     admin_key: SecretStr | None = None
     """Bearer key of the control routes (weights, pause); generated and printed if not given."""
@@ -111,17 +99,8 @@ class RolloutSettings(BaseSettings):
     detach_grace_s: float = Field(default=30.0, ge=0.0)
     """Seconds that a request continues after its connection dropped, so that a retry can join."""
 
-    max_body_bytes: int = Field(default=16 * 2**20, ge=1024)
-    """Largest request body, in bytes."""
-
-    drain_s: float = Field(default=10.0, ge=1.0)
-    """Seconds that running requests get after a stop signal."""
-
     faults: FaultPlan = FaultPlan()
     """Faults to inject, with --engine hf only."""
-
-    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
-    """Level of the JSON log on stderr."""
 
     @field_validator("faults")
     @classmethod

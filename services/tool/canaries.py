@@ -1,4 +1,4 @@
-"""The canaries: programs that try each forbidden thing, and the bait they reach for."""
+"""The canaries: programs that try one forbidden thing each, and the targets they try to reach."""
 
 import os
 import platform
@@ -34,6 +34,7 @@ class Canary:
     status: Status = Status.OK
 
     def blocked(self, outcome: Outcome) -> bool:
+        """Whether the program was stopped as it should be."""
         if outcome.status is not self.status:
             return False
         return self.status is not Status.OK or outcome.stdout == _BLOCKED
@@ -45,31 +46,41 @@ def _attempt(body: str, errors: str = "OSError") -> str:
     return f"try:\n{indented}\nexcept {errors}:\n    print('blocked')\nelse:\n    print('OPEN')\n"
 
 
-def _system_call(numbers: dict[str, int], *arguments: int) -> str:
-    number = numbers.get(platform.machine())
+def _verdict(condition: str) -> str:
+    """A line that prints whether `condition` shows that something was stopped."""
+    return f"print('blocked' if {condition} else 'OPEN')\n"
+
+
+def _system_call(x86_64: int, aarch64: int, *arguments: int) -> str:
+    """A program that makes one system call and expects EPERM or ENOSYS, which a filter answers."""
+    number = {"x86_64": x86_64, "aarch64": aarch64}.get(platform.machine())
     call = ", ".join(str(argument) for argument in (number, *arguments))
     return (
         "import ctypes\nlibc = ctypes.CDLL(None, use_errno=True)\n"
         f"failed = libc.syscall({call}) == -1 and ctypes.get_errno() in (1, 38)\n"
-        "print('blocked' if failed else 'OPEN')\n"
+        + _verdict("failed")
     )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Bait:
+class Targets:
     """Things outside of the sandbox that the canaries try to reach."""
 
     secret: str
+    """Name of an environment variable of this process."""
+    folder: str
+    """A folder that everybody may write to."""
     file: str
+    """A file in it that everybody may read and write."""
     port: int
+    """Of a TCP listener on loopback."""
     abstract: str
-    pid: int
-    shared: str
+    """Address of a listening abstract Unix socket."""
 
 
 @asynccontextmanager
-async def laid_out_bait() -> AsyncIterator[Bait]:
-    """A world-readable file, a TCP listener, an abstract socket and a secret in our environment."""
+async def outside_targets() -> AsyncIterator[Targets]:
+    """Set up every target, with no protection of its own: only the sandbox keeps programs away."""
     name = "TOOL_SERVICE_CANARY_" + secrets.token_hex(4)
     abstract = "\0" + name
     with (
@@ -80,82 +91,81 @@ async def laid_out_bait() -> AsyncIterator[Bait]:
         unix.bind(abstract)
         unix.listen()
         os.chmod(folder, 0o777)
-        path = Path(folder) / "bait"
-        path.write_text("bait")
+        path = Path(folder) / "target"
+        path.write_text("target")
         path.chmod(0o666)
         os.environ[name] = "secret"
         try:
-            yield Bait(
+            yield Targets(
                 secret=name,
+                folder=folder,
                 file=str(path),
                 port=tcp.getsockname()[1],
                 abstract=abstract,
-                pid=os.getpid(),
-                shared=folder,
             )
         finally:
             del os.environ[name]
 
 
-def canaries(bait: Bait, memory_layer: str) -> list[Canary]:
+def canaries(targets: Targets, memory_layer: str) -> list[Canary]:
     """Every forbidden thing that is tried, with the layer that is to stop it.
 
     Args:
         memory_layer: who counts the memory of all processes, `cgroup` or `memory_watchdog`; the
-            other one is not asked.
+            other one is not tested.
     """
-    show = "print('blocked' if {} else 'OPEN')"
+    programs = [*_too_much(), *_system_calls(targets), *_out_of_the_box(targets)]
+    summed = Canary(
+        layer=memory_layer, name="sum", code=_MEMORY_OF_MANY, status=Status.MEMORY_LIMIT
+    )
+    return [*(Canary(layer=layer, name=name, code=code) for layer, name, code in programs), summed]
+
+
+def _too_much() -> list[tuple[str, str, str]]:
+    """Layer, name and code of the programs that ask for more than their share."""
     many = "import os\nfds = [os.open('/dev/null', 0) for _ in range(100_000)]"
     threads = (
         "import threading\nstop = threading.Event()\n"
         "for _ in range(3000): threading.Thread(target=stop.wait, daemon=True).start()"
     )
-    big = "open('big', 'wb').truncate(1 << 40)"
-    tcp = f"import socket\nsocket.create_connection(('127.0.0.1', {bait.port}), 2)"
-    unix = f"import socket\nsocket.socket(socket.AF_UNIX).connect({bait.abstract!r})"
-    io_uring = {"x86_64": 425, "aarch64": 425}
-    keyctl = {"x86_64": 250, "aarch64": 219}
-    ptrace = {"x86_64": 101, "aarch64": 117}
     fork = "import os\npid = os.fork()\nif pid == 0: os._exit(0)\nos.waitpid(pid, 0)"
-    ours = "import os, sys\n" + show.format(f"os.getuid() not in (0, {os.getuid()})")
-    tree = show.format("os.getppid() == 0 and os.getpid() < 10 and not os.path.exists('/proc/1')")
-    hidden = show.format(f"not os.path.exists({bait.shared!r})")
     return [
-        Canary(
-            layer="process",
-            name="environment",
-            code="import os\n" + show.format(f"{bait.secret!r} not in os.environ"),
-        ),
-        Canary(layer="rlimits", name="descriptors", code=_attempt(many)),
-        Canary(layer="rlimits", name="threads", code=_attempt(threads, "RuntimeError")),
-        Canary(layer="rlimits", name="memory", code=_attempt("b'x' * (1 << 31)", "MemoryError")),
-        Canary(layer="rlimits", name="file size", code=_attempt(big)),
-        Canary(layer="seccomp", name="io_uring", code=_system_call(io_uring, 1, 0)),
-        Canary(layer="seccomp", name="keyctl", code=_system_call(keyctl, 0, -3, 0)),
-        Canary(layer="seccomp", name="ptrace", code=_system_call(ptrace, 0, 0, 0, 0)),
-        Canary(layer="seccomp", name="tcp", code=_attempt(tcp)),
-        Canary(layer="seccomp", name="abstract socket", code=_attempt(unix)),
-        Canary(
-            layer="seccomp",
-            name="program",
-            code=_attempt("import os\nos.execv('/bin/true', ['t'])"),
-        ),
-        Canary(layer="landlock", name="read outside", code=_attempt(f"open({bait.file!r}).read()")),
-        Canary(layer="landlock", name="write outside", code=_attempt(f"open({bait.file!r}, 'a')")),
-        Canary(
-            layer="landlock",
-            name="signal outside",
-            code=_attempt(f"import os\nos.kill({bait.pid}, 0)"),
-        ),
-        Canary(layer="namespaces", name="process tree", code="import os\n" + tree),
-        Canary(layer="private_files", name="hidden folder", code="import os\n" + hidden),
-        Canary(
-            layer="private_files",
-            name="leftovers",
-            code="import os\nold = os.path.exists('/tmp/left')\nopen('/tmp/left', 'w')\n"
-            + show.format("not old"),
-        ),
-        Canary(layer="user", name="own user id", code=ours),
-        Canary(layer="no_fork", name="fork", code=_attempt(fork)),
-        Canary(layer=memory_layer, name="sum", code=_MEMORY_OF_MANY, status=Status.MEMORY_LIMIT),
+        ("rlimits", "descriptors", _attempt(many)),
+        ("rlimits", "threads", _attempt(threads, "RuntimeError")),
+        ("rlimits", "memory", _attempt("b'x' * (1 << 31)", "MemoryError")),
+        ("rlimits", "file size", _attempt("open('big', 'wb').truncate(1 << 40)")),
+        ("no_fork", "fork", _attempt(fork)),
+    ]
+
+
+def _system_calls(targets: Targets) -> list[tuple[str, str, str]]:
+    """Layer, name and code of the programs that make system calls of the filter's list."""
+    tcp = f"import socket\nsocket.create_connection(('127.0.0.1', {targets.port}), 2)"
+    unix = f"import socket\nsocket.socket(socket.AF_UNIX).connect({targets.abstract!r})"
+    return [
+        ("seccomp", "io_uring", _system_call(425, 425, 1, 0)),
+        ("seccomp", "keyctl", _system_call(250, 219, 0, -3, 0)),
+        ("seccomp", "ptrace", _system_call(101, 117, 0, 0, 0, 0)),
+        ("seccomp", "tcp", _attempt(tcp)),
+        ("seccomp", "abstract socket", _attempt(unix)),
+        ("seccomp", "program", _attempt("import os\nos.execv('/bin/true', ['t'])")),
+    ]
+
+
+def _out_of_the_box(targets: Targets) -> list[tuple[str, str, str]]:
+    """Layer, name and code of the programs that look for what is not theirs."""
+    secret = _verdict(f"{targets.secret!r} not in os.environ")
+    tree = _verdict("os.getppid() == 0 and os.getpid() < 10 and not os.path.exists('/proc/1')")
+    hidden = _verdict(f"not os.path.exists({targets.folder!r})")
+    leftovers = "old = os.path.exists('/tmp/left')\nopen('/tmp/left', 'w')\n" + _verdict("not old")
+    user = _verdict(f"os.getuid() not in (0, {os.getuid()})")
+    return [
+        ("process", "environment", "import os\n" + secret),
+        ("landlock", "read outside", _attempt(f"open({targets.file!r}).read()")),
+        ("landlock", "write outside", _attempt(f"open({targets.file!r}, 'a')")),
+        ("landlock", "signal outside", _attempt(f"import os\nos.kill({os.getpid()}, 0)")),
+        ("namespaces", "process tree", "import os\n" + tree),
+        ("private_files", "hidden folder", "import os\n" + hidden),
+        ("private_files", "leftovers", "import os\n" + leftovers),
+        ("user", "own user id", "import os\n" + user),
     ]

@@ -1,9 +1,8 @@
 """What a caller sees of each exception of the tool service, over REST and MCP alike."""
 
 from services.common.errors import ErrorSpec, ErrorTable
-from services.tool.admission import OverloadedError
+from services.tool.rules import LimitError, OverloadedError
 from services.tool.sandbox.host.session import SessionFileError
-from services.tool.service import LimitError
 from services.tool.sessions import (
     OPENING_ERRORS,
     SessionExpiredError,
@@ -38,7 +37,7 @@ ERRORS: ErrorTable = {
         429,
         "sessions_full",
         fix="End a session, retry later, or raise --max-sessions.",
-        retry_after_s="1",
+        retry_after_s="{error.retry_after_s}",
     ),
     LimitError: ErrorSpec(
         422,

@@ -15,7 +15,6 @@ import random
 import signal
 from collections import Counter
 from collections.abc import AsyncIterator
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -40,7 +39,7 @@ from services.rollout.service import build_service
 from services.rollout.settings import FaultPlan, RolloutSettings
 from services.tool.api.app import create_app as create_tool_app
 from services.tool.service import ToolService
-from services.tool.settings import Settings
+from services.tool.settings import ToolSettings
 
 torch.set_num_threads(1)  # the engines of this process draw one token at a time
 
@@ -137,10 +136,9 @@ async def rollout_apps(tiny_policy: Path, tmp_path: Path) -> AsyncIterator[dict[
 
 @pytest_asyncio.fixture
 async def tool() -> AsyncIterator[tuple[Any, ToolService]]:
-    base = Settings(slots=2)
-    settings = replace(base, sandbox=replace(base.sandbox, presets=("numpy",)))
+    settings = ToolSettings(slots=2, launchers=1, presets="numpy")
     async with ToolService.running(settings) as service:
-        yield create_tool_app(service, TOOL_KEY), service
+        yield create_tool_app(service, settings, api_key=TOOL_KEY), service
 
 
 @pytest.mark.parametrize("session", [False, True])

@@ -9,11 +9,10 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 
-from services.common.auth import KeyGuard
 from services.common.errors import ApiError, ErrorBody, install_error_handlers
-from services.common.looplag import watch_loop_lag
 from services.common.middleware import install_middleware
-from services.common.wire_routes import WireRoute, document_msgpack, reply
+from services.common.routes import KeyGuard, WireRoute, document_msgpack, reply
+from services.common.serve import watch_loop_lag
 from services.rollout import metrics
 from services.rollout.api.control import UPLOAD_PATH, control_routes, ok
 from services.rollout.api.generate import generate_routes

@@ -7,7 +7,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
 from services.common.errors import ErrorBody
-from services.common.wire_routes import WireRoute, reply
+from services.common.routes import WireRoute, reply
 from services.rollout.service import RolloutService
 from services.rollout.wire.schemas import (
     CommitRequest,

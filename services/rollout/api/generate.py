@@ -21,10 +21,9 @@ from pydantic import BaseModel
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 
-from services.common.disconnect import while_connected
 from services.common.errors import ApiError, ErrorBody, error_response, to_api_error
-from services.common.wire import MSGPACK_TYPE, NDJSON_TYPE, encode, media_type_of
-from services.common.wire_routes import WireRoute, reply
+from services.common.routes import ItemStream, WireRoute, reply, while_connected
+from services.common.wire import media_type_of
 from services.rollout.errors import ERRORS
 from services.rollout.service import RolloutService
 from services.rollout.wire.schemas import (
@@ -71,12 +70,6 @@ _DEADLINE = {
 }
 
 
-class ItemStream(StreamingResponse):
-    """BatchItems, one JSON line each; or msgpack objects one after the other."""
-
-    media_type = NDJSON_TYPE
-
-
 def generate_routes(service: RolloutService) -> APIRouter:
     """Routes under /v1/generate."""
     router = APIRouter(prefix="/v1", route_class=WireRoute, responses=_ERRORS, tags=["data"])
@@ -107,8 +100,9 @@ def generate_routes(service: RolloutService) -> APIRouter:
         Each request behaves as if it had been sent alone: the same ids, retries and limits. Only a
         body that does not match the schema is refused as a whole.
         """
-        media_type = media_type_of(request.headers.get("accept"))
-        return _stream_batch(service, body, _remaining_s(request), media_type)
+        limit_s = _remaining_s(request)
+        jobs = (_finish(service, index, one, limit_s) for index, one in enumerate(body.requests))
+        return ItemStream(jobs, media_type_of(request.headers.get("accept")))
 
     @router.get("/generate/{request_id}", response_model=GenerateResponse, responses=_RUNNING)
     async def attach(
@@ -211,28 +205,6 @@ def _last_event(result: asyncio.Future[GenerateResponse | None]) -> bytes:
 
 def _event(name: str, model: BaseModel) -> bytes:
     return f"event: {name}\ndata: {model.model_dump_json()}\n\n".encode()
-
-
-def _stream_batch(
-    service: RolloutService, batch: BatchRequest, limit_s: float | None, media_type: str
-) -> ItemStream:
-    is_msgpack = media_type == MSGPACK_TYPE
-    end = b"" if is_msgpack else b"\n"
-
-    async def items() -> AsyncIterator[bytes]:
-        tasks = [
-            asyncio.create_task(_finish(service, index, request, limit_s))
-            for index, request in enumerate(batch.requests)
-        ]
-        try:
-            for finished in asyncio.as_completed(tasks):
-                yield encode(await finished, media_type) + end
-        finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
-
-    return ItemStream(items(), media_type=MSGPACK_TYPE if is_msgpack else None)
 
 
 async def _finish(

@@ -3,25 +3,25 @@
     POST /run_code      one program       POST /run_jupyter   several cells, one fresh interpreter
     GET  /v1/ping       "pong"
 
-Its habits are kept: HTTP 200 whatever the code did; `stdout` and `stderr` are never null; a timeout
-has no return code. verl's client retries on 504 alone, so that is what overload answers here.
+Its conventions are kept: HTTP 200 whatever the code did; `stdout` and `stderr` are never null; a
+timeout has no return code. verl's client retries on 504 alone, so a full service answers that here.
 """
 
 import base64
-import math
 import signal
 import time
 from typing import Any, Literal
 
-from fastapi import APIRouter, Depends, Request
+from fastapi import APIRouter, Request
 from pydantic import BaseModel, Field, TypeAdapter, ValidationError
 
-from services.common.disconnect import while_connected
-from services.common.errors import ApiError
-from services.tool.admission import OverloadedError
+from services.common.errors import ErrorSpec
+from services.common.routes import while_connected
+from services.tool.rules import LimitError, OverloadedError
 from services.tool.sandbox.host.session import SessionFileError, SessionLostError
-from services.tool.service import LimitError, ToolService
+from services.tool.service import ToolService
 from services.tool.sessions import OPENING_ERRORS, SessionsFullError
+from services.tool.settings import ToolSettings
 from services.tool.wire.schemas import (
     Base64Text,
     CellRequest,
@@ -41,6 +41,14 @@ Language = Literal[
 _PATH = TypeAdapter(SafePath)
 _CONTENT = TypeAdapter(Base64Text)
 _ANCHORS = ("/mnt/", "/tmp/")
+_BUSY = ErrorSpec(
+    504,
+    "overloaded",
+    message="The code never ran: {error}.",
+    fix="Retry later, or start the service with more --slots.",
+    retry_after_s="{error.retry_after_s}",
+)
+_RESPONSES: dict[int | str, dict[str, Any]] = {504: {"description": "no slot became free: retry"}}
 
 
 class RunCodeRequest(BaseModel):
@@ -109,72 +117,46 @@ class RunJupyterResponse(BaseModel):
     files: dict[str, str] = {}
 
 
-def _service(request: Request) -> ToolService:
-    service: ToolService = request.app.state.service
-    return service
-
-
-def overloaded(error: OverloadedError) -> ApiError:
-    """The one refusal that verl's client retries."""
-    return ApiError(
-        504,
-        "overloaded",
-        f"The code never ran: {error}.",
-        fix="Retry later, or start the service with more --slots.",
-        headers={"Retry-After": str(max(1, math.ceil(error.retry_after_s)))},
-    )
-
-
-def build_router() -> APIRouter:
+def fusion_routes(service: ToolService) -> APIRouter:
     """Routes of SandboxFusion's contract."""
     router = APIRouter(tags=["SandboxFusion"])
 
-    @router.post("/run_code", responses={504: {"description": "no slot became free: retry"}})
-    async def run_code(
-        body: RunCodeRequest,
-        request: Request,
-        service: ToolService = Depends(_service),  # noqa: B008
-    ) -> RunCodeResponse:
+    @router.post("/run_code", responses=_RESPONSES)
+    async def run_code(body: RunCodeRequest, request: Request) -> RunCodeResponse:
         """Run one program. Languages other than python are answered as not enabled."""
         if body.language != "python":
             message = f"language {body.language} is not enabled here, only python is"
             return RunCodeResponse(status="SandboxError", message=message)
         try:
-            native = to_native(body, service)
-            result = await while_connected(request, service.execute(native))
+            native = to_native(body, service.settings)
+            return to_fusion(await while_connected(request, service.execute(native)))
         except OverloadedError as error:
-            raise overloaded(error) from error
+            raise _BUSY.fill(error) from error
         except (LimitError, ValidationError) as error:
             return RunCodeResponse(status="SandboxError", message=str(error))
-        return to_fusion(result)
 
-    @router.post("/run_jupyter", responses={504: {"description": "no slot became free: retry"}})
-    async def run_jupyter(
-        body: RunJupyterRequest,
-        request: Request,
-        service: ToolService = Depends(_service),  # noqa: B008
-    ) -> RunJupyterResponse:
+    @router.post("/run_jupyter", responses=_RESPONSES)
+    async def run_jupyter(body: RunJupyterRequest, request: Request) -> RunJupyterResponse:
         """Run cells one after the other in one fresh interpreter, until one exceeds a limit."""
         try:
             return await while_connected(request, _run_cells(body, service))
         except (OverloadedError, SessionsFullError) as error:
-            if isinstance(error, OverloadedError):
-                raise overloaded(error) from error
-            raise overloaded(OverloadedError(str(error), 1.0)) from error
+            raise _BUSY.fill(error) from error
         except (LimitError, ValidationError, SessionFileError, *OPENING_ERRORS) as error:
             return RunJupyterResponse(status="SandboxError", message=str(error))
 
     @router.get("/v1/ping")
     async def ping() -> str:
+        """Whether the service answers, as SandboxFusion says it."""
         return "pong"
 
     return router
 
 
-def to_native(body: RunCodeRequest, service: ToolService) -> ExecuteRequest:
+def to_native(body: RunCodeRequest, settings: ToolSettings) -> ExecuteRequest:
     """Translate a request. Raises ValidationError for paths or contents that are refused."""
-    settings = service.settings
     memory = body.memory_limit_MB if body.memory_limit_MB > 0 else settings.default_memory_mb
+    # Paths and contents are checked above; a second validation would decode all files again.
     return ExecuteRequest.model_construct(
         code=body.code,
         stdin=body.stdin or "",
@@ -238,7 +220,7 @@ def _checked_files(files: dict[str, str | None]) -> dict[str, str]:
 async def _run_cells(body: RunJupyterRequest, service: ToolService) -> RunJupyterResponse:
     files = _checked_files(body.files)
     fetch = [_checked_path(path) for path in body.fetch_files]
-    service.check_files(files)
+    service.rules.check_files(files)
     session = await service.sessions.open(SessionRequest())
     started = time.perf_counter()
     cells: list[CellRunResult] = []
@@ -259,7 +241,7 @@ async def _run_cells(body: RunJupyterRequest, service: ToolService) -> RunJupyte
             try:
                 content_bytes = await session.sandbox.read_file(path)
             except (SessionFileError, SessionLostError):
-                continue  # as SandboxFusion: a file that is not there is not in the answer
+                continue  # as in SandboxFusion, a file that does not exist is left out
             fetched[path] = base64.b64encode(content_bytes).decode("ascii")
     finally:
         if session.sandbox.alive:

@@ -8,10 +8,9 @@ from pydantic import BaseModel, Field
 from starlette.requests import Request
 from starlette.responses import Response
 
-from services.common.auth import KeyGuard
 from services.common.errors import ApiError, ErrorSpec, install_error_handlers
 from services.common.middleware import install_middleware
-from services.common.wire_routes import WireRoute, reply
+from services.common.routes import KeyGuard, WireRoute, reply
 
 KEY = "a-key-for-tests"
 

@@ -1,8 +1,8 @@
 import httpx
 import pytest
 
-from services.common.auth import is_loopback, resolve_api_key
 from services.common.errors import ConfigError
+from services.common.settings import is_loopback, resolve_api_key
 
 KEY = "a-key-for-tests"
 JSON = {"content-type": "application/json"}

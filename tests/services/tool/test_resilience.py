@@ -81,9 +81,8 @@ async def test_a_flood_of_instant_timeouts_hurts_nobody_and_leaves_nothing(
     give_up = time.monotonic() + 30
     while service.sandbox.busy() and time.monotonic() < give_up:
         await asyncio.sleep(0.01)
-    assert (service.sandbox.busy(), service.admission.running, service.admission.waiting) == (
-        0, 0, 0,
-    )  # fmt: skip
+    admission = service.rules.admission
+    assert (service.sandbox.busy(), admission.running, admission.waiting) == (0, 0, 0)
     assert service.sandbox.restarts == before
 
 
