@@ -79,20 +79,12 @@ class Ledger:
         self._limits = limits
         self._running: dict[str, _Entry] = {}
         self._finished: OrderedDict[str, _Entry] = OrderedDict()
-        self._pending_samples = 0
-        self._kept_bytes = 0
+        self.pending_samples = 0
+        self.kept_bytes = 0
         self._mean_s = 1.0
         # Read when Prometheus scrapes, which costs nothing per request.
-        metrics.PENDING_SAMPLES.set_function(lambda: self._pending_samples)
-        metrics.KEPT_BYTES.set_function(lambda: self._kept_bytes)
-
-    @property
-    def pending_samples(self) -> int:
-        return self._pending_samples
-
-    @property
-    def kept_bytes(self) -> int:
-        return self._kept_bytes
+        metrics.PENDING_SAMPLES.set_function(lambda: self.pending_samples)
+        metrics.KEPT_BYTES.set_function(lambda: self.kept_bytes)
 
     def submit(self, request: GenerateRequest, run: Run) -> None:
         """Make sure that `request` is running or finished; `attach` then waits for it.
@@ -111,7 +103,7 @@ class Ledger:
             entry = _Entry(body_hash=digest, num_samples=request.n, task=task)
             # Registered before the first await: a retry that arrives now attaches to this run.
             self._running[request.request_id] = entry
-            self._pending_samples += request.n
+            self.pending_samples += request.n
             started_s = time.monotonic()
             task.add_done_callback(lambda _: self._finish(request.request_id, entry, started_s))
         elif known.body_hash != digest:
@@ -177,18 +169,18 @@ class Ledger:
             # No retry can succeed, so this is not `overloaded`.
             message = f"n is {num_samples}; this service admits {limit} samples in all."
             raise LedgerError("too_many_samples", message)
-        if self._pending_samples + num_samples <= limit:
+        if self.pending_samples + num_samples <= limit:
             return
         metrics.REJECTED_REQUESTS.inc()
         raise LedgerError(
             "overloaded",
-            f"{self._pending_samples} samples are pending; the limit is {limit}.",
+            f"{self.pending_samples} samples are pending; the limit is {limit}.",
             retry_after_s=min(_LARGEST_RETRY_AFTER_S, max(1, math.ceil(self._mean_s))),
         )
 
     def _finish(self, request_id: str, entry: _Entry, started_s: float) -> None:
         del self._running[request_id]
-        self._pending_samples -= entry.num_samples
+        self.pending_samples -= entry.num_samples
         if entry.grace is not None:
             entry.grace.cancel()
         # Only successes are stored: a retry of a failure has to run again. Reading the exception
@@ -202,7 +194,7 @@ class Ledger:
         entry.kept_bytes = _BYTES_PER_TOKEN * num_tokens + _BYTES_PER_SAMPLE * len(samples)
         entry.finished_s = time.monotonic()
         self._finished[request_id] = entry
-        self._kept_bytes += entry.kept_bytes
+        self.kept_bytes += entry.kept_bytes
         self._expire()
 
     def _expire(self) -> None:
@@ -210,12 +202,12 @@ class Ledger:
         oldest_s = time.monotonic() - self._limits.keep_s
         while self._finished:
             request_id, entry = next(iter(self._finished.items()))
-            if entry.finished_s >= oldest_s and self._kept_bytes <= self._limits.keep_bytes:
+            if entry.finished_s >= oldest_s and self.kept_bytes <= self._limits.keep_bytes:
                 break
             self._drop(request_id)
 
     def _drop(self, request_id: str) -> None:
-        self._kept_bytes -= self._finished.pop(request_id).kept_bytes
+        self.kept_bytes -= self._finished.pop(request_id).kept_bytes
 
     def _add_caller(self, entry: _Entry) -> None:
         entry.num_callers += 1

@@ -15,10 +15,9 @@ _DTYPE_CODES: dict[str, DtypeCode] = {"bfloat16": "BF16", "float16": "F16", "flo
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelFolder:
-    """A complete model folder: configuration, tokenizer and weights."""
+    """A complete model folder: tokenizer and weights."""
 
     path: Path
-    config: Any  # transformers configuration
     tokenizer: Any
     eos_token_ids: tuple[int, ...]
     served: ServedModel
@@ -73,7 +72,6 @@ def read_model_folder(settings: RolloutSettings) -> ModelFolder:
         tensors.pop(TIED_HEAD, None)
     return ModelFolder(
         path=folder,
-        config=config,
         tokenizer=tokenizer,
         eos_token_ids=_eos_token_ids(folder, tokenizer),
         served=ServedModel(

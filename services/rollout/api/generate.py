@@ -89,10 +89,14 @@ def generate_routes(service: RolloutService) -> APIRouter:
         if EVENT_STREAM in request.headers.get("accept", ""):
             return _stream_tokens(service, body, remaining_s)
         service.start(body, remaining_s)
-        return await _answer(request, body.request_id, None)
+        return await _answer(service, request, body.request_id, None)
 
     @router.post(
-        "/generate/batch", response_class=ItemStream, responses=_BATCH, openapi_extra=_DEADLINE
+        "/generate/batch",
+        response_class=ItemStream,
+        status_code=200,  # FastAPI cannot read it from the signature of an ItemStream
+        responses=_BATCH,
+        openapi_extra=_DEADLINE,
     )
     async def batch(body: BatchRequest, request: Request) -> ItemStream:
         """Many requests at once; each reply or error as it comes, one JSON line or msgpack object.
@@ -109,7 +113,7 @@ def generate_routes(service: RolloutService) -> APIRouter:
         request: Request, request_id: Annotated[RequestId, Path()], wait_s: _WaitS = 0.0
     ) -> Response:
         """The reply of a request sent before, or 202 if it is still running after `wait_s`."""
-        return await _answer(request, request_id, wait_s)
+        return await _answer(service, request, request_id, wait_s)
 
     @router.delete("/generate/{request_id}", response_model=ForgetReply)
     async def forget(request: Request, request_id: Annotated[RequestId, Path()]) -> Response:
@@ -117,17 +121,21 @@ def generate_routes(service: RolloutService) -> APIRouter:
         state = service.ledger.forget(request_id)
         return reply(request, ForgetReply(request_id=request_id, state=state))
 
-    async def _answer(request: Request, request_id: str, wait_s: float | None) -> Response:
-        response = await while_connected(request, service.ledger.attach(request_id, wait_s))
-        if response is None:
-            return reply(request, RunningReply(request_id=request_id), status=202)
-        result = reply(request, response)
-        # The version serving now, and not when the reply was made: by this a client notices a
-        # server that missed an update.
-        result.headers[VERSION_HEADER] = str(service.versions.current.number)
-        return result
-
     return router
+
+
+async def _answer(
+    service: RolloutService, request: Request, request_id: str, wait_s: float | None
+) -> Response:
+    """The reply of a run; 202 if it is still running after `wait_s` (None: no limit)."""
+    response = await while_connected(request, service.ledger.attach(request_id, wait_s))
+    if response is None:
+        return reply(request, RunningReply(request_id=request_id), status=202)
+    result = reply(request, response)
+    # The version serving now, and not when the reply was made: by this a client notices a server
+    # that missed an update.
+    result.headers[VERSION_HEADER] = str(service.versions.current.number)
+    return result
 
 
 def _remaining_s(request: Request) -> float | None:

@@ -35,8 +35,6 @@ from services.rollout.settings import RolloutSettings
 from services.rollout.weights.checkpoint import read_tensors
 from services.rollout.wire.schemas import PauseMode, Sampling, SleepLevel, SleepMode
 
-_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-
 
 def _processors(sampling: Sampling) -> LogitsProcessorList:
     """Transformers' own processors in vLLM's order: penalties, temperature, min-p, top-k, top-p."""
@@ -95,15 +93,15 @@ class HfEngine:
         self._unpaused.set()
         self._stepper: asyncio.Task[None] | None = None
         self._dead: str | None = None
-        self._num_jobs = 0
-        self._num_drawn = 0
+        self.num_jobs = 0
+        """Jobs ever started; an idempotent retry must not increase it."""
+        self.num_drawn = 0
+        """Tokens ever drawn, including those of unfinished jobs."""
 
     @classmethod
     def load(cls, folder: ModelFolder, settings: RolloutSettings) -> "HfEngine":
         """Load a model folder. Weights keep the precision of `dtype`; arithmetic is float32."""
-        model = transformers.AutoModelForCausalLM.from_pretrained(
-            folder.path, dtype=_DTYPES[settings.dtype]
-        )
+        model = transformers.AutoModelForCausalLM.from_pretrained(folder.path, dtype=settings.dtype)
         model = model.float().eval()
         info = EngineInfo(
             engine="hf",
@@ -124,19 +122,9 @@ class HfEngine:
     def receiver(self) -> WeightReceiver | None:
         return None
 
-    @property
-    def num_jobs(self) -> int:
-        """Jobs ever started; an idempotent retry must not increase it."""
-        return self._num_jobs
-
-    @property
-    def num_drawn(self) -> int:
-        """Tokens ever drawn, including those of unfinished jobs."""
-        return self._num_drawn
-
     async def sample(self, job: Job, on_tokens: TokenSink | None = None) -> JobResult:
         await self.check()
-        self._num_jobs += 1
+        self.num_jobs += 1
         seed = job.sampling.seed
         # A generator for each job, so that a seeded sample does not depend on what runs beside it.
         generator = None if seed is None else torch.Generator().manual_seed(seed + job.index)
@@ -165,7 +153,7 @@ class HfEngine:
                         self._step(running)
                     except Exception as error:
                         running.done.set_exception(error)  # one bad job must not end the loop
-                    if self._num_drawn == self._faults.kill_after_tokens:
+                    if self.num_drawn == self._faults.kill_after_tokens:
                         self._die("it was killed by its fault plan")
             # Also at 0 seconds: a step blocks the event loop, so others get their turn here.
             await asyncio.sleep(self._faults.step_s)
@@ -185,11 +173,11 @@ class HfEngine:
         else:
             generator = running.generator or self._shared_generator
             token = int(torch.multinomial(log_probs.exp(), 1, generator=generator))
-        self._num_drawn += 1
+        self.num_drawn += 1
         logprob = float(log_probs[0, token])
         running.token_ids.append(token)
         running.logprobs.append(
-            math.nan if self._num_drawn == self._faults.nan_at_token else logprob
+            math.nan if self.num_drawn == self._faults.nan_at_token else logprob
         )
         if running.on_tokens is not None:
             running.on_tokens(running.token_ids[-1:], running.logprobs[-1:])

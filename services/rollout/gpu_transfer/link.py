@@ -9,14 +9,13 @@ import contextlib
 from collections.abc import AsyncIterator
 
 from services.rollout.engines.protocol import Engine, TransferError, WeightReceiver
+from services.rollout.weights.checkpoint import DTYPES
 from services.rollout.weights.uploads import Uploads
 from services.rollout.wire.schemas import UploadStatus
 from services.rollout.wire.transfer import LinkStatus, NcclLink, OpenRequest, ReceiveRequest
 
 _GRACE_S = 30.0
 """Added to the link's limit, which the workers keep: the time of the call to them and back."""
-
-_ELEMENT_BYTES = {"BF16": 2, "F16": 2, "F32": 4, "F64": 8, "I32": 4, "I64": 8}
 
 
 class WeightTransfer:
@@ -60,7 +59,8 @@ class WeightTransfer:
                 message = "Tensors come with a handle over ipc, and without one over nccl."
                 raise TransferError("wrong_handles", message)
             # Checked before the workers take part: nothing limits what they write.
-            path = self._uploads.reserve(request.name, _num_bytes(request))
+            sizes = (DTYPES[sent.dtype].itemsize * sent.num_elements for sent in request.tensors)
+            path = self._uploads.reserve(request.name, sum(sizes))
             async with self._closed_by_errors(link):
                 await self._receiver(link).receive(request, path)
         return UploadStatus(name=request.name, num_bytes=self._uploads.size(request.name))
@@ -104,7 +104,3 @@ class WeightTransfer:
             # The receiver has left its group already.
             self._link = None
             raise
-
-
-def _num_bytes(request: ReceiveRequest) -> int:
-    return sum(_ELEMENT_BYTES.get(t.dtype, 1) * t.num_elements for t in request.tensors)

@@ -25,7 +25,7 @@ import torch
 from safetensors.torch import save_file
 
 from services.rollout.engines.protocol import TransferError
-from services.rollout.weights.checkpoint import DTYPE_CODES
+from services.rollout.weights.checkpoint import DTYPES
 from services.rollout.wire.schemas import LinkBackend
 from services.rollout.wire.transfer import (
     OpenRequest,
@@ -38,8 +38,6 @@ from services.rollout.wire.transfer import (
 )
 
 logger = logging.getLogger(__name__)
-
-DTYPES = {code: dtype for dtype, code in DTYPE_CODES.items()}
 
 Outcome = tuple[str, str] | None
 """(code, message) of a TransferError, in a form that vLLM's RPC carries; None: success."""

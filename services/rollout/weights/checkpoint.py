@@ -23,6 +23,7 @@ DTYPE_CODES: dict[torch.dtype, DtypeCode] = {
     torch.float8_e4m3fn: "F8_E4M3",
     torch.float8_e5m2: "F8_E5M2",
 }
+DTYPES = {code: dtype for dtype, code in DTYPE_CODES.items()}
 
 
 class BadCheckpointError(ValueError):

@@ -26,13 +26,9 @@ class VersionLog:
     """
 
     def __init__(self, current: Version) -> None:
-        self._current = current
+        self.current = current
         # job -> (version, number of tokens drawn when it was replaced), oldest first
         self._running: dict[str, list[tuple[Version, int]]] = {}
-
-    @property
-    def current(self) -> Version:
-        return self._current
 
     @property
     def num_running(self) -> int:
@@ -51,14 +47,14 @@ class VersionLog:
         """
         for job_id, replaced in self._running.items():
             count = num_tokens(job_id)
-            replaced.append((self._current, _ALL if count is None else count))
-        self._current = new
+            replaced.append((self.current, _ALL if count is None else count))
+        self.current = new
 
     def end(self, job_id: str, total: int) -> list[Span]:
         """Stop following a job of `total` tokens and return its spans, which cover [0, total)."""
         spans = []
         start = 0
-        for version, count in [*self._running.pop(job_id), (self._current, _ALL)]:
+        for version, count in [*self._running.pop(job_id), (self.current, _ALL)]:
             # A failed job has a total of 0, below the counts taken while it was running.
             stop = min(count, total)
             # A version that drew none of this job's tokens gets no span.
