@@ -33,10 +33,10 @@ from openrlhf_alp.learner.flags.tool import ToolConfig
 from openrlhf_alp.learner.rollout_engine import RolloutEngine
 from openrlhf_alp.rewards.protocol import RewardResult
 from services.rollout.api.app import create_app as create_rollout_app
-from services.rollout.engines.faults import FaultPlan
 from services.rollout.engines.hf_engine import HfEngine
-from services.rollout.service import build_service, read_model_folder
-from services.rollout.settings import RolloutSettings
+from services.rollout.model_folder import read_model_folder
+from services.rollout.service import build_service
+from services.rollout.settings import FaultPlan, RolloutSettings
 from services.tool.api.app import create_app as create_tool_app
 from services.tool.service import ToolService
 from services.tool.settings import ToolSettings
@@ -122,14 +122,7 @@ async def rollout_apps(tiny_policy: Path, tmp_path: Path) -> AsyncIterator[dict[
     model = read_model_folder(settings)
     services = []
     for name, faults in (("one", FaultPlan(kill_after_tokens=KILLED_AT)), ("two", FaultPlan())):
-        engine = HfEngine.load(
-            model.path,
-            model.tokenizer,
-            dtype="float32",
-            max_model_len=None,
-            eos_token_ids=model.eos_token_ids,
-            faults=faults,
-        )
+        engine = HfEngine.load(model, settings.model_copy(update={"faults": faults}))
         folder = tmp_path / name
         folder.mkdir()
         services.append(build_service(engine, model, settings, folder))

@@ -1,7 +1,8 @@
 """vLLM's own OpenAI routes beside ours, behind the same key.
 
 They are vLLM's routers on vLLM's serving classes, so any OpenAI client works. Their replies carry
-no version and no idempotency; training uses /v1/generate. vLLM's control routes are not reachable.
+no version and their requests are not idempotent, so training uses /v1/generate. vLLM's control
+routes are not reachable.
 """
 
 from pathlib import Path
@@ -42,5 +43,6 @@ async def add_openai_routes(
     inner.state.args = args
     await init_app_state(llm, inner.state, args, supported_tasks=("generate",))
     guarded = KeyedApp(inner, *keys)
+    # Listed paths only: mounting the inner app would shadow ours and open vLLM's other routes.
     for path in PATHS:
         app.router.routes.append(Route(path, guarded))
