@@ -64,7 +64,7 @@ class ServiceSettings(BaseSettings):
     """Level of the JSON log on stderr."""
 
     def resolve_key(self, configured: SecretStr | None, field: str) -> str:
-        """The key of `field`, for example "api_key"; one is generated and printed if none is given.
+        """The key of `field`, for example "api_key", or a generated one, for the caller to print.
 
         Raises:
             ConfigError: no key with a bind that other machines can reach, or a key of fewer than 8
@@ -78,9 +78,7 @@ class ServiceSettings(BaseSettings):
                     f"Refusing to bind {self.host}: other machines can reach it and no key is "
                     f"configured. Fix: set {source}, or bind --host 127.0.0.1."
                 )
-            key = secrets.token_urlsafe(32)
-            print(f"generated {field.replace('_', ' ')}: {key}", flush=True)
-            return key
+            return secrets.token_urlsafe(32)
         key = configured.get_secret_value()
         # Anything else could not be sent in an HTTP header.
         if len(key) < _MIN_KEY_CHARS or not (key.isascii() and key.isprintable()):

@@ -44,7 +44,10 @@ async def _serve(settings: ToolSettings) -> None:
 def _key(settings: ToolSettings) -> str | None:
     """The bearer key, or None for an open loopback service."""
     if not settings.open_loopback:
-        return settings.resolve_key(settings.api_key, "api_key")
+        key = settings.resolve_key(settings.api_key, "api_key")
+        if settings.api_key is None:
+            print(f"api key: {key}", flush=True)
+        return key
     if not is_loopback(settings.host):
         raise ConfigError(
             "--open-loopback needs a loopback --host. "
