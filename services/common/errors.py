@@ -41,18 +41,10 @@ class ClientGone(Exception):
 
 
 class ApiError(HTTPException):
-    """An error that the caller can act on; routes raise it, the core does not.
+    """An error that the caller can act on, in the terms of HTTP; routes raise it, cores do not.
 
     A subclass of Starlette's HTTPException so that it passes through FastAPI's body parsing
     unchanged instead of turning into a generic 400.
-
-    Args:
-        status: HTTP status, 4xx or 5xx.
-        code: stable machine-readable name, snake_case.
-        message: the cause, one sentence.
-        fix: what the caller should do, one sentence.
-        field: dotted name of the wrong request field, or None.
-        headers: extra response headers, for example Retry-After.
     """
 
     def __init__(

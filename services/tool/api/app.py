@@ -121,6 +121,7 @@ def create_app(service: ToolService, settings: ToolSettings, *, api_key: str | N
     level = {"X-Sandbox-Level": service.isolation.level}
     install_middleware(app, max_body_bytes=settings.max_body_bytes, headers=level)
     guarded = [] if api_key is None else [Depends(KeyGuard(api_key))]
+    # Probes stay open: an orchestrator has no key.
     for router in (_execution_routes(service), session_routes(service), fusion_routes(service)):
         app.include_router(router, dependencies=guarded, responses=_ERRORS)
     app.include_router(_probe_routes(service))

@@ -179,7 +179,8 @@ def to_fusion(result: ExecuteResult) -> RunCodeResponse:
     timed_out = result.status in ("timeout", "cpu_limit")
     stderr = result.stderr
     if result.message:
-        stderr = f"{stderr}{_break_after(stderr)}sandbox: {result.message}\n"
+        line_break = "" if not stderr or stderr.endswith("\n") else "\n"
+        stderr = f"{stderr}{line_break}sandbox: {result.message}\n"
     run = CommandRunResult(
         status="TimeLimitExceeded" if timed_out else "Finished",
         execution_time=result.usage.wall_ms / 1e3,
@@ -191,18 +192,16 @@ def to_fusion(result: ExecuteResult) -> RunCodeResponse:
     return RunCodeResponse(status=status, message="", run_result=run, files=result.files)
 
 
-def _break_after(text: str) -> str:
-    return "" if not text or text.endswith("\n") else "\n"
-
-
 def _return_code(result: ExecuteResult) -> int:
     if result.exit_code is not None:
         return result.exit_code
+    # As subprocess reports it: minus the number of the signal.
     name = result.signal or "SIGKILL"
     return -int(getattr(signal, name, signal.SIGKILL))
 
 
 def _checked_path(path: str) -> str:
+    # SandboxFusion also takes these absolute folders; only what follows them is a path to check.
     for anchor in _ANCHORS:
         if path.startswith(anchor):
             return anchor + _PATH.validate_python(path.removeprefix(anchor))
@@ -231,6 +230,7 @@ async def _run_cells(body: RunJupyterRequest, service: ToolService) -> RunJupyte
             await session.sandbox.write_file(path, base64.b64decode(content))
         for code in body.cells:
             left_s = body.total_timeout - (time.perf_counter() - started)
+            # A cell that starts after the total has passed gets a timeout that ends it at once.
             wall_s = min(left_s, body.cell_timeout or left_s, service.settings.max_timeout_s)
             request = CellRequest(code=code, timeout_s=max(wall_s, 0.001))
             last = await service.sessions.run_cell(session.session_id, request)
