@@ -15,9 +15,9 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 
 from services.tool.rules import ExecutionRules, utf8
-from services.tool.sandbox.host.handles import SlotFailedError, ZygoteLostError
 from services.tool.sandbox.host.pool import Sandbox
 from services.tool.sandbox.host.session import SandboxSession, SessionLostError
+from services.tool.sandbox.host.slots import SlotFailedError, ZygoteLostError
 from services.tool.wire.schemas import (
     CellRequest,
     CellResult,

@@ -9,8 +9,7 @@ from pydantic_settings import SettingsConfigDict
 from services.common.settings import ServiceSettings
 from services.common.wire import TOOL_VARIABLES
 from services.tool.sandbox.host.pool import SandboxConfig
-from services.tool.sandbox.inside.preload import PRESETS
-from services.tool.sandbox.plan import Level
+from services.tool.sandbox.plan import PRESETS, Level
 
 
 class ToolSettings(ServiceSettings):
