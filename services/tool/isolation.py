@@ -14,8 +14,8 @@ from pathlib import Path
 
 from services.tool.canaries import canaries
 from services.tool.sandbox.host.execution import Job, Limits
-from services.tool.sandbox.host.pool import Sandbox, SandboxConfig, read_paths
-from services.tool.sandbox.plan import STRENGTH, Level
+from services.tool.sandbox.host.pool import Sandbox, read_paths
+from services.tool.sandbox.plan import STRENGTH, Level, SandboxConfig
 from services.tool.settings import ToolSettings
 from services.tool.wire.schemas import IsolationReport, LayerReport
 

@@ -8,8 +8,7 @@ from pydantic_settings import SettingsConfigDict
 
 from services.common.settings import ServiceSettings
 from services.common.wire import TOOL_VARIABLES
-from services.tool.sandbox.host.pool import SandboxConfig
-from services.tool.sandbox.plan import PRESETS, Level
+from services.tool.sandbox.plan import PRESETS, Level, SandboxConfig
 
 
 class ToolSettings(ServiceSettings):
