@@ -163,22 +163,16 @@ def install_error_handlers(app: FastAPI, table: ErrorTable) -> None:
         table: what a caller sees of the exceptions of the service's core.
     """
 
-    async def answer(_: Request, error: Exception) -> JSONResponse:
+    async def answer(request: Request, error: Exception) -> JSONResponse:
+        if isinstance(error, RequestValidationError):
+            return error_response(_of_validation_error(request, error))
+        if isinstance(error, HTTPException) and not isinstance(error, ApiError):
+            return error_response(_of_http_error(error))
         return error_response(to_api_error(error, table))
 
-    async def answer_validation_error(request: Request, error: Exception) -> JSONResponse:
-        assert isinstance(error, RequestValidationError)
-        return error_response(_of_validation_error(request, error))
-
-    async def answer_http_error(_: Request, error: Exception) -> JSONResponse:
-        assert isinstance(error, HTTPException)
-        return error_response(_of_http_error(error))
-
-    answered: list[type[Exception]] = [ApiError, *_SHARED, *table]
+    answered: list[type[Exception]] = [RequestValidationError, HTTPException, *_SHARED, *table]
     for kind in answered:
         app.add_exception_handler(kind, answer)
-    app.add_exception_handler(RequestValidationError, answer_validation_error)
-    app.add_exception_handler(HTTPException, answer_http_error)
 
 
 def field_name(location: Sequence[str | int]) -> str:

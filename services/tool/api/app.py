@@ -149,7 +149,7 @@ def _execution_routes(service: ToolService) -> APIRouter:
 
     @router.get("/isolation")
     async def isolation() -> IsolationReport:
-        """What stands between a program and the machine, as tried out at start."""
+        """Which layers isolate a program, as tested at start."""
         return service.isolation
 
     @router.get("/tools")

@@ -51,8 +51,15 @@ _BUSY = ErrorSpec(
 _RESPONSES: dict[int | str, dict[str, Any]] = {504: {"description": "no slot became free: retry"}}
 
 
-class RunCodeRequest(BaseModel):
-    """SandboxFusion's request; fields that it does not know are ignored, as there."""
+class _Request(BaseModel):
+    """Fields of both requests; fields that SandboxFusion does not know are ignored, as there."""
+
+    files: dict[str, str | None] = {}
+    fetch_files: list[str] = []
+
+
+class RunCodeRequest(_Request):
+    """One program."""
 
     compile_timeout: float = 10
     run_timeout: float = Field(default=10, gt=0)
@@ -60,8 +67,16 @@ class RunCodeRequest(BaseModel):
     code: str = Field(examples=['print("hello")'])
     stdin: str | None = None
     language: Language = Field(examples=["python"])
-    files: dict[str, str | None] = {}
-    fetch_files: list[str] = []
+
+
+class RunJupyterRequest(_Request):
+    """Cells that share one fresh interpreter."""
+
+    cells: list[str] = Field(examples=[["x = 1", "print(x)"]])
+    cell_timeout: float = 0
+    """Seconds per cell; 0 leaves only the total."""
+    total_timeout: float = Field(default=45, gt=0)
+    kernel: Literal["python3"] = "python3"
 
 
 class CommandRunResult(BaseModel):
@@ -74,29 +89,6 @@ class CommandRunResult(BaseModel):
     stderr: str = ""
 
 
-class RunCodeResponse(BaseModel):
-    """SandboxFusion's answer."""
-
-    status: Literal["Success", "Failed", "SandboxError"]
-    message: str
-    compile_result: CommandRunResult | None = None
-    run_result: CommandRunResult | None = None
-    executor_pod_name: str | None = None
-    files: dict[str, str] = {}
-
-
-class RunJupyterRequest(BaseModel):
-    """Cells that share one fresh interpreter."""
-
-    cells: list[str] = Field(examples=[["x = 1", "print(x)"]])
-    cell_timeout: float = 0
-    """Seconds per cell; 0 leaves only the total."""
-    total_timeout: float = Field(default=45, gt=0)
-    kernel: Literal["python3"] = "python3"
-    files: dict[str, str | None] = {}
-    fetch_files: list[str] = []
-
-
 class CellRunResult(BaseModel):
     """What one cell printed, displayed and raised."""
 
@@ -106,15 +98,27 @@ class CellRunResult(BaseModel):
     error: list[dict[str, Any]]
 
 
-class RunJupyterResponse(BaseModel):
-    """Answers of the cells that ran."""
+class _Response(BaseModel):
+    """Fields of both answers."""
 
     status: Literal["Success", "Failed", "SandboxError"]
     message: str
-    driver: CommandRunResult | None = None
-    cells: list[CellRunResult] = []
     executor_pod_name: str | None = None
     files: dict[str, str] = {}
+
+
+class RunCodeResponse(_Response):
+    """What one program did."""
+
+    compile_result: CommandRunResult | None = None
+    run_result: CommandRunResult | None = None
+
+
+class RunJupyterResponse(_Response):
+    """Answers of the cells that ran."""
+
+    driver: CommandRunResult | None = None
+    cells: list[CellRunResult] = []
 
 
 def fusion_routes(service: ToolService) -> APIRouter:
