@@ -110,8 +110,10 @@ def serve_paced(url_file: Path, pace_s: float, max_pending: int) -> None:
     from services.common.logging import configure_logging
     from services.common.serve import bind_socket, run, serve
     from services.rollout.api.app import create_app
+    from services.rollout.gpu_transfer.link import WeightTransfer
     from services.rollout.service import RolloutService
     from services.rollout.settings import RolloutSettings
+    from services.rollout.weights.serving import SleepSwitch
     from services.rollout.weights.staging import ServedModel, Staging
     from services.rollout.weights.store import WeightStore
     from services.rollout.weights.uploads import Uploads
@@ -121,14 +123,18 @@ def serve_paced(url_file: Path, pace_s: float, max_pending: int) -> None:
     versions = VersionLog(Version(number=0, digest="0" * 64))
     model = ServedModel(tensors={}, dtype_code="BF16", head_is_tied=False)
     staging = Staging(model, url_file.parent)
+    weights = WeightStore(engine, versions, model, staging)
+    uploads = Uploads(staging.uploads_dir, 0)
     contract: Any = None
     service = RolloutService(
         engine=engine,
         versions=versions,
-        weights=WeightStore(engine, versions, model, staging),
+        weights=weights,
+        sleep_switch=SleepSwitch(engine, weights.state, weights.serving_plan),
         generator=Generator(engine, versions, "0" * 64),
         ledger=Ledger(ledger_limits(max_pending)),
-        uploads=Uploads(staging.uploads_dir, 0),
+        uploads=uploads,
+        transfer=WeightTransfer(engine, uploads),
         static_contract=contract,
     )
     app = create_app(RolloutSettings(model=Path("none")), service, api_key=KEY, admin_key=KEY)

@@ -4,12 +4,17 @@
                "request_id": "..."}}
 
 `code` is stable and for programs, `message` says the cause, `fix` says what to do, `field` names
-the part of the request that is wrong (dots for nesting), or is null when no field is to blame. Of
-several wrong fields it is the first; `fix` names all.
+the part of the request that is wrong (dots for nesting), or is null when no field is to blame. If
+several fields are wrong, `field` is the first and `fix` names all of them.
+
+The core of a service raises exceptions of its own. One table per service, its `errors.py`, says
+what a caller sees of each: `install_error_handlers(app, table)`.
 """
 
 import logging
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from fastapi import FastAPI
@@ -19,7 +24,7 @@ from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 
-from services.common.context import current_request_id
+from services.common.logging import current_request_id
 
 logger = logging.getLogger(__name__)
 
@@ -31,19 +36,15 @@ class ConfigError(ValueError):
     """The service cannot start as configured; the message says cause and fix. Exit code 2."""
 
 
+class ClientGone(Exception):
+    """The caller closed the connection before the reply."""
+
+
 class ApiError(HTTPException):
-    """An error that the caller can act on.
+    """An error that the caller can act on, in the terms of HTTP; routes raise it, cores do not.
 
     A subclass of Starlette's HTTPException so that it passes through FastAPI's body parsing
     unchanged instead of turning into a generic 400.
-
-    Args:
-        status: HTTP status, 4xx or 503/504.
-        code: stable machine-readable name, snake_case.
-        message: the cause, one sentence.
-        fix: what the caller should do, one sentence.
-        field: dotted name of the wrong request field, or None.
-        headers: extra response headers, for example Retry-After.
     """
 
     def __init__(
@@ -66,6 +67,43 @@ class ApiError(HTTPException):
         return f"{self.code}: {self.message} Fix: {self.fix}"
 
 
+@dataclass(frozen=True, slots=True)
+class ErrorSpec:
+    """What a caller sees of one class of the core's exceptions.
+
+    All texts may use `{error}`, the message of the exception, and `{error.name}`, an attribute.
+    """
+
+    status: int
+    code: str
+    fix: str
+    message: str = "{error}."
+    field: str | None = None
+    retry_after_s: str | None = None
+    """Seconds for the Retry-After header, rounded up to at least 1."""
+
+    def fill(self, error: Exception) -> ApiError:
+        """The answer to `error`."""
+        after = "" if self.retry_after_s is None else self.retry_after_s.format(error=error)
+        return ApiError(
+            self.status,
+            self.code.format(error=error),
+            self.message.format(error=error),
+            fix=self.fix.format(error=error),
+            field=None if self.field is None else self.field.format(error=error),
+            headers={"Retry-After": str(max(1, math.ceil(float(after))))} if after else None,
+        )
+
+
+ErrorTable = Mapping[type[Exception], ErrorSpec | Callable[[Any], ErrorSpec]]
+"""Exception class to its answer. Where one class has several, a function of the error chooses."""
+
+_SHARED: ErrorTable = {
+    # nginx's status for a client that closed the connection; nobody reads it but the log.
+    ClientGone: ErrorSpec(499, "client_closed", message="The client hung up.", fix="None."),
+}
+
+
 class ErrorDetail(BaseModel):
     """What went wrong with a request."""
 
@@ -82,21 +120,59 @@ class ErrorBody(BaseModel):
     error: ErrorDetail
 
 
-def error_response(
-    status: int,
-    code: str,
-    message: str,
-    *,
-    fix: str,
-    field: str | None = None,
-    headers: Mapping[str, str] | None = None,
-) -> JSONResponse:
+def to_api_error(error: Exception, table: ErrorTable) -> ApiError:
+    """What the caller sees of `error`: itself, its entry in `table`, or an internal error."""
+    if isinstance(error, ApiError):
+        return error
+    entries = {**_SHARED, **table}
+    for kind in type(error).__mro__:  # the entry of the nearest base class, as Starlette chooses
+        entry = entries.get(kind)
+        if entry is not None:
+            spec = entry if isinstance(entry, ErrorSpec) else entry(error)
+            return spec.fill(error)
+    return internal_error()
+
+
+def internal_error() -> ApiError:
+    """The reply to a bug of ours; the traceback stays in the log under the same request id."""
+    return ApiError(
+        500,
+        "internal_error",
+        "The service failed while handling this request.",
+        fix="Report the request_id to the operator; the log has the details.",
+    )
+
+
+def error_response(error: ApiError) -> JSONResponse:
     """Build the one error shape, with the id of the current request in it."""
     detail = ErrorDetail(
-        code=code, message=message, fix=fix, field=field, request_id=current_request_id()
+        code=error.code,
+        message=error.message,
+        fix=error.fix,
+        field=error.field,
+        request_id=current_request_id(),
     )
     body = ErrorBody(error=detail).model_dump()
-    return JSONResponse(body, status_code=status, headers=dict(headers or {}))
+    return JSONResponse(body, status_code=error.status_code, headers=error.headers)
+
+
+def install_error_handlers(app: FastAPI, table: ErrorTable) -> None:
+    """Make every error of `app` leave in the one shape of this module.
+
+    Args:
+        table: what a caller sees of the exceptions of the service's core.
+    """
+
+    async def answer(request: Request, error: Exception) -> JSONResponse:
+        if isinstance(error, RequestValidationError):
+            return error_response(_of_validation_error(request, error))
+        if isinstance(error, HTTPException) and not isinstance(error, ApiError):
+            return error_response(_of_http_error(error))
+        return error_response(to_api_error(error, table))
+
+    answered: list[type[Exception]] = [RequestValidationError, HTTPException, *_SHARED, *table]
+    for kind in answered:
+        app.add_exception_handler(kind, answer)
 
 
 def field_name(location: Sequence[str | int]) -> str:
@@ -107,24 +183,12 @@ def field_name(location: Sequence[str | int]) -> str:
     return ".".join(parts) or "body"
 
 
-async def _on_api_error(_: Request, error: Exception) -> JSONResponse:
-    assert isinstance(error, ApiError)
-    return error_response(
-        error.status_code,
-        error.code,
-        error.message,
-        fix=error.fix,
-        field=error.field,
-        headers=error.headers,
-    )
-
-
-async def _on_validation_error(request: Request, error: Exception) -> JSONResponse:
-    assert isinstance(error, RequestValidationError)
+def _of_validation_error(request: Request, error: RequestValidationError) -> ApiError:
     problems: Sequence[Any] = error.errors()
     given = request.headers.get("content-type", "")
+    # Without a JSON type FastAPI hands the raw bytes to the model, which complains about those.
     if isinstance(error.body, bytes) and "json" not in given and "msgpack" not in given:
-        return error_response(
+        return ApiError(
             422,
             "wrong_content_type",
             f"The body came as {given or 'no Content-Type'}, which is not read.",
@@ -132,7 +196,7 @@ async def _on_validation_error(request: Request, error: Exception) -> JSONRespon
             field="Content-Type",
         )
     if problems[0]["type"] == "json_invalid":
-        return error_response(
+        return ApiError(
             422,
             "invalid_json",
             f"The body is not JSON: {problems[0]['ctx']['error']} at character "
@@ -142,7 +206,7 @@ async def _on_validation_error(request: Request, error: Exception) -> JSONRespon
         )
     fields = [field_name(problem["loc"]) for problem in problems]
     causes = [f"{name}: {p['msg']}" for name, p in zip(fields, problems, strict=True)]
-    return error_response(
+    return ApiError(
         422,
         "invalid_request",
         f"The request does not match the schema: {_listed(causes, '; ')}.",
@@ -164,10 +228,9 @@ _HTTP_FIXES = {
 }
 
 
-async def _on_http_error(_: Request, error: Exception) -> JSONResponse:
-    assert isinstance(error, HTTPException)
+def _of_http_error(error: HTTPException) -> ApiError:
     code, fix = _HTTP_FIXES.get(error.status_code, ("http_error", "See /openapi.json."))
-    return error_response(
+    return ApiError(
         error.status_code,
         code,
         str(error.detail),
@@ -175,20 +238,3 @@ async def _on_http_error(_: Request, error: Exception) -> JSONResponse:
         field="body" if error.status_code == 400 else None,
         headers=error.headers,
     )
-
-
-def internal_error_response() -> JSONResponse:
-    """The reply to a bug of ours; the traceback stays in the log under the same request id."""
-    return error_response(
-        500,
-        "internal_error",
-        "The service failed while handling this request.",
-        fix="Report the request_id to the operator; the log has the details.",
-    )
-
-
-def install_error_handlers(app: FastAPI) -> None:
-    """Make every error of `app` leave in the one shape of this module."""
-    app.add_exception_handler(ApiError, _on_api_error)
-    app.add_exception_handler(RequestValidationError, _on_validation_error)
-    app.add_exception_handler(HTTPException, _on_http_error)

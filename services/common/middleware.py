@@ -6,18 +6,15 @@ request and hides client disconnects from the handler.
 
 import logging
 import time
+from collections.abc import Mapping
+from types import MappingProxyType
 
 from fastapi import FastAPI
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from services.common.context import (
-    REQUEST_ID_HEADER,
-    TRACEPARENT_HEADER,
-    current_traceparent,
-    enter_request,
-)
-from services.common.errors import ApiError, error_response, internal_error_response
+from services.common.errors import ApiError, error_response, internal_error
+from services.common.logging import enter_request
 
 logger = logging.getLogger(__name__)
 
@@ -27,19 +24,15 @@ _PROBES = frozenset({"/livez", "/readyz", "/metrics"})
 class RequestContext:
     """Give each request an id, echo it and the trace, log one line, answer 500 to a bug of ours."""
 
-    def __init__(self, app: ASGIApp) -> None:
+    def __init__(self, app: ASGIApp, *, headers: Mapping[str, str]) -> None:
         self._app = app
+        self._headers = headers
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        headers = Headers(scope=scope)
-        request_id = enter_request(headers.get(REQUEST_ID_HEADER), headers.get(TRACEPARENT_HEADER))
-        echoed = [(REQUEST_ID_HEADER.encode(), request_id.encode())]
-        traceparent = current_traceparent()
-        if traceparent is not None:
-            echoed.append((TRACEPARENT_HEADER.encode(), traceparent.encode()))
+        echoed = Headers({**enter_request(Headers(scope=scope)), **self._headers}).raw
         started_s = time.perf_counter()
         status = 0
 
@@ -54,8 +47,10 @@ class RequestContext:
             await self._app(scope, receive, send_with_id)
         except Exception:
             logger.exception("request failed", extra={"path": scope["path"]})
+            # A reply that has begun cannot become a 500 any more; the client sees it cut short.
             if status == 0:
-                await internal_error_response()(scope, receive, send_with_id)
+                await error_response(internal_error())(scope, receive, send_with_id)
+        # Probes come every few seconds and would fill the log.
         level = logging.DEBUG if scope["path"] in _PROBES else logging.INFO
         if logger.isEnabledFor(level):
             fields = {
@@ -68,7 +63,7 @@ class RequestContext:
 
 
 class BodyLimit:
-    """Refuse a body above `max_bytes` with 413, whether or not Content-Length told the truth.
+    """Refuse a body above `max_bytes` with 413, whether or not Content-Length is right.
 
     Paths that start with a prefix in `exempt` stream bodies of any length and guard themselves.
     """
@@ -82,13 +77,10 @@ class BodyLimit:
         if scope["type"] != "http" or (self._exempt and scope["path"].startswith(self._exempt)):
             await self._app(scope, receive, send)
             return
+        # A declared length is refused before a byte is read; a chunked body has none to check.
         declared = Headers(scope=scope).get("content-length", "")
         if declared.isdigit() and int(declared) > self._max_bytes:
-            error = self._too_large()
-            response = error_response(
-                error.status_code, error.code, error.message, fix=error.fix, field=error.field
-            )
-            await response(scope, receive, send)
+            await error_response(self._too_large())(scope, receive, send)
             return
         seen_bytes = 0
 
@@ -114,8 +106,13 @@ class BodyLimit:
 
 
 def install_middleware(
-    app: FastAPI, *, max_body_bytes: int, body_limit_exempt: tuple[str, ...] = ()
+    app: FastAPI,
+    *,
+    max_body_bytes: int,
+    body_limit_exempt: tuple[str, ...] = (),
+    headers: Mapping[str, str] = MappingProxyType({}),
 ) -> None:
-    """Wrap `app` in both layers; the request context is the outer one."""
+    """Wrap `app` in both layers; every reply carries `headers`."""
+    # The layer added last is the outer one, so a refused body has a request id and a log line too.
     app.add_middleware(BodyLimit, max_bytes=max_body_bytes, exempt=body_limit_exempt)
-    app.add_middleware(RequestContext)
+    app.add_middleware(RequestContext, headers=headers)

@@ -1,8 +1,9 @@
-"""JSON and msgpack for the same pydantic models; float32 survives both bit for bit.
+"""What clients and services agree on: JSON and msgpack of the pydantic models, names of variables.
 
-JSON carries a float32 as the decimal of the equal float64, which parses back to the same float32.
-msgpack carries a list of numbers as one little-endian block: extension 1 holds float32, extension 2
-int32. Ordinary msgpack arrays are accepted too. Clients import this: no web framework.
+float32 survives both formats bit for bit. JSON carries it as the decimal of the equal float64,
+which parses back to the same float32. msgpack carries a list of numbers as one little-endian block:
+extension 1 holds float32, extension 2 int32. Ordinary msgpack arrays are accepted too. Clients
+import this module, so it needs no web framework.
 """
 
 import array
@@ -12,6 +13,16 @@ from typing import Any
 import msgpack
 import orjson
 from pydantic import BaseModel
+
+ROLLOUT_VARIABLES = "OPENRLHF_ALP_ROLLOUT_"
+TOOL_VARIABLES = "OPENRLHF_ALP_TOOL_"
+"""Prefixes of the environment variables that set a service's settings."""
+
+# Services and learner read their keys from the same variables, so one export serves both sides.
+# The learner takes keys from there only: a command line is readable by every user of the machine.
+API_KEY_VARIABLE = ROLLOUT_VARIABLES + "API_KEY"
+ADMIN_KEY_VARIABLE = ROLLOUT_VARIABLES + "ADMIN_KEY"
+TOOL_KEY_VARIABLE = TOOL_VARIABLES + "API_KEY"
 
 JSON_TYPE = "application/json"
 MSGPACK_TYPE = "application/msgpack"
@@ -38,7 +49,7 @@ def _unpack_array(code: int, data: bytes) -> object:
     if typecode is None:
         raise ValueError(f"unknown msgpack extension {code}")
     block = array.array(typecode)
-    block.frombytes(data)
+    block.frombytes(data)  # ValueError when it is no whole number of items
     if _BIG_ENDIAN:
         block.byteswap()
     return block.tolist()
@@ -54,6 +65,7 @@ def _compact(value: Any) -> Any:
                 value[key] = _pack_array(_INT32_CODE, item)
             elif isinstance(item, dict | list):
                 _compact(item)
+    # Lists are homogeneous, so the first item tells whether there is anything to descend into.
     elif isinstance(value, list) and value and isinstance(value[0], dict):
         for item in value:
             _compact(item)
@@ -77,6 +89,7 @@ def decode(body: bytes, media_type: str) -> Any:
     if media_type == MSGPACK_TYPE:
         try:
             return msgpack.unpackb(body, ext_hook=_unpack_array, strict_map_key=True)
+        # RecursionError: nesting depth is the sender's choice.
         except (msgpack.UnpackException, ValueError, TypeError, RecursionError) as error:
             raise ValueError(f"not valid msgpack: {error or type(error).__name__}") from error
     return orjson.loads(body)

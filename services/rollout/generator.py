@@ -1,4 +1,4 @@
-"""One request in, n stamped samples out."""
+"""One request in, n samples out, each stamped with the weight versions that drew it."""
 
 import asyncio
 import itertools
@@ -7,9 +7,9 @@ import time
 from collections.abc import Callable
 from functools import partial
 
-from services.common.errors import ApiError
 from services.rollout import metrics
 from services.rollout.engines.protocol import BadJobError, Engine, EngineDeadError, EngineInfo, Job
+from services.rollout.errors import RolloutError
 from services.rollout.weights.versions import VersionLog
 from services.rollout.wire.schemas import (
     MIN_SAMPLED_TEMPERATURE,
@@ -23,59 +23,48 @@ SampleSink = Callable[[int, list[int], list[float]], None]
 """Receives (sample index, new token ids, their log-probs) as they are drawn."""
 
 
+class GenerateError(RolloutError):
+    """A request that this engine cannot run, or a run that failed."""
+
+
 def check_request(request: GenerateRequest, info: EngineInfo) -> None:
-    """Refuse what this engine can never do, naming the field.
+    """Refuse what this engine could never run.
 
     Raises:
-        ApiError: 422.
+        GenerateError: the code says which rule is broken, and the table which field breaks it.
     """
-    prompt_length = len(request.token_ids)
+    sampling, prompt_length = request.sampling, len(request.token_ids)
     if prompt_length >= info.max_model_len:
-        raise _unprocessable(
+        raise GenerateError(
             "prompt_too_long",
             f"The prompt has {prompt_length} tokens; the model takes {info.max_model_len} with at "
             "least one to sample.",
-            "Shorten the prompt, or start the service with a larger --max-model-len.",
-            "token_ids",
         )
     room = info.max_model_len - prompt_length
-    if request.sampling.max_tokens > room:
-        raise _unprocessable(
+    if sampling.max_tokens > room:
+        raise GenerateError(
             "max_tokens_too_large",
-            f"max_tokens is {request.sampling.max_tokens}; a prompt of {prompt_length} tokens "
-            f"leaves room for {room} in a model of {info.max_model_len}.",
-            "Ask for what fits: a sample cut short by the context would pass for a long answer.",
-            "sampling.max_tokens",
+            f"max_tokens is {sampling.max_tokens}; a prompt of {prompt_length} tokens leaves room "
+            f"for {room} in a model of {info.max_model_len}.",
         )
+    limit = f"not below the vocabulary size {info.vocab_size}."
     largest = max(request.token_ids)
     if largest >= info.vocab_size:
-        raise _unprocessable(
-            "token_out_of_range",
-            f"Token id {largest} is not below the vocabulary size {info.vocab_size}.",
-            "Tokenise with the served model's tokenizer.",
-            "token_ids",
-        )
-    sampling = request.sampling
+        message = f"Token id {largest} is {limit}"
+        raise GenerateError("token_out_of_range", message, field="token_ids")
     if any(token >= info.vocab_size for token in sampling.stop_token_ids):
-        raise _unprocessable(
-            "token_out_of_range",
-            f"A stop token id is not below the vocabulary size {info.vocab_size}.",
-            "Tokenise with the served model's tokenizer.",
-            "sampling.stop_token_ids",
-        )
+        message, field = f"A stop token id is {limit}", "sampling.stop_token_ids"
+        raise GenerateError("token_out_of_range", message, field=field)
     if 0.0 < sampling.temperature < MIN_SAMPLED_TEMPERATURE:
-        raise _unprocessable(
+        raise GenerateError(
             "temperature_too_low",
-            f"A temperature between 0 and {MIN_SAMPLED_TEMPERATURE} would be bent by the engine.",
-            f"Use 0 for greedy, or at least {MIN_SAMPLED_TEMPERATURE}.",
-            "sampling.temperature",
+            f"The engine would replace a temperature between 0 and {MIN_SAMPLED_TEMPERATURE} by "
+            "another one.",
         )
     if sampling.min_tokens > sampling.max_tokens:
-        raise _unprocessable(
+        raise GenerateError(
             "min_above_max",
             f"min_tokens {sampling.min_tokens} is above max_tokens {sampling.max_tokens}.",
-            "Lower min_tokens or raise max_tokens.",
-            "sampling.min_tokens",
         )
 
 
@@ -94,60 +83,55 @@ class Generator:
         deadline_s: float | None = None,
         on_tokens: SampleSink | None = None,
     ) -> GenerateResponse:
-        """Draw all samples of a request. Cancelling frees every slot it holds.
+        """Draw all samples of a request. Cancelling the call frees every slot that it holds.
 
         Args:
             request: what to draw.
-            deadline_s: seconds from now; the tighter of this and the request's own holds.
-            on_tokens: told of (sample index, new ids, their log-probs) as they are drawn.
+            deadline_s: seconds from now; the tighter of this and the request's own applies.
+            on_tokens: called with the tokens of each sample as they are drawn.
 
         Raises:
-            ApiError: 422 for a request the engine refuses, 503 for a dead engine, 504 when the
-                deadline passed, 500 when the engine returned a log-prob that is no number.
+            GenerateError: `refused_by_engine`, `engine_dead`, `deadline_exceeded`, or
+                `invalid_logprobs` when the engine returned a log-prob that is not a finite number.
         """
         limits_s = [limit for limit in (deadline_s, request.deadline_s) if limit is not None]
         started_s = time.perf_counter()
         outcome = "cancelled"
         try:
-            response = await self._run(request, min(limits_s, default=None), on_tokens)
+            samples = await self._within(min(limits_s, default=None), request, on_tokens)
             outcome = "ok"
-        except ApiError as error:
+        except GenerateError as error:
             outcome = error.code
             raise
         finally:
+            elapsed_s = time.perf_counter() - started_s
             metrics.REQUESTS.labels(outcome).inc()
-            metrics.GENERATE_SECONDS.observe(time.perf_counter() - started_s)
-        metrics.SAMPLED_TOKENS.inc(sum(len(sample.token_ids) for sample in response.samples))
-        return response
-
-    async def _run(
-        self, request: GenerateRequest, limit_s: float | None, on_tokens: SampleSink | None
-    ) -> GenerateResponse:
-        started_s = time.perf_counter()
-        try:
-            async with asyncio.timeout(limit_s):
-                samples = await self._draw(request, on_tokens)
-        except TimeoutError as error:
-            raise ApiError(
-                504,
-                "deadline_exceeded",
-                f"The request was not done within its deadline of {limit_s} s.",
-                fix="Allow more time, ask for fewer tokens, or add a server.",
-                field="deadline_s",
-            ) from error
+            metrics.GENERATE_SECONDS.observe(elapsed_s)
+        metrics.SAMPLED_TOKENS.inc(sum(len(sample.token_ids) for sample in samples))
         return GenerateResponse(
             request_id=request.request_id,
             samples=samples,
             contract_hash=self._contract_hash,
             version=self._versions.current.number,
-            timings=Timings(total_s=time.perf_counter() - started_s),
+            timings=Timings(total_s=elapsed_s),
         )
 
+    async def _within(
+        self, limit_s: float | None, request: GenerateRequest, on_tokens: SampleSink | None
+    ) -> list[Sample]:
+        try:
+            async with asyncio.timeout(limit_s):
+                return await self._draw(request, on_tokens)
+        except TimeoutError as error:
+            message = f"The request was not done within its deadline of {limit_s} s."
+            raise GenerateError("deadline_exceeded", message) from error
+
     async def _draw(self, request: GenerateRequest, on_tokens: SampleSink | None) -> list[Sample]:
-        """All samples side by side; the first failure cancels the others."""
-        serial = next(self._serials)  # a request id may come again, a job id may not
+        """All samples concurrently; the first failure cancels the others."""
+        # A request id is used again when a failed run is retried; a job id never is.
+        serial = next(self._serials)
         job_ids = [f"{request.request_id}:{serial}:{index}" for index in range(request.n)]
-        if request.n == 1:
+        if request.n == 1:  # the usual case, without the cost of a task
             return [await self._sample(request, job_ids[0], 0, on_tokens)]
         try:
             async with asyncio.TaskGroup() as group:
@@ -156,6 +140,7 @@ class Generator:
                     for index, job_id in enumerate(job_ids)
                 ]
         except ExceptionGroup as failures:
+            # The samples of one request fail for the same reason, so the first says enough.
             raise failures.exceptions[0] from failures
         return [task.result() for task in tasks]
 
@@ -167,7 +152,7 @@ class Generator:
             token_ids=request.token_ids,
             sampling=request.sampling,
             index=index,
-            # A number is never reused, so no request can meet a prefix cached by older weights.
+            # A version number is never reused, so no prefix cached by older weights is ever hit.
             cache_salt=str(self._versions.current.number),
         )
         self._versions.begin(job_id)
@@ -177,27 +162,20 @@ class Generator:
             result = await self._engine.sample(job, sink)
             total = len(result.token_ids)
         except BadJobError as error:
-            raise _unprocessable(
-                "refused_by_engine",
-                f"The engine refuses this request: {error}",
-                "Correct the request as the message says.",
-                "body",
-            ) from error
+            message = f"The engine refuses this request: {error}"
+            raise GenerateError("refused_by_engine", message) from error
         except EngineDeadError as error:
-            raise ApiError(
-                503,
-                "engine_dead",
-                "The engine behind this service is dead.",
-                fix="Use another server; the operator has to restart this one.",
-            ) from error
+            message = "The engine behind this service is dead."
+            raise GenerateError("engine_dead", message) from error
         finally:
+            # Also after a failure or a cancellation: a job that is never ended would be followed
+            # by every later update.
             spans = self._versions.end(job_id, total)
+        # The sum is NaN or infinite if any term is, and costs less than a test of each.
         if len(result.logprobs) != total or not math.isfinite(sum(result.logprobs)):
-            raise ApiError(
-                500,
+            raise GenerateError(
                 "invalid_logprobs",
                 "The engine returned a log-probability that is missing or not a finite number.",
-                fix="Check the last weight update for NaN; the sample must not be trained on.",
             )
         return Sample(
             token_ids=result.token_ids,
@@ -206,7 +184,3 @@ class Generator:
             stop_reason=result.stop_reason,
             spans=spans,
         )
-
-
-def _unprocessable(code: str, message: str, fix: str, field: str) -> ApiError:
-    return ApiError(422, code, message, fix=fix, field=field)

@@ -1,14 +1,14 @@
-"""Each request id is worked on once, however often it is sent.
+"""Idempotent requests: each request id is run once, however often it is sent.
 
-    new id                        -> admitted (or 429) and run
+    new id                        -> admitted (or `overloaded`) and run
     same id, same body, running   -> the caller attaches to the run
-    same id, same body, finished  -> the kept reply
-    same id, other body           -> 409
-    failed or cancelled           -> forgotten; the next send runs it anew
+    same id, same body, finished  -> the stored reply
+    same id, other body           -> `request_id_reused`
+    failed or cancelled           -> forgotten; the next send runs it again
 
-A run belongs to the ledger, not to a connection. When its last caller is gone it goes on for a
-grace period in which a retry can attach, and is then cancelled. Finished replies are kept for a
-time and within a number of bytes; the oldest go first.
+A run belongs to the ledger, not to a connection. When its last caller disconnects it continues for
+a grace period in which a retry can attach, and is then cancelled. Finished replies are kept for
+`keep_s` seconds and within `keep_bytes`; the oldest are evicted first.
 """
 
 import asyncio
@@ -21,18 +21,22 @@ from typing import Any, Literal
 
 from blake3 import blake3
 
-from services.common.errors import ApiError
 from services.rollout import metrics
+from services.rollout.errors import RolloutError
 from services.rollout.wire.schemas import GenerateRequest, GenerateResponse
 
 Run = Callable[[], Coroutine[Any, Any, GenerateResponse]]
 Forgotten = Literal["cancelled", "dropped", "unknown"]
 
-# A kept sample holds one int and one float object and two pointers for each token.
+# A kept sample holds one int object, one float object and two pointers for each token.
 _BYTES_PER_TOKEN = 80
-_BYTES_PER_SAMPLE = 2_000
-_DURATION_WEIGHT = 0.1
+_BYTES_PER_SAMPLE = 2_000  # spans, digests and the objects around them
+_DURATION_WEIGHT = 0.1  # of the newest run in the moving average behind Retry-After
 _LARGEST_RETRY_AFTER_S = 60
+
+
+class LedgerError(RolloutError):
+    """A request id is unknown, reused or cancelled, or the service is full."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,7 +53,7 @@ class LedgerLimits:
     """Estimated bytes of kept replies."""
 
     detach_grace_s: float
-    """Seconds that a run goes on without any caller."""
+    """Seconds that a run continues without any caller."""
 
 
 @dataclass(slots=True)
@@ -75,27 +79,21 @@ class Ledger:
         self._limits = limits
         self._running: dict[str, _Entry] = {}
         self._finished: OrderedDict[str, _Entry] = OrderedDict()
-        self._pending_samples = 0
-        self._kept_bytes = 0
+        self.pending_samples = 0
+        self.kept_bytes = 0
         self._mean_s = 1.0
-        # Read when Prometheus asks, not written with each request.
-        metrics.PENDING_SAMPLES.set_function(lambda: self._pending_samples)
-        metrics.KEPT_BYTES.set_function(lambda: self._kept_bytes)
-
-    @property
-    def pending_samples(self) -> int:
-        return self._pending_samples
-
-    @property
-    def kept_bytes(self) -> int:
-        return self._kept_bytes
+        # Read when Prometheus scrapes, which costs nothing per request.
+        metrics.PENDING_SAMPLES.set_function(lambda: self.pending_samples)
+        metrics.KEPT_BYTES.set_function(lambda: self.kept_bytes)
 
     def submit(self, request: GenerateRequest, run: Run) -> None:
         """Make sure that `request` is running or finished; `attach` then waits for it.
 
         Raises:
-            ApiError: 409 when the id was used with another body, 429 when the service is full.
+            LedgerError: `request_id_reused` when the id was used with another body, `overloaded`
+                when the service is full, `too_many_samples` when it could never fit.
         """
+        # First, so that a reply past its time is not replayed.
         self._expire()
         digest = body_hash(request)
         known = self._running.get(request.request_id) or self._finished.get(request.request_id)
@@ -103,17 +101,15 @@ class Ledger:
             self._admit(request.n)
             task = asyncio.create_task(run())
             entry = _Entry(body_hash=digest, num_samples=request.n, task=task)
+            # Registered before the first await: a retry that arrives now attaches to this run.
             self._running[request.request_id] = entry
-            self._pending_samples += request.n
+            self.pending_samples += request.n
             started_s = time.monotonic()
             task.add_done_callback(lambda _: self._finish(request.request_id, entry, started_s))
         elif known.body_hash != digest:
-            raise ApiError(
-                409,
+            raise LedgerError(
                 "request_id_reused",
                 f"Request id {request.request_id!r} was used with a different body.",
-                fix="Use a new id for a new request, and the same body for a retry.",
-                field="request_id",
             )
         else:
             metrics.REPEATED_REQUESTS.labels("replayed" if known.task.done() else "attached").inc()
@@ -123,37 +119,34 @@ class Ledger:
 
         Args:
             request_id: a known id.
-            wait_s: give up waiting (not working) after this many seconds; None: no limit.
+            wait_s: stop waiting after this many seconds, while the run continues; None: no limit.
 
         Returns:
             The reply, or None when it is still running after `wait_s`.
 
         Raises:
-            ApiError: 404 for an id that is not known, 410 when the run was cancelled meanwhile;
-                otherwise what the run raised.
+            LedgerError: `request_unknown`, or `request_cancelled` when the run was cancelled
+                meanwhile; otherwise what the run raised.
         """
         self._expire()
         entry = self._running.get(request_id) or self._finished.get(request_id)
         if entry is None:
-            raise _unknown(request_id)
+            message = f"Request {request_id!r} is not running and no reply is kept."
+            raise LedgerError("request_unknown", message)
         self._add_caller(entry)
         try:
+            # `wait` and not `await entry.task`: cancelling this caller must not cancel the run.
             done, _ = await asyncio.wait([entry.task], timeout=wait_s)
         finally:
             self._remove_caller(entry)
         if not done:
             return None
         if entry.task.cancelled():
-            raise ApiError(
-                410,
-                "request_cancelled",
-                f"Request {request_id!r} was cancelled.",
-                fix="Send it again if it is still wanted; the id is free.",
-            )
+            raise LedgerError("request_cancelled", f"Request {request_id!r} was cancelled.")
         return entry.task.result()
 
     def forget(self, request_id: str) -> Forgotten:
-        """Cancel a running request, which frees its slots at once, or drop a kept reply."""
+        """Cancel a running request, which frees its slots at once, or drop its stored reply."""
         running = self._running.get(request_id)
         if running is not None:
             running.task.cancel()
@@ -164,7 +157,7 @@ class Ledger:
         return "unknown"
 
     async def close(self) -> None:
-        """Cancel what is running."""
+        """Cancel every running request."""
         tasks = [entry.task for entry in self._running.values()]
         for task in tasks:
             task.cancel()
@@ -173,30 +166,25 @@ class Ledger:
     def _admit(self, num_samples: int) -> None:
         limit = self._limits.max_pending_samples
         if num_samples > limit:
-            raise ApiError(
-                422,
-                "too_many_samples",
-                f"n is {num_samples}; this service admits {limit} samples in all.",
-                fix="Ask for fewer samples per request, or raise --max-pending-samples.",
-                field="n",
-            )
-        if self._pending_samples + num_samples <= limit:
+            # No retry can succeed, so this is not `overloaded`.
+            message = f"n is {num_samples}; this service admits {limit} samples in all."
+            raise LedgerError("too_many_samples", message)
+        if self.pending_samples + num_samples <= limit:
             return
         metrics.REJECTED_REQUESTS.inc()
-        wait_s = min(_LARGEST_RETRY_AFTER_S, max(1, math.ceil(self._mean_s)))
-        raise ApiError(
-            429,
+        raise LedgerError(
             "overloaded",
-            f"{self._pending_samples} samples are pending; the limit is {limit}.",
-            fix=f"Try again in {wait_s} s or on another server.",
-            headers={"Retry-After": str(wait_s)},
+            f"{self.pending_samples} samples are pending; the limit is {limit}.",
+            retry_after_s=min(_LARGEST_RETRY_AFTER_S, max(1, math.ceil(self._mean_s))),
         )
 
     def _finish(self, request_id: str, entry: _Entry, started_s: float) -> None:
         del self._running[request_id]
-        self._pending_samples -= entry.num_samples
+        self.pending_samples -= entry.num_samples
         if entry.grace is not None:
             entry.grace.cancel()
+        # Only successes are stored: a retry of a failure has to run again. Reading the exception
+        # also keeps asyncio from logging it as never retrieved when no caller is attached.
         if entry.task.cancelled() or entry.task.exception() is not None:
             return
         elapsed_s = time.monotonic() - started_s
@@ -206,20 +194,20 @@ class Ledger:
         entry.kept_bytes = _BYTES_PER_TOKEN * num_tokens + _BYTES_PER_SAMPLE * len(samples)
         entry.finished_s = time.monotonic()
         self._finished[request_id] = entry
-        self._kept_bytes += entry.kept_bytes
+        self.kept_bytes += entry.kept_bytes
         self._expire()
 
     def _expire(self) -> None:
-        """Drop what is too old or too much. The oldest entry is always the first."""
+        """Evict what is too old or too much. The oldest entry is always the first."""
         oldest_s = time.monotonic() - self._limits.keep_s
         while self._finished:
             request_id, entry = next(iter(self._finished.items()))
-            if entry.finished_s >= oldest_s and self._kept_bytes <= self._limits.keep_bytes:
+            if entry.finished_s >= oldest_s and self.kept_bytes <= self._limits.keep_bytes:
                 break
             self._drop(request_id)
 
     def _drop(self, request_id: str) -> None:
-        self._kept_bytes -= self._finished.pop(request_id).kept_bytes
+        self.kept_bytes -= self._finished.pop(request_id).kept_bytes
 
     def _add_caller(self, entry: _Entry) -> None:
         entry.num_callers += 1
@@ -230,15 +218,7 @@ class Ledger:
     def _remove_caller(self, entry: _Entry) -> None:
         entry.num_callers -= 1
         if entry.num_callers == 0 and not entry.task.done():
+            # A client that lost its connection retries within seconds; what nobody asks for by then
+            # would only hold engine slots.
             loop = asyncio.get_running_loop()
             entry.grace = loop.call_later(self._limits.detach_grace_s, entry.task.cancel)
-
-
-def _unknown(request_id: str) -> ApiError:
-    return ApiError(
-        404,
-        "request_unknown",
-        f"Request {request_id!r} is not running and no reply is kept.",
-        fix="Send it again with POST /v1/generate.",
-        field="request_id",
-    )

@@ -1,4 +1,4 @@
-"""The canaries: programs that try each forbidden thing, and the bait they reach for."""
+"""The canaries: programs that try one forbidden thing each, run like any other program."""
 
 import os
 import platform
@@ -34,6 +34,7 @@ class Canary:
     status: Status = Status.OK
 
     def blocked(self, outcome: Outcome) -> bool:
+        """Whether the program was stopped as it should be."""
         if outcome.status is not self.status:
             return False
         return self.status is not Status.OK or outcome.stdout == _BLOCKED
@@ -45,117 +46,102 @@ def _attempt(body: str, errors: str = "OSError") -> str:
     return f"try:\n{indented}\nexcept {errors}:\n    print('blocked')\nelse:\n    print('OPEN')\n"
 
 
-def _system_call(numbers: dict[str, int], *arguments: int) -> str:
-    number = numbers.get(platform.machine())
+def _verdict(condition: str) -> str:
+    """A line that prints whether `condition` shows that something was stopped."""
+    return f"print('blocked' if {condition} else 'OPEN')\n"
+
+
+def _system_call(x86_64: int, aarch64: int, *arguments: int) -> str:
+    """A program that makes one system call and expects EPERM or ENOSYS, which a filter answers."""
+    number = {"x86_64": x86_64, "aarch64": aarch64}.get(platform.machine())
     call = ", ".join(str(argument) for argument in (number, *arguments))
     return (
         "import ctypes\nlibc = ctypes.CDLL(None, use_errno=True)\n"
         f"failed = libc.syscall({call}) == -1 and ctypes.get_errno() in (1, 38)\n"
-        "print('blocked' if failed else 'OPEN')\n"
+        + _verdict("failed")
     )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Bait:
-    """Things outside of the sandbox that the canaries try to reach."""
-
-    secret: str
-    file: str
-    port: int
-    abstract: str
-    pid: int
-    shared: str
-
-
 @asynccontextmanager
-async def laid_out_bait() -> AsyncIterator[Bait]:
-    """A world-readable file, a TCP listener, an abstract socket and a secret in our environment."""
+async def canaries(memory_layer: str) -> AsyncIterator[list[Canary]]:
+    """Every forbidden thing that is tried, with the layer that is to stop it.
+
+    While inside, there are targets outside of the sandbox to reach for, with no protection of their
+    own: a secret in our environment, files open to everybody, a TCP and an abstract listener.
+
+    Args:
+        memory_layer: who counts the memory of all processes, `cgroup` or `memory_watchdog`; the
+            other one is not tested.
+    """
     name = "TOOL_SERVICE_CANARY_" + secrets.token_hex(4)
-    abstract = "\0" + name
     with (
         tempfile.TemporaryDirectory(prefix="tool-canary-", dir="/var/tmp") as folder,
         socket.create_server(("127.0.0.1", 0)) as tcp,
         socket.socket(socket.AF_UNIX) as unix,
     ):
-        unix.bind(abstract)
+        unix.bind("\0" + name)
         unix.listen()
         os.chmod(folder, 0o777)
-        path = Path(folder) / "bait"
-        path.write_text("bait")
-        path.chmod(0o666)
+        file = Path(folder) / "target"
+        file.write_text("target")
+        file.chmod(0o666)
+        programs = [*_too_much(), *_system_calls(tcp.getsockname()[1], "\0" + name)]
+        programs += _out_of_the_box(name, file)
+        summed = Canary(
+            layer=memory_layer, name="sum", code=_MEMORY_OF_MANY, status=Status.MEMORY_LIMIT
+        )
         os.environ[name] = "secret"
         try:
-            yield Bait(
-                secret=name,
-                file=str(path),
-                port=tcp.getsockname()[1],
-                abstract=abstract,
-                pid=os.getpid(),
-                shared=folder,
-            )
+            yield [*(Canary(layer=p[0], name=p[1], code=p[2]) for p in programs), summed]
         finally:
             del os.environ[name]
 
 
-def canaries(bait: Bait, memory_layer: str) -> list[Canary]:
-    """Every forbidden thing that is tried, with the layer that is to stop it.
-
-    Args:
-        memory_layer: who counts the memory of all processes, `cgroup` or `memory_watchdog`; the
-            other one is not asked.
-    """
-    show = "print('blocked' if {} else 'OPEN')"
+def _too_much() -> list[tuple[str, str, str]]:
+    """Layer, name and code of the programs that ask for more than their share."""
     many = "import os\nfds = [os.open('/dev/null', 0) for _ in range(100_000)]"
     threads = (
         "import threading\nstop = threading.Event()\n"
         "for _ in range(3000): threading.Thread(target=stop.wait, daemon=True).start()"
     )
-    big = "open('big', 'wb').truncate(1 << 40)"
-    tcp = f"import socket\nsocket.create_connection(('127.0.0.1', {bait.port}), 2)"
-    unix = f"import socket\nsocket.socket(socket.AF_UNIX).connect({bait.abstract!r})"
-    io_uring = {"x86_64": 425, "aarch64": 425}
-    keyctl = {"x86_64": 250, "aarch64": 219}
-    ptrace = {"x86_64": 101, "aarch64": 117}
     fork = "import os\npid = os.fork()\nif pid == 0: os._exit(0)\nos.waitpid(pid, 0)"
-    ours = "import os, sys\n" + show.format(f"os.getuid() not in (0, {os.getuid()})")
-    tree = show.format("os.getppid() == 0 and os.getpid() < 10 and not os.path.exists('/proc/1')")
-    hidden = show.format(f"not os.path.exists({bait.shared!r})")
     return [
-        Canary(
-            layer="process",
-            name="environment",
-            code="import os\n" + show.format(f"{bait.secret!r} not in os.environ"),
-        ),
-        Canary(layer="rlimits", name="descriptors", code=_attempt(many)),
-        Canary(layer="rlimits", name="threads", code=_attempt(threads, "RuntimeError")),
-        Canary(layer="rlimits", name="memory", code=_attempt("b'x' * (1 << 31)", "MemoryError")),
-        Canary(layer="rlimits", name="file size", code=_attempt(big)),
-        Canary(layer="seccomp", name="io_uring", code=_system_call(io_uring, 1, 0)),
-        Canary(layer="seccomp", name="keyctl", code=_system_call(keyctl, 0, -3, 0)),
-        Canary(layer="seccomp", name="ptrace", code=_system_call(ptrace, 0, 0, 0, 0)),
-        Canary(layer="seccomp", name="tcp", code=_attempt(tcp)),
-        Canary(layer="seccomp", name="abstract socket", code=_attempt(unix)),
-        Canary(
-            layer="seccomp",
-            name="program",
-            code=_attempt("import os\nos.execv('/bin/true', ['t'])"),
-        ),
-        Canary(layer="landlock", name="read outside", code=_attempt(f"open({bait.file!r}).read()")),
-        Canary(layer="landlock", name="write outside", code=_attempt(f"open({bait.file!r}, 'a')")),
-        Canary(
-            layer="landlock",
-            name="signal outside",
-            code=_attempt(f"import os\nos.kill({bait.pid}, 0)"),
-        ),
-        Canary(layer="namespaces", name="process tree", code="import os\n" + tree),
-        Canary(layer="private_files", name="hidden folder", code="import os\n" + hidden),
-        Canary(
-            layer="private_files",
-            name="leftovers",
-            code="import os\nold = os.path.exists('/tmp/left')\nopen('/tmp/left', 'w')\n"
-            + show.format("not old"),
-        ),
-        Canary(layer="user", name="own user id", code=ours),
-        Canary(layer="no_fork", name="fork", code=_attempt(fork)),
-        Canary(layer=memory_layer, name="sum", code=_MEMORY_OF_MANY, status=Status.MEMORY_LIMIT),
+        ("rlimits", "descriptors", _attempt(many)),
+        ("rlimits", "threads", _attempt(threads, "RuntimeError")),
+        ("rlimits", "memory", _attempt("b'x' * (1 << 31)", "MemoryError")),
+        ("rlimits", "file size", _attempt("open('big', 'wb').truncate(1 << 40)")),
+        ("no_fork", "fork", _attempt(fork)),
+    ]
+
+
+def _system_calls(port: int, abstract: str) -> list[tuple[str, str, str]]:
+    """Layer, name and code of the programs that make system calls of the filter's list."""
+    tcp = f"import socket\nsocket.create_connection(('127.0.0.1', {port}), 2)"
+    unix = f"import socket\nsocket.socket(socket.AF_UNIX).connect({abstract!r})"
+    return [
+        ("seccomp", "io_uring", _system_call(425, 425, 1, 0)),
+        ("seccomp", "keyctl", _system_call(250, 219, 0, -3, 0)),
+        ("seccomp", "ptrace", _system_call(101, 117, 0, 0, 0, 0)),
+        ("seccomp", "tcp", _attempt(tcp)),
+        ("seccomp", "abstract socket", _attempt(unix)),
+        ("seccomp", "program", _attempt("import os\nos.execv('/bin/true', ['t'])")),
+    ]
+
+
+def _out_of_the_box(secret: str, file: Path) -> list[tuple[str, str, str]]:
+    """Layer, name and code of the programs that look for what is not theirs."""
+    environment = _verdict(f"{secret!r} not in os.environ")
+    tree = _verdict("os.getppid() == 0 and os.getpid() < 10 and not os.path.exists('/proc/1')")
+    hidden = _verdict(f"not os.path.exists({str(file.parent)!r})")
+    leftovers = "old = os.path.exists('/tmp/left')\nopen('/tmp/left', 'w')\n" + _verdict("not old")
+    user = _verdict(f"os.getuid() not in (0, {os.getuid()})")
+    return [
+        ("process", "environment", "import os\n" + environment),
+        ("landlock", "read outside", _attempt(f"open({str(file)!r}).read()")),
+        ("landlock", "write outside", _attempt(f"open({str(file)!r}, 'a')")),
+        ("landlock", "signal outside", _attempt(f"import os\nos.kill({os.getpid()}, 0)")),
+        ("namespaces", "process tree", "import os\n" + tree),
+        ("private_files", "hidden folder", "import os\n" + hidden),
+        ("private_files", "leftovers", "import os\n" + leftovers),
+        ("user", "own user id", "import os\n" + user),
     ]

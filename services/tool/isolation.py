@@ -1,9 +1,8 @@
-"""Tell the truth about the sandbox: try every forbidden thing once at start and report what
-happened.
+"""Find out at start what the sandbox really stops: try every forbidden thing and report the result.
 
-A layer is active only if each of its canaries, small programs run like any snippet, was blocked in
-this very run. Nothing is concluded from configuration. The strongest level whose layers are all
-active is used; below `min_isolation` the service does not start.
+A layer is active only if each of its canaries was blocked in this very run; canaries are small
+programs that run like any other. Nothing is concluded from configuration. The strongest level whose
+layers are all active is used; below `--min-isolation` the service does not start.
 """
 
 import datetime
@@ -13,11 +12,11 @@ import platform
 from dataclasses import replace
 from pathlib import Path
 
-from services.tool.canaries import canaries, laid_out_bait
+from services.tool.canaries import canaries
 from services.tool.sandbox.host.execution import Job, Limits
-from services.tool.sandbox.host.pool import Sandbox, SandboxConfig, read_paths
-from services.tool.sandbox.plan import STRENGTH, Level
-from services.tool.settings import Settings
+from services.tool.sandbox.host.pool import Sandbox, read_paths
+from services.tool.sandbox.plan import STRENGTH, Level, SandboxConfig
+from services.tool.settings import ToolSettings
 from services.tool.wire.schemas import IsolationReport, LayerReport
 
 logger = logging.getLogger(__name__)
@@ -45,7 +44,7 @@ FIXES = {
     "cgroup": "start the service alone in a delegated cgroup v2: systemd-run --user --scope "
     "-p Delegate=yes, a unit with Delegate=yes, or a container that may write /sys/fs/cgroup; on a "
     "host with cgroup v1 beside it boot with systemd.unified_cgroup_hierarchy=1; until then the "
-    "watchdog and RLIMIT_DATA stand in for it",
+    "watchdog and RLIMIT_DATA are used instead",
 }
 _LIMITS = Limits(
     wall_s=5.0, cpu_s=5, memory_bytes=128 << 20, output_bytes=1 << 16, fetch_bytes=1 << 16
@@ -58,41 +57,19 @@ class IsolationError(RuntimeError):
     """
 
 
-async def try_out(sandbox: Sandbox) -> tuple[dict[str, list[str]], int]:
-    """Run every canary. Returns, per layer, the names of those that were NOT blocked, and how many
-    were run."""
-    open_doors: dict[str, list[str]] = {}
-    memory_layer = "memory_watchdog" if sandbox.cgroups is None else "cgroup"
-    async with laid_out_bait() as bait:
-        programs = canaries(bait, memory_layer)
-        for canary in programs:
-            doors = open_doors.setdefault(canary.layer, [])
-            runs = 2 if canary.name == "leftovers" else 1
-            for _ in range(runs):
-                outcome = await sandbox.run(Job(code=canary.code), _LIMITS)
-            if not canary.blocked(outcome):
-                doors.append(f"{canary.name} ({outcome.status.value})")
-    return open_doors, len(programs)
-
-
-async def establish(settings: Settings) -> tuple[Sandbox, IsolationReport]:
+async def establish(settings: ToolSettings) -> tuple[Sandbox, IsolationReport]:
     """Start the sandbox at the strongest level that its canaries confirm.
 
     Raises:
-        IsolationError: no level at or above `min_isolation` (or the one asked for) is reached.
+        IsolationError: no level at or above `--min-isolation` (or the one asked for) is reached.
     """
-    wanted = [settings.isolation] if settings.isolation else [Level.FULL, Level.UID, Level.BASIC]
+    wanted = [Level.FULL, Level.UID, Level.BASIC] if settings.level is None else [settings.level]
     tried: dict[Level, str] = {}
     confirmed: set[str] = set()
     for level in wanted:
-        if STRENGTH[level] < STRENGTH[settings.min_isolation]:
-            tried[level] = f"below --min-isolation {settings.min_isolation.value}"
-            continue
-        if level is Level.UID and os.geteuid() != 0:
-            tried[level] = "not root"
-            continue
-        if level is Level.BASIC and os.geteuid() == 0:
-            tried[level] = "root uses uid instead"
+        reason = _not_applicable(level, settings.min_level)
+        if reason is not None:
+            tried[level] = reason
             continue
         try:
             sandbox, report = await _start(replace(settings.sandbox, level=level), settings)
@@ -108,6 +85,18 @@ async def establish(settings: Settings) -> tuple[Sandbox, IsolationReport]:
     raise IsolationError(_table(settings, tried, confirmed))
 
 
+def _not_applicable(level: Level, least: Level) -> str | None:
+    """Why a level is not even tried, or None."""
+    if STRENGTH[level] < STRENGTH[least]:
+        return f"below --min-isolation {least}"
+    if level is Level.UID and os.geteuid() != 0:
+        return "not root"
+    # Landlock and seccomp would hold root too, but uid adds a user id per program for free.
+    if level is Level.BASIC and os.geteuid() == 0:
+        return "root uses uid instead"
+    return None
+
+
 def _why_not(level: Level, missing: list[str], report: IsolationReport) -> str:
     closed = _out_of_reach(read_paths()) if level is Level.UID else None
     if closed is not None:
@@ -118,64 +107,80 @@ def _why_not(level: Level, missing: list[str], report: IsolationReport) -> str:
     return "; ".join(f"{name}: {report.layers[name].detail}" for name in missing)
 
 
-async def _start(config: SandboxConfig, settings: Settings) -> tuple[Sandbox, IsolationReport]:
-    """Start a sandbox and try it out; one whose cgroups do not hold starts over without them."""
+async def _start(config: SandboxConfig, settings: ToolSettings) -> tuple[Sandbox, IsolationReport]:
+    """Start a sandbox and run its canaries; if its cgroups fail, start over without them."""
     sandbox = Sandbox(config)
     await sandbox.start()
     report = await report_on(sandbox, settings)
     if sandbox.cgroups is None or report.layers["cgroup"].active:
         return sandbox, report
     failed = report.layers["cgroup"]
-    logger.warning("cgroup: %s; the watchdog takes over", failed.detail)
+    logger.warning("cgroup: %s; the watchdog sums memory instead", failed.detail)
     await sandbox.stop()
     sandbox, report = await _start(replace(config, cgroup=False), settings)
     report.layers["cgroup"] = failed
     return sandbox, report
 
 
-async def report_on(sandbox: Sandbox, settings: Settings) -> IsolationReport:
+async def report_on(sandbox: Sandbox, settings: ToolSettings) -> IsolationReport:
     """Run the canaries against a started sandbox and describe each layer."""
     level = sandbox.config.level
-    open_doors, total = await try_out(sandbox)
-    layers = {name: _layer_report(name, sandbox, open_doors.get(name)) for name in FIXES}
-    failed = sum(len(doors) for doors in open_doors.values())
+    failed, total = await _run_canaries(sandbox)
+    layers = {name: _layer_report(name, sandbox, failed.get(name)) for name in FIXES}
+    num_failed = sum(map(len, failed.values()))
     return IsolationReport(
         level=level.value,
-        requested=settings.isolation.value if settings.isolation else "strongest",
+        requested="strongest" if settings.level is None else settings.level.value,
         layers=layers,
-        canaries_passed=total - failed,
+        canaries_passed=total - num_failed,
         canaries=total,
         kernel=platform.release(),
         checked_at=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     )
 
 
-def _layer_report(name: str, sandbox: Sandbox, doors: list[str] | None) -> LayerReport:
-    """Describe a layer by its open doors; None when nothing was tried."""
+async def _run_canaries(sandbox: Sandbox) -> tuple[dict[str, list[str]], int]:
+    """Run every canary. Returns, per layer, those that were NOT blocked, and how many were run."""
+    failed: dict[str, list[str]] = {}
+    memory_layer = "memory_watchdog" if sandbox.cgroups is None else "cgroup"
+    async with canaries(memory_layer) as programs:
+        for canary in programs:
+            failed_here = failed.setdefault(canary.layer, [])
+            # The second run finds what the first one left behind.
+            for _ in range(2 if canary.name == "leftovers" else 1):
+                outcome = await sandbox.run(Job(code=canary.code), _LIMITS)
+            if not canary.blocked(outcome):
+                failed_here.append(f"{canary.name} ({outcome.status.value})")
+    return failed, len(programs)
+
+
+def _layer_report(name: str, sandbox: Sandbox, failed: list[str] | None) -> LayerReport:
+    """Describe a layer by the canaries that it did not block; None when it had none."""
     level = sandbox.config.level
     required = name in REQUIRED[level]
     detail, fix = "every canary was blocked", FIXES[name]
-    if doors:
-        detail = "not blocked: " + ", ".join(doors)
+    if failed:
+        detail = "not blocked: " + ", ".join(failed)
     if name == "cgroup" and sandbox.cgroups is not None:
         detail += f"; holds {', '.join(sandbox.cgroups.controllers)}"
     elif name == "cgroup":
         detail = sandbox.no_cgroups
-    elif name == "memory_watchdog" and doors is None:
+    elif name == "memory_watchdog" and failed is None:
         detail, fix = "not needed: the kernel counts (cgroup)", ""
     elif not required and name != "memory_watchdog":
         fix = f"none needed: level {level.value} does without"
-    active = doors == []
+    # None would mean that nothing was tried, and what was not tried counts as missing.
+    active = failed == []
     return LayerReport(active=active, required=required, detail=detail, fix="" if active else fix)
 
 
-def _table(settings: Settings, tried: dict[Level, str], confirmed: set[str]) -> str:
+def _table(settings: ToolSettings, tried: dict[Level, str], confirmed: set[str]) -> str:
     """Why each level was not reached, and how to get what the one asked for still needs."""
-    wanted = settings.isolation or settings.min_isolation
-    needed = {*REQUIRED[wanted], *REQUIRED[settings.min_isolation]} - confirmed
+    wanted = settings.level or settings.min_level
+    needed = {*REQUIRED[wanted], *REQUIRED[settings.min_level]} - confirmed
     return "\n".join(
         [
-            f"The sandbox does not reach the level required ({settings.min_isolation.value}).",
+            f"The sandbox does not reach the level required ({settings.min_level}).",
             "",
             f"{'level':<8} why not",
             *(f"{level.value:<8} {reason}" for level, reason in tried.items()),

@@ -1,65 +1,45 @@
-"""The tool service without HTTP: limits, admission, execution. Routes and MCP call this."""
+"""The tool service without HTTP. Routes of REST, SandboxFusion and MCP call this.
 
-import dataclasses
+    api/                routes
+      -> service.py     single programs          sessions.py   live interpreters
+        -> rules.py     ceilings, admission, counting
+        -> sandbox/     slots for programs       isolation.py  tries out the sandbox at start
+
+README.md in this folder says how to call it, what it protects from and what it does not.
+"""
+
 import logging
-import math
-from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 
-from services.tool.admission import Admission, OverloadedError
+from services.tool import metrics
 from services.tool.isolation import establish
-from services.tool.metrics import Metrics
-from services.tool.sandbox.host.execution import Job, Limits
+from services.tool.rules import REFUSALS, ExecutionRules, utf8
+from services.tool.sandbox.host.execution import Job
 from services.tool.sandbox.host.pool import Sandbox
 from services.tool.sandbox.host.verdict import Outcome, Status
 from services.tool.sessions import Sessions
-from services.tool.settings import Settings
-from services.tool.wire.schemas import (
-    CellRequest,
-    ErrorReport,
-    ExecuteRequest,
-    ExecuteResult,
-    IsolationReport,
-    Usage,
-)
+from services.tool.settings import ToolSettings
+from services.tool.wire.schemas import ExecuteRequest, ExecuteResult, IsolationReport
 
 logger = logging.getLogger(__name__)
-
-
-_BYTE_FIELDS = {"code": "--max-code-bytes", "files": "--max-file-bytes"}
-"""Fields whose size is limited, with the flag that sets it."""
-
-
-class LimitError(ValueError):
-    """A request asks for more than the server allows; `field` names what."""
-
-    def __init__(self, field: str, given: float, largest: float, flag: str) -> None:
-        unit = " bytes" if field in _BYTE_FIELDS else ""
-        super().__init__(f"{field}: {given:.12g}{unit} asked for, {largest:.12g} allowed")
-        self.field = field
-        self.flag = flag
-
-
-_REFUSALS: dict[type[Exception], Status] = {
-    OverloadedError: Status.OVERLOADED,
-    LimitError: Status.REJECTED,
-}
 
 
 class ToolService:
     """Everything behind the routes. Build it with `running`."""
 
-    def __init__(self, settings: Settings, sandbox: Sandbox, isolation: IsolationReport) -> None:
+    def __init__(
+        self, settings: ToolSettings, sandbox: Sandbox, isolation: IsolationReport
+    ) -> None:
         self.settings = settings
         self.sandbox = sandbox
         self.isolation = isolation
-        self.admission = Admission(settings.slots, settings.max_queue)
-        self.metrics = Metrics(self)
-        self.sessions = Sessions(self)
+        self.rules = ExecutionRules(settings, isolation.level)
+        self.sessions = Sessions(self.rules, sandbox)
 
     @classmethod
     @asynccontextmanager
-    async def running(cls, settings: Settings) -> AsyncIterator["ToolService"]:
+    async def running(cls, settings: ToolSettings) -> AsyncIterator["ToolService"]:
         """Establish the sandbox, serve, tear everything down.
 
         Raises:
@@ -67,115 +47,49 @@ class ToolService:
         """
         sandbox, isolation = await establish(settings)
         service = cls(settings, sandbox, isolation)
+        service._export_gauges()
         try:
             async with service.sessions.sweeping():
                 yield service
         finally:
             await sandbox.stop()
 
+    def _export_gauges(self) -> None:
+        """Have every scrape of /metrics read the state of this service."""
+        metrics.RUNNING.set_function(lambda: self.rules.admission.running)
+        metrics.WAITING.set_function(lambda: self.rules.admission.waiting)
+        metrics.SLOTS_WAITING.set_function(self.sandbox.waiting)
+        metrics.SESSIONS.set_function(lambda: len(self.sessions))
+        metrics.SESSIONS_EVICTED.set_function(lambda: self.sessions.num_evicted)
+        metrics.LAUNCHER_RESTARTS.set_function(lambda: self.sandbox.restarts)
+        for layer, report in self.isolation.layers.items():
+            metrics.ISOLATION_LAYER.labels(layer).set(report.active)
+
     async def execute(self, request: ExecuteRequest) -> ExecuteResult:
-        """Run one program. Raises LimitError for a request above the ceilings, OverloadedError when
-        there is no slot.
-        """
-        with self.counting_refusals():
-            limits = self.limits(request)
-            self.check_code(request.code)
-            self.check_files(request.files)
+        """Run one program. Raises LimitError above a ceiling, OverloadedError without a slot."""
+        with self.rules.counting_refusals():
+            limits = self.rules.limits(request, request.memory_mb)
+            self.rules.check_files(request.files)
             job = Job(
                 code=request.code,
-                stdin=request.stdin.encode("utf-8", "surrogatepass"),
+                stdin=utf8(request.stdin),
                 files=request.files,
                 fetch=request.fetch,
                 seed=request.seed,
             )
-            async with self.admission.slot(self.wait_s(request.deadline_s)) as queue_s:
+            async with self.rules.slot(request.deadline_s) as queue_s:
                 outcome = await self.sandbox.run(job, limits)
-        outcome = dataclasses.replace(outcome, queue_s=queue_s)
-        self.metrics.observe(outcome)
-        return self.to_result(outcome, request.request_id)
+        return self.rules.finish(outcome, queue_s, request.request_id)
 
-    async def execute_to_the_end(self, request: ExecuteRequest) -> ExecuteResult:
-        """Like `execute`, with a refusal as a result instead of an exception (batches)."""
+    async def execute_in_batch(self, request: ExecuteRequest) -> ExecuteResult:
+        """Like `execute`, with a refusal or failure as a result instead of an exception."""
         try:
             return await self.execute(request)
-        except (OverloadedError, LimitError) as error:
-            outcome = Outcome(status=_REFUSALS[type(error)], message=str(error))
+        except tuple(REFUSALS) as error:
+            outcome = Outcome(status=REFUSALS[type(error)], message=str(error))
         except Exception:  # one program must not end the batch
             logger.exception("an execution failed")
             outcome = Outcome(
                 status=Status.SANDBOX_ERROR, message="the service failed, see its log"
             )
-        return self.to_result(outcome, request.request_id)
-
-    @contextmanager
-    def counting_refusals(self) -> Iterator[None]:
-        """Count what is refused inside, before it ran."""
-        try:
-            yield
-        except (OverloadedError, LimitError) as error:
-            self.metrics.observe_refusal(_REFUSALS[type(error)])
-            raise
-
-    def wait_s(self, deadline_s: float | None) -> float:
-        return self.settings.max_wait_s if deadline_s is None else deadline_s
-
-    def limits(self, request: ExecuteRequest | CellRequest, memory_mb: int | None = None) -> Limits:
-        """Fill in the defaults and check the ceilings. Raises LimitError."""
-        settings = self.settings
-        if isinstance(request, ExecuteRequest):
-            memory_mb = request.memory_mb
-        wall_s = request.timeout_s or settings.default_timeout_s
-        memory_mb = memory_mb or settings.default_memory_mb
-        output = request.output_bytes or settings.default_output_bytes
-        self.check("timeout_s", wall_s, settings.max_timeout_s)
-        self.check("memory_mb", memory_mb, settings.max_memory_mb)
-        self.check("output_bytes", output, settings.max_output_bytes)
-        # Without a CPU limit of its own, code is stopped by the wall clock, whatever its threads.
-        cpu_s = request.cpu_s or math.ceil(wall_s) * 4 + 1
-        return Limits(
-            wall_s=wall_s,
-            cpu_s=cpu_s,
-            memory_bytes=memory_mb << 20,
-            output_bytes=output,
-            fetch_bytes=settings.max_file_bytes,
-        )
-
-    def check_code(self, code: str) -> None:
-        self.check("code", len(code.encode("utf-8", "surrogatepass")), self.settings.max_code_bytes)
-
-    def check_files(self, files: dict[str, str]) -> None:
-        decoded = sum(len(content) * 3 // 4 for content in files.values())
-        self.check("files", decoded, self.settings.max_file_bytes)
-
-    @staticmethod
-    def check(field: str, given: float, largest: float) -> None:
-        if given > largest:
-            flag = _BYTE_FIELDS.get(field, f"--max-{field}".replace("_", "-"))
-            raise LimitError(field, given, largest, flag)
-
-    def to_result(self, outcome: Outcome, request_id: str | None) -> ExecuteResult:
-        """The wire form of an outcome."""
-        error = outcome.error
-        return ExecuteResult(
-            status=outcome.status.value,
-            exit_code=outcome.exit_code,
-            signal=outcome.signal,
-            error=None
-            if error is None
-            else ErrorReport(type=error.type, message=error.message, line=error.line),
-            message=outcome.message,
-            stdout=outcome.stdout,
-            stderr=outcome.stderr,
-            stdout_truncated=outcome.stdout_truncated,
-            stderr_truncated=outcome.stderr_truncated,
-            files=outcome.files,
-            missing=outcome.missing,
-            usage=Usage(
-                wall_ms=round(outcome.wall_s * 1e3, 3),
-                cpu_ms=round(outcome.cpu_s * 1e3, 3),
-                peak_mb=round(outcome.peak_bytes / (1 << 20), 1),
-                queue_ms=round(outcome.queue_s * 1e3, 3),
-            ),
-            isolation=self.isolation.level,
-            request_id=request_id,
-        )
+        return self.rules.to_result(outcome, 0.0, request.request_id)

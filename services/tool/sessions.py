@@ -1,33 +1,30 @@
-"""Live sessions: ids, steps that run once, idle time, caps, and an honest end.
+"""Live sessions: ids, steps that run exactly once, idle time, eviction, end.
 
-A session ends by DELETE, by being idle for its TTL, by being the longest idle one when the cap is
-reached, or with its processes. Its id then answers 410 with the reason, as long as the tombstone is
-remembered.
+A session ends by DELETE, after its TTL without a call, by eviction (the longest idle one when the
+cap is reached), or with its processes. Its id is then answered with the reason, for as long as the
+tombstone is kept.
 """
 
 import asyncio
 import contextlib
-import dataclasses
 import hashlib
 import secrets
 import time
 from collections import OrderedDict
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
+from services.tool.rules import ExecutionRules, utf8
+from services.tool.sandbox.host.pool import Sandbox
 from services.tool.sandbox.host.session import SandboxSession, SessionLostError
 from services.tool.sandbox.host.slots import SlotFailedError, ZygoteLostError
 from services.tool.wire.schemas import (
     CellRequest,
     CellResult,
-    ExecuteRequest,
+    FileInfo,
     SessionInfo,
     SessionRequest,
 )
-
-if TYPE_CHECKING:
-    from services.tool.service import ToolService
 
 _ID_BYTES = 16
 _MAX_TOMBSTONES = 10_000
@@ -35,12 +32,20 @@ _KEPT_STEPS = 4  # answers can be megabytes, and callers repeat only their last 
 _SWEEP_S = 1.0
 
 
-class SessionGoneError(LookupError):
-    """The session ended; the message says why. `known` is False for an id never given out."""
+OPENING_ERRORS = (SlotFailedError, ZygoteLostError, SessionLostError)
+"""What `Sessions.open` raises when the sandbox itself failed."""
 
-    def __init__(self, message: str, *, known: bool) -> None:
-        super().__init__(message)
-        self.known = known
+
+class SessionGoneError(LookupError):
+    """There is no live session with this id."""
+
+
+class SessionExpiredError(SessionGoneError):
+    """The session ended; the message says why."""
+
+
+class SessionUnknownError(SessionGoneError):
+    """The id was never given out, or its end is forgotten."""
 
 
 class StepConflictError(ValueError):
@@ -49,6 +54,8 @@ class StepConflictError(ValueError):
 
 class SessionsFullError(RuntimeError):
     """The cap is reached and every session is busy."""
+
+    retry_after_s = 1.0
 
 
 @dataclass(slots=True, kw_only=True)
@@ -60,7 +67,7 @@ class Session:
     ttl_s: float
     memory_mb: int | None
     unclaimed: bool = False
-    """Whether nobody but its own answer has named it yet; the first to go when room is needed."""
+    """True until a caller refers to the id; such sessions are evicted first."""
     last_used: float = field(default_factory=time.monotonic)
     next_step: int = 0
     answers: OrderedDict[int, tuple[str, CellResult]] = field(default_factory=OrderedDict)
@@ -75,8 +82,9 @@ class Session:
 class Sessions:
     """The registry of sessions of one service."""
 
-    def __init__(self, service: "ToolService") -> None:
-        self._service = service
+    def __init__(self, rules: ExecutionRules, sandbox: Sandbox) -> None:
+        self._rules = rules
+        self._sandbox = sandbox
         self._live: dict[str, Session] = {}
         self._opening = 0
         self._tombstones: OrderedDict[str, str] = OrderedDict()
@@ -103,25 +111,23 @@ class Sessions:
                 self.end(session_id, "the service stopped")
 
     async def open(self, request: SessionRequest, *, unclaimed: bool = False) -> Session:
-        """Open a session. Raises SessionsFullError, LimitError, SlotFailedError, ZygoteLostError,
-        SessionLostError.
-        """
-        service = self._service
-        limits = service.limits(ExecuteRequest(code="", memory_mb=request.memory_mb))
-        self._make_room()
+        """Open a session. Raises SessionsFullError, LimitError or one of OPENING_ERRORS."""
+        limits = self._rules.limits(CellRequest(code=""), request.memory_mb)
+        settings = self._rules.settings
+        self._make_room(settings.max_sessions)
+        # Sessions on their way count too, or a burst of requests would exceed the cap.
         self._opening += 1
         try:
-            # The largest zygote: nobody knows yet what the session will import.
-            largest = service.settings.sandbox.presets[-1]
-            slot = await service.sandbox.take(largest, limits.memory_bytes)
+            # The zygote with most libraries: nobody knows yet what the session will import.
+            largest = settings.sandbox.presets[-1]
+            slot = await self._sandbox.take(largest, limits.memory_bytes)
             sandbox = await SandboxSession.open(slot, limits, request.seed)
         finally:
             self._opening -= 1
-        ceiling = service.settings.session_ttl_s
         session = Session(
             session_id=secrets.token_hex(_ID_BYTES),
             sandbox=sandbox,
-            ttl_s=min(request.ttl_s or ceiling, ceiling),
+            ttl_s=min(request.ttl_s or settings.session_ttl_s, settings.session_ttl_s),
             memory_mb=request.memory_mb,
             unclaimed=unclaimed,
         )
@@ -133,8 +139,9 @@ class Sessions:
         session = self._live.get(session_id)
         if session is None:
             reason = self._tombstones.get(session_id)
-            known = reason is not None
-            raise SessionGoneError(reason or "no session has this id", known=known)
+            if reason is None:
+                raise SessionUnknownError("no session has this id")
+            raise SessionExpiredError(reason)
         session.last_used = time.monotonic()
         return session
 
@@ -142,7 +149,7 @@ class Sessions:
         """Kill a session and remember why. Raises SessionGoneError."""
         session = self._live.pop(session_id, None)
         if session is None:
-            self.get(session_id)
+            self.get(session_id)  # raises, with the reason of the earlier end
             return
         session.sandbox.close()
         self._tombstones[session_id] = reason
@@ -150,66 +157,81 @@ class Sessions:
             self._tombstones.popitem(last=False)
 
     def info(self, session: Session) -> SessionInfo:
+        """The wire form of a session."""
         return SessionInfo(
             session_id=session.session_id,
             next_step=session.next_step,
             idle_s=round(session.idle_s, 3),
             ttl_s=session.ttl_s,
-            isolation=self._service.isolation.level,
+            isolation=self._rules.level,
         )
 
     async def run_cell(self, session_id: str, request: CellRequest) -> CellResult:
         """Run one cell exactly once. Raises SessionGoneError, StepConflictError, LimitError,
         OverloadedError.
         """
-        with self._service.counting_refusals():
-            return await self._run_cell(session_id, request)
+        digest = hashlib.sha256(utf8(request.code)).hexdigest()
+        with self._rules.counting_refusals():
+            limits = self._rules.limits(request, self.get(session_id).memory_mb)
+            async with self.get(session_id).lock:
+                # The session may have ended while this cell waited for the one before.
+                session = self.get(session_id)
+                stored = _stored_answer(session, request.step, digest)
+                if stored is not None:
+                    return stored
+                step = session.next_step
+                # Admission comes after the lock: a cell that waits for its session holds no slot.
+                async with self._rules.slot(request.deadline_s) as queue_s:
+                    try:
+                        cell = await session.sandbox.run_cell(request.code, step, limits)
+                    except asyncio.CancelledError:
+                        # The cell ran in part, so the state is that of no step.
+                        self.end(session_id, "a caller hung up while a cell was running")
+                        raise
+                answer = CellResult(
+                    **self._rules.finish(cell.outcome, queue_s, None).model_dump(),
+                    session_id=session_id,
+                    step=step,
+                    result=cell.result,
+                    snapshot=cell.snapshot,
+                    rolled_back=cell.rolled_back,
+                    state_lost=cell.state_lost,
+                    replayed=False,
+                )
+                _remember(session, step, digest, answer)
+                # The idle clock starts at the end of a cell, which may take longer than the TTL.
+                session.last_used = time.monotonic()
+                if not session.sandbox.alive:
+                    self.end(session_id, f"its processes died in step {step}: {answer.status}")
+                return answer
 
-    async def _run_cell(self, session_id: str, request: CellRequest) -> CellResult:
-        service = self._service
-        limits = service.limits(request, self.get(session_id).memory_mb)
-        service.check_code(request.code)
-        digest = hashlib.sha256(request.code.encode("utf-8", "surrogatepass")).hexdigest()
+    async def list_files(self, session_id: str) -> list[FileInfo]:
+        """Files below the working folder. Raises SessionGoneError, SessionLostError."""
         session = self.get(session_id)
         async with session.lock:
-            session = self.get(session_id)
-            stored = _stored_answer(session, request.step, digest)
-            if stored is not None:
-                return stored
-            step = session.next_step
-            wait_s = service.wait_s(request.deadline_s)
-            async with service.admission.slot(wait_s) as queue_s:
-                try:
-                    cell = await session.sandbox.run_cell(request.code, step, limits)
-                except asyncio.CancelledError:
-                    self.end(session_id, "a caller hung up while a cell was running")
-                    raise
-            outcome = dataclasses.replace(cell.outcome, queue_s=queue_s)
-            service.metrics.observe(outcome)
-            base = service.to_result(outcome, None)
-            answer = CellResult(
-                **base.model_dump(),
-                session_id=session_id,
-                step=step,
-                result=cell.result,
-                snapshot=cell.snapshot,
-                rolled_back=cell.rolled_back,
-                state_lost=cell.state_lost,
-                replayed=False,
-            )
-            _remember(session, step, digest, answer)
-            session.last_used = time.monotonic()
-            if not session.sandbox.alive:
-                self.end(session_id, f"its processes died in step {step}: {outcome.status.value}")
-            return answer
+            listed = await session.sandbox.list_files()
+        return [FileInfo.model_validate(item) for item in listed]
 
-    def _make_room(self) -> None:
-        cap = self._service.settings.max_sessions
+    async def read_file(self, session_id: str, path: str) -> bytes:
+        """Read a regular file. Raises SessionFileError and as `list_files`."""
+        session = self.get(session_id)
+        async with session.lock:
+            return await session.sandbox.read_file(path)
+
+    async def write_file(self, session_id: str, path: str, content: bytes) -> None:
+        """Write a file. Raises LimitError, SessionFileError and as `list_files`."""
+        session = self.get(session_id)
+        self._rules.check("files", len(content), self._rules.settings.max_file_bytes)
+        async with session.lock:
+            await session.sandbox.write_file(path, content)
+
+    def _make_room(self, cap: int) -> None:
         if len(self._live) + self._opening < cap:
             return
         idle = [session for session in self._live.values() if not session.lock.locked()]
         if not idle:
             raise SessionsFullError(f"all {cap} sessions are running cells")
+        # First the sessions that no caller came back to, then the one idle longest.
         oldest = max(idle, key=lambda session: (session.unclaimed, session.idle_s))
         self.num_evicted += 1
         self.end(oldest.session_id, f"ended to make room: {cap} sessions are the cap")
@@ -219,7 +241,7 @@ class Sessions:
             await asyncio.sleep(_SWEEP_S)
             for session in list(self._live.values()):
                 if session.lock.locked():
-                    continue
+                    continue  # busy; run_cell notices itself when the processes die
                 if not session.sandbox.alive:
                     self.end(session.session_id, "its processes died")
                 elif session.idle_s > session.ttl_s:
@@ -245,7 +267,3 @@ def _remember(session: Session, step: int, digest: str, answer: CellResult) -> N
     session.answers[step] = (digest, answer)
     while len(session.answers) > _KEPT_STEPS:
         session.answers.popitem(last=False)
-
-
-OPENING_ERRORS = (SlotFailedError, ZygoteLostError, SessionLostError)
-"""What `Sessions.open` raises when the sandbox itself failed."""

@@ -1,56 +1,116 @@
-"""Typed settings of the tool service; every one is a flag of `python -m services.tool`."""
+"""Settings of the tool service: flags win over OPENRLHF_ALP_TOOL_* variables."""
 
 import os
-from dataclasses import dataclass, field
+from typing import Literal
 
-from services.tool.sandbox.host.pool import SandboxConfig
-from services.tool.sandbox.plan import Level
+from pydantic import Field, field_validator, model_validator
+from pydantic_settings import SettingsConfigDict
+
+from services.common.settings import ServiceSettings
+from services.common.wire import TOOL_VARIABLES
+from services.tool.sandbox.plan import PRESETS, Level, SandboxConfig
 
 
-def usable_cores() -> int:
-    """Cores this process may run on."""
-    return len(os.sched_getaffinity(0))
+class ToolSettings(ServiceSettings):
+    """Untrusted Python in an OS sandbox, over REST, MCP and SandboxFusion's contract.
 
+    levels of isolation, strongest first; at start each layer is tried with programs that must fail:
+      full   needs user namespaces, root or not: own root directory, network, processes, tmpfs
+      uid    needs root, no namespaces (Docker's default): a user id per program
+      basic  needs nothing: resource limits, seccomp without fork, Landlock
+    GET /v1/isolation says what was reached, what is missing and how to get it.
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Settings:
-    """What the operator decides. Raises ValueError with cause and fix when values contradict."""
+    Each flag is also an environment variable: OPENRLHF_ALP_TOOL_API_KEY and so on.
+    """
 
-    isolation: Level | None = None
-    """Level to use; None takes the strongest that works here."""
-    min_isolation: Level = Level.BASIC
-    """Refuse to start below this level."""
-    slots: int = field(default_factory=usable_cores)
-    """Executions at a time. One per core keeps verdicts independent of load."""
+    model_config = SettingsConfigDict(
+        env_prefix=TOOL_VARIABLES, cli_prog_name="python -m services.tool"
+    )
+
+    port: int = Field(default=8090, ge=0, le=65535)
+    """TCP port; 0 takes any free one and prints it."""
+    open_loopback: bool = False
+    """Require no key at all; only on a loopback address."""
+    isolation: Literal["full", "uid", "basic"] | None = None
+    """Level of isolation to use; the strongest that works when absent."""
+    min_isolation: Literal["full", "uid", "basic"] = "basic"
+    """Below this level, exit with 3 and a table of what is missing."""
+    allow_insecure: bool = False
+    """Run without any isolation."""
+    presets: str = ",".join(PRESETS)
+    """Libraries that are loaded ahead: the first one, two or all of the default."""
+    launchers: int | None = None
+    """Fork servers; one per slot when absent."""
+    warm_slots: int = SandboxConfig().warm_slots
+    """Slots kept ready per preset and launcher."""
+    slots: int = Field(default=len(os.sched_getaffinity(0)), ge=1)
+    """Executions at a time; one per usable core keeps time limits independent of load."""
     max_queue: int = 512
     """Executions that may wait for a slot."""
     max_wait_s: float = 30.0
-    """Longest wait for a slot, when the caller names no deadline."""
+    """Longest wait for a slot when the caller names no deadline."""
     default_timeout_s: float = 10.0
+    """Wall time when the caller names none."""
     max_timeout_s: float = 120.0
+    """Largest wall time a caller may ask for."""
     default_memory_mb: int = 512
+    """Memory when the caller names none."""
     max_memory_mb: int = 4096
-    default_output_bytes: int = 1 << 20
-    max_output_bytes: int = 8 << 20
-    max_code_bytes: int = 1 << 20
-    max_body_bytes: int = 16 << 20
-    max_file_bytes: int = 8 << 20
-    """All files of one request, or one file of a session."""
+    """Largest memory a caller may ask for."""
+    default_output_bytes: int = 2**20
+    """Stdout and stderr, each, when the caller names no limit."""
+    max_output_bytes: int = 8 * 2**20
+    """Largest output a caller may ask for."""
+    max_code_bytes: int = 2**20
+    """Largest program."""
+    max_file_bytes: int = 8 * 2**20
+    """Largest file of a session, and all files of one request."""
     max_sessions: int = 64
+    """Live sessions; one more ends the session that was idle longest."""
     session_ttl_s: float = 600.0
-    """A session idle for this long is ended."""
-    sandbox: SandboxConfig = field(default_factory=SandboxConfig)
+    """Idle seconds after which a session ends."""
 
-    def __post_init__(self) -> None:
-        if self.slots < 1:
-            raise ValueError(f"slots is {self.slots}, at least 1 is required (--slots)")
+    @field_validator("presets")
+    @classmethod
+    def _are_a_prefix(cls, presets: str) -> str:
+        # Each zygote is forked from the one before, so a later preset needs the earlier ones.
+        choices = [",".join(PRESETS[: count + 1]) for count in range(len(PRESETS))]
+        if presets not in choices:
+            raise ValueError(f"{presets} is none of {' '.join(choices)}")
+        return presets
+
+    @model_validator(mode="after")
+    def _fit_together(self) -> "ToolSettings":
         if self.default_timeout_s > self.max_timeout_s:
             raise ValueError(
-                f"the default timeout {self.default_timeout_s} s is above the largest allowed "
-                f"{self.max_timeout_s} s: raise --max-timeout-s"
+                f"--default-timeout-s {self.default_timeout_s} is above the largest allowed "
+                f"{self.max_timeout_s}: raise --max-timeout-s"
             )
+        # Files travel as base64 inside of the body, which takes a third more than their bytes.
         if self.max_file_bytes * 2 > self.max_body_bytes:
             raise ValueError(
                 f"files of {self.max_file_bytes} bytes do not fit a body of {self.max_body_bytes} "
                 "bytes in base64: raise --max-body-bytes to twice --max-file-bytes"
             )
+        return self
+
+    @property
+    def level(self) -> Level | None:
+        """Level to use; None for the strongest that works."""
+        if self.allow_insecure:
+            return Level.NONE
+        return None if self.isolation is None else Level(self.isolation)
+
+    @property
+    def min_level(self) -> Level:
+        """Level below which the service does not start."""
+        return Level.NONE if self.allow_insecure else Level(self.min_isolation)
+
+    @property
+    def sandbox(self) -> SandboxConfig:
+        """How the sandbox is built, but for its level."""
+        return SandboxConfig(
+            presets=tuple(self.presets.split(",")),
+            launchers=self.launchers or self.slots,
+            warm_slots=self.warm_slots,
+        )

@@ -17,8 +17,8 @@ from fastapi import APIRouter, FastAPI
 from starlette.requests import Request
 from starlette.responses import Response
 
+from services.common.routes import WireRoute, reply
 from services.common.serve import bind_socket, bound_url, write_url_file
-from services.common.wire_routes import WireRoute, reply
 from services.rollout.wire.schemas import GenerateRequest, GenerateResponse, Sample, Span, Timings
 
 EOS = 1

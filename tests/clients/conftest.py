@@ -11,10 +11,10 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from openrlhf_alp.clients.http import Backoff, Timeouts
 from openrlhf_alp.clients.rollout import RolloutClient
 from services.rollout.api.app import create_app
-from services.rollout.engines.faults import FaultPlan
 from services.rollout.engines.hf_engine import HfEngine
-from services.rollout.service import RolloutService, build_service, read_model_folder
-from services.rollout.settings import RolloutSettings
+from services.rollout.model_folder import read_model_folder
+from services.rollout.service import RolloutService, build_service
+from services.rollout.settings import FaultPlan, RolloutSettings
 
 torch.set_num_threads(1)
 
@@ -69,14 +69,8 @@ async def make_service(model_folder: Path, tmp_path: Path) -> AsyncIterator[Make
         engine_class: type[HfEngine] = HfEngine,
         **changes: object,
     ) -> RolloutService:
-        engine = engine_class.load(
-            model.path,
-            model.tokenizer,
-            dtype="float32",
-            max_model_len=None,
-            eos_token_ids=model.eos_token_ids,
-            faults=faults,
-        )
+        faulty = settings.model_copy(update={"faults": faults or FaultPlan()})
+        engine = engine_class.load(model, faulty)
         weights_dir = tmp_path / (f"weights-{len(made)}" if own_folder else "weights")
         weights_dir.mkdir(exist_ok=True)
         made.append(build_service(engine, model, settings.model_copy(update=changes), weights_dir))

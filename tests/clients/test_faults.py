@@ -22,7 +22,7 @@ from transformers import LlamaForCausalLM
 
 from openrlhf_alp.clients.errors import InvalidReply
 from openrlhf_alp.clients.weights.push import WeightPusher
-from services.rollout.engines.faults import FaultPlan as EngineFaults
+from services.rollout.settings import FaultPlan as EngineFaults
 from services.rollout.wire.schemas import GenerateRequest, GenerateResponse, Sampling
 
 NUM_REQUESTS = 300

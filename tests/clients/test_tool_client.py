@@ -1,7 +1,6 @@
 """The tool client against the real service, and against a network that loses replies."""
 
 from collections.abc import AsyncIterator
-from dataclasses import replace
 
 import httpx
 import pytest
@@ -14,7 +13,7 @@ from openrlhf_alp.clients.tool import ToolClient
 from openrlhf_alp.clients.trace import trace_headers
 from services.tool.api.app import create_app
 from services.tool.service import ToolService
-from services.tool.settings import Settings
+from services.tool.settings import ToolSettings
 from services.tool.wire.schemas import ExecuteRequest, SessionRequest
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -25,10 +24,9 @@ FAST = Backoff(first_s=0.001, largest_s=0.002)
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def app() -> AsyncIterator[FastAPI]:
-    base = Settings(slots=1)
-    settings = replace(base, sandbox=replace(base.sandbox, presets=("numpy",)))
+    settings = ToolSettings(slots=1, presets="numpy")
     async with ToolService.running(settings) as service:
-        yield create_app(service, KEY)
+        yield create_app(service, settings, api_key=KEY)
 
 
 class Lossy(httpx.AsyncBaseTransport):

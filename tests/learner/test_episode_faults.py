@@ -15,7 +15,6 @@ import random
 import signal
 from collections import Counter
 from collections.abc import AsyncIterator
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -34,13 +33,13 @@ from openrlhf_alp.learner.flags.tool import ToolConfig
 from openrlhf_alp.learner.rollout_engine import RolloutEngine
 from openrlhf_alp.rewards.protocol import RewardResult
 from services.rollout.api.app import create_app as create_rollout_app
-from services.rollout.engines.faults import FaultPlan
 from services.rollout.engines.hf_engine import HfEngine
-from services.rollout.service import build_service, read_model_folder
-from services.rollout.settings import RolloutSettings
+from services.rollout.model_folder import read_model_folder
+from services.rollout.service import build_service
+from services.rollout.settings import FaultPlan, RolloutSettings
 from services.tool.api.app import create_app as create_tool_app
 from services.tool.service import ToolService
-from services.tool.settings import Settings
+from services.tool.settings import ToolSettings
 
 torch.set_num_threads(1)  # the engines of this process draw one token at a time
 
@@ -123,14 +122,7 @@ async def rollout_apps(tiny_policy: Path, tmp_path: Path) -> AsyncIterator[dict[
     model = read_model_folder(settings)
     services = []
     for name, faults in (("one", FaultPlan(kill_after_tokens=KILLED_AT)), ("two", FaultPlan())):
-        engine = HfEngine.load(
-            model.path,
-            model.tokenizer,
-            dtype="float32",
-            max_model_len=None,
-            eos_token_ids=model.eos_token_ids,
-            faults=faults,
-        )
+        engine = HfEngine.load(model, settings.model_copy(update={"faults": faults}))
         folder = tmp_path / name
         folder.mkdir()
         services.append(build_service(engine, model, settings, folder))
@@ -144,10 +136,9 @@ async def rollout_apps(tiny_policy: Path, tmp_path: Path) -> AsyncIterator[dict[
 
 @pytest_asyncio.fixture
 async def tool() -> AsyncIterator[tuple[Any, ToolService]]:
-    base = Settings(slots=2)
-    settings = replace(base, sandbox=replace(base.sandbox, presets=("numpy",)))
+    settings = ToolSettings(slots=2, launchers=1, presets="numpy")
     async with ToolService.running(settings) as service:
-        yield create_tool_app(service, TOOL_KEY), service
+        yield create_tool_app(service, settings, api_key=TOOL_KEY), service
 
 
 @pytest.mark.parametrize("session", [False, True])

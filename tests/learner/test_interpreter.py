@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import AsyncIterator, Callable
-from dataclasses import replace
 
 import httpx
 import pytest
@@ -19,7 +18,7 @@ from openrlhf_alp.episodes.records import ToolLostError
 from openrlhf_alp.rollouts.interpreter import ATTEMPTS, SessionInterpreter, StatelessInterpreter
 from services.tool.api.app import create_app
 from services.tool.service import ToolService
-from services.tool.settings import Settings
+from services.tool.settings import ToolSettings
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -29,10 +28,9 @@ Fault = Callable[[httpx.Response], httpx.Response]
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def app() -> AsyncIterator[FastAPI]:
-    base = Settings(slots=1)
-    settings = replace(base, sandbox=replace(base.sandbox, presets=("numpy",)))
+    settings = ToolSettings(slots=1, presets="numpy")
     async with ToolService.running(settings) as service:
-        yield create_app(service, KEY)
+        yield create_app(service, settings, api_key=KEY)
 
 
 class Network(httpx.AsyncBaseTransport):

@@ -27,8 +27,6 @@ from openrlhf_alp.clients.contract import require_transport
 from openrlhf_alp.clients.control import ControlClient
 from openrlhf_alp.clients.errors import ServiceError, WeightUpdateFailed
 from openrlhf_alp.clients.weights.carry import DTYPE_CODES, Bucket, Carrier
-from services.rollout.wire.daemon import in_daemon
-from services.rollout.wire.ipc_handles import to_wire
 from services.rollout.wire.schemas import Contract, LinkBackend, UploadStatus
 from services.rollout.wire.transfer import (
     IpcLink,
@@ -37,6 +35,8 @@ from services.rollout.wire.transfer import (
     OpenRequest,
     ReceiveRequest,
     SentTensor,
+    run_in_daemon_thread,
+    to_wire,
 )
 
 BUCKET_BYTES = 256 * 2**20
@@ -213,7 +213,7 @@ class GpuCarrier(Carrier):
             with torch.accelerator.device_index(self._device.index):
                 return call()
 
-        running = asyncio.wrap_future(in_daemon(on_device))
+        running = asyncio.wrap_future(run_in_daemon_thread(on_device))
         waited_for: set[asyncio.Future[Any]] = {running, self._refusal}
         await asyncio.wait(
             waited_for,

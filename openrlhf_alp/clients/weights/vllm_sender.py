@@ -16,7 +16,7 @@ from vllm.distributed.weight_transfer.ipc_engine import IPCTrainerInitInfo
 from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
 
 from openrlhf_alp.clients.weights.carry import Bucket
-from services.rollout.wire.vllm_group import lacks_nccl, leave_group
+from services.rollout.wire.transfer import lacks_nccl, leave_group
 
 Post = Callable[[dict[str, Any]], Coroutine[Any, Any, None]]
 

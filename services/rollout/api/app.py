@@ -1,4 +1,4 @@
-"""The HTTP face of the rollout service. Routes parse, call and answer; nothing is decided here."""
+"""The HTTP application. Routes parse, call and answer; decisions are made below them."""
 
 import contextlib
 from collections.abc import AsyncIterator
@@ -9,22 +9,18 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 
-from services.common.auth import KeyGuard
 from services.common.errors import ApiError, ErrorBody, install_error_handlers
-from services.common.looplag import watch_loop_lag
 from services.common.middleware import install_middleware
-from services.common.wire_routes import WireRoute, document_msgpack, reply
+from services.common.routes import KeyGuard, WireRoute, document_msgpack, reply
+from services.common.serve import watch_loop_lag
 from services.rollout import metrics
 from services.rollout.api.control import UPLOAD_PATH, control_routes, ok
 from services.rollout.api.generate import generate_routes
 from services.rollout.engines.protocol import EngineDeadError
+from services.rollout.errors import ERRORS
 from services.rollout.service import RolloutService
 from services.rollout.settings import RolloutSettings
-from services.rollout.wire.schemas import (
-    Contract,
-    Health,
-    WeightsStatus,
-)
+from services.rollout.wire.schemas import Contract, Health, WeightsStatus
 
 _ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"model": ErrorBody} for status in (401, 413, 422, 503)
@@ -50,11 +46,11 @@ def create_app(
         title="openrlhf-alp rollout service",
         version="1",
         lifespan=lifespan,
-        # FastAPI's pages for people load scripts from the Internet, which a server may not reach.
+        # FastAPI's documentation pages load scripts from the Internet, which may be out of reach.
         docs_url=None,
         redoc_url=None,
     )
-    install_error_handlers(app)
+    install_error_handlers(app, ERRORS)
     install_middleware(
         app, max_body_bytes=settings.max_body_bytes, body_limit_exempt=(UPLOAD_PATH,)
     )
@@ -97,10 +93,11 @@ def _probe_routes(service: RolloutService) -> APIRouter:
 
     @router.get("/readyz", responses={503: {"model": ErrorBody}})
     async def readyz() -> Health:
-        """Whether requests would be served: a live engine and whole weights."""
-        service.weights.require_serving()
+        """Whether requests would be served: the engine answers and holds one whole version."""
+        service.weights.state.require_serving()
         health = await livez()
         if await service.engine.is_paused():
+            # Ready all the same: a push pauses each server, and requests wait instead of failing.
             return health.model_copy(update={"detail": "paused: requests wait for /v1/resume"})
         return health
 

@@ -1,14 +1,14 @@
 """vLLM's own OpenAI routes beside ours, behind the same key.
 
 They are vLLM's routers on vLLM's serving classes, so any OpenAI client works. Their replies carry
-no version and no idempotency; training uses /v1/generate. vLLM's control routes are not reachable.
+no version and their requests are not idempotent, so training uses /v1/generate. vLLM's control
+routes are not reachable.
 """
 
 from pathlib import Path
 
 from fastapi import FastAPI
 from starlette.routing import Route
-from starlette.types import ASGIApp, Receive, Scope, Send
 from vllm.entrypoints.launchers.api_server.app_state import init_app_state
 from vllm.entrypoints.launchers.cli_args import make_arg_parser
 from vllm.entrypoints.openai.chat_completion.api_router import attach_router as attach_chat
@@ -18,33 +18,9 @@ from vllm.entrypoints.serve.exception_handling.register import init_exception_ha
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 from vllm.v1.engine.async_llm import AsyncLLM
 
-from services.common.auth import key_is_accepted, unauthorized
-from services.common.errors import error_response
+from services.common.routes import KeyedApp
 
 PATHS = ("/v1/completions", "/v1/chat/completions", "/v1/models")
-
-
-class _KeyGuard:
-    """Lets a request through to `app` only with one of the keys."""
-
-    def __init__(self, app: ASGIApp, keys: tuple[str, ...]) -> None:
-        self._app = app
-        self._keys = keys
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if key_is_accepted(scope, self._keys):
-            await self._app(scope, receive, send)
-            return
-        error = unauthorized()
-        response = error_response(
-            error.status_code,
-            error.code,
-            error.message,
-            fix=error.fix,
-            field=error.field,
-            headers=error.headers,
-        )
-        await response(scope, receive, send)
 
 
 async def add_openai_routes(
@@ -66,6 +42,7 @@ async def add_openai_routes(
     init_exception_handler(inner)
     inner.state.args = args
     await init_app_state(llm, inner.state, args, supported_tasks=("generate",))
-    guarded = _KeyGuard(inner, keys)
+    guarded = KeyedApp(inner, *keys)
+    # Listed paths only: mounting the inner app would shadow ours and open vLLM's other routes.
     for path in PATHS:
         app.router.routes.append(Route(path, guarded))

@@ -1,13 +1,12 @@
-"""A real Hugging Face model on CPU behind the Engine protocol: small, exact, deterministic.
+"""A real Hugging Face model on CPU behind the Engine protocol: small, exact and deterministic.
 
-It recomputes the whole sequence for every token in float32, so a log-prob here can be checked with
-one plain forward pass. For tests and for machines without vLLM; not for speed.
+It recomputes the whole sequence in float32 for every token, so each log-prob can be checked with
+one plain forward pass. For tests, fault injection and machines without vLLM; not for speed.
 """
 
 import asyncio
 import math
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,7 +21,6 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from services.rollout.engines.faults import FaultPlan
 from services.rollout.engines.protocol import (
     EngineDeadError,
     EngineInfo,
@@ -32,10 +30,10 @@ from services.rollout.engines.protocol import (
     TokenSink,
     WeightReceiver,
 )
+from services.rollout.model_folder import ModelFolder
+from services.rollout.settings import RolloutSettings
 from services.rollout.weights.checkpoint import read_tensors
 from services.rollout.wire.schemas import PauseMode, Sampling, SleepLevel, SleepMode
-
-_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
 def _processors(sampling: Sampling) -> LogitsProcessorList:
@@ -82,56 +80,39 @@ class HfEngine:
     """Draws one token per step for each of the first `max_num_seqs` jobs, in order of arrival."""
 
     def __init__(
-        self,
-        model: Any,
-        tokenizer: Any,
-        info: EngineInfo,
-        *,
-        max_num_seqs: int = 64,
-        seed: int = 0,
-        faults: FaultPlan | None = None,
+        self, model: Any, tokenizer: Any, info: EngineInfo, settings: RolloutSettings
     ) -> None:
         self._model = model
         self._tokenizer = tokenizer
         self._info = info
-        self._max_num_seqs = max_num_seqs
-        self._faults = faults or FaultPlan()
-        self._shared_generator = torch.Generator().manual_seed(seed)
+        self._max_num_seqs = settings.max_num_seqs
+        self._faults = settings.faults
+        self._shared_generator = torch.Generator().manual_seed(settings.seed)
         self._running: dict[str, _Running] = {}
         self._unpaused = asyncio.Event()
         self._unpaused.set()
         self._stepper: asyncio.Task[None] | None = None
         self._dead: str | None = None
-        self._num_jobs = 0
-        self._num_drawn = 0
+        self.num_jobs = 0
+        """Jobs ever started; an idempotent retry must not increase it."""
+        self.num_drawn = 0
+        """Tokens ever drawn, including those of unfinished jobs."""
 
     @classmethod
-    def load(
-        cls,
-        folder: Path,
-        tokenizer: Any,
-        *,
-        dtype: str,
-        max_model_len: int | None,
-        eos_token_ids: tuple[int, ...],
-        max_num_seqs: int = 64,
-        seed: int = 0,
-        faults: FaultPlan | None = None,
-    ) -> "HfEngine":
-        """Load a model folder. Weights keep `dtype`'s precision; arithmetic is float32."""
-        model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=_DTYPES[dtype])
+    def load(cls, folder: ModelFolder, settings: RolloutSettings) -> "HfEngine":
+        """Load a model folder. Weights keep the precision of `dtype`; arithmetic is float32."""
+        model = transformers.AutoModelForCausalLM.from_pretrained(folder.path, dtype=settings.dtype)
         model = model.float().eval()
-        config = model.config
         info = EngineInfo(
             engine="hf",
             engine_version=transformers.__version__,
-            architecture=config.architectures[0],
-            dtype=dtype,
-            vocab_size=config.vocab_size,
-            max_model_len=max_model_len or config.max_position_embeddings,
-            eos_token_ids=eos_token_ids,
+            architecture=model.config.architectures[0],
+            dtype=settings.dtype,
+            vocab_size=model.config.vocab_size,
+            max_model_len=settings.max_model_len or model.config.max_position_embeddings,
+            eos_token_ids=folder.eos_token_ids,
         )
-        return cls(model, tokenizer, info, max_num_seqs=max_num_seqs, seed=seed, faults=faults)
+        return cls(model, folder.tokenizer, info, settings)
 
     @property
     def info(self) -> EngineInfo:
@@ -141,20 +122,11 @@ class HfEngine:
     def receiver(self) -> WeightReceiver | None:
         return None
 
-    @property
-    def num_jobs(self) -> int:
-        """Jobs ever started: what a retry must not raise."""
-        return self._num_jobs
-
-    @property
-    def num_drawn(self) -> int:
-        """Tokens ever drawn, those of unfinished jobs included."""
-        return self._num_drawn
-
     async def sample(self, job: Job, on_tokens: TokenSink | None = None) -> JobResult:
         await self.check()
-        self._num_jobs += 1
+        self.num_jobs += 1
         seed = job.sampling.seed
+        # A generator for each job, so that a seeded sample does not depend on what runs beside it.
         generator = None if seed is None else torch.Generator().manual_seed(seed + job.index)
         running = _Running(
             job=job,
@@ -175,13 +147,15 @@ class HfEngine:
         while self._running:
             await self._unpaused.wait()
             for running in list(self._running.values())[: self._max_num_seqs]:
+                # Checked again: a pause may have come after the event and before this turn.
                 if not running.done.done() and self._unpaused.is_set():
                     try:
                         self._step(running)
                     except Exception as error:
-                        running.done.set_exception(error)
-                    if self._num_drawn == self._faults.kill_after_tokens:
-                        self._die("it was killed as its fault plan says")
+                        running.done.set_exception(error)  # one bad job must not end the loop
+                    if self.num_drawn == self._faults.kill_after_tokens:
+                        self._die("it was killed by its fault plan")
+            # Also at 0 seconds: a step blocks the event loop, so others get their turn here.
             await asyncio.sleep(self._faults.step_s)
 
     @torch.no_grad()
@@ -199,11 +173,11 @@ class HfEngine:
         else:
             generator = running.generator or self._shared_generator
             token = int(torch.multinomial(log_probs.exp(), 1, generator=generator))
-        self._num_drawn += 1
+        self.num_drawn += 1
         logprob = float(log_probs[0, token])
         running.token_ids.append(token)
         running.logprobs.append(
-            math.nan if self._num_drawn == self._faults.nan_at_token else logprob
+            math.nan if self.num_drawn == self._faults.nan_at_token else logprob
         )
         if running.on_tokens is not None:
             running.on_tokens(running.token_ids[-1:], running.logprobs[-1:])
@@ -254,7 +228,7 @@ class HfEngine:
         return not self._unpaused.is_set()
 
     async def sleep(self, level: SleepLevel, mode: SleepMode) -> None:
-        """Nothing is freed; at level 2 the weights are zeroed, which a lost reload would show."""
+        """Free nothing; at level 2 zero the weights, so that a missing reload would be noticed."""
         await self.pause(mode)
         if level == 2:
             with torch.no_grad():
@@ -270,19 +244,20 @@ class HfEngine:
         def load() -> None:
             for path, names in plan.items():
                 self._model.load_state_dict(dict(read_tensors(path, names)), strict=False)
+            # Loading copies into the parameters; a head that is the embedding must stay tied.
             self._model.tie_weights()
 
         await asyncio.to_thread(load)
 
     async def reset_cache(self, *, recompute_running: bool) -> None:
-        """Nothing is cached: every token is drawn from a full forward pass."""
+        """Do nothing: every token is drawn from a full forward pass."""
 
     async def check(self) -> None:
         if self._dead is not None:
             raise EngineDeadError(self._dead)
 
     async def add_native_routes(self, app: FastAPI, keys: tuple[str, ...]) -> None:
-        """There are none."""
+        """Add nothing: this engine has no routes of its own."""
 
     async def close(self) -> None:
         self._die("the engine is closed")

@@ -1,12 +1,13 @@
-"""What the service needs from an engine. Implementations: vllm_engine.py and hf_engine.py."""
+"""What the service needs from an engine; vllm_engine.py and hf_engine.py implement it."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Protocol
 
 from fastapi import FastAPI
 
+from services.rollout.errors import RolloutError
 from services.rollout.wire.schemas import (
     FinishReason,
     LinkBackend,
@@ -38,20 +39,13 @@ class BadJobError(ValueError):
     """The engine refuses this job whatever its state; the message says why."""
 
 
-TransferFailure = Literal["timeout", "disk", "foreign_gpu", "failed"]
-
-
-class TransferError(RuntimeError):
-    """Weights did not arrive, and the link to the learner is closed; the message says why."""
-
-    def __init__(self, kind: TransferFailure, message: str) -> None:
-        super().__init__(message)
-        self.kind = kind
+class TransferError(RolloutError):
+    """No link to the learner could be opened, or weights did not arrive over it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineInfo:
-    """Facts that never change while the engine lives."""
+    """Facts that do not change while the engine runs."""
 
     engine: str
     engine_version: str
@@ -60,8 +54,8 @@ class EngineInfo:
     vocab_size: int  # ids below this may be sent
     max_model_len: int  # prompt plus sampled tokens
     eos_token_ids: tuple[int, ...]
-    link_backends: tuple[LinkBackend, ...] = ()  # over which the engine's receiver can receive
-    num_workers: int = 1  # GPUs, each a rank of its own in a transfer
+    link_backends: tuple[LinkBackend, ...] = ()  # over which weights can be received
+    num_workers: int = 1  # GPUs, each with its own rank in a transfer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,11 +82,11 @@ class JobResult:
 class WeightReceiver(Protocol):
     """Receives weights from the learner's GPU without touching what is served.
 
-    After a TransferError from any method no link is open.
+    After a TransferError from any method no link is open. Never run on a GPU.
     """
 
     async def open(self, request: OpenRequest) -> None:
-        """Join the learner's group, after leaving the one before."""
+        """Leave the group joined before, if any, and join the learner's."""
 
     async def receive(self, request: ReceiveRequest, path: Path) -> None:
         """Take part in sending one bucket, and write it to `path` as a safetensors file."""
@@ -116,7 +110,7 @@ class Engine(Protocol):
 
         Args:
             job: what to draw.
-            on_tokens: told of tokens as they come; the result holds all of them all the same.
+            on_tokens: called with new tokens as they are drawn; the result holds all of them too.
 
         Raises:
             BadJobError: the job can never run.
@@ -130,13 +124,13 @@ class Engine(Protocol):
         """Return when no token is being drawn and every drawn token is counted."""
 
     async def resume(self) -> None:
-        """Draw again; jobs that were kept or arrived while paused go on."""
+        """Draw again; jobs that were kept, or arrived while paused, continue."""
 
     async def is_paused(self) -> bool:
         """Whether jobs wait for `resume`."""
 
     async def sleep(self, level: SleepLevel, mode: SleepMode) -> None:
-        """Free the memory of the cache (level 1: weights go to host memory; 2: are dropped).
+        """Free the cache's memory; level 1 moves the weights to host memory, level 2 drops them.
 
         Raises:
             NoSleepModeError: before anything changed.
@@ -158,4 +152,4 @@ class Engine(Protocol):
         """Add the engine's own public routes to `app`, behind `keys`, if it has any."""
 
     async def close(self) -> None:
-        """End the engine and every process of it."""
+        """End the engine and all its processes."""

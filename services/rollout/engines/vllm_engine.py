@@ -21,6 +21,7 @@ from vllm.v1.engine.exceptions import EngineDeadError as VllmDeadError
 from vllm.v1.executor import Executor
 
 from services.common.errors import ConfigError
+from services.common.owned_folders import OwnedFolder
 from services.rollout.api.openai import add_openai_routes
 from services.rollout.engines.protocol import (
     LOGPROBS_MODE,
@@ -34,16 +35,16 @@ from services.rollout.engines.protocol import (
     TokenSink,
     WeightReceiver,
 )
-from services.rollout.engines.vllm_executor import SERVICE_PID, TIED
+from services.rollout.engines.vllm_processes import SERVICE_PID, TIED
 from services.rollout.gpu_transfer.receiver import RpcReceiver, link_backends
-from services.rollout.private_folder import PrivateFolder
 from services.rollout.settings import RolloutSettings
 from services.rollout.wire.schemas import FinishReason, PauseMode, Sampling, SleepLevel, SleepMode
 
 logger = logging.getLogger(__name__)
 
 _SOCKETS_PREFIX = "alp-ipc-"
-_LONGEST_SOCKETS_FOLDER = 107 - len("/00000000-0000-0000-0000-000000000000")  # sockaddr_un, a UUID
+# A socket's path has at most 107 bytes (sockaddr_un); vLLM names each one by a UUID.
+_LONGEST_SOCKETS_FOLDER = 107 - len("/00000000-0000-0000-0000-000000000000")
 _PROBE_TIMEOUT_S = 10.0
 _CLOSE_TIMEOUT_S = 10.0
 _FINISH_REASONS: dict[str | None, FinishReason] = {
@@ -55,7 +56,8 @@ _FINISH_REASONS: dict[str | None, FinishReason] = {
 
 def prepare_environment(settings: RolloutSettings) -> None:
     """Set what vLLM reads from the environment; call before the engine is built."""
-    # As `vllm serve` does. A forked engine would not import what ties it to this process.
+    # As `vllm serve` does. A forked engine would not import vllm_processes, and so would survive a
+    # SIGKILL of this process.
     os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"
     os.environ[SERVICE_PID] = str(os.getpid())
     if settings.num_threads is not None:
@@ -94,42 +96,36 @@ def engine_args(settings: RolloutSettings) -> AsyncEngineArgs:
         generation_config="vllm",
         enable_prefix_caching=True,
         enable_sleep_mode=settings.sleep_mode,
-        worker_extension_cls="services.rollout.engines.vllm_worker.WorkerExtension",
+        worker_extension_cls="services.rollout.engines.vllm_processes.WorkerExtension",
         enable_log_requests=False,
         **extra,
     )
 
 
 def sampling_params(sampling: Sampling, index: int) -> SamplingParams:
-    """vLLM's parameters for sample `index`: only the final result, only the sampled log-prob."""
+    """vLLM's parameters for sample `index`: one final result with the sampled tokens' log-probs."""
+    # Our fields have vLLM's names and meanings.
+    fields = sampling.model_dump(exclude={"seed", "stop", "stop_token_ids"})
     return SamplingParams(
         n=1,
-        max_tokens=sampling.max_tokens,
-        min_tokens=sampling.min_tokens,
-        temperature=sampling.temperature,
-        top_p=sampling.top_p,
-        top_k=sampling.top_k,
-        min_p=sampling.min_p,
-        presence_penalty=sampling.presence_penalty,
-        frequency_penalty=sampling.frequency_penalty,
-        repetition_penalty=sampling.repetition_penalty,
+        **fields,
         stop=list(sampling.stop),
         stop_token_ids=list(sampling.stop_token_ids),
-        ignore_eos=sampling.ignore_eos,
         seed=None if sampling.seed is None else sampling.seed + index,
-        logprobs=0,
-        flat_logprobs=True,
+        logprobs=0,  # of the sampled token alone
+        flat_logprobs=True,  # one list and not a dictionary for each token
+        # Text is needed for stop strings only.
         detokenize=bool(sampling.stop),
         output_kind=RequestOutputKind.FINAL_ONLY,
-        skip_clone=True,
+        skip_clone=True,  # these parameters are used once
     )
 
 
 class _OutputBarrier:
-    """Tells when vLLM's output handler has taken in everything the engine core sent.
+    """Waits until vLLM's output handler has processed everything that the engine core sent.
 
-    A pause is acknowledged on the socket that carries the outputs, after them. Once the handler
-    asks for more and its queue is empty, every token drawn before the pause has been counted.
+    The engine acknowledges a pause on the socket that carries the outputs, after them. Once the
+    handler asks for more and its queue is empty, every token drawn before the pause is counted.
     """
 
     def __init__(self, core: Any) -> None:
@@ -155,9 +151,7 @@ class _OutputBarrier:
 class VllmEngine:
     """vLLM behind the Engine protocol. Build with `start`, inside the event loop."""
 
-    def __init__(
-        self, llm: AsyncLLM, info: EngineInfo, model: Path, sockets: PrivateFolder
-    ) -> None:
+    def __init__(self, llm: AsyncLLM, info: EngineInfo, model: Path, sockets: OwnedFolder) -> None:
         self._llm = llm
         self._sockets = sockets
         self._model = model
@@ -169,8 +163,8 @@ class VllmEngine:
     def start(cls, settings: RolloutSettings, eos_token_ids: tuple[int, ...]) -> "VllmEngine":
         """Load the model. Takes seconds to minutes and blocks."""
         prepare_environment(settings)
-        # vLLM leaves the sockets to its processes behind, in the temporary folder by default.
-        sockets = PrivateFolder(Path(tempfile.gettempdir()), _SOCKETS_PREFIX)
+        # vLLM never removes the sockets to its processes, by default in the temporary folder.
+        sockets = OwnedFolder.create(Path(tempfile.gettempdir()), _SOCKETS_PREFIX)
         os.environ["VLLM_RPC_BASE_PATH"] = str(sockets.path)
         try:
             if len(str(sockets.path)) > _LONGEST_SOCKETS_FOLDER:
@@ -179,7 +173,7 @@ class VllmEngine:
                 )
             llm = _start_llm(settings)
         except BaseException:
-            sockets.close()
+            sockets.remove()
             raise
         config = llm.model_config
         info = EngineInfo(
@@ -207,30 +201,35 @@ class VllmEngine:
         prompt = {"prompt_token_ids": job.token_ids, "cache_salt": job.cache_salt}
         params = sampling_params(job.sampling, job.index)
         if on_tokens is not None:
+            # One output for each step instead of one in all: only a caller that streams pays that.
             params.output_kind = RequestOutputKind.DELTA
         token_ids: list[int] = []
         logprobs: list[float] = []
+        # Before the first await: an update during `add_request` has to find the job.
         self._live[job.job_id] = None
         try:
+            # Not `generate`, which hides vLLM's own request id; num_tokens finds the job by it.
             queue = await self._llm.add_request(job.job_id, prompt, params)
-            self._live[job.job_id] = queue.request_id
+            self._live[job.job_id] = queue.request_id  # vLLM appends a suffix to our id
             async with self._freeing(queue):
                 finished = False
                 while not finished:
                     output = await queue.get()
                     finished = output.finished
                     completion = output.outputs[0]
+                    # A last output may carry a finish reason and no token.
                     new = list(completion.logprobs.logprobs) if completion.logprobs else []
                     token_ids += completion.token_ids
                     logprobs += new
                     if on_tokens is not None and new:
                         on_tokens(list(completion.token_ids), new)
         except VLLMClientError as error:
+            # vLLM's own checks of a request go beyond ours; its state is as before.
             raise BadJobError(str(error)) from error
         except VllmDeadError as error:
             raise EngineDeadError("vLLM's engine process is dead") from error
         finally:
-            del self._live[job.job_id]
+            del self._live[job.job_id]  # its tokens are all drawn, whatever the outcome
         return JobResult(
             token_ids=token_ids,
             logprobs=logprobs,
@@ -240,10 +239,11 @@ class VllmEngine:
 
     @contextlib.asynccontextmanager
     async def _freeing(self, queue: Any) -> AsyncIterator[None]:
-        """Free the engine's slot when the body is cancelled before the output came."""
+        """Free the engine's slot if the body is cancelled before its output arrived."""
         try:
             yield
         except asyncio.CancelledError:
+            # Shielded: a second cancellation would leave the engine drawing for nobody.
             await asyncio.shield(self._llm.abort(queue.request_id, internal=True))
             raise
         finally:
@@ -255,7 +255,7 @@ class VllmEngine:
         states = self._llm.output_processor.request_states
         request_id = self._live[job_id]
         if request_id is None:
-            # Being added at this moment: vLLM may know it already under a longer id.
+            # `add_request` has not returned, but vLLM may have registered it under a longer id.
             known = self._llm.output_processor.external_req_ids.get(job_id)
             if not known:
                 return 0
@@ -267,7 +267,9 @@ class VllmEngine:
         return count
 
     async def pause(self, mode: PauseMode) -> None:
+        # The cache is reset after the load: under the new salt, or by `reset_cache`.
         await self._llm.pause_generation(mode=mode, clear_cache=False)
+        # Without a handler there was no request yet, so no output can be in flight.
         if self._llm.output_handler is not None:
             await self._barrier.passed()
 
@@ -279,7 +281,7 @@ class VllmEngine:
 
     async def sleep(self, level: SleepLevel, mode: SleepMode) -> None:
         if not self._llm.model_config.enable_sleep_mode:
-            # vLLM would abort every request and then free nothing.
+            # vLLM would abort every request and then not free any memory.
             raise NoSleepModeError(
                 "vLLM has no sleep mode on CPUs"
                 if current_platform.is_cpu()
@@ -288,7 +290,7 @@ class VllmEngine:
         await self._llm.sleep(level, mode)
 
     async def wake_up(self, plan: LoadPlan | None) -> None:
-        # vLLM schedules again with the last tag: no request can meet weights that are not loaded.
+        # vLLM schedules again after the last tag, so no request runs before the weights are loaded.
         await self._llm.wake_up(["weights"])
         if plan is not None:
             await self.load_weights(plan)
@@ -316,7 +318,7 @@ class VllmEngine:
 
     async def close(self) -> None:
         await asyncio.to_thread(self._llm.shutdown, _CLOSE_TIMEOUT_S)
-        self._sockets.close()
+        self._sockets.remove()
 
 
 def _start_llm(settings: RolloutSettings) -> AsyncLLM:

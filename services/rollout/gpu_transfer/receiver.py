@@ -1,16 +1,16 @@
 """Weights from the learner's GPU, over vLLM's own transfer engines, into a file.
 
-vLLM's receivers write straight into the model that is being served. Here a Collector stands in the
+vLLM's receivers write straight into the model that is being served. Here a Collector takes the
 model's place: what arrives goes to host memory and from there to a safetensors file among the
-uploads, so that prepare can prove it and commit can swap it. A transfer that breaks off has touched
-nothing that is served.
+uploads, so that prepare can verify its digest and commit can swap it. A transfer that breaks off
+has touched nothing that is served.
 
     service: RpcReceiver --collective_rpc--> every worker: TransferReceiver -> Link -> Collector
 
 The workers draw no token while a bucket arrives, and draw again between two buckets.
 
-Written against vLLM 0.29. Run on CPU with another communicator in the place of NCCL, and for ipc
-with other memory in the place of the GPU's; not run on a GPU.
+Written against vLLM 0.29. Run on CPU only, with replacements for NCCL and for CUDA IPC; never run
+on a GPU.
 """
 
 import contextlib
@@ -25,26 +25,29 @@ import torch
 from safetensors.torch import save_file
 
 from services.rollout.engines.protocol import TransferError
-from services.rollout.weights.checkpoint import DTYPE_CODES
-from services.rollout.wire.daemon import in_daemon
-from services.rollout.wire.ipc_handles import from_wire
+from services.rollout.weights.checkpoint import DTYPES
 from services.rollout.wire.schemas import LinkBackend
-from services.rollout.wire.transfer import OpenRequest, ReceiveRequest, SentTensor
-from services.rollout.wire.vllm_group import lacks_nccl, leave_group
+from services.rollout.wire.transfer import (
+    OpenRequest,
+    ReceiveRequest,
+    SentTensor,
+    from_wire,
+    lacks_nccl,
+    leave_group,
+    run_in_daemon_thread,
+)
 
 logger = logging.getLogger(__name__)
 
-DTYPES = {code: dtype for dtype, code in DTYPE_CODES.items()}
-
 Outcome = tuple[str, str] | None
-"""(kind, message) of a TransferError, in a form that vLLM's RPC carries; None: all is well."""
+"""(code, message) of a TransferError, in a form that vLLM's RPC carries; None: success."""
 
 Rpc = Callable[..., Awaitable[Sequence[Any]]]
 """`AsyncLLM.collective_rpc`: method name, `args` -> what each worker returned."""
 
 
 def link_backends(num_workers: int) -> tuple[LinkBackend, ...]:
-    """What this vLLM can receive over on this machine; nothing without CUDA or its modules."""
+    """Backends over which this vLLM can receive here; none without CUDA or vLLM's modules."""
     from vllm.platforms import current_platform
 
     if not current_platform.is_cuda():
@@ -75,15 +78,14 @@ class RpcReceiver:
     async def _call(self, method: str, *args: Any) -> None:
         for outcome in await self._rpc(method, args=args):
             if outcome is not None:
-                kind, message = outcome
-                raise TransferError(kind, message)
+                raise TransferError(*outcome)
 
 
 class Collector:
-    """In the model's place: keeps what vLLM's receiver would load.
+    """Takes the model's place and keeps what vLLM's receiver would load into it.
 
     Args:
-        keep: False on the workers whose copy nobody needs; they take part and drop.
+        keep: False on the workers whose copy is not needed; they take part and drop it.
     """
 
     def __init__(self, *, keep: bool) -> None:
@@ -91,22 +93,25 @@ class Collector:
         self._tensors: dict[str, torch.Tensor] = {}
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
-        """Copy to host memory. Called once per buffer, which is used again afterwards."""
+        """Copy tensors to host memory. vLLM calls this once per buffer."""
         for name, tensor in weights:
             if self._keep:
+                # A copy, because vLLM fills the same buffer again afterwards.
                 self._tensors[name] = tensor.to("cpu", copy=True)
 
     def write(self, path: Path) -> None:
-        """Write what came as one safetensors file, whole or not at all, and forget it."""
+        """Write what arrived as one safetensors file, whole or not at all, and forget it."""
         if not self._keep:
             return
         tensors, self._tensors = self._tensors, {}
+        # Renamed once complete: prepare must never link a file that is still growing.
         partial = path.with_name(f".{path.name}")
         try:
             save_file(tensors, partial)
             os.replace(partial, path)
         except Exception as error:  # safetensors has an error of its own for a full disk
-            raise TransferError("disk", f"{path.name} cannot be written: {error}") from error
+            message = f"{path.name} cannot be written: {error}."
+            raise TransferError("cannot_store", message) from error
         finally:
             with contextlib.suppress(OSError):
                 partial.unlink()
@@ -140,12 +145,13 @@ class Link:
         """Meet the learner and the other workers.
 
         Raises:
-            TransferError: they do not come in time, or the learner is on another GPU.
+            TransferError: `transfer_timeout`, `transfer_failed` without NCCL, or `foreign_gpu`
+                when the learner is on another GPU.
         """
         if self._link.backend == "ipc":
             own = str(torch.cuda.get_device_properties(self._device.index).uuid)
             if self._link.gpu_uuid != own:
-                message = f"The learner is on GPU {self._link.gpu_uuid}, this server on {own}"
+                message = f"The learner is on GPU {self._link.gpu_uuid}, this server on {own}."
                 raise TransferError("foreign_gpu", message)
             info: dict[str, Any] = {"packed": False}
         else:
@@ -160,16 +166,14 @@ class Link:
         parsed = self._engine.parse_init_info(info)
         self._within_limit(lambda: self._engine.init_transfer_engine(parsed))
         if lacks_nccl(self._engine):
-            raise TransferError("failed", "vLLM cannot load NCCL on this server")
+            # vLLM continues without NCCL and would report tensors that never arrived.
+            raise TransferError("transfer_failed", "vLLM cannot load NCCL on this server.")
 
     def receive(self, tensors: Sequence[SentTensor], path: Path) -> None:
         """Take part in sending one bucket, then write it.
 
-        vLLM's `update_weights` is passed over: its start and finish rebuild the live model. The
-        copies to host memory wait for the bytes, so nothing is left to synchronise.
-
         Raises:
-            TransferError: the bucket did not come in time or could not be written.
+            TransferError: `transfer_timeout`, or `cannot_store` when it could not be written.
         """
         info: dict[str, Any] = {
             "names": [tensor.name for tensor in tensors],
@@ -179,30 +183,33 @@ class Link:
         if self._link.backend == "ipc":
             info["ipc_handles"] = [_rebuild_args(tensor) for tensor in tensors]
         parsed = self._engine.parse_update_info(info)
+        # Not vLLM's `update_weights`: its start and finish rebuild the live model. Copies to host
+        # memory wait for the bytes, so nothing is left to synchronise afterwards.
         self._within_limit(lambda: self._engine.receive_weights(parsed))
         self._collector.write(path)
 
     def leave(self) -> None:
-        """Leave the group; whoever still waits in it is woken up with an error."""
+        """Leave the group; calls of this worker that still wait in it raise an error."""
         leave_group(self._engine)
 
     def _within_limit(self, call: Callable[[], None]) -> None:
-        """NCCL waits for ever; destroying the communicator from outside ends the wait.
+        """NCCL waits forever; destroying the communicator from another thread ends the wait.
 
-        A rendezvous that never happened cannot be ended so: its thread stays until the time limit
-        of vLLM's store, five minutes, and holds up nobody.
+        A rendezvous that was never completed cannot be ended in this way: its thread stays until
+        the time limit of vLLM's store, five minutes, and blocks nothing.
         """
 
         def on_device() -> None:
+            # The current device belongs to a thread; a new one would start at device 0.
             with torch.accelerator.device_index(self._device.index):
                 call()
 
-        running = in_daemon(on_device)
+        running = run_in_daemon_thread(on_device)
         done, _ = futures.wait([running], timeout=self._limit_s)
         if not done:
             self.leave()
-            message = f"The other side did not take part within {self._limit_s:g} s"
-            raise TransferError("timeout", message)
+            message = f"The other side did not take part within {self._limit_s:g} s."
+            raise TransferError("transfer_timeout", message)
         running.result()
 
 
@@ -248,15 +255,16 @@ class TransferReceiver:
             link.leave()
 
     def _alp_outcome(self, call: Callable[[], None]) -> Outcome:
-        """Errors come back as values: through vLLM's RPC they would lose their type."""
+        """Return errors as values: raised through vLLM's RPC they would lose their type."""
         try:
             call()
         except TransferError as error:
-            outcome = (error.kind, str(error))
+            outcome = (error.code, str(error))
         except Exception as error:
             logger.exception("weight transfer failed")
-            outcome = ("failed", f"{type(error).__name__}: {error}")
+            outcome = ("transfer_failed", f"{type(error).__name__}: {error}.")
         else:
             return None
+        # A group in which one call failed is out of step; only a new one can be used.
         self.alp_close_link()
         return outcome

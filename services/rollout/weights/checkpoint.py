@@ -1,4 +1,4 @@
-"""Safetensors files on disk: what is in them, what their bytes hash to, and reading them back."""
+"""Safetensors files on disk: what is in them, the digests of their tensors, and their tensors."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -23,6 +23,7 @@ DTYPE_CODES: dict[torch.dtype, DtypeCode] = {
     torch.float8_e4m3fn: "F8_E4M3",
     torch.float8_e5m2: "F8_E5M2",
 }
+DTYPES = {code: dtype for dtype, code in DTYPE_CODES.items()}
 
 
 class BadCheckpointError(ValueError):
@@ -31,7 +32,7 @@ class BadCheckpointError(ValueError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TensorFile:
-    """Where one tensor lives and what it is."""
+    """Where one tensor is stored and what it is."""
 
     path: Path
     shape: tuple[int, ...]

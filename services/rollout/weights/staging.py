@@ -1,25 +1,30 @@
-"""Bringing the files of an update under our own name and proving them, before anything is swapped.
+"""Brings the files of an update under the service's own names and verifies them before the swap.
 
-A hard link in a private folder keeps a staged file alive when the learner removes its own name of
-it, and is what gets verified, so nothing can change between the proof and the load.
+A hard link in a folder of this process keeps a staged file alive when the learner removes its own
+name for it. The link is what gets verified and later loaded; replacing the learner's file in
+between changes neither.
 """
 
+import contextlib
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from services.common.errors import ApiError
+from services.common.errors import ConfigError
+from services.common.owned_folders import OwnedFolder
 from services.rollout.engines.protocol import LoadPlan
-from services.rollout.private_folder import PrivateFolder, remove_folders_of_the_dead
 from services.rollout.weights.checkpoint import BadCheckpointError, TensorFile, scan
+from services.rollout.weights.serving import WeightsError
 from services.rollout.weights.versions import Version
 from services.rollout.wire.fingerprint import weights_digest
 from services.rollout.wire.schemas import DtypeCode, PrepareRequest
 
 TIED_HEAD = "lm_head.weight"
 UPLOADS = "uploads/"
+WEIGHTS_PREFIX = "openrlhf-alp-weights-"
 _STAGING_PREFIX = ".staging-"
 _FLOATING = frozenset({"BF16", "F16", "F32", "F64"})
 _SHOWN_NAMES = 3
@@ -29,7 +34,7 @@ Tensors = Mapping[str, TensorFile]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Staged:
-    """An update whose bytes have been proved and that can be committed."""
+    """An update whose digest was verified and that can be committed."""
 
     version: Version
     tensors: Tensors
@@ -66,108 +71,95 @@ def digest_of(tensors: Tensors) -> str:
 
 
 class Staging:
-    """The private folder of one service inside weights_dir."""
+    """The folder of one service inside weights_dir; removed when the service ends."""
 
     def __init__(self, model: ServedModel, weights_dir: Path) -> None:
+        self.weights_dir = weights_dir.resolve()
         self._model = model
-        self._weights_dir = weights_dir.resolve()
-        self._folder = PrivateFolder(self._weights_dir, _STAGING_PREFIX)
-        self._root = self._folder.path
+        self._folder = OwnedFolder.create(self.weights_dir, _STAGING_PREFIX)
         self._num_staged = 0
 
     @property
-    def weights_dir(self) -> Path:
-        return self._weights_dir
-
-    @property
     def uploads_dir(self) -> Path:
-        """Where files sent over HTTP go; prepare knows it as `uploads/`."""
-        return self._root / UPLOADS
+        """Where files sent over HTTP are stored; a prepare request calls it `uploads/`."""
+        return self._folder.path / UPLOADS
 
     def stage(self, request: PrepareRequest, serving: Tensors) -> Staged:
         """Link, read, compare and hash the files of `request`; leave nothing behind on failure.
 
+        Args:
+            request: names the files and the digest of the merged result.
+            serving: where the tensors come from that the update leaves out.
+
         Raises:
-            ApiError: names the file, tensor or digest that is wrong, or says the disk is full.
+            WeightsError: the code says what is wrong, the message which file, tensor or digest.
         """
+        # A new folder each time: the serving tensors may be mapped from an earlier one.
         self._num_staged += 1
-        folder = self._root / str(self._num_staged)
+        folder = self._folder.path / str(self._num_staged)
         try:
             return self._stage_in(folder, request, serving)
         except BadCheckpointError as error:
             self.drop(folder)
-            raise _bad_files(
-                "bad_weight_file", f"A weight file cannot be used: {error}."
-            ) from error
+            message = f"A weight file cannot be used: {error}."
+            raise WeightsError("bad_weight_file", message) from error
         except OSError as error:
             self.drop(folder)
-            raise ApiError(
-                507,
-                "cannot_stage",
-                f"The update cannot be staged in weights_dir: {error.strerror or error}.",
-                fix="Free space or inodes in weights_dir, or check its permissions.",
-                field="files",
-            ) from error
-        except ApiError:
+            message = f"The update cannot be staged in weights_dir: {error.strerror or error}."
+            raise WeightsError("cannot_stage", message) from error
+        except WeightsError:
             self.drop(folder)
             raise
 
     def drop(self, folder: Path) -> None:
-        """Forget one staged update."""
+        """Remove one staged update."""
         shutil.rmtree(folder, ignore_errors=True)
 
     def keep_only(self, tensors: Tensors) -> None:
-        """Remove every staged folder that `tensors` does not read from."""
+        """Remove every folder, the uploads included, that `tensors` does not read from."""
         used = {tensor.path.parent for tensor in tensors.values()}
-        for folder in self._root.iterdir():
+        for folder in self._folder.path.iterdir():
             if folder.is_dir() and folder not in used:
                 self.drop(folder)
 
     def close(self) -> None:
-        """Remove everything this process staged."""
-        self._folder.close()
+        """Remove everything that this process staged."""
+        self._folder.remove()
 
     def _stage_in(self, folder: Path, request: PrepareRequest, serving: Tensors) -> Staged:
         folder.mkdir(parents=True, mode=0o700)
+        # Hashes come from the links: the learner may rewrite its own files at any moment.
         sent = scan(self._link(request.files, folder))
+        # Before the digest, although a mismatch would show there too: names, shapes and dtypes
+        # say what is wrong, a digest only that something is.
         self._compare(sent, partial=request.base_version is not None)
+        # In the order of the served names, so a tied head that was sent is left out: the engine
+        # ties it itself. A full update has every name, so `serving` is read by partial ones only.
         merged = {name: sent.get(name) or serving[name] for name in self._model.tensors}
         digest = digest_of(merged)
         if digest != request.digest:
-            raise ApiError(
-                422,
-                "digest_mismatch",
-                f"The files hash to {digest}, not to the digest sent ({request.digest}).",
-                fix="Write the files again; they changed or were cut short on the way.",
-                field="digest",
-            )
+            message = f"The files hash to {digest}, not to the digest sent ({request.digest})."
+            raise WeightsError("digest_mismatch", message)
         version = Version(number=request.version, digest=digest)
         return Staged(version=version, tensors=merged, folder=folder)
 
     def _link(self, names: Sequence[str], folder: Path) -> list[Path]:
-        links = []
-        for index, name in enumerate(names):
-            source = self._source(name)
-            link = folder / f"{index:05d}.safetensors"
-            os.link(source, link)
-            links.append(link)
+        # Numbered: two files of a request may have one name in different folders.
+        links = [folder / f"{index:05d}.safetensors" for index in range(len(names))]
+        for name, link in zip(names, links, strict=True):
+            os.link(self._source(name), link)
         return links
 
     def _source(self, name: str) -> Path:
-        if "\0" in name or Path(name).is_absolute():
-            raise _outside()
-        base = self._root if name.startswith(UPLOADS) else self._weights_dir
-        source = (base / name).resolve()
-        if not source.is_relative_to(base):
-            raise _outside()
+        base = self._folder.path if name.startswith(UPLOADS) else self.weights_dir
+        # Resolved first, so that a symbolic link out of the folder is refused like "..".
+        source = None if "\0" in name else (base / name).resolve()
+        if source is None or Path(name).is_absolute() or not source.is_relative_to(base):
+            message = "A file name points outside weights_dir."
+            raise WeightsError("path_outside_weights_dir", message)
         if not source.is_file():
-            raise ApiError(
-                422,
-                "weight_file_missing",
-                f"There is no file {name!r} in weights_dir.",
-                fix="Write the file before prepare, in a folder that both sides share.",
-                field="files",
-            )
+            message = f"There is no file {name!r} in weights_dir."
+            raise WeightsError("weight_file_missing", message)
         return source
 
     def _compare(self, sent: Tensors, *, partial: bool) -> None:
@@ -176,47 +168,51 @@ class Staging:
         unknown = sorted(sent.keys() - expected.keys() - tolerated)
         missing = sorted(expected.keys() - sent.keys())
         if unknown:
-            raise _bad_files("unknown_tensors", f"The served model has no {_some(unknown)}.")
+            raise WeightsError("unknown_tensors", f"The served model has no {_some(unknown)}.")
         if missing and not partial:
-            raise _bad_files("missing_tensors", f"The update lacks {_some(missing)}.")
+            raise WeightsError("missing_tensors", f"The update lacks {_some(missing)}.")
         for name in sent.keys() & expected.keys():
             tensor, (shape, dtype) = sent[name], expected[name]
             if tensor.shape != tuple(shape):
                 message = f"{name} has shape {list(tensor.shape)}, expected {list(shape)}."
-                raise _bad_files("shape_mismatch", message)
+                raise WeightsError("shape_mismatch", message)
             if tensor.dtype != dtype:
                 message = f"{name} has dtype {tensor.dtype}, expected {dtype}."
-                raise _bad_files("dtype_mismatch", message)
+                raise WeightsError("dtype_mismatch", message)
 
 
-def remove_if_abandoned(weights_dir: Path) -> None:
-    """Remove a private weights folder whose service was killed, with all that it holds."""
-    if any(weights_dir.glob(f"{_STAGING_PREFIX}*")):
-        remove_folders_of_the_dead(weights_dir, _STAGING_PREFIX)
-        if not any(weights_dir.glob(f"{_STAGING_PREFIX}*")):
-            shutil.rmtree(weights_dir, ignore_errors=True)
+@contextlib.contextmanager
+def weights_folder(
+    configured: Path | None, shared_memory: Path = Path("/dev/shm")
+) -> Iterator[Path]:
+    """The folder for weight updates while the service runs: `configured`, or one of its own.
+
+    Its own is in shared memory, from which the engine reads without a copy, or else in the
+    temporary folder, and is removed at the end.
+
+    Raises:
+        ConfigError: the folder cannot be made.
+    """
+    own = None
+    try:
+        if configured is not None:
+            folder = configured
+            folder.mkdir(parents=True, exist_ok=True)
+        else:
+            parent = shared_memory if shared_memory.is_dir() else Path(tempfile.gettempdir())
+            own = OwnedFolder.create(parent, WEIGHTS_PREFIX)
+            folder = own.path
+    except OSError as error:
+        raise ConfigError(
+            f"--weights-dir cannot be used: {error}. Fix: name a folder this user can write."
+        ) from error
+    try:
+        yield folder
+    finally:
+        if own is not None:
+            own.remove()
 
 
 def _some(names: Sequence[str]) -> str:
     more = f" and {len(names) - _SHOWN_NAMES} more" if len(names) > _SHOWN_NAMES else ""
     return ", ".join(names[:_SHOWN_NAMES]) + more
-
-
-def _bad_files(code: str, message: str) -> ApiError:
-    return ApiError(
-        422,
-        code,
-        message,
-        fix="Write whole files with exactly the names, shapes and dtypes of GET /v1/weights.",
-        field="files",
-    )
-
-
-def _outside() -> ApiError:
-    return ApiError(
-        422,
-        "path_outside_weights_dir",
-        "A file name points outside weights_dir.",
-        fix="Use names relative to the contract's weights_dir, without '..'.",
-        field="files",
-    )

@@ -1,7 +1,7 @@
-"""Weights over HTTP, for a learner that shares no folder: files arrive in pieces, resumable.
+"""Weights over HTTP, for a learner that shares no folder: files arrive in resumable pieces.
 
-Once they are here, an update is prepared and committed as from a shared folder, under the names
-`uploads/<name>`. A learner that lost its connection asks for the size and goes on from there.
+Once complete, an update is prepared and committed as from a shared folder, under the names
+`uploads/<name>`. A learner that lost its connection asks for the size and continues from there.
 """
 
 import asyncio
@@ -9,17 +9,17 @@ import contextlib
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
-from services.common.errors import ApiError
+from services.rollout.weights.serving import WeightsError
 
-_PIECE_BYTES = 4 * 2**20
+_PIECE_BYTES = 4 * 2**20  # fewer hops to a thread than with the network's chunks
 
 
 class Uploads:
     """The upload folder of one service.
 
     Args:
-        folder: private to this service; made with the first upload.
-        max_bytes: of all uploaded files together.
+        folder: of this service only; made with the first upload.
+        max_bytes: limit of all uploaded files together.
     """
 
     def __init__(self, folder: Path, max_bytes: int) -> None:
@@ -33,79 +33,74 @@ class Uploads:
         return path.stat().st_size if path.is_file() else 0
 
     def reserve(self, name: str, num_bytes: int) -> Path:
-        """The path for a file that somebody else writes, once it is known to fit.
+        """The path of a file that the caller writes, once it is known to fit.
 
         Raises:
-            ApiError: 413 above the limit, 507 when the folder cannot be made.
+            WeightsError: `upload_too_large`, or `cannot_store` when the folder cannot be made.
         """
         path = self._folder / name
-        with _naming_a_full_disk():
+        with _disk_errors():
             self._folder.mkdir(exist_ok=True)
-            if num_bytes > self._max_bytes - self._held_beside(path):
+            if num_bytes > self._room_for(path):
                 raise self._too_large()
         return path
 
     async def append(self, name: str, offset: int, chunks: AsyncIterator[bytes]) -> int:
-        """Write a body at `offset`, which must be the size so far, and return the new size.
+        """Write a body at `offset` and return the new size. After a broken connection the bytes
+        that arrived are kept.
 
-        What arrived before a broken connection stays.
+        Args:
+            name: file below the folder.
+            offset: the size so far, or 0 to start again.
+            chunks: the body.
 
         Raises:
-            ApiError: 409 for another offset, 413 above the limit, 507 when the disk is full.
+            WeightsError: `wrong_offset`, `upload_too_large`, or `cannot_store`.
         """
+        # One writer: an abandoned request may still be writing when its retry arrives.
         async with self._lock:
             size = self.size(name)
             if offset not in (0, size):
-                raise ApiError(
-                    409,
-                    "wrong_offset",
-                    f"{name} has {size} bytes; offset {offset} does not continue it.",
-                    fix="Ask for the size with GET and go on from there, or start again at 0.",
-                    field="offset",
-                )
-            with _naming_a_full_disk():
+                message = f"{name} has {size} bytes; offset {offset} does not continue it."
+                raise WeightsError("wrong_offset", message)
+            with _disk_errors():
                 self._folder.mkdir(exist_ok=True)
                 return await self._write(self._folder / name, offset, chunks)
 
     async def _write(self, path: Path, offset: int, chunks: AsyncIterator[bytes]) -> int:
-        budget = self._max_bytes - self._held_beside(path) - offset
+        room = self._room_for(path) - offset
         with path.open("r+b" if offset else "wb") as file:
             file.seek(offset)
             piece = bytearray()
             try:
                 async for chunk in chunks:
-                    budget -= len(chunk)
-                    if budget < 0:
+                    room -= len(chunk)
+                    if room < 0:
                         raise self._too_large()
                     piece += chunk
                     if len(piece) >= _PIECE_BYTES:
+                        # In a thread: a slow disk would stop every stream of tokens.
                         await asyncio.to_thread(file.write, bytes(piece))
                         piece.clear()
             finally:
+                # Also when the connection broke, so that the size tells where to continue.
                 file.write(piece)
             return file.tell()
 
-    def _held_beside(self, path: Path) -> int:
-        return sum(file.stat().st_size for file in self._folder.iterdir() if file != path)
+    def _room_for(self, path: Path) -> int:
+        """Bytes that `path` may have beside the other uploads."""
+        others = (file.stat().st_size for file in self._folder.iterdir() if file != path)
+        return self._max_bytes - sum(others)
 
-    def _too_large(self) -> ApiError:
-        return ApiError(
-            413,
-            "upload_too_large",
-            f"The uploads would exceed {self._max_bytes} bytes.",
-            fix="Send the weights of the served model only, in its dtype.",
-            field="body",
-        )
+    def _too_large(self) -> WeightsError:
+        message = f"The uploads would exceed {self._max_bytes} bytes."
+        return WeightsError("upload_too_large", message)
 
 
 @contextlib.contextmanager
-def _naming_a_full_disk() -> Iterator[None]:
+def _disk_errors() -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise ApiError(
-            507,
-            "cannot_store",
-            f"The upload cannot be stored: {error.strerror or error}.",
-            fix="Free space in weights_dir.",
-        ) from error
+        message = f"The upload cannot be stored: {error.strerror or error}."
+        raise WeightsError("cannot_store", message) from error

@@ -1,7 +1,7 @@
 """Hashes that the learner and the service compute alike: tensors, weights, tokenizer, contract.
 
-Import-light on purpose: blake3 and the standard library. Tensors come in as bytes-like views, the
-tokenizer as any object with the Hugging Face tokenizer interface.
+Imports blake3 and the standard library only. Tensors are passed as memory views, the tokenizer as
+any object with the Hugging Face tokenizer interface.
 """
 
 import json

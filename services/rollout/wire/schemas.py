@@ -1,8 +1,8 @@
-"""The wire contract v1 of the rollout service. Imported by clients: pydantic only, no engine.
+"""The wire contract v1 of the rollout service. Clients import it: pydantic only, no engine.
 
-Tokens in, tokens out: there is no text on this wire, so options that shape text do not exist.
-Every sampling field has a neutral default that belongs to this contract; nothing is ever filled in
-from the model's generation config.
+Requests and replies carry token ids and no text, so there are no options that shape text. Every
+sampling field has a neutral default that belongs to this contract; nothing is filled in from the
+model's generation config.
 """
 
 from typing import Annotated, Literal
@@ -15,8 +15,8 @@ VERSION_HEADER = "x-weight-version"
 
 MAX_SAMPLES = 1024
 MAX_BATCH = 1024
-MAX_TOKEN_ID = 2**31 - 1
-MIN_SAMPLED_TEMPERATURE = 0.01
+MAX_TOKEN_ID = 2**31 - 1  # msgpack carries ids as int32
+MIN_SAMPLED_TEMPERATURE = 0.01  # vLLM raises what is below to this, and so changes the log-probs
 
 TokenId = Annotated[int, Field(ge=0, le=MAX_TOKEN_ID, strict=True)]
 FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-][A-Za-z0-9._-]{0,127}$")]
@@ -30,7 +30,7 @@ PauseMode = Literal["keep", "wait", "abort"]
 DtypeCode = Literal[
     "BF16", "F16", "F32", "F64", "U8", "I8", "I32", "I64", "BOOL", "F8_E4M3", "F8_E5M2"
 ]
-"""Of safetensors."""
+"""Dtype codes of safetensors."""
 
 LinkBackend = Literal["nccl", "ipc"]
 WeightTransport = Literal["file", "http", "nccl", "ipc"]
@@ -45,17 +45,18 @@ class Wire(BaseModel):
 
 
 class Sampling(Wire):
-    """How tokens are drawn. Log-probs in the reply are those of the distribution so described."""
+    """How tokens are drawn. The reply's log-probs are those of the distribution described here."""
 
     max_tokens: int = Field(ge=1, le=10_000_000)
-    """At most this many sampled tokens, an end-of-sequence token included. Together with the
+    """Largest number of sampled tokens, including an end-of-sequence token. Together with the
     prompt they have to fit into the contract's max_model_len."""
 
     min_tokens: int = Field(default=0, ge=0, le=10_000_000)
     """End-of-sequence and stop tokens are forbidden before this many tokens."""
 
     temperature: float = Field(default=1.0, ge=0.0, le=2.0)
-    """Divides the logits; 0 is greedy. Between 0 and 0.01 is refused: the engine would bend it."""
+    """Divides the logits; 0 is greedy. Values between 0 and 0.01 are refused, because the engine
+    would replace them."""
 
     top_p: float = Field(default=1.0, gt=0.0, le=1.0)
     """Keep the smallest set of tokens with at least this mass; 1 keeps all."""
@@ -84,7 +85,7 @@ class Sampling(Wire):
     """Extra tokens that end a sample. The token stays in the reply."""
 
     ignore_eos: bool = False
-    """Go on after an end-of-sequence token."""
+    """Continue after an end-of-sequence token."""
 
     seed: int | None = Field(default=None, ge=0, le=2**62)
     """Seed of sample 0; sample i uses seed + i. None: not reproducible."""
@@ -94,7 +95,7 @@ class GenerateRequest(Wire):
     """One prompt, n samples."""
 
     request_id: RequestId
-    """The caller's id; a retry sends the same id and the same body."""
+    """The caller's id, which makes the request idempotent: a retry sends the same id and body."""
 
     token_ids: list[TokenId] = Field(min_length=1)
     """The prompt, (T,) ids."""
@@ -105,11 +106,11 @@ class GenerateRequest(Wire):
     sampling: Sampling
 
     deadline_s: float | None = Field(default=None, gt=0.0, le=86_400.0)
-    """Seconds from arrival after which the work is cancelled and 504 is answered."""
+    """Seconds from arrival after which the request is cancelled and answered with 504."""
 
 
 class BatchRequest(Wire):
-    """Many generate requests in one call, each with its own id, retried and cancelled by it."""
+    """Many generate requests in one call; each has its own id, by which it is retried."""
 
     requests: list[GenerateRequest] = Field(min_length=1, max_length=MAX_BATCH)
 
@@ -153,13 +154,13 @@ class GenerateResponse(Wire):
     samples: list[Sample]
     contract_hash: str
     version: int
-    """The version serving when the reply was made; the spans say who drew each token."""
+    """The version that served when the reply was made; the spans say which drew each token."""
 
     timings: Timings
 
 
 class ItemError(Wire):
-    """What went wrong with one request of a batch, as in the error body of a request alone."""
+    """What went wrong with one request of a batch, as in the error body of a single request."""
 
     code: str
     message: str
@@ -190,21 +191,21 @@ class TokensEvent(Wire):
 
 
 class RunningReply(Wire):
-    """The request is still being worked on; ask again."""
+    """The request is still running; ask again."""
 
     request_id: str
     state: Literal["running"] = "running"
 
 
 class ForgetReply(Wire):
-    """What DELETE found: a run that it cancelled, a kept reply that it dropped, or nothing."""
+    """What DELETE found: a run that it cancelled, a stored reply that it dropped, or nothing."""
 
     request_id: str
     state: Literal["cancelled", "dropped", "unknown"]
 
 
 class Contract(Wire):
-    """What a learner has to agree with before it may train on this service's tokens."""
+    """What a learner has to agree with before it trains on this service's tokens."""
 
     api_version: str
     model: str
@@ -220,7 +221,7 @@ class Contract(Wire):
     """processed_logprobs: after temperature, penalties, top-k, top-p and min-p."""
 
     max_model_len: int
-    """Prompt plus sampled tokens, at most."""
+    """Largest sum of prompt and sampled tokens."""
 
     engine: str
     engine_version: str
@@ -234,10 +235,10 @@ class Contract(Wire):
     digest: str
     weights_dir: str
     weight_transports: list[WeightTransport]
-    """How a weight update can reach this server; nccl and ipc are there on CUDA GPUs only."""
+    """How a weight update can reach this server; nccl and ipc on CUDA GPUs only."""
 
     num_workers: int
-    """GPUs of the engine: as many ranks join a group of the transport nccl."""
+    """GPUs of the engine; each joins a group of the transport nccl as a rank."""
 
 
 class TensorSpec(Wire):
@@ -264,7 +265,7 @@ class WeightsStatus(Wire):
 
 
 class PrepareRequest(Wire):
-    """Stage an update. The serving version goes on serving whatever happens here."""
+    """Stage an update. The serving version keeps serving whatever happens here."""
 
     version: int = Field(gt=0, le=2**62)
     """Must be above the serving version."""
@@ -277,7 +278,7 @@ class PrepareRequest(Wire):
     left out when `base_version` names the serving version."""
 
     base_version: int | None = Field(default=None, ge=0)
-    """Version that the tensors left out are taken from; None: nothing is left out."""
+    """Version from which the tensors left out are taken; None: nothing is left out."""
 
 
 class UploadStatus(Wire):
@@ -293,7 +294,7 @@ class CommitRequest(Wire):
     version: int = Field(gt=0, le=2**62)
     digest: Digest
     pause: PauseMode = "keep"
-    """What happens to running requests: go on after the swap, finish first, or end as `abort`."""
+    """Running requests continue after the swap (keep), finish first (wait), or end (abort)."""
 
     recompute_running: bool = True
     """Running requests rebuild their KV cache under the new weights; False keeps the old KV."""
@@ -318,13 +319,13 @@ class PauseRequest(Wire):
 
 
 class SleepRequest(Wire):
-    """Give the accelerator's memory back until wake_up; generation is refused meanwhile."""
+    """Free the accelerator's memory until wake_up; generation is refused meanwhile."""
 
     level: SleepLevel = 1
     """1 keeps the weights in host memory; 2 drops them, and wake_up reads the serving files."""
 
     mode: SleepMode = "wait"
-    """What happens to running requests: finish first, or end as `abort`."""
+    """Running requests finish first (wait), or end (abort)."""
 
 
 class Health(Wire):

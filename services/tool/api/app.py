@@ -1,24 +1,22 @@
-"""The HTTP face of the tool service: `create_app(service, api_key)` and the native routes."""
+"""The HTTP side of the tool service: the app, executions, probes."""
 
-import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 
 from fastapi import APIRouter, Depends, FastAPI, Request, Response
-from fastapi.responses import JSONResponse, PlainTextResponse, StreamingResponse
-from starlette.datastructures import MutableHeaders
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from fastapi.responses import JSONResponse, PlainTextResponse
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
-from services.common.auth import KeyGuard
-from services.common.disconnect import while_connected
 from services.common.errors import ErrorBody, install_error_handlers
 from services.common.middleware import install_middleware
-from services.tool import errors
-from services.tool.api import examples, fusion
-from services.tool.api import mcp as mcp_server
-from services.tool.api.sessions import build_session_router
+from services.common.routes import ItemStream, KeyGuard, while_connected
+from services.tool.api.fusion import fusion_routes
+from services.tool.api.mcp import build_mcp_server, mcp_route
+from services.tool.api.sessions import session_routes
+from services.tool.errors import ERRORS
 from services.tool.service import ToolService
+from services.tool.settings import ToolSettings
 from services.tool.wire.schemas import (
     BatchItem,
     BatchRequest,
@@ -27,124 +25,160 @@ from services.tool.wire.schemas import (
     IsolationReport,
 )
 
+_ERRORS: dict[int | str, dict[str, Any]] = {
+    status: {"model": ErrorBody} for status in (401, 413, 422, 429, 503)
+}
+FUNCTION_SCHEMA: dict[str, Any] = {
+    "type": "function",
+    "function": {
+        "name": "code_interpreter",
+        "description": "Run Python code in a fresh sandbox and return what it prints. numpy, sympy "
+        "and scipy are available; there is no network and no state between calls.",
+        "parameters": {
+            "type": "object",
+            "properties": {
+                "code": {"type": "string", "description": "Python code; print what you need"}
+            },
+            "required": ["code"],
+        },
+    },
+}
 
-def create_app(service: ToolService, api_key: str | None) -> FastAPI:
+
+def _result(status: str, **fields: Any) -> dict[str, Any]:
+    base: dict[str, Any] = {
+        "status": status,
+        "exit_code": None,
+        "signal": None,
+        "error": None,
+        "message": "",
+        "stdout": "",
+        "stderr": "",
+        "stdout_truncated": False,
+        "stderr_truncated": False,
+        "files": {},
+        "missing": {},
+        "usage": {"wall_ms": 2.1, "cpu_ms": 1.8, "peak_mb": 33.0, "queue_ms": 0.0},
+        "isolation": "full",
+        "request_id": None,
+    }
+    return {"summary": status, "value": base | fields}
+
+
+_ERROR = {"type": "ZeroDivisionError", "message": "division by zero", "line": 1}
+_KILLED = {"signal": "SIGKILL"}
+_BY_STATUS = {
+    "ok": _result("ok", exit_code=0, stdout="2\n"),
+    "error": _result("error", exit_code=1, error=_ERROR, stderr="Traceback ..."),
+    "exit": _result("exit", exit_code=3),
+    "timeout": _result("timeout", message="timeout exceeded", stdout="so far\n", **_KILLED),
+    "cpu_limit": _result("cpu_limit", signal="SIGXCPU", message="cpu limit of 2 s exceeded"),
+    "memory_limit": _result("memory_limit", message="memory limit exceeded", **_KILLED),
+    "output_limit": _result(
+        "output_limit", message="output_limit exceeded", stdout_truncated=True, **_KILLED
+    ),
+    "crashed": _result("crashed", signal="SIGSEGV", message="killed by SIGSEGV"),
+    "rejected": _result("rejected", message="files: File name too long"),
+    "sandbox_error": _result(
+        "sandbox_error",
+        message="the sandbox process died while the code ran; a retry runs it again",
+    ),
+    "overloaded": _result("overloaded", message="512 executions are already waiting"),
+}
+EXECUTE_RESPONSES: dict[int | str, dict[str, Any]] = {
+    200: {"content": {"application/json": {"examples": _BY_STATUS}}}
+}
+_BATCH_RESPONSES: dict[int | str, dict[str, Any]] = {
+    200: {
+        "description": "One JSON object per line (BatchItem), in the order they finish",
+        "content": {"application/x-ndjson": {"schema": {"type": "string"}}},
+    }
+}
+
+
+def create_app(service: ToolService, settings: ToolSettings, *, api_key: str | None) -> FastAPI:
     """Build the app around a running service.
 
     Args:
         api_key: bearer key that every route but the probes requires; None for an open loopback.
     """
-    tools = mcp_server.build(service)
+    tools = build_mcp_server(service)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         async with tools.session_manager.run():
             yield
 
-    # FastAPI's pages for people load scripts from the Internet, which a server may not reach.
     app = FastAPI(
-        title="Tool service", version="1", lifespan=lifespan, docs_url=None, redoc_url=None
+        title="openrlhf-alp tool service",
+        version="1",
+        lifespan=lifespan,
+        # FastAPI's pages for people load scripts from the Internet, which a server may not reach.
+        docs_url=None,
+        redoc_url=None,
     )
-    app.state.service = service
-    guarded = [Depends(KeyGuard(api_key))] if api_key is not None else []
-    for router in (_execution_router(), build_session_router(), fusion.build_router()):
+    install_error_handlers(app, ERRORS)
+    level = {"X-Sandbox-Level": service.isolation.level}
+    install_middleware(app, max_body_bytes=settings.max_body_bytes, headers=level)
+    guarded = [] if api_key is None else [Depends(KeyGuard(api_key))]
+    # Probes stay open: an orchestrator has no key.
+    for router in (_execution_routes(service), session_routes(service), fusion_routes(service)):
         app.include_router(router, dependencies=guarded, responses=_ERRORS)
-    app.include_router(_probe_router())
-    app.router.routes.append(mcp_server.mount(tools, api_key))
-    install_error_handlers(app)
-    errors.install(app)
-    install_middleware(app, max_body_bytes=service.settings.max_body_bytes)
-    app.add_middleware(_LevelHeader, level=service.isolation.level)
+    app.include_router(_probe_routes(service))
+    app.router.routes.append(mcp_route(tools, api_key))
     return app
 
 
-_ERRORS: dict[int | str, dict[str, Any]] = {
-    status: {"model": ErrorBody} for status in (401, 413, 422, 503)
-}
-
-
-class _LevelHeader:
-    """Say on every answer how isolated the code was."""
-
-    def __init__(self, app: ASGIApp, *, level: str) -> None:
-        self._app = app
-        self._level = level
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        async def send_with_level(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                MutableHeaders(scope=message)["X-Sandbox-Level"] = self._level
-            await send(message)
-
-        await self._app(scope, receive, send_with_level)
-
-
-def get_service(request: Request) -> ToolService:
-    """The running service, for routes."""
-    service: ToolService = request.app.state.service
-    return service
-
-
-def _execution_router() -> APIRouter:
+def _execution_routes(service: ToolService) -> APIRouter:
     router = APIRouter(prefix="/v1", tags=["execution"])
 
-    @router.post("/execute", responses=examples.EXECUTE_RESPONSES)
+    @router.post("/execute", responses=EXECUTE_RESPONSES)
     async def execute(body: ExecuteRequest, request: Request) -> ExecuteResult:
         """Run one program in a fresh interpreter. Failing code is a 200 with its status."""
-        return await while_connected(request, get_service(request).execute(body))
+        return await while_connected(request, service.execute(body))
 
-    @router.post("/execute/batch", response_class=StreamingResponse, responses=examples.BATCH)
-    async def execute_batch(body: BatchRequest, request: Request) -> StreamingResponse:
+    @router.post("/execute/batch", response_class=ItemStream, responses=_BATCH_RESPONSES)
+    async def execute_batch(body: BatchRequest) -> ItemStream:
         """Run several programs; one JSON line each, in the order they finish."""
-        lines = _batch_lines(get_service(request), body.requests)
-        return StreamingResponse(lines, media_type="application/x-ndjson")
+
+        async def one(index: int, request: ExecuteRequest) -> BatchItem:
+            result = await service.execute_in_batch(request)
+            return BatchItem(index=index, **result.model_dump())
+
+        return ItemStream(one(index, request) for index, request in enumerate(body.requests))
 
     @router.get("/isolation")
-    async def isolation(request: Request) -> IsolationReport:
-        """What stands between a snippet and the machine, as tried out at start."""
-        return get_service(request).isolation
+    async def isolation() -> IsolationReport:
+        """Which layers isolate a program, as tested at start."""
+        return service.isolation
 
     @router.get("/tools")
     async def tools() -> list[dict[str, Any]]:
         """The function schema for OpenAI-style function calling."""
-        return [examples.FUNCTION_SCHEMA]
+        return [FUNCTION_SCHEMA]
 
     return router
 
 
-async def _batch_lines(service: ToolService, requests: list[ExecuteRequest]) -> AsyncIterator[str]:
-    async def one(index: int, request: ExecuteRequest) -> str:
-        result = await service.execute_to_the_end(request)
-        return BatchItem(index=index, **result.model_dump()).model_dump_json() + "\n"
-
-    tasks = [asyncio.ensure_future(one(i, request)) for i, request in enumerate(requests)]
-    try:
-        for finished in asyncio.as_completed(tasks):
-            yield await finished
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-
-
-def _probe_router() -> APIRouter:
+def _probe_routes(service: ToolService) -> APIRouter:
     router = APIRouter(tags=["probes"])
 
     @router.get("/livez")
     async def livez() -> dict[str, str]:
+        """Whether the service answers."""
         return {"status": "alive"}
 
     @router.get("/readyz", responses={503: {"description": "a launcher is being replaced"}})
-    async def readyz(request: Request) -> Response:
-        service = get_service(request)
+    async def readyz() -> Response:
+        """Whether programs would run, and which layers of isolation are active."""
         layers = {name: layer.active for name, layer in service.isolation.layers.items()}
         ready = service.sandbox.healthy
         body = {"ready": ready, "isolation": service.isolation.level, "layers": layers}
         return JSONResponse(body, status_code=200 if ready else 503)
 
     @router.get("/metrics", response_class=PlainTextResponse)
-    async def metrics(request: Request) -> PlainTextResponse:
-        text = get_service(request).metrics.render().decode()
-        return PlainTextResponse(text, media_type="text/plain; version=0.0.4; charset=utf-8")
+    async def prometheus() -> Response:
+        """Prometheus metrics of this service and its process."""
+        return Response(generate_latest(), media_type=CONTENT_TYPE_LATEST)
 
     return router

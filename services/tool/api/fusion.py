@@ -3,25 +3,25 @@
     POST /run_code      one program       POST /run_jupyter   several cells, one fresh interpreter
     GET  /v1/ping       "pong"
 
-Its habits are kept: HTTP 200 whatever the code did; `stdout` and `stderr` are never null; a timeout
-has no return code. verl's client retries on 504 alone, so that is what overload answers here.
+Its conventions are kept: HTTP 200 whatever the code did; `stdout` and `stderr` are never null; a
+timeout has no return code. verl's client retries on 504 alone, so a full service answers that here.
 """
 
 import base64
-import math
 import signal
 import time
 from typing import Any, Literal
 
-from fastapi import APIRouter, Depends, Request
+from fastapi import APIRouter, Request
 from pydantic import BaseModel, Field, TypeAdapter, ValidationError
 
-from services.common.disconnect import while_connected
-from services.common.errors import ApiError
-from services.tool.admission import OverloadedError
+from services.common.errors import ErrorSpec
+from services.common.routes import while_connected
+from services.tool.rules import LimitError, OverloadedError
 from services.tool.sandbox.host.session import SessionFileError, SessionLostError
-from services.tool.service import LimitError, ToolService
+from services.tool.service import ToolService
 from services.tool.sessions import OPENING_ERRORS, SessionsFullError
+from services.tool.settings import ToolSettings
 from services.tool.wire.schemas import (
     Base64Text,
     CellRequest,
@@ -41,10 +41,25 @@ Language = Literal[
 _PATH = TypeAdapter(SafePath)
 _CONTENT = TypeAdapter(Base64Text)
 _ANCHORS = ("/mnt/", "/tmp/")
+_BUSY = ErrorSpec(
+    504,
+    "overloaded",
+    message="The code never ran: {error}.",
+    fix="Retry later, or start the service with more --slots.",
+    retry_after_s="{error.retry_after_s}",
+)
+_RESPONSES: dict[int | str, dict[str, Any]] = {504: {"description": "no slot became free: retry"}}
 
 
-class RunCodeRequest(BaseModel):
-    """SandboxFusion's request; fields that it does not know are ignored, as there."""
+class _Request(BaseModel):
+    """Fields of both requests; fields that SandboxFusion does not know are ignored, as there."""
+
+    files: dict[str, str | None] = {}
+    fetch_files: list[str] = []
+
+
+class RunCodeRequest(_Request):
+    """One program."""
 
     compile_timeout: float = 10
     run_timeout: float = Field(default=10, gt=0)
@@ -52,8 +67,16 @@ class RunCodeRequest(BaseModel):
     code: str = Field(examples=['print("hello")'])
     stdin: str | None = None
     language: Language = Field(examples=["python"])
-    files: dict[str, str | None] = {}
-    fetch_files: list[str] = []
+
+
+class RunJupyterRequest(_Request):
+    """Cells that share one fresh interpreter."""
+
+    cells: list[str] = Field(examples=[["x = 1", "print(x)"]])
+    cell_timeout: float = 0
+    """Seconds per cell; 0 leaves only the total."""
+    total_timeout: float = Field(default=45, gt=0)
+    kernel: Literal["python3"] = "python3"
 
 
 class CommandRunResult(BaseModel):
@@ -66,29 +89,6 @@ class CommandRunResult(BaseModel):
     stderr: str = ""
 
 
-class RunCodeResponse(BaseModel):
-    """SandboxFusion's answer."""
-
-    status: Literal["Success", "Failed", "SandboxError"]
-    message: str
-    compile_result: CommandRunResult | None = None
-    run_result: CommandRunResult | None = None
-    executor_pod_name: str | None = None
-    files: dict[str, str] = {}
-
-
-class RunJupyterRequest(BaseModel):
-    """Cells that share one fresh interpreter."""
-
-    cells: list[str] = Field(examples=[["x = 1", "print(x)"]])
-    cell_timeout: float = 0
-    """Seconds per cell; 0 leaves only the total."""
-    total_timeout: float = Field(default=45, gt=0)
-    kernel: Literal["python3"] = "python3"
-    files: dict[str, str | None] = {}
-    fetch_files: list[str] = []
-
-
 class CellRunResult(BaseModel):
     """What one cell printed, displayed and raised."""
 
@@ -98,83 +98,69 @@ class CellRunResult(BaseModel):
     error: list[dict[str, Any]]
 
 
-class RunJupyterResponse(BaseModel):
-    """Answers of the cells that ran."""
+class _Response(BaseModel):
+    """Fields of both answers."""
 
     status: Literal["Success", "Failed", "SandboxError"]
     message: str
-    driver: CommandRunResult | None = None
-    cells: list[CellRunResult] = []
     executor_pod_name: str | None = None
     files: dict[str, str] = {}
 
 
-def _service(request: Request) -> ToolService:
-    service: ToolService = request.app.state.service
-    return service
+class RunCodeResponse(_Response):
+    """What one program did."""
+
+    compile_result: CommandRunResult | None = None
+    run_result: CommandRunResult | None = None
 
 
-def overloaded(error: OverloadedError) -> ApiError:
-    """The one refusal that verl's client retries."""
-    return ApiError(
-        504,
-        "overloaded",
-        f"The code never ran: {error}.",
-        fix="Retry later, or start the service with more --slots.",
-        headers={"Retry-After": str(max(1, math.ceil(error.retry_after_s)))},
-    )
+class RunJupyterResponse(_Response):
+    """Answers of the cells that ran."""
+
+    driver: CommandRunResult | None = None
+    cells: list[CellRunResult] = []
 
 
-def build_router() -> APIRouter:
+def fusion_routes(service: ToolService) -> APIRouter:
     """Routes of SandboxFusion's contract."""
     router = APIRouter(tags=["SandboxFusion"])
 
-    @router.post("/run_code", responses={504: {"description": "no slot became free: retry"}})
-    async def run_code(
-        body: RunCodeRequest,
-        request: Request,
-        service: ToolService = Depends(_service),  # noqa: B008
-    ) -> RunCodeResponse:
+    @router.post("/run_code", responses=_RESPONSES)
+    async def run_code(body: RunCodeRequest, request: Request) -> RunCodeResponse:
         """Run one program. Languages other than python are answered as not enabled."""
         if body.language != "python":
             message = f"language {body.language} is not enabled here, only python is"
             return RunCodeResponse(status="SandboxError", message=message)
         try:
-            native = to_native(body, service)
-            result = await while_connected(request, service.execute(native))
+            native = to_native(body, service.settings)
+            return to_fusion(await while_connected(request, service.execute(native)))
         except OverloadedError as error:
-            raise overloaded(error) from error
+            raise _BUSY.fill(error) from error
         except (LimitError, ValidationError) as error:
             return RunCodeResponse(status="SandboxError", message=str(error))
-        return to_fusion(result)
 
-    @router.post("/run_jupyter", responses={504: {"description": "no slot became free: retry"}})
-    async def run_jupyter(
-        body: RunJupyterRequest,
-        request: Request,
-        service: ToolService = Depends(_service),  # noqa: B008
-    ) -> RunJupyterResponse:
+    @router.post("/run_jupyter", responses=_RESPONSES)
+    async def run_jupyter(body: RunJupyterRequest, request: Request) -> RunJupyterResponse:
         """Run cells one after the other in one fresh interpreter, until one exceeds a limit."""
         try:
             return await while_connected(request, _run_cells(body, service))
         except (OverloadedError, SessionsFullError) as error:
-            if isinstance(error, OverloadedError):
-                raise overloaded(error) from error
-            raise overloaded(OverloadedError(str(error), 1.0)) from error
+            raise _BUSY.fill(error) from error
         except (LimitError, ValidationError, SessionFileError, *OPENING_ERRORS) as error:
             return RunJupyterResponse(status="SandboxError", message=str(error))
 
     @router.get("/v1/ping")
     async def ping() -> str:
+        """Whether the service answers, as SandboxFusion says it."""
         return "pong"
 
     return router
 
 
-def to_native(body: RunCodeRequest, service: ToolService) -> ExecuteRequest:
+def to_native(body: RunCodeRequest, settings: ToolSettings) -> ExecuteRequest:
     """Translate a request. Raises ValidationError for paths or contents that are refused."""
-    settings = service.settings
     memory = body.memory_limit_MB if body.memory_limit_MB > 0 else settings.default_memory_mb
+    # Paths and contents are checked above; a second validation would decode all files again.
     return ExecuteRequest.model_construct(
         code=body.code,
         stdin=body.stdin or "",
@@ -197,7 +183,8 @@ def to_fusion(result: ExecuteResult) -> RunCodeResponse:
     timed_out = result.status in ("timeout", "cpu_limit")
     stderr = result.stderr
     if result.message:
-        stderr = f"{stderr}{_break_after(stderr)}sandbox: {result.message}\n"
+        line_break = "" if not stderr or stderr.endswith("\n") else "\n"
+        stderr = f"{stderr}{line_break}sandbox: {result.message}\n"
     run = CommandRunResult(
         status="TimeLimitExceeded" if timed_out else "Finished",
         execution_time=result.usage.wall_ms / 1e3,
@@ -209,18 +196,16 @@ def to_fusion(result: ExecuteResult) -> RunCodeResponse:
     return RunCodeResponse(status=status, message="", run_result=run, files=result.files)
 
 
-def _break_after(text: str) -> str:
-    return "" if not text or text.endswith("\n") else "\n"
-
-
 def _return_code(result: ExecuteResult) -> int:
     if result.exit_code is not None:
         return result.exit_code
+    # As subprocess reports it: minus the number of the signal.
     name = result.signal or "SIGKILL"
     return -int(getattr(signal, name, signal.SIGKILL))
 
 
 def _checked_path(path: str) -> str:
+    # SandboxFusion also takes these absolute folders; only what follows them is a path to check.
     for anchor in _ANCHORS:
         if path.startswith(anchor):
             return anchor + _PATH.validate_python(path.removeprefix(anchor))
@@ -238,7 +223,7 @@ def _checked_files(files: dict[str, str | None]) -> dict[str, str]:
 async def _run_cells(body: RunJupyterRequest, service: ToolService) -> RunJupyterResponse:
     files = _checked_files(body.files)
     fetch = [_checked_path(path) for path in body.fetch_files]
-    service.check_files(files)
+    service.rules.check_files(files)
     session = await service.sessions.open(SessionRequest())
     started = time.perf_counter()
     cells: list[CellRunResult] = []
@@ -249,6 +234,7 @@ async def _run_cells(body: RunJupyterRequest, service: ToolService) -> RunJupyte
             await session.sandbox.write_file(path, base64.b64decode(content))
         for code in body.cells:
             left_s = body.total_timeout - (time.perf_counter() - started)
+            # A cell that starts after the total has passed gets a timeout that ends it at once.
             wall_s = min(left_s, body.cell_timeout or left_s, service.settings.max_timeout_s)
             request = CellRequest(code=code, timeout_s=max(wall_s, 0.001))
             last = await service.sessions.run_cell(session.session_id, request)
@@ -259,7 +245,7 @@ async def _run_cells(body: RunJupyterRequest, service: ToolService) -> RunJupyte
             try:
                 content_bytes = await session.sandbox.read_file(path)
             except (SessionFileError, SessionLostError):
-                continue  # as SandboxFusion: a file that is not there is not in the answer
+                continue  # as in SandboxFusion, a file that does not exist is left out
             fetched[path] = base64.b64encode(content_bytes).decode("ascii")
     finally:
         if session.sandbox.alive:
@@ -270,10 +256,12 @@ async def _run_cells(body: RunJupyterRequest, service: ToolService) -> RunJupyte
         execution_time=time.perf_counter() - started,
         return_code=None if timed_out else 0,
     )
-    if timed_out:
-        return RunJupyterResponse(status="Failed", message="", driver=driver, cells=cells)
     return RunJupyterResponse(
-        status="Success", message="", driver=driver, cells=cells, files=fetched
+        status="Failed" if timed_out else "Success",
+        message="",
+        driver=driver,
+        cells=cells,
+        files={} if timed_out else fetched,
     )
 
 

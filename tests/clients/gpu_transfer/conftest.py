@@ -32,8 +32,8 @@ from services.rollout.engines.hf_engine import HfEngine
 from services.rollout.engines.protocol import EngineInfo
 from services.rollout.gpu_transfer.receiver import RpcReceiver, TransferReceiver
 from services.rollout.service import RolloutService
-from services.rollout.wire.daemon import DAEMON_NAME, in_daemon
 from services.rollout.wire.schemas import GenerateRequest, Sampling
+from services.rollout.wire.transfer import TRANSFER_THREAD, run_in_daemon_thread
 
 ADMIN = {"authorization": "Bearer admin-key-for-tests"}
 HERE = Meeting(host="127.0.0.1")
@@ -125,7 +125,7 @@ def meetings(monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
     monkeypatch.setattr(Communicator, "waiting", {})
     yield SimpleNamespace(ranks=Communicator.ranks, groups=Communicator.groups)
     give_up_s = time.monotonic() + END_S
-    while daemons := [t for t in threading.enumerate() if t.name == DAEMON_NAME]:
+    while daemons := [t for t in threading.enumerate() if t.name == TRANSFER_THREAD]:
         assert time.monotonic() < give_up_s, daemons
         for port, world_size in list(Communicator.waiting.items()):
             guest = TCPStore("127.0.0.1", port, world_size, False, GUEST, use_libuv=False)
@@ -142,7 +142,7 @@ def meeting() -> Callable[..., contextlib.AbstractContextManager[int]]:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port: int = free.getsockname()[1]
-        learner = in_daemon(lambda: meet("127.0.0.1", port, 0, world_size, None))
+        learner = run_in_daemon_thread(lambda: meet("127.0.0.1", port, 0, world_size, None))
         yield port
         if world_size == 2:
             learner.result()

@@ -10,8 +10,7 @@ from torch.multiprocessing import reductions
 
 from openrlhf_alp.clients.errors import WeightUpdateFailed
 from services.common.wire import JSON_TYPE, MSGPACK_TYPE, decode, encode
-from services.rollout.wire.ipc_handles import from_wire, to_wire
-from services.rollout.wire.transfer import IpcHandle
+from services.rollout.wire.transfer import IpcHandle, from_wire, to_wire
 
 OWN_GPU = "GPU-of-this-test"
 OPEN, RECEIVE = "/v1/weights/transfer/open", "/v1/weights/transfer/receive"

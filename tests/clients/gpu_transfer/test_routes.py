@@ -7,7 +7,7 @@ import torch
 
 from openrlhf_alp.clients.errors import ContractMismatch, WeightUpdateFailed
 from services.rollout.gpu_transfer.receiver import link_backends
-from services.rollout.wire.ipc_handles import to_wire
+from services.rollout.wire.transfer import to_wire
 
 OPEN, RECEIVE = "/v1/weights/transfer/open", "/v1/weights/transfer/receive"
 CLOSE = "/v1/weights/transfer/close"

@@ -8,12 +8,33 @@ from pydantic import BaseModel, Field
 from starlette.requests import Request
 from starlette.responses import Response
 
-from services.common.auth import KeyGuard
-from services.common.errors import ApiError, install_error_handlers
+from services.common.errors import ApiError, ErrorSpec, install_error_handlers
 from services.common.middleware import install_middleware
-from services.common.wire_routes import WireRoute, reply
+from services.common.routes import KeyGuard, WireRoute, reply
 
 KEY = "a-key-for-tests"
+
+
+class FullError(Exception):
+    """An exception of a service's core, which knows nothing of HTTP."""
+
+    wait_s = 1.2
+
+
+class VeryFullError(FullError):
+    """Has no entry of its own in the table."""
+
+
+TABLE = {
+    FullError: ErrorSpec(
+        429,
+        "full",
+        message="Full: {error}.",
+        fix="Wait {error.wait_s} s.",
+        field="{error.wait_s}",
+        retry_after_s="{error.wait_s}",
+    )
+}
 
 
 class Inner(BaseModel, extra="forbid"):
@@ -28,7 +49,7 @@ class Numbers(BaseModel, extra="forbid"):
 
 def build_app() -> FastAPI:
     app = FastAPI()
-    install_error_handlers(app)
+    install_error_handlers(app, TABLE)
     install_middleware(app, max_body_bytes=10_000)
     router = APIRouter(route_class=WireRoute)
 
@@ -49,6 +70,10 @@ def build_app() -> FastAPI:
         raise ApiError(
             429, "overloaded", "Full.", fix="Wait.", field=None, headers={"Retry-After": "2"}
         )
+
+    @router.get("/full")
+    async def full() -> None:
+        raise VeryFullError("{braces} stay")
 
     @router.get("/bug")
     async def bug() -> None:

@@ -18,6 +18,17 @@ async def test_an_api_error_carries_cause_fix_and_headers(client: httpx.AsyncCli
     }
 
 
+async def test_an_exception_of_the_core_is_answered_as_the_table_says_for_its_base(
+    client: httpx.AsyncClient,
+) -> None:
+    response = await client.get("/full")
+    assert response.status_code == 429
+    assert response.headers["retry-after"] == "2"  # 1.2 s, rounded up
+    error = response.json()["error"]
+    assert (error["code"], error["field"]) == ("full", "1.2")
+    assert (error["message"], error["fix"]) == ("Full: {braces} stay.", "Wait 1.2 s.")
+
+
 async def test_a_validation_error_names_the_nested_field(client: httpx.AsyncClient) -> None:
     response = await client.post("/echo", json={**GOOD, "inner": {"top_p": 1.5}})
     assert response.status_code == 422

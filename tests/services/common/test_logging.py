@@ -1,12 +1,11 @@
 import json
 import logging
 
-from services.common.context import enter_request
-from services.common.logging import JsonFormatter
+from services.common.logging import JsonFormatter, enter_request
 
 
 def test_a_record_is_one_json_line_with_its_extras_and_request_id() -> None:
-    enter_request("r-9", None)
+    enter_request({"x-request-id": "r-9"})
     record = logging.makeLogRecord(
         {"name": "x", "levelname": "INFO", "msg": "two\nlines %s", "args": ("a",), "status": 200}
     )

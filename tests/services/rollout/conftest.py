@@ -16,7 +16,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from services.common.wire import MSGPACK_TYPE, decode
 from services.rollout.api.app import create_app
 from services.rollout.engines.hf_engine import HfEngine
-from services.rollout.service import RolloutService, build_service, read_model_folder
+from services.rollout.model_folder import read_model_folder
+from services.rollout.service import RolloutService, build_service
 from services.rollout.settings import RolloutSettings
 
 torch.set_num_threads(1)
@@ -83,14 +84,7 @@ async def service(settings: RolloutSettings, tmp_path: Path) -> AsyncIterator[Ro
     weights_dir = tmp_path / "weights"
     weights_dir.mkdir()
     model = read_model_folder(settings)
-    engine = HfEngine.load(
-        model.path,
-        model.tokenizer,
-        dtype=settings.dtype,
-        max_model_len=settings.max_model_len,
-        eos_token_ids=model.eos_token_ids,
-    )
-    service = build_service(engine, model, settings, weights_dir)
+    service = build_service(HfEngine.load(model, settings), model, settings, weights_dir)
     yield service
     await service.close()
 

@@ -5,8 +5,10 @@ from typing import Any
 import httpx
 import pytest
 
-from services.common.errors import ApiError
-from services.rollout.ledger import Ledger, LedgerLimits
+from services.common.errors import ApiError, to_api_error
+from services.rollout.errors import ERRORS
+from services.rollout.generator import GenerateError
+from services.rollout.ledger import Ledger, LedgerError, LedgerLimits
 from services.rollout.service import RolloutService
 from services.rollout.wire.schemas import GenerateRequest, GenerateResponse
 
@@ -26,6 +28,11 @@ def limits(**changes: Any) -> LedgerLimits:
 def request(request_id: str = "r", **changes: Any) -> GenerateRequest:
     fields = {"request_id": request_id, "token_ids": [1], "sampling": {"max_tokens": 1}}
     return GenerateRequest.model_validate({**fields, **changes})
+
+
+def answer(raised: pytest.ExceptionInfo[LedgerError]) -> ApiError:
+    """What a caller sees of a raised error."""
+    return to_api_error(raised.value, ERRORS)
 
 
 class Work:
@@ -79,9 +86,9 @@ async def test_the_same_id_with_another_body_is_a_409() -> None:
     ledger, work = Ledger(limits()), Work()
     ledger.submit(request(), work)
     for _ in range(2):
-        with pytest.raises(ApiError) as raised:
+        with pytest.raises(LedgerError) as raised:
             ledger.submit(request(token_ids=[2]), work)
-        assert (raised.value.status_code, raised.value.field) == (409, "request_id")
+        assert (answer(raised).status_code, answer(raised).field) == (409, "request_id")
         work.release.set()
         await ledger.attach("r")
 
@@ -90,11 +97,12 @@ async def test_a_failed_run_is_forgotten_so_that_a_retry_works_again() -> None:
     ledger = Ledger(limits())
 
     async def fail() -> GenerateResponse:
-        raise ApiError(503, "engine_dead", "Dead.", fix="None.")
+        raise GenerateError("engine_dead", "Dead.")
 
     ledger.submit(request(), fail)
-    with pytest.raises(ApiError, match="engine_dead"):
+    with pytest.raises(GenerateError) as raised:
         await ledger.attach("r")
+    assert raised.value.code == "engine_dead"
     work = Work()
     work.release.set()
     ledger.submit(request(), work)
@@ -105,10 +113,10 @@ async def test_a_failed_run_is_forgotten_so_that_a_retry_works_again() -> None:
 async def test_a_full_ledger_answers_429_with_retry_after_and_frees_up() -> None:
     ledger, work = Ledger(limits()), Work()
     ledger.submit(request("a", n=3), work)
-    with pytest.raises(ApiError) as raised:
+    with pytest.raises(LedgerError) as raised:
         ledger.submit(request("b", n=2), work)
-    assert raised.value.status_code == 429
-    assert int((raised.value.headers or {})["Retry-After"]) >= 1
+    assert answer(raised).status_code == 429
+    assert int((answer(raised).headers or {})["Retry-After"]) >= 1
     ledger.submit(request("c", n=1), work)
     ledger.submit(request("a", n=3), work)
     assert ledger.pending_samples == 4
@@ -121,9 +129,9 @@ async def test_a_full_ledger_answers_429_with_retry_after_and_frees_up() -> None
 
 
 async def test_more_samples_than_can_ever_fit_are_a_422() -> None:
-    with pytest.raises(ApiError) as raised:
+    with pytest.raises(LedgerError) as raised:
         Ledger(limits()).submit(request(n=5), Work())
-    assert (raised.value.status_code, raised.value.field) == (422, "n")
+    assert (answer(raised).status_code, answer(raised).field) == (422, "n")
 
 
 async def test_the_last_caller_leaving_starts_the_grace_period() -> None:
@@ -160,9 +168,9 @@ async def test_forget_cancels_at_once_and_tells_the_callers() -> None:
     caller = asyncio.create_task(ledger.attach("r"))
     await asyncio.sleep(0)
     assert ledger.forget("r") == "cancelled"
-    with pytest.raises(ApiError) as raised:
+    with pytest.raises(LedgerError) as raised:
         await caller
-    assert raised.value.status_code == 410
+    assert answer(raised).status_code == 410
     assert ledger.pending_samples == 0
     assert ledger.forget("r") == "unknown"
     work.release.set()
@@ -179,13 +187,13 @@ async def test_kept_replies_expire_by_time_and_by_bytes(monkeypatch: pytest.Monk
         ledger.submit(request(name), work)
         await ledger.attach(name)
     assert ledger.kept_bytes == 2 * 2_080
-    with pytest.raises(ApiError) as raised:
+    with pytest.raises(LedgerError) as raised:
         await ledger.attach("a")
-    assert raised.value.status_code == 404
+    assert answer(raised).status_code == 404
     assert await ledger.attach("c") is not None
     later_s = time.monotonic() + 61.0
     monkeypatch.setattr(time, "monotonic", lambda: later_s)
-    with pytest.raises(ApiError):
+    with pytest.raises(LedgerError):
         await ledger.attach("c")
     assert ledger.kept_bytes == 0
 

@@ -6,7 +6,6 @@ process.
 
 import sys
 from collections.abc import AsyncIterator
-from dataclasses import replace
 from pathlib import Path
 
 import httpx
@@ -15,17 +14,16 @@ from fastapi import FastAPI
 
 from services.tool.api.app import create_app
 from services.tool.service import ToolService
-from services.tool.settings import Settings
+from services.tool.settings import ToolSettings
 
 sys.path.insert(0, str(Path(__file__).parent))
 
 KEY = "key-of-the-tests"
 
 
-def small_settings() -> Settings:
+def small_settings() -> ToolSettings:
     """One launcher with the numpy zygote: starts in well under a second."""
-    base = Settings(slots=2, session_ttl_s=300.0, max_sessions=4)
-    return replace(base, sandbox=replace(base.sandbox, presets=("numpy",)))
+    return ToolSettings(slots=2, launchers=1, session_ttl_s=300.0, max_sessions=4, presets="numpy")
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
@@ -37,7 +35,7 @@ async def service() -> AsyncIterator[ToolService]:
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def app(service: ToolService) -> AsyncIterator[FastAPI]:
     # The lifespan belongs to MCP alone and wants one task from start to end; test_mcp.py serves it.
-    yield create_app(service, KEY)
+    yield create_app(service, service.settings, api_key=KEY)
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")

@@ -16,7 +16,9 @@ KEY = "key-of-the-tests"
 @contextlib.asynccontextmanager
 async def served(service: ToolService) -> AsyncIterator[str]:
     sock = bind_socket("127.0.0.1", 0)
-    config = uvicorn.Config(create_app(service, KEY), log_config=None, access_log=False)
+    config = uvicorn.Config(
+        create_app(service, service.settings, api_key=KEY), log_config=None, access_log=False
+    )
     server = uvicorn.Server(config)
     task = asyncio.create_task(server.serve(sockets=[sock]))
     while not server.started:

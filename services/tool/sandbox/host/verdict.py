@@ -84,7 +84,6 @@ class Outcome:
     wall_s: float = 0.0
     cpu_s: float = 0.0
     peak_bytes: int = 0
-    queue_s: float = 0.0
 
 
 def judge(

@@ -6,8 +6,9 @@ import json
 
 import httpx
 import pytest
+from prometheus_client import REGISTRY
 
-from services.tool.admission import Admission, OverloadedError
+from services.tool.rules import Admission, OverloadedError
 from services.tool.sandbox.host.pool import preset_for
 from services.tool.sandbox.plan import PRESETS
 from services.tool.service import ToolService
@@ -180,8 +181,8 @@ async def test_text_that_cannot_be_sent_is_replaced_and_ends_no_batch(
 
 async def test_what_is_refused_is_counted(client: httpx.AsyncClient, service: ToolService) -> None:
     def refused() -> float:
-        name = "tool_executions_total"
-        return service.metrics.registry.get_sample_value(name, {"status": "rejected"}) or 0.0
+        name = "openrlhf_alp_tool_executions_total"
+        return REGISTRY.get_sample_value(name, {"status": "rejected"}) or 0.0
 
     before = refused()
     answer = await client.post("/v1/execute", json={"code": "1", "timeout_s": 9999})
@@ -200,10 +201,10 @@ async def test_a_deadline_that_cannot_be_met_is_refused_with_retry_after(
 ) -> None:
     long = {"code": "import time\ntime.sleep(2)"}
     busy = [asyncio.create_task(client.post("/v1/execute", json=long)) for _ in range(2)]
-    while service.admission.running < service.settings.slots:
+    while service.rules.admission.running < service.settings.slots:
         await asyncio.sleep(0.01)
     refused = await client.post("/v1/execute", json={"code": "1", "deadline_s": 0.05})
-    assert refused.status_code == 503
+    assert refused.status_code == 429
     assert refused.json()["error"]["code"] == "overloaded"
     assert int(refused.headers["retry-after"]) >= 1
     assert [answer.json()["status"] for answer in await asyncio.gather(*busy)] == ["ok", "ok"]
@@ -226,7 +227,7 @@ async def test_a_cancelled_caller_frees_its_slot(
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
-    while service.admission.running:  # until the program is dead, long before its own end
+    while service.rules.admission.running:  # until the program is dead, long before its own end
         await asyncio.sleep(0.01)
     assert (await execute(client, "print(3)"))["stdout"] == "3\n"
 
@@ -234,5 +235,5 @@ async def test_a_cancelled_caller_frees_its_slot(
 async def test_metrics_count_by_status(client: httpx.AsyncClient) -> None:
     await execute(client, "1/0")
     text = (await client.get("/metrics")).text
-    assert 'tool_executions_total{status="error"}' in text
-    assert "tool_running 0.0" in text
+    assert 'openrlhf_alp_tool_executions_total{status="error"}' in text
+    assert "openrlhf_alp_tool_running 0.0" in text

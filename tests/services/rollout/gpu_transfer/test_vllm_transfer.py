@@ -27,7 +27,7 @@ def test_weights_over_a_link_to_vllms_workers_serve_what_a_file_would_have_broug
     assert done.returncode == 0, log.read_text()[-3000:]
     report = json.loads(done.stdout.splitlines()[-1])
     assert report["offered_on_a_cpu"] == []
-    assert report["failure"] == "failed", "the worker says so, and goes on drawing"
+    assert report["failure"] == "transfer_failed", "the worker says so, and keeps drawing"
     before, by_link, back, by_file = report["answers"]
     assert [answer[2] for answer in report["answers"]] == [[0], [1], [2], [3]]
     assert by_link[:2] == by_file[:2] != before[:2] == back[:2]

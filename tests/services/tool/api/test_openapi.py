@@ -8,7 +8,7 @@ from fastapi import FastAPI
 from hypothesis import HealthCheck, Phase, given, settings
 from tool_server import KEY, served
 
-from services.tool.api.examples import EXECUTE_RESPONSES
+from services.tool.api.app import EXECUTE_RESPONSES
 from services.tool.sandbox.host.verdict import Status
 from services.tool.service import ToolService
 from services.tool.wire.schemas import ExecuteResult, StatusName

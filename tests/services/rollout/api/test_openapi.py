@@ -17,7 +17,8 @@ from schemathesis.core.transport import Response as Reply
 from services.common.wire import MSGPACK_TYPE
 from services.rollout.api.app import create_app
 from services.rollout.engines.hf_engine import HfEngine
-from services.rollout.service import build_service, read_model_folder
+from services.rollout.model_folder import read_model_folder
+from services.rollout.service import build_service
 from services.rollout.settings import RolloutSettings
 
 
@@ -41,16 +42,10 @@ OPEN, RECEIVE = "/v1/weights/transfer/open", "/v1/weights/transfer/receive"
 @pytest.fixture(scope="module")
 def app(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[FastAPI]:
     chosen = RolloutSettings(
-        model=model_folder, engine="hf", dtype="float32", max_pending_samples=4
+        model=model_folder, engine="hf", dtype="float32", max_pending_samples=4, max_model_len=16
     )
     model = read_model_folder(chosen)
-    engine = HfEngine.load(
-        model.path,
-        model.tokenizer,
-        dtype="float32",
-        max_model_len=16,
-        eos_token_ids=model.eos_token_ids,
-    )
+    engine = HfEngine.load(model, chosen)
     service = build_service(engine, model, chosen, tmp_path_factory.mktemp("weights"))
     yield create_app(chosen, service, api_key="api-key-for-tests", admin_key=KEY)
     asyncio.run(service.close())

@@ -119,7 +119,7 @@ async def test_overload_answers_504_which_clients_retry(
 ) -> None:
     sleep = {"code": "import time\ntime.sleep(1.5)", "language": "python"}
     busy = [asyncio.create_task(client.post("/run_code", json=sleep)) for _ in range(2)]
-    while service.admission.running < service.settings.slots:
+    while service.rules.admission.running < service.settings.slots:
         await asyncio.sleep(0.01)
     hasty = {"code": "1", "language": "python", "run_timeout": 0.05, "compile_timeout": 0.0}
     refused = await client.post("/run_code", json=hasty)

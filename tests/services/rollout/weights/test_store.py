@@ -1,4 +1,4 @@
-"""Updates in two phases, over the real model: what is served is what was proved."""
+"""Updates in two phases, over the real model: what is served is what was verified."""
 
 import asyncio
 import os
@@ -289,21 +289,35 @@ async def test_the_control_routes_need_the_admin_key(http: httpx.AsyncClient) ->
 
 
 def test_a_private_folder_is_removed_once_its_service_was_killed(tmp_path: Path) -> None:
-    from services.rollout.weights.staging import ServedModel, Staging, remove_if_abandoned
+    from services.common.owned_folders import OwnedFolder
+    from services.rollout.weights.staging import (
+        WEIGHTS_PREFIX,
+        ServedModel,
+        Staging,
+        weights_folder,
+    )
 
     model = ServedModel(tensors={}, dtype_code="F32", head_is_tied=False)
-    starting = tmp_path / "starting"
-    folders = {name: tmp_path / name for name in ("live", "killed")}
-    for folder in (starting, *folders.values()):
-        folder.mkdir()
-    staging = {name: Staging(model, folder) for name, folder in folders.items()}
-    killed = staging["killed"]._folder
+    starting = tmp_path / f"{WEIGHTS_PREFIX}starting"
+    starting.mkdir()
+    live, killed = (OwnedFolder.create(tmp_path, WEIGHTS_PREFIX) for _ in range(2))
+    for folder in (live, killed):
+        Staging(model, folder.path)
     os.close(killed._lock or 0)
     killed._lock = None
-    for folder in list(tmp_path.iterdir()):
-        remove_if_abandoned(folder)
-    assert {folder.name for folder in tmp_path.iterdir()} == {"starting", "live"}
-    staging["live"].close()
+    with weights_folder(None, shared_memory=tmp_path) as own:
+        assert set(tmp_path.iterdir()) == {starting, live.path, own}
+    assert set(tmp_path.iterdir()) == {starting, live.path}
+    live.remove()
+
+
+def test_a_folder_that_the_operator_named_is_made_and_stays(tmp_path: Path) -> None:
+    from services.rollout.weights.staging import weights_folder
+
+    named = tmp_path / "not" / "yet"
+    with weights_folder(named, shared_memory=tmp_path) as folder:
+        assert folder == named and named.is_dir()
+    assert named.is_dir()
 
 
 async def test_version_zero_is_the_digest_of_the_model_folder(

@@ -29,7 +29,8 @@ from services.rollout.api.app import create_app
 from services.rollout.engines.protocol import TransferError
 from services.rollout.engines.vllm_engine import VllmEngine
 from services.rollout.gpu_transfer.receiver import RpcReceiver
-from services.rollout.service import build_service, read_model_folder
+from services.rollout.model_folder import read_model_folder
+from services.rollout.service import build_service
 from services.rollout.settings import RolloutSettings
 from services.rollout.wire.schemas import GenerateRequest, Sampling
 from services.rollout.wire.transfer import NcclLink, OpenRequest
@@ -111,7 +112,7 @@ async def failure_without_a_gpu(engine: VllmEngine) -> str:
     try:
         await RpcReceiver(engine._llm.collective_rpc).open(OpenRequest(link=link))
     except TransferError as error:
-        return error.kind
+        return error.code
     return "none"
 
 

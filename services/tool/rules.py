@@ -1,0 +1,221 @@
+"""The rules of an execution, the same for single programs and for cells of sessions.
+
+    arrive -> [asks for more than a ceiling: reject]
+           -> [queue full, or the expected wait exceeds the deadline: refuse at once]
+           -> wait in order of arrival -> [deadline passes: refuse] -> run -> count, answer
+
+The expected wait is the number ahead, divided by the slots, times a running mean of recent
+execution times.
+"""
+
+import asyncio
+import contextlib
+import math
+import time
+from collections.abc import AsyncIterator, Iterator
+
+from services.tool import metrics
+from services.tool.sandbox.host.execution import Limits
+from services.tool.sandbox.host.verdict import Outcome, Status
+from services.tool.settings import ToolSettings
+from services.tool.wire.schemas import (
+    CellRequest,
+    ErrorReport,
+    ExecuteRequest,
+    ExecuteResult,
+    Usage,
+)
+
+_MEAN_WEIGHT = 0.05
+_FIRST_MEAN_S = 0.01
+_CPU_PER_WALL = 4
+"""CPU seconds per second of wall time, where a request names no CPU limit."""
+_BYTE_FIELDS = {"code": "--max-code-bytes", "files": "--max-file-bytes"}
+"""Fields whose size is limited, with the flag that sets the limit."""
+
+
+class OverloadedError(RuntimeError):
+    """No slot within the deadline. Nothing ran."""
+
+    def __init__(self, message: str, retry_after_s: float) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
+class LimitError(ValueError):
+    """A request asks for more than the server allows; `field` names what, `flag` who allows it."""
+
+    def __init__(self, field: str, given: float, largest: float) -> None:
+        unit = " bytes" if field in _BYTE_FIELDS else ""
+        super().__init__(f"{field}: {given:.12g}{unit} asked for, {largest:.12g} allowed")
+        self.field = field
+        self.flag = _BYTE_FIELDS.get(field, f"--max-{field}".replace("_", "-"))
+
+
+REFUSALS: dict[type[Exception], Status] = {
+    OverloadedError: Status.OVERLOADED,
+    LimitError: Status.REJECTED,
+}
+"""Exceptions that say that nothing ran, with the status under which they are counted."""
+
+
+class Admission:
+    """As many executions at once as there are slots, and a bounded queue. For one event loop."""
+
+    def __init__(self, slots: int, max_queue: int) -> None:
+        self.slots = slots
+        self.max_queue = max_queue
+        self.waiting = 0
+        self.running = 0
+        self._semaphore = asyncio.Semaphore(slots)
+        self._mean_s = _FIRST_MEAN_S
+
+    def expected_wait_s(self) -> float:
+        """Seconds a newcomer has to expect."""
+        if self.running < self.slots:
+            return 0.0
+        return (self.waiting + 1) / self.slots * self._mean_s
+
+    @contextlib.asynccontextmanager
+    async def slot(self, deadline_s: float) -> AsyncIterator[float]:
+        """Hold one slot; yields the seconds spent waiting. Raises OverloadedError."""
+        expected_s = self.expected_wait_s()
+        if self.waiting >= self.max_queue:
+            raise OverloadedError(f"{self.waiting} executions are already waiting", expected_s)
+        if expected_s > deadline_s:
+            raise OverloadedError(
+                f"the expected wait is {expected_s:.1f} s, the deadline {deadline_s:.1f} s",
+                expected_s,
+            )
+        arrived = time.perf_counter()
+        await self._enter(deadline_s)
+        started = time.perf_counter()
+        self.running += 1
+        try:
+            yield started - arrived
+        finally:
+            self.running -= 1
+            self._semaphore.release()
+            # A running mean, so that a change of load shows within some twenty executions.
+            self._mean_s += _MEAN_WEIGHT * (time.perf_counter() - started - self._mean_s)
+
+    async def _enter(self, deadline_s: float) -> None:
+        # A free slot is taken without a timer, which would cost more than the rest of admission.
+        if not self._semaphore.locked():
+            await self._semaphore.acquire()  # does not wait
+            return
+        self.waiting += 1
+        try:
+            async with asyncio.timeout(deadline_s):
+                await self._semaphore.acquire()
+        except TimeoutError:
+            raise OverloadedError(
+                f"no slot became free within {deadline_s:.1f} s", self.expected_wait_s()
+            ) from None
+        finally:
+            self.waiting -= 1
+
+
+class ExecutionRules:
+    """Ceilings, admission, counting and the form of the answer.
+
+    Args:
+        level: the level of isolation in force, which every answer names.
+    """
+
+    def __init__(self, settings: ToolSettings, level: str) -> None:
+        self.settings = settings
+        self.level = level
+        self.admission = Admission(settings.slots, settings.max_queue)
+
+    def limits(self, request: ExecuteRequest | CellRequest, memory_mb: int | None) -> Limits:
+        """Fill in the defaults and check the ceilings.
+
+        Args:
+            memory_mb: what the program or, for a cell, its session asked for.
+
+        Raises:
+            LimitError: the request is above a ceiling.
+        """
+        settings = self.settings
+        wall_s = request.timeout_s or settings.default_timeout_s
+        memory_mb = memory_mb or settings.default_memory_mb
+        output_bytes = request.output_bytes or settings.default_output_bytes
+        self.check("timeout_s", wall_s, settings.max_timeout_s)
+        self.check("memory_mb", memory_mb, settings.max_memory_mb)
+        self.check("output_bytes", output_bytes, settings.max_output_bytes)
+        self.check("code", len(utf8(request.code)), settings.max_code_bytes)
+        return Limits(
+            wall_s=wall_s,
+            # Without a CPU limit of its own, code is stopped by the wall clock, whatever its
+            # threads do.
+            cpu_s=request.cpu_s or math.ceil(wall_s) * _CPU_PER_WALL + 1,
+            memory_bytes=memory_mb << 20,
+            output_bytes=output_bytes,
+            fetch_bytes=settings.max_file_bytes,
+        )
+
+    def check_files(self, files: dict[str, str]) -> None:
+        """Check the size of base64 contents. Raises LimitError."""
+        # From the length alone: decoding megabytes here would block the event loop.
+        decoded = sum(len(content) * 3 // 4 for content in files.values())
+        self.check("files", decoded, self.settings.max_file_bytes)
+
+    @staticmethod
+    def check(field: str, given: float, largest: float) -> None:
+        """Raises LimitError when `given` is above `largest`."""
+        if given > largest:
+            raise LimitError(field, given, largest)
+
+    def slot(self, deadline_s: float | None) -> contextlib.AbstractAsyncContextManager[float]:
+        """Hold one slot, as `Admission.slot`; without a deadline wait at most --max-wait-s."""
+        wait_s = self.settings.max_wait_s if deadline_s is None else deadline_s
+        return self.admission.slot(wait_s)
+
+    @contextlib.contextmanager
+    def counting_refusals(self) -> Iterator[None]:
+        """Count what is refused inside, before it ran."""
+        try:
+            yield
+        except tuple(REFUSALS) as error:
+            metrics.EXECUTIONS.labels(REFUSALS[type(error)].value).inc()
+            raise
+
+    def finish(self, outcome: Outcome, queue_s: float, request_id: str | None) -> ExecuteResult:
+        """Count an execution that ran and put its outcome into the form of the wire."""
+        metrics.EXECUTIONS.labels(outcome.status.value).inc()
+        metrics.WALL_SECONDS.observe(outcome.wall_s)
+        metrics.QUEUE_SECONDS.observe(queue_s)
+        return self.to_result(outcome, queue_s, request_id)
+
+    def to_result(self, outcome: Outcome, queue_s: float, request_id: str | None) -> ExecuteResult:
+        """The wire form of an outcome."""
+        error = outcome.error
+        return ExecuteResult(
+            status=outcome.status.value,
+            exit_code=outcome.exit_code,
+            signal=outcome.signal,
+            error=None
+            if error is None
+            else ErrorReport(type=error.type, message=error.message, line=error.line),
+            message=outcome.message,
+            stdout=outcome.stdout,
+            stderr=outcome.stderr,
+            stdout_truncated=outcome.stdout_truncated,
+            stderr_truncated=outcome.stderr_truncated,
+            files=outcome.files,
+            missing=outcome.missing,
+            usage=Usage(
+                wall_ms=round(outcome.wall_s * 1e3, 3),
+                cpu_ms=round(outcome.cpu_s * 1e3, 3),
+                peak_mb=round(outcome.peak_bytes / (1 << 20), 1),
+                queue_ms=round(queue_s * 1e3, 3),
+            ),
+            isolation=self.level,
+            request_id=request_id,
+        )
+
+
+def utf8(text: str) -> bytes:
+    # JSON may carry half of a surrogate pair, which strict UTF-8 refuses.
+    return text.encode("utf-8", "surrogatepass")
