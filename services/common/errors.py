@@ -92,20 +92,14 @@ class ErrorSpec:
 
     def fill(self, error: Exception) -> ApiError:
         """The answer to `error`."""
-
-        def text(template: str) -> str:
-            return template.format(error=error)
-
-        headers = {}
-        if self.retry_after_s is not None:
-            headers["Retry-After"] = str(max(1, math.ceil(float(text(self.retry_after_s)))))
+        after = "" if self.retry_after_s is None else self.retry_after_s.format(error=error)
         return ApiError(
             self.status,
-            text(self.code),
-            text(self.message),
-            fix=text(self.fix),
-            field=None if self.field is None else text(self.field),
-            headers=headers,
+            self.code.format(error=error),
+            self.message.format(error=error),
+            fix=self.fix.format(error=error),
+            field=None if self.field is None else self.field.format(error=error),
+            headers={"Retry-After": str(max(1, math.ceil(float(after))))} if after else None,
         )
 
 

@@ -6,6 +6,8 @@ request and hides client disconnects from the handler.
 
 import logging
 import time
+from collections.abc import Mapping
+from types import MappingProxyType
 
 from fastapi import FastAPI
 from starlette.datastructures import Headers
@@ -20,16 +22,20 @@ _PROBES = frozenset({"/livez", "/readyz", "/metrics"})
 
 
 class RequestContext:
-    """Give each request an id, echo it and the trace, log one line, answer 500 to a bug of ours."""
+    """Give each request an id, echo it and the trace, log one line, answer 500 to a bug of ours.
 
-    def __init__(self, app: ASGIApp) -> None:
+    Every reply carries `headers` too.
+    """
+
+    def __init__(self, app: ASGIApp, *, headers: Mapping[str, str]) -> None:
         self._app = app
+        self._headers = headers
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        echoed = Headers(enter_request(Headers(scope=scope))).raw
+        echoed = Headers({**enter_request(Headers(scope=scope)), **self._headers}).raw
         started_s = time.perf_counter()
         status = 0
 
@@ -100,8 +106,12 @@ class BodyLimit:
 
 
 def install_middleware(
-    app: FastAPI, *, max_body_bytes: int, body_limit_exempt: tuple[str, ...] = ()
+    app: FastAPI,
+    *,
+    max_body_bytes: int,
+    body_limit_exempt: tuple[str, ...] = (),
+    headers: Mapping[str, str] = MappingProxyType({}),
 ) -> None:
     """Wrap `app` in both layers; the request context is the outer one."""
     app.add_middleware(BodyLimit, max_bytes=max_body_bytes, exempt=body_limit_exempt)
-    app.add_middleware(RequestContext)
+    app.add_middleware(RequestContext, headers=headers)

@@ -8,7 +8,6 @@ import secrets
 import signal
 import sys
 from collections.abc import Callable, Coroutine
-from dataclasses import dataclass
 from ipaddress import IPv4Network, IPv6Network, ip_address
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
@@ -26,17 +25,6 @@ _LOOPBACK = (IPv4Network("127.0.0.0/8"), IPv6Network("::1/128"))
 _MIN_KEY_CHARS = 8
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ApiKey:
-    """A bearer key, and whether the service generated it (then it is printed once)."""
-
-    value: str
-    generated: bool
-
-    def __repr__(self) -> str:
-        return f"ApiKey(generated={self.generated})"
-
-
 def is_loopback(host: str) -> bool:
     """Whether a bind to `host` is reachable from this machine only."""
     try:
@@ -45,37 +33,6 @@ def is_loopback(host: str) -> bool:
         # Any other name may resolve to an address that other machines can reach.
         return host == "localhost"
     return any(address in network for network in _LOOPBACK)
-
-
-def resolve_api_key(configured: str | None, *, host: str, flag: str, variable: str) -> ApiKey:
-    """Return the configured key, or a generated one when the service is on loopback.
-
-    Args:
-        configured: the operator's key, or None.
-        host: address the service binds to.
-        flag: name of the flag that sets this key, for the message.
-        variable: name of the environment variable that sets it too.
-
-    Raises:
-        ConfigError: no key with a bind that other machines can reach, or a key of fewer than 8
-            characters or with characters outside printable ASCII.
-    """
-    if configured is None:
-        if not is_loopback(host):
-            raise ConfigError(
-                f"Refusing to bind {host}: other machines can reach it and no key is configured. "
-                f"Fix: set {flag} or ${variable}, or bind --host 127.0.0.1."
-            )
-        return ApiKey(value=secrets.token_urlsafe(32), generated=True)
-    # Anything else could not be sent in an HTTP header.
-    sendable = configured.isascii() and configured.isprintable()
-    if len(configured) < _MIN_KEY_CHARS or not sendable:
-        raise ConfigError(
-            f"{flag} or ${variable} must have at least {_MIN_KEY_CHARS} printable ASCII "
-            "characters. Fix: generate one with: "
-            'python -c "import secrets; print(secrets.token_urlsafe())"'
-        )
-    return ApiKey(value=configured, generated=False)
 
 
 class ServiceSettings(BaseSettings):
@@ -91,39 +48,45 @@ class ServiceSettings(BaseSettings):
 
     host: str = "127.0.0.1"
     """Address to bind. An address that other machines can reach needs configured keys."""
-
     port: int = Field(default=0, ge=0, le=65535)
     """TCP port; 0 takes any free one and prints it."""
-
     url_file: Path | None = None
     """File that receives the bound URL once the service accepts connections."""
-
     api_key: SecretStr | None = None
     """Bearer key of the service's routes; generated and printed once when absent."""
-
     max_body_bytes: int = Field(default=16 * 2**20, ge=1024)
     """Largest request body."""
-
     drain_s: float = Field(default=10.0, ge=0.0)
     """Seconds that running requests get after a stop signal."""
-
     log_level: Annotated[
         Literal["DEBUG", "INFO", "WARNING", "ERROR"], BeforeValidator(str.upper)
     ] = "INFO"
     """Level of the JSON log on stderr."""
 
-    def resolve_key(self, configured: SecretStr | None, field: str) -> ApiKey:
-        """The key of `field`, for example "api_key", or a generated one on loopback.
+    def resolve_key(self, configured: SecretStr | None, field: str) -> str:
+        """The key of `field`, for example "api_key", or a generated one, for the caller to print.
 
         Raises:
-            ConfigError: as `resolve_api_key`.
+            ConfigError: no key with a bind that other machines can reach, or a key of fewer than 8
+                characters or with characters outside printable ASCII.
         """
-        return resolve_api_key(
-            None if configured is None else configured.get_secret_value(),
-            host=self.host,
-            flag="--" + field.replace("_", "-"),
-            variable=self.model_config["env_prefix"] + field.upper(),
-        )
+        flag = "--" + field.replace("_", "-")
+        source = f"{flag} or ${self.model_config['env_prefix']}{field.upper()}"
+        if configured is None:
+            if not is_loopback(self.host):
+                raise ConfigError(
+                    f"Refusing to bind {self.host}: other machines can reach it and no key is "
+                    f"configured. Fix: set {source}, or bind --host 127.0.0.1."
+                )
+            return secrets.token_urlsafe(32)
+        key = configured.get_secret_value()
+        # Anything else could not be sent in an HTTP header.
+        if len(key) < _MIN_KEY_CHARS or not (key.isascii() and key.isprintable()):
+            raise ConfigError(
+                f"{source} must have at least {_MIN_KEY_CHARS} printable ASCII characters. "
+                'Fix: generate one with: python -c "import secrets; print(secrets.token_urlsafe())"'
+            )
+        return key
 
 
 Settings = TypeVar("Settings", bound=ServiceSettings)

@@ -28,12 +28,14 @@ async def _serve(settings: RolloutSettings) -> None:
     with weights_folder(settings.weights_dir) as weights_dir:
         engine = start_engine(settings, model)
         service = build_service(engine, model, settings, weights_dir)
-        for name, key in (("api", api_key), ("admin", admin_key)):
-            if key.generated:
-                print(f"generated {name} key: {key.value}", flush=True)
-        app = create_app(settings, service, api_key=api_key.value, admin_key=admin_key.value)
+        # Only now: what the engine prints while it starts would push the keys out of sight.
+        if settings.api_key is None:
+            print(f"generated api key: {api_key}", flush=True)
+        if settings.admin_key is None:
+            print(f"generated admin key: {admin_key}", flush=True)
+        app = create_app(settings, service, api_key=api_key, admin_key=admin_key)
         try:
-            await engine.add_native_routes(app, (api_key.value, admin_key.value))
+            await engine.add_native_routes(app, (api_key, admin_key))
             await serve(app, sock, url_file=settings.url_file, drain_s=settings.drain_s)
         finally:
             await service.close()

@@ -45,9 +45,9 @@ def _key(settings: ToolSettings) -> str | None:
     """The bearer key, or None for an open loopback service."""
     if not settings.open_loopback:
         key = settings.resolve_key(settings.api_key, "api_key")
-        if key.generated:
-            print(f"api key: {key.value}", flush=True)
-        return key.value
+        if settings.api_key is None:
+            print(f"api key: {key}", flush=True)
+        return key
     if not is_loopback(settings.host):
         raise ConfigError(
             "--open-loopback needs a loopback --host. "

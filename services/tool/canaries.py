@@ -1,4 +1,4 @@
-"""The canaries: programs that try one forbidden thing each, and the targets they try to reach."""
+"""The canaries: programs that try one forbidden thing each, run like any other program."""
 
 import os
 import platform
@@ -62,63 +62,39 @@ def _system_call(x86_64: int, aarch64: int, *arguments: int) -> str:
     )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Targets:
-    """Things outside of the sandbox that the canaries try to reach."""
-
-    secret: str
-    """Name of an environment variable of this process."""
-    folder: str
-    """A folder that everybody may write to."""
-    file: str
-    """A file in it that everybody may read and write."""
-    port: int
-    """Of a TCP listener on loopback."""
-    abstract: str
-    """Address of a listening abstract Unix socket."""
-
-
 @asynccontextmanager
-async def outside_targets() -> AsyncIterator[Targets]:
-    """Set up every target, with no protection of its own: only the sandbox keeps programs away."""
-    name = "TOOL_SERVICE_CANARY_" + secrets.token_hex(4)
-    abstract = "\0" + name
-    with (
-        tempfile.TemporaryDirectory(prefix="tool-canary-", dir="/var/tmp") as folder,
-        socket.create_server(("127.0.0.1", 0)) as tcp,
-        socket.socket(socket.AF_UNIX) as unix,
-    ):
-        unix.bind(abstract)
-        unix.listen()
-        os.chmod(folder, 0o777)
-        path = Path(folder) / "target"
-        path.write_text("target")
-        path.chmod(0o666)
-        os.environ[name] = "secret"
-        try:
-            yield Targets(
-                secret=name,
-                folder=folder,
-                file=str(path),
-                port=tcp.getsockname()[1],
-                abstract=abstract,
-            )
-        finally:
-            del os.environ[name]
-
-
-def canaries(targets: Targets, memory_layer: str) -> list[Canary]:
+async def canaries(memory_layer: str) -> AsyncIterator[list[Canary]]:
     """Every forbidden thing that is tried, with the layer that is to stop it.
+
+    While inside, there are targets outside of the sandbox to reach for, with no protection of their
+    own: a secret in our environment, files open to everybody, a TCP and an abstract listener.
 
     Args:
         memory_layer: who counts the memory of all processes, `cgroup` or `memory_watchdog`; the
             other one is not tested.
     """
-    programs = [*_too_much(), *_system_calls(targets), *_out_of_the_box(targets)]
-    summed = Canary(
-        layer=memory_layer, name="sum", code=_MEMORY_OF_MANY, status=Status.MEMORY_LIMIT
-    )
-    return [*(Canary(layer=layer, name=name, code=code) for layer, name, code in programs), summed]
+    name = "TOOL_SERVICE_CANARY_" + secrets.token_hex(4)
+    with (
+        tempfile.TemporaryDirectory(prefix="tool-canary-", dir="/var/tmp") as folder,
+        socket.create_server(("127.0.0.1", 0)) as tcp,
+        socket.socket(socket.AF_UNIX) as unix,
+    ):
+        unix.bind("\0" + name)
+        unix.listen()
+        os.chmod(folder, 0o777)
+        file = Path(folder) / "target"
+        file.write_text("target")
+        file.chmod(0o666)
+        programs = [*_too_much(), *_system_calls(tcp.getsockname()[1], "\0" + name)]
+        programs += _out_of_the_box(name, file)
+        summed = Canary(
+            layer=memory_layer, name="sum", code=_MEMORY_OF_MANY, status=Status.MEMORY_LIMIT
+        )
+        os.environ[name] = "secret"
+        try:
+            yield [*(Canary(layer=p[0], name=p[1], code=p[2]) for p in programs), summed]
+        finally:
+            del os.environ[name]
 
 
 def _too_much() -> list[tuple[str, str, str]]:
@@ -138,10 +114,10 @@ def _too_much() -> list[tuple[str, str, str]]:
     ]
 
 
-def _system_calls(targets: Targets) -> list[tuple[str, str, str]]:
+def _system_calls(port: int, abstract: str) -> list[tuple[str, str, str]]:
     """Layer, name and code of the programs that make system calls of the filter's list."""
-    tcp = f"import socket\nsocket.create_connection(('127.0.0.1', {targets.port}), 2)"
-    unix = f"import socket\nsocket.socket(socket.AF_UNIX).connect({targets.abstract!r})"
+    tcp = f"import socket\nsocket.create_connection(('127.0.0.1', {port}), 2)"
+    unix = f"import socket\nsocket.socket(socket.AF_UNIX).connect({abstract!r})"
     return [
         ("seccomp", "io_uring", _system_call(425, 425, 1, 0)),
         ("seccomp", "keyctl", _system_call(250, 219, 0, -3, 0)),
@@ -152,17 +128,17 @@ def _system_calls(targets: Targets) -> list[tuple[str, str, str]]:
     ]
 
 
-def _out_of_the_box(targets: Targets) -> list[tuple[str, str, str]]:
+def _out_of_the_box(secret: str, file: Path) -> list[tuple[str, str, str]]:
     """Layer, name and code of the programs that look for what is not theirs."""
-    secret = _verdict(f"{targets.secret!r} not in os.environ")
+    environment = _verdict(f"{secret!r} not in os.environ")
     tree = _verdict("os.getppid() == 0 and os.getpid() < 10 and not os.path.exists('/proc/1')")
-    hidden = _verdict(f"not os.path.exists({targets.folder!r})")
+    hidden = _verdict(f"not os.path.exists({str(file.parent)!r})")
     leftovers = "old = os.path.exists('/tmp/left')\nopen('/tmp/left', 'w')\n" + _verdict("not old")
     user = _verdict(f"os.getuid() not in (0, {os.getuid()})")
     return [
-        ("process", "environment", "import os\n" + secret),
-        ("landlock", "read outside", _attempt(f"open({targets.file!r}).read()")),
-        ("landlock", "write outside", _attempt(f"open({targets.file!r}, 'a')")),
+        ("process", "environment", "import os\n" + environment),
+        ("landlock", "read outside", _attempt(f"open({str(file)!r}).read()")),
+        ("landlock", "write outside", _attempt(f"open({str(file)!r}, 'a')")),
         ("landlock", "signal outside", _attempt(f"import os\nos.kill({os.getpid()}, 0)")),
         ("namespaces", "process tree", "import os\n" + tree),
         ("private_files", "hidden folder", "import os\n" + hidden),

@@ -12,7 +12,7 @@ import platform
 from dataclasses import replace
 from pathlib import Path
 
-from services.tool.canaries import canaries, outside_targets
+from services.tool.canaries import canaries
 from services.tool.sandbox.host.execution import Job, Limits
 from services.tool.sandbox.host.pool import Sandbox, SandboxConfig, read_paths
 from services.tool.sandbox.plan import STRENGTH, Level
@@ -147,8 +147,7 @@ async def _run_canaries(sandbox: Sandbox) -> tuple[dict[str, list[str]], int]:
     """
     open_doors: dict[str, list[str]] = {}
     memory_layer = "memory_watchdog" if sandbox.cgroups is None else "cgroup"
-    async with outside_targets() as targets:
-        programs = canaries(targets, memory_layer)
+    async with canaries(memory_layer) as programs:
         for canary in programs:
             doors = open_doors.setdefault(canary.layer, [])
             # The second run finds what the first one left behind.

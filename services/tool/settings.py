@@ -31,64 +31,44 @@ class ToolSettings(ServiceSettings):
 
     port: int = Field(default=8090, ge=0, le=65535)
     """TCP port; 0 takes any free one and prints it."""
-
     open_loopback: bool = False
     """Require no key at all; only on a loopback address."""
-
     isolation: Literal["full", "uid", "basic"] | None = None
     """Level of isolation to use; the strongest that works when absent."""
-
     min_isolation: Literal["full", "uid", "basic"] = "basic"
     """Below this level, exit with 3 and a table of what is missing."""
-
     allow_insecure: bool = False
     """Run without any isolation."""
-
     presets: str = ",".join(PRESETS)
     """Libraries that are loaded ahead: the first one, two or all of the default."""
-
     launchers: int | None = None
     """Fork servers; one per slot when absent."""
-
     warm_slots: int = SandboxConfig().warm_slots
     """Slots kept ready per preset and launcher."""
-
     slots: int = Field(default=len(os.sched_getaffinity(0)), ge=1)
     """Executions at a time; one per usable core keeps time limits independent of load."""
-
     max_queue: int = 512
     """Executions that may wait for a slot."""
-
     max_wait_s: float = 30.0
     """Longest wait for a slot when the caller names no deadline."""
-
     default_timeout_s: float = 10.0
     """Wall time when the caller names none."""
-
     max_timeout_s: float = 120.0
     """Largest wall time a caller may ask for."""
-
     default_memory_mb: int = 512
     """Memory when the caller names none."""
-
     max_memory_mb: int = 4096
     """Largest memory a caller may ask for."""
-
     default_output_bytes: int = 2**20
     """Stdout and stderr, each, when the caller names no limit."""
-
     max_output_bytes: int = 8 * 2**20
     """Largest output a caller may ask for."""
-
     max_code_bytes: int = 2**20
     """Largest program."""
-
     max_file_bytes: int = 8 * 2**20
     """Largest file of a session, and all files of one request."""
-
     max_sessions: int = 64
     """Live sessions; one more ends the session that was idle longest."""
-
     session_ttl_s: float = 600.0
     """Idle seconds after which a session ends."""
 

@@ -7,8 +7,6 @@ from typing import Any
 from fastapi import APIRouter, Depends, FastAPI, Request, Response
 from fastapi.responses import JSONResponse, PlainTextResponse
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
-from starlette.datastructures import MutableHeaders
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from services.common.errors import ErrorBody, install_error_handlers
 from services.common.middleware import install_middleware
@@ -120,30 +118,14 @@ def create_app(service: ToolService, settings: ToolSettings, *, api_key: str | N
         redoc_url=None,
     )
     install_error_handlers(app, ERRORS)
-    install_middleware(app, max_body_bytes=settings.max_body_bytes)
-    app.add_middleware(_LevelHeader, level=service.isolation.level)
+    level = {"X-Sandbox-Level": service.isolation.level}
+    install_middleware(app, max_body_bytes=settings.max_body_bytes, headers=level)
     guarded = [] if api_key is None else [Depends(KeyGuard(api_key))]
     for router in (_execution_routes(service), session_routes(service), fusion_routes(service)):
         app.include_router(router, dependencies=guarded, responses=_ERRORS)
     app.include_router(_probe_routes(service))
     app.router.routes.append(mcp_route(tools, api_key))
     return app
-
-
-class _LevelHeader:
-    """Say on every answer how isolated the code was."""
-
-    def __init__(self, app: ASGIApp, *, level: str) -> None:
-        self._app = app
-        self._level = level
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        async def send_with_level(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                MutableHeaders(scope=message)["X-Sandbox-Level"] = self._level
-            await send(message)
-
-        await self._app(scope, receive, send_with_level)
 
 
 def _execution_routes(service: ToolService) -> APIRouter:

@@ -252,10 +252,12 @@ async def _run_cells(body: RunJupyterRequest, service: ToolService) -> RunJupyte
         execution_time=time.perf_counter() - started,
         return_code=None if timed_out else 0,
     )
-    if timed_out:
-        return RunJupyterResponse(status="Failed", message="", driver=driver, cells=cells)
     return RunJupyterResponse(
-        status="Success", message="", driver=driver, cells=cells, files=fetched
+        status="Failed" if timed_out else "Success",
+        message="",
+        driver=driver,
+        cells=cells,
+        files={} if timed_out else fetched,
     )
 
 

@@ -7,18 +7,9 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 StatusName = Literal[
-    "ok",
-    "error",
-    "exit",
-    "timeout",
-    "cpu_limit",
-    "memory_limit",
-    "output_limit",
-    "crashed",
-    "rejected",
-    "overloaded",
-    "sandbox_error",
-]
+    "ok", "error", "exit", "timeout", "cpu_limit", "memory_limit", "output_limit", "crashed",
+    "rejected", "overloaded", "sandbox_error",
+]  # fmt: skip
 """See services.tool.sandbox.host.verdict.Status for the meaning of each."""
 
 _MAX_FILES = 64
