@@ -1,10 +1,12 @@
-"""What this service counts, beside vLLM's own metrics in the same registry.
+"""What the rollout service counts, beside vLLM's own metrics in the same registry.
+
+The names on /metrics start with `openrlhf_alp_rollout_`.
 
 requests_total{outcome}       generate calls by outcome: ok or the error code
 sampled_tokens_total          tokens drawn and returned
 generate_seconds              time of a generate call inside the service
 pending_samples               samples admitted and not yet finished
-repeated_requests_total{kind} retries served without new work: attached or replayed
+repeated_requests_total{kind} retries answered without new work: attached or replayed
 rejected_requests_total       429 replies
 kept_bytes                    estimated bytes of replies kept for retries
 weight_version                serving version

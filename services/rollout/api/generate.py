@@ -24,7 +24,7 @@ from starlette.responses import Response, StreamingResponse
 from services.common.errors import ApiError, ErrorBody, error_response, to_api_error
 from services.common.routes import ItemStream, WireRoute, reply, while_connected
 from services.common.wire import media_type_of
-from services.rollout.errors import ERRORS
+from services.rollout.errors import ERRORS, RolloutError
 from services.rollout.service import RolloutService
 from services.rollout.wire.schemas import (
     VERSION_HEADER,
@@ -204,7 +204,7 @@ async def _events(
 def _last_event(result: asyncio.Future[GenerateResponse | None]) -> bytes:
     try:
         response = result.result()
-    except Exception as error:
+    except RolloutError as error:
         body = error_response(to_api_error(error, ERRORS)).body
         return b"event: error\ndata: " + bytes(body) + b"\n\n"
     assert response is not None, "attach without a time limit waits for the reply"
@@ -225,9 +225,8 @@ async def _finish(
         response = await service.ledger.attach(request_id)
         return BatchItem(index=index, request_id=request_id, status=200, response=response)
     except Exception as error:
-        seen = to_api_error(error, ERRORS)
-        if seen.code == "internal_error":
+        if not isinstance(error, RolloutError):
             logger.exception("request of a batch failed", extra={"generate_id": request_id})
+        seen = to_api_error(error, ERRORS)
         failure = ItemError(code=seen.code, message=seen.message, fix=seen.fix, field=seen.field)
-        status = seen.status_code
-    return BatchItem(index=index, request_id=request_id, status=status, error=failure)
+        return BatchItem(index=index, request_id=request_id, status=seen.status_code, error=failure)

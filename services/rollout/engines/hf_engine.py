@@ -12,14 +12,6 @@ from typing import Any
 import torch
 import transformers
 from fastapi import FastAPI
-from transformers import (
-    LogitsProcessorList,
-    MinPLogitsWarper,
-    RepetitionPenaltyLogitsProcessor,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-)
 
 from services.rollout.engines.protocol import (
     EngineDeadError,
@@ -36,21 +28,21 @@ from services.rollout.weights.checkpoint import read_tensors
 from services.rollout.wire.schemas import PauseMode, Sampling, SleepLevel, SleepMode
 
 
-def _processors(sampling: Sampling) -> LogitsProcessorList:
+def _processors(sampling: Sampling) -> transformers.LogitsProcessorList:
     """Transformers' own processors in vLLM's order: penalties, temperature, min-p, top-k, top-p."""
     chain: list[Any] = []
     if sampling.repetition_penalty != 1.0:
-        chain.append(RepetitionPenaltyLogitsProcessor(sampling.repetition_penalty))
+        chain.append(transformers.RepetitionPenaltyLogitsProcessor(sampling.repetition_penalty))
     if sampling.temperature not in (0.0, 1.0):
-        chain.append(TemperatureLogitsWarper(sampling.temperature))
+        chain.append(transformers.TemperatureLogitsWarper(sampling.temperature))
     if sampling.temperature > 0.0:
         if sampling.min_p > 0.0:
-            chain.append(MinPLogitsWarper(sampling.min_p))
+            chain.append(transformers.MinPLogitsWarper(sampling.min_p))
         if sampling.top_k > 0:
-            chain.append(TopKLogitsWarper(sampling.top_k))
+            chain.append(transformers.TopKLogitsWarper(sampling.top_k))
         if sampling.top_p < 1.0:
-            chain.append(TopPLogitsWarper(sampling.top_p))
-    return LogitsProcessorList(chain)
+            chain.append(transformers.TopPLogitsWarper(sampling.top_p))
+    return transformers.LogitsProcessorList(chain)
 
 
 @dataclass(slots=True)
@@ -60,7 +52,7 @@ class _Running:
     job: Job
     generator: torch.Generator | None
     done: asyncio.Future[JobResult]
-    processors: LogitsProcessorList
+    processors: transformers.LogitsProcessorList
     on_tokens: TokenSink | None
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
