@@ -6,13 +6,13 @@ import pytest
 
 from openrlhf_alp.alp import METHODS as ALL_METHODS
 from openrlhf_alp.launch.recipe import (
+    METHODS,
     Recipe,
     service_command,
     tool_command,
     train_command,
     warm_up_command,
 )
-from openrlhf_alp.launch.task import METHODS
 from openrlhf_alp.learner.flags import config
 from openrlhf_alp.learner.flags import tool as tool_config
 from services.rollout.settings import RolloutSettings

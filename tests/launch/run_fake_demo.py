@@ -10,9 +10,8 @@ def main(service_mode: str, train_mode: str, model: str, folder: str) -> int:
     # Not above: the reward's worker processes import this file, and need none of it.
     from rich.console import Console
 
-    from openrlhf_alp.cli.demo import DemoConfig
-    from openrlhf_alp.launch.recipe import Recipe
-    from openrlhf_alp.launch.run import DemoCommands, run_demo
+    from openrlhf_alp.launch.demo import DemoCommands, run_demo
+    from openrlhf_alp.launch.recipe import DemoConfig, Recipe
     from openrlhf_alp.launch.view import DemoView
 
     pids = Path(folder) / "pids"
