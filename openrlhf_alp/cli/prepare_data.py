@@ -12,19 +12,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from rich import progress
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from openrlhf_alp.data import formats
 from openrlhf_alp.data.errors import DataError, SourceError
-from openrlhf_alp.data.formats import (
-    FORMATS,
-    RowFormat,
-    check_format,
-    detect_format,
-    plain_format,
-)
 from openrlhf_alp.data.sources import Row, read_rows
 from openrlhf_alp.data.templates import TEMPLATES
 from openrlhf_alp.data.tokens import TokenCounter
@@ -56,7 +50,7 @@ equal to itself, and when its prompt is too long. Nothing is lost: OUT.rejected.
 these rows with the reason, OUT.summary.json the counts.
 
 formats, in the order in which auto tries them:
-{_table([(name, f.fields, f.found_in) for name, f in FORMATS.items()])}
+{_table([(name, f.fields, f.found_in) for name, f in formats.FORMATS.items()])}
 
 templates, and the flags of openrlhf_alp.cli.train_ppo_ray that go with the file:
 {_table([(name, t.summary, t.train_flags) for name, t in TEMPLATES.items()])}
@@ -85,7 +79,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=".jsonl, .json or .parquet file, Hugging Face id, or id:path/of/one/file.parquet",
     )
     add("--to", type=Path, required=True, metavar="OUT.jsonl", help="the file to write")
-    add("--format", choices=["auto", *FORMATS], default="auto", help="of the rows (default: auto)")
+    add(
+        "--format",
+        choices=["auto", *formats.FORMATS],
+        default="auto",
+        help="of the rows (default: auto)",
+    )
     add("--problem-field", metavar="NAME", help="the field of the problem, for other formats")
     add("--label-field", metavar="NAME", help="the field of the answer, for other formats")
     add("--split", default="train", help="split of a Hugging Face id (default: train)")
@@ -150,17 +149,17 @@ def _prepare(options: argparse.Namespace, view: PrepareView) -> int:
         count_tokens=TokenCounter(options.tokenizer) if options.tokenizer else None,
         max_prompt_tokens=options.max_prompt_tokens,
     )
-    rows: list[tuple[Row, RowFormat]] = []
-    formats: dict[str, str] = {}
+    rows: list[tuple[Row, formats.RowFormat]] = []
+    format_of: dict[str, str] = {}
     for source in options.sources:
         found, row_format = _read(source, options)
         rows += [(row, row_format) for row in found]
-        formats[source] = row_format.name
+        format_of[source] = row_format.name
         view.say("read", f"{len(found)} rows of {source}, format {row_format.name}")
     with view.checking() as on_progress:
         prepared = prepare(rows, how, on_progress)
     summary = summarise(
-        prepared, template=template.name, train_flags=template.train_flags, formats=formats
+        prepared, template=template.name, train_flags=template.train_flags, formats=format_of
     )
     files.write(prepared, summary)
     view.counts(summary)
@@ -172,17 +171,17 @@ def _prepare(options: argparse.Namespace, view: PrepareView) -> int:
     return 0
 
 
-def _read(source: str, options: argparse.Namespace) -> tuple[list[Row], RowFormat]:
+def _read(source: str, options: argparse.Namespace) -> tuple[list[Row], formats.RowFormat]:
     rows = list(itertools.islice(read_rows(source, split=options.split), options.limit))
     if not rows:
         raise SourceError(f"{source} has no rows")
     if options.problem_field is not None:
-        row_format = plain_format(options.problem_field, options.label_field)
+        row_format = formats.plain_format(options.problem_field, options.label_field)
     elif options.format == "auto":
-        return rows, detect_format(rows)
+        return rows, formats.detect_format(rows)
     else:
-        row_format = FORMATS[options.format]
-    check_format(row_format, rows)
+        row_format = formats.FORMATS[options.format]
+    formats.check_format(row_format, rows)
     return rows, row_format
 
 
@@ -205,15 +204,11 @@ class PrepareView:
         if not self._console.is_terminal:
             yield self._line
             return
-        with Progress(
-            TextColumn("checking labels"),
-            BarColumn(bar_width=40),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-            console=self._console,
-        ) as progress:
-            task = progress.add_task("", total=None)
-            yield lambda done, total: progress.update(task, completed=done, total=total)
+        bar = progress.BarColumn(bar_width=40)
+        columns = (bar, progress.MofNCompleteColumn(), progress.TimeRemainingColumn())
+        with progress.Progress("checking labels", *columns, console=self._console) as shown:
+            task = shown.add_task("", total=None)
+            yield lambda done, total: shown.update(task, completed=done, total=total)
 
     def counts(self, summary: Summary) -> None:
         """The table of what was read, kept and left out."""

@@ -21,8 +21,13 @@ from openrlhf_alp.launch import recipe
 from openrlhf_alp.launch.accuracy import Accuracy, measure_accuracy
 from openrlhf_alp.launch.run_folder import RunFolderError, find_model, open_run_folder
 from openrlhf_alp.launch.supervisor import Child, ProcessFailedError, StopRequested, Supervisor
-from openrlhf_alp.launch.view import DemoView, reward_at_edges
-from openrlhf_alp.report.metrics import MetricsFileError, MetricsFollower, StepMetrics
+from openrlhf_alp.launch.view import DemoView
+from openrlhf_alp.report.metrics import (
+    MetricsFileError,
+    MetricsFollower,
+    StepMetrics,
+    reward_at_edges,
+)
 from openrlhf_alp.report.plots import write_plots
 
 _SERVICE_READY_S = 600.0

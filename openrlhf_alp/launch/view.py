@@ -7,30 +7,27 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING
 
+from rich import progress
 from rich.console import Console
 from rich.markup import escape
 from rich.panel import Panel
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    SpinnerColumn,
-    TextColumn,
-    TimeElapsedColumn,
-)
 from rich.table import Table
 from rich.text import Text
 
 from openrlhf_alp.data.questions import Question
 from openrlhf_alp.episodes.records import Episode, TurnKind
-from openrlhf_alp.report.metrics import LOG_RATIO_QUANTILES, REWARD, StepMetrics
+from openrlhf_alp.report.metrics import (
+    EDGE_STEPS,
+    LOG_RATIO_QUANTILES,
+    REWARD,
+    StepMetrics,
+    reward_at_edges,
+)
 
 if TYPE_CHECKING:  # it imports transformers, and the title should not wait for that
     from openrlhf_alp.launch.accuracy import Accuracy
 
 _NUM_EXAMPLES = 3
-_EDGE_STEPS = 3
-"""Rewards are compared over this many steps at the start and at the end."""
 
 _SPEAKERS = {TurnKind.PROMPT: "asked", TurnKind.ACTION: "policy", TurnKind.OBSERVATION: "tool"}
 
@@ -63,17 +60,17 @@ class DemoView:
         if not self._console.is_terminal:
             yield lambda step: self.say("step", f"{step.step}/{num_steps}  {describe(step)}")
             return
-        with Progress(
-            SpinnerColumn(),
-            TextColumn("training"),
-            BarColumn(bar_width=24),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[numbers]}"),
-            TimeElapsedColumn(),
+        with progress.Progress(
+            progress.SpinnerColumn(),
+            "training",
+            progress.BarColumn(bar_width=24),
+            progress.MofNCompleteColumn(),
+            "{task.fields[numbers]}",
+            progress.TimeElapsedColumn(),
             console=self._console,
-        ) as progress:
-            task = progress.add_task("", total=num_steps, numbers="starting Ray and DeepSpeed")
-            yield lambda step: progress.update(task, completed=step.step, numbers=describe(step))
+        ) as bar:
+            task = bar.add_task("", total=num_steps, numbers="starting Ray and DeepSpeed")
+            yield lambda step: bar.update(task, completed=step.step, numbers=describe(step))
 
     def results(
         self,
@@ -117,15 +114,6 @@ def describe(step: StepMetrics) -> str:
     )
 
 
-def reward_at_edges(steps: Sequence[StepMetrics]) -> tuple[float, float] | None:
-    """Mean reward of the first and of the last three steps; None when there are fewer than six."""
-    rewards = [step.values[REWARD] for step in steps if REWARD in step.values]
-    if len(rewards) < 2 * _EDGE_STEPS:
-        return None
-    first, last = rewards[:_EDGE_STEPS], rewards[-_EDGE_STEPS:]
-    return sum(first) / _EDGE_STEPS, sum(last) / _EDGE_STEPS
-
-
 def _accuracy_table(
     held_out: str, before: Accuracy, after: Accuracy, steps: Sequence[StepMetrics]
 ) -> Table:
@@ -137,7 +125,7 @@ def _accuracy_table(
     _add_shares(table, f"{held_out}, temperature 1", before.sampled, after.sampled)
     if edges := reward_at_edges(steps):
         first, last = edges
-        _add_shares(table, f"training reward, first and last {_EDGE_STEPS} steps", first, last)
+        _add_shares(table, f"training reward, first and last {EDGE_STEPS} steps", first, last)
     return table
 
 

@@ -1,6 +1,5 @@
 import io
 
-import pytest
 from rich.console import Console
 
 from openrlhf_alp.data.questions import Question
@@ -13,7 +12,7 @@ from openrlhf_alp.episodes.records import (
     VersionSpan,
 )
 from openrlhf_alp.launch.accuracy import Accuracy
-from openrlhf_alp.launch.view import DemoView, describe, reward_at_edges
+from openrlhf_alp.launch.view import DemoView, describe
 from openrlhf_alp.report.metrics import REWARD, StepMetrics
 
 ROW = Question(question="What is 3 + 4?", label="7")
@@ -83,15 +82,6 @@ def test_a_step_is_described_by_reward_ratio_and_speed():
 
 def test_a_metric_that_is_missing_is_shown_as_missing():
     assert describe(StepMetrics(step=1, values={})) == "reward -  ratio P99 -  - tokens/s"
-
-
-def test_first_and_last_rewards_are_means_of_three_steps():
-    edges = reward_at_edges(steps_with(0.0, 0.1, 0.2, 0.9, 0.4, 0.5, 0.6))
-    assert edges == (pytest.approx(0.1), pytest.approx(0.5))
-
-
-def test_too_few_steps_have_no_first_and_last():
-    assert reward_at_edges(steps_with(0.0, 0.1, 0.2, 0.3, 0.4)) is None
 
 
 def test_results_show_both_shares_the_change_and_a_real_answer():
