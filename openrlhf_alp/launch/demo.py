@@ -15,7 +15,7 @@ from pathlib import Path
 
 from openrlhf_alp.clients.errors import ServiceError
 from openrlhf_alp.clients.keys import ADMIN_KEY_VARIABLE, API_KEY_VARIABLE, TOOL_KEY_VARIABLE
-from openrlhf_alp.data.questions import Question, repeat_rows, write_rows
+from openrlhf_alp.data.questions import repeat_rows, write_rows
 from openrlhf_alp.data.smollm2 import ModelPackageMissingError
 from openrlhf_alp.launch import recipe
 from openrlhf_alp.launch.accuracy import Accuracy, measure_accuracy
@@ -110,7 +110,7 @@ class _Demo:
             overwrite=config.overwrite,
             say=partial(view.say, "folder"),
         )
-        test = self._write_task()
+        self._write_task()
         if self._task.uses_tool:
             url_file = self._folder / "tool.url"
             command = self._commands.tool(url_file=url_file)
@@ -120,14 +120,15 @@ class _Demo:
         url_file = self._folder / "rollout.url"
         command = self._commands.service(model=self._model, url_file=url_file, seed=config.seed)
         self._rollout_url = self._start_service("The rollout service", command, url_file)
-        before = self._measure("before", test)
+        before = self._measure("before")
         steps = self._train()
-        after = self._measure("after", test)
-        self._report(test, before, after, steps)
+        after = self._measure("after")
+        self._report(before, after, steps)
 
-    def _write_task(self) -> Sequence[Question]:
+    def _write_task(self) -> None:
         seed = self._config.seed
         split = self._task.split(seed=seed)
+        self._test = split.test
         task = self._folder / "task"
         task.mkdir()
         self._train_data = task / "train.jsonl"
@@ -140,7 +141,6 @@ class _Demo:
             f'"{split.test[0].question}" and the like: {len(split.train)} questions to train on, '
             f"{len(split.test)} held out",
         )
-        return split.test
 
     def _start_service(self, name: str, command: list[str], url_file: Path) -> str:
         """Starts a service and returns its URL, which it writes once it accepts connections."""
@@ -183,10 +183,10 @@ class _Demo:
             "left to the reward",
         )
 
-    def _measure(self, name: str, test: Sequence[Question]) -> Accuracy:
-        with self._view.waiting(f"Asking the {len(test)} held-out questions"):
+    def _measure(self, name: str) -> Accuracy:
+        with self._view.waiting(f"Asking the {len(self._test)} held-out questions"):
             accuracy = measure_accuracy(
-                test,
+                self._test,
                 model=self._model,
                 rollout_url=self._rollout_url,
                 tool_url=self._tool_url,
@@ -244,13 +244,7 @@ class _Demo:
                 self._check_services()
                 time.sleep(_POLL_S)
 
-    def _report(
-        self,
-        test: Sequence[Question],
-        before: Accuracy,
-        after: Accuracy,
-        steps: Sequence[StepMetrics],
-    ) -> None:
+    def _report(self, before: Accuracy, after: Accuracy, steps: Sequence[StepMetrics]) -> None:
         title = f"{self._config.method} on {self._task.noun}, seed {self._config.seed}"
         plots = write_plots(steps, self._folder, title=title)
         first, last = reward_at_edges(steps) or (None, None)
@@ -262,7 +256,7 @@ class _Demo:
             "reward_last_steps": last,
         }
         (self._folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
-        self._view.results(self._task.noun, test, before, after, steps)
+        self._view.results(self._task.noun, self._test, before, after, steps)
         if self._task.uses_tool:
             self._view.transcript("one episode before", before.greedy_episodes[0])
             self._view.transcript("the same question after", after.greedy_episodes[0])

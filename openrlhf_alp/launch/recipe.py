@@ -32,6 +32,9 @@ TOOL_TEMPLATE: Literal["chat"] = "chat"
 Flags = Mapping[str, str | int | float | Path | tuple[float, ...] | None]
 """Flag name to value; None for a switch."""
 
+_LOOPBACK: Flags = {"--host": "127.0.0.1", "--port": 0}
+"""Any free port, so that two demos can run at once; the service writes it to its URL file."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DemoConfig:
@@ -90,11 +93,10 @@ class Recipe:
 
 
 def service_command(*, model: Path, url_file: Path, seed: int) -> list[str]:
-    """The rollout service, on loopback and on any free port, which it writes to `url_file`."""
+    """The rollout service."""
     flags: Flags = {
+        **_LOOPBACK,
         "--model": model,
-        "--host": "127.0.0.1",
-        "--port": 0,
         "--url-file": url_file,
         "--max-model-len": _MAX_LENGTH,
         "--max-num-seqs": _SAMPLES_PER_STEP,
@@ -106,14 +108,8 @@ def service_command(*, model: Path, url_file: Path, seed: int) -> list[str]:
 
 
 def tool_command(*, url_file: Path) -> list[str]:
-    """The tool service, on loopback, with the best isolation that this machine allows."""
-    flags: Flags = {
-        "--host": "127.0.0.1",
-        "--port": 0,
-        "--url-file": url_file,
-        "--presets": "numpy",
-    }
-    return _python("services.tool", flags)
+    """The tool service, with the best isolation that this machine allows."""
+    return _python("services.tool", {**_LOOPBACK, "--url-file": url_file, "--presets": "numpy"})
 
 
 def warm_up_command(*, model: Path, output: Path, seed: int) -> list[str]:
