@@ -2,12 +2,12 @@
 
     python benchmarks/episodes.py [--episodes 64] [--repetitions 3]
 
-Both services run for real: the deterministic engine serves a tiny model that has learnt an episode
-of three tool turns by heart, the tool service runs its code in the sandbox. The engine has seats
-for a part of the episodes and takes a fixed time a step, as a GPU does without using the CPU. The
-same episodes are played three times in one run: with both, with the tool's answers known in advance
-(generation alone), and their programs alone (tools alone). Were nothing to wait for anything else,
-the whole would take as long as the slower of the two.
+Both services run for real: the deterministic engine serves a tiny model that reproduces an episode
+of three tool turns from memory, the tool service runs its code in the sandbox. The engine runs a
+part of the episodes at a time and takes a fixed time per step, as a GPU does, without using the
+CPU. The same episodes are played three times in one run: with both, with the tool's answers known
+in advance (generation alone), and their programs alone (tools alone). If nothing waited for
+anything else, the whole would take as long as the slower of the two.
 """
 
 import argparse

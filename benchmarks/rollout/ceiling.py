@@ -202,7 +202,7 @@ def bench_ceiling() -> None:
 
 def bench_overload() -> None:
     """Ten times more requests at once than are admitted: all come back, and memory stays."""
-    logging.getLogger("openrlhf_alp").setLevel(logging.ERROR)  # thousands are told to come back
+    logging.getLogger("openrlhf_alp").setLevel(logging.ERROR)  # a warning for each 429
     pace = ("--pace-s", str(_PACE_S), "--max-pending", str(_OVERLOAD_ADMITTED))
     with served("serve-paced", *pace) as (url, process):
         asyncio.run(overload(url, process))

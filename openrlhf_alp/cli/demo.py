@@ -17,8 +17,8 @@ OpenRLHF trains on Ray and DeepSpeed, vLLM samples behind the rollout service, m
 
 With --tir it learns to multiply two-digit numbers by writing Python, which the tool service runs in
 its sandbox: tool-integrated reasoning, several turns an episode. A model this small cannot invent a
-tool call, so a short supervised warm-up shows it the form first, and twice as often a wrong guess;
-that calling pays is what it learns from the reward.
+tool call, so a short supervised warm-up shows it the form first, and twice as often a wrong guess.
+It learns from the reward that calling the tool pays.
 
 On two quiet CPU cores it takes ten to twelve minutes. It needs no network and no GPU.
 """

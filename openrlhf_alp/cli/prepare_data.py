@@ -44,10 +44,10 @@ DESCRIPTION = f"""\
 Turns mathematical problem sets into prompts that OpenRLHF reads: JSON lines with input, label,
 datasource and id. Several sets become one file, and a problem that two of them have is kept once.
 
-A row is left out when it has no problem or no label, when it was there before, when two rows give
-one problem different answers, when the reward cannot read its label or does not find the label
-equal to itself, and when its prompt is too long. Nothing is lost: OUT.rejected.jsonl has each of
-these rows with the reason, OUT.summary.json the counts.
+A row is left out when it has no problem or no label, when an earlier row has the same problem, when
+two rows give one problem different answers, when the reward cannot read its label or does not find
+the label equal to itself, and when its prompt is too long. OUT.rejected.jsonl keeps each of these
+rows with the reason, OUT.summary.json the counts.
 
 formats, in the order in which auto tries them:
 {_table([(name, f.fields, f.found_in) for name, f in formats.FORMATS.items()])}
@@ -83,10 +83,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--format",
         choices=["auto", *formats.FORMATS],
         default="auto",
-        help="of the rows (default: auto)",
+        help="format of the rows (default: auto)",
     )
-    add("--problem-field", metavar="NAME", help="the field of the problem, for other formats")
-    add("--label-field", metavar="NAME", help="the field of the answer, for other formats")
+    add("--problem-field", metavar="NAME", help="name of the problem's field, for other formats")
+    add("--label-field", metavar="NAME", help="name of the answer's field, for other formats")
     add("--split", default="train", help="split of a Hugging Face id (default: train)")
     add(
         "--template",

@@ -41,7 +41,7 @@ class DemoCommands:
     """How the processes are started; a test puts its own programs here."""
 
     service: Callable[..., list[str]] = recipe.service_command
-    train: Callable[[recipe.Recipe], list[str]] = recipe.train_command
+    train: Callable[..., list[str]] = recipe.train_command
     tool: Callable[..., list[str]] = recipe.tool_command
     warm_up: Callable[..., list[str]] = recipe.warm_up_command
 
@@ -95,7 +95,7 @@ class _Demo:
     ) -> None:
         self._config, self._view, self._supervisor = config, view, supervisor
         self._commands, self._keys = commands, keys
-        self._task = recipe.PRODUCTS if config.tir else recipe.SUMS
+        self._task = config.task
         self._services: list[Child] = []
         self._tool_url: str | None = None
 
@@ -204,16 +204,12 @@ class _Demo:
 
     def _train(self) -> list[StepMetrics]:
         command = self._commands.train(
-            recipe.Recipe(
-                model=self._model,
-                train_data=self._train_data,
-                run_folder=self._folder,
-                service_url=self._rollout_url,
-                method=self._config.method,
-                seed=self._config.seed,
-                max_new_tokens=self._task.max_new_tokens,
-                tool_url=self._tool_url,
-            )
+            self._config,
+            model=self._model,
+            train_data=self._train_data,
+            run_folder=self._folder,
+            rollout_url=self._rollout_url,
+            tool_url=self._tool_url,
         )
         log = self._folder / "train.log"
         train = self._supervisor.start("Training", command, log=log, grace_s=_TRAIN_GRACE_S)

@@ -37,25 +37,6 @@ _LOOPBACK: Flags = {"--host": "127.0.0.1", "--port": 0}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class DemoConfig:
-    """The options of `openrlhf-alp demo`."""
-
-    steps: int
-    method: str
-    model: str | None
-    """Folder or Hugging Face id; None unpacks SmolLM2."""
-    seed: int
-    output: Path
-    overwrite: bool
-    tir: bool = False
-    """Tool-integrated episodes instead of single answers."""
-
-    def __post_init__(self) -> None:
-        if self.steps < 1:
-            raise ValueError(f"--steps {self.steps}: at least 1 step is needed")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class DemoTask:
     """What the policy learns."""
 
@@ -77,19 +58,26 @@ PRODUCTS = DemoTask(noun="products", split=split_products, max_new_tokens=120, u
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Recipe:
-    """What the command line of training depends on."""
+class DemoConfig:
+    """The options of `openrlhf-alp demo`."""
 
-    model: Path
-    train_data: Path
-    run_folder: Path
-    service_url: str
+    steps: int
     method: str
+    model: str | None
+    """Folder or Hugging Face id; None unpacks SmolLM2."""
     seed: int
-    max_new_tokens: int
-    """Budget of an episode after its prompt."""
-    tool_url: str | None = None
-    """URL of the tool service; None for episodes of one turn."""
+    output: Path
+    overwrite: bool
+    tir: bool = False
+    """Tool-integrated episodes instead of single answers."""
+
+    def __post_init__(self) -> None:
+        if self.steps < 1:
+            raise ValueError(f"--steps {self.steps}: at least 1 step is needed")
+
+    @property
+    def task(self) -> DemoTask:
+        return PRODUCTS if self.tir else SUMS
 
 
 def service_command(*, model: Path, url_file: Path, seed: int) -> list[str]:
@@ -118,63 +106,81 @@ def warm_up_command(*, model: Path, output: Path, seed: int) -> list[str]:
     return _python("openrlhf_alp.launch.warmup", flags)
 
 
-def train_command(recipe: Recipe) -> list[str]:
-    """One PPO run over the rows of `recipe.train_data`, PROMPTS_PER_STEP of them a step."""
+_TRAINING: Flags = {
+    "--actor.num_nodes": 1,
+    "--actor.num_gpus_per_node": 1,
+    "--ds.zero_stage": 2,
+    "--ds.param_dtype": "bf16",
+    # Flash attention, the default upstream, needs a GPU.
+    "--ds.attn_implementation": "sdpa",
+    "--data.input_key": INPUT_KEY,
+    "--data.label_key": LABEL_KEY,
+    "--data.apply_chat_template": None,
+    "--data.max_len": _MAX_LENGTH,
+    "--rollout.n_samples_per_prompt": SAMPLES_PER_PROMPT,
+    "--rollout.batch_size": PROMPTS_PER_STEP,
+    "--rollout.micro_batch_size": _MICRO_BATCH,
+    # The single ratio is right only for samples from the whole distribution.
+    "--rollout.temperature": 1.0,
+    "--rollout.top_p": 1.0,
+    "--reward.remote_url": "math-verify",
+    "--alp.enable": None,
+    # Sigma starts where the noise has the same KL as the measured mismatch.
+    "--alp.sigma0": "auto",
+    "--algo.advantage.estimator": "group_norm",
+    # Without a KL penalty no reference model has to fit into memory.
+    "--algo.kl.init_coef": 0,
+    # One update per step, on all of its samples.
+    "--train.batch_size": _SAMPLES_PER_STEP,
+    "--train.micro_batch_size": _MICRO_BATCH,
+    "--train.num_episodes": 1,
+    # A rate at which a 135M model learns the task in a dozen steps.
+    "--actor.adam.lr": 4e-5,
+    "--actor.adam.betas": (0.9, 0.95),
+    "--actor.lr_scheduler": "cosine_with_min_lr",
+    "--actor.lr_warmup_ratio": 0.0,
+    "--actor.min_lr_ratio": 0.5,
+    "--actor.max_norm": 1.0,
+    "--ckpt.save_steps": -1,
+}
+"""What every run trains with."""
+
+_TOOL: Flags = {
+    "--tir.max_tool_turns": MAX_TOOL_TURNS,
+    "--tir.max_tokens_per_turn": MAX_TOKENS_PER_TURN,
+    "--tir.template": TOOL_TEMPLATE,
+}
+
+
+def train_command(
+    config: DemoConfig,
+    *,
+    model: Path,
+    train_data: Path,
+    run_folder: Path,
+    rollout_url: str,
+    tool_url: str | None,
+) -> list[str]:
+    """One PPO run over the rows of `train_data`, PROMPTS_PER_STEP of them a step.
+
+    Args:
+        tool_url: URL of the tool service; None for episodes of one turn.
+    """
     flags: Flags = {
-        "--actor.model_name_or_path": recipe.model,
-        "--actor.num_nodes": 1,
-        "--actor.num_gpus_per_node": 1,
-        "--ds.zero_stage": 2,
-        "--ds.param_dtype": "bf16",
-        # Flash attention, the default upstream, needs a GPU.
-        "--ds.attn_implementation": "sdpa",
-        "--rollout.service_urls": recipe.service_url,
-        "--data.prompt_dataset": recipe.train_data,
-        "--data.input_key": INPUT_KEY,
-        "--data.label_key": LABEL_KEY,
-        "--data.apply_chat_template": None,
-        "--data.max_len": _MAX_LENGTH,
-        "--rollout.max_new_tokens": recipe.max_new_tokens,
-        "--rollout.n_samples_per_prompt": SAMPLES_PER_PROMPT,
-        "--rollout.batch_size": PROMPTS_PER_STEP,
-        "--rollout.micro_batch_size": _MICRO_BATCH,
-        # The single ratio is right only for samples from the whole distribution.
-        "--rollout.temperature": 1.0,
-        "--rollout.top_p": 1.0,
-        "--reward.remote_url": "math-verify",
-        "--alp.enable": None,
-        "--alp.method": recipe.method,
-        # Sigma starts where the noise has the same KL as the measured mismatch.
-        "--alp.sigma0": "auto",
-        "--alp.seed": recipe.seed,
-        "--algo.advantage.estimator": "group_norm",
-        # Without a KL penalty no reference model has to fit into memory.
-        "--algo.kl.init_coef": 0,
-        # One update per step, on all of its samples.
-        "--train.batch_size": _SAMPLES_PER_STEP,
-        "--train.micro_batch_size": _MICRO_BATCH,
-        "--train.num_episodes": 1,
-        "--train.seed": recipe.seed,
-        # A rate at which a 135M model learns the task in a dozen steps.
-        "--actor.adam.lr": 4e-5,
-        "--actor.adam.betas": (0.9, 0.95),
-        "--actor.lr_scheduler": "cosine_with_min_lr",
-        "--actor.lr_warmup_ratio": 0.0,
-        "--actor.min_lr_ratio": 0.5,
-        "--actor.max_norm": 1.0,
-        "--logger.metrics_jsonl": recipe.run_folder / "metrics.jsonl",
-        "--logger.tensorboard_dir": recipe.run_folder / "tensorboard",
-        "--ckpt.output_dir": recipe.run_folder / "model",
-        "--ckpt.path": recipe.run_folder / "checkpoints",
-        "--ckpt.save_steps": -1,
+        "--actor.model_name_or_path": model,
+        "--data.prompt_dataset": train_data,
+        "--rollout.service_urls": rollout_url,
+        "--rollout.max_new_tokens": config.task.max_new_tokens,
+        "--alp.method": config.method,
+        "--alp.seed": config.seed,
+        "--train.seed": config.seed,
+        "--logger.metrics_jsonl": run_folder / "metrics.jsonl",
+        "--logger.tensorboard_dir": run_folder / "tensorboard",
+        "--ckpt.output_dir": run_folder / "model",
+        "--ckpt.path": run_folder / "checkpoints",
     }
-    tool: Flags = {
-        "--tool.service_urls": recipe.tool_url,
-        "--tir.max_tool_turns": MAX_TOOL_TURNS,
-        "--tir.max_tokens_per_turn": MAX_TOKENS_PER_TURN,
-        "--tir.template": TOOL_TEMPLATE,
-    }
-    return _python("openrlhf_alp.cli.train_ppo_ray", {**flags, **(tool if recipe.tool_url else {})})
+    tool: Flags = {"--tool.service_urls": tool_url, **_TOOL} if tool_url else {}
+    return _python("openrlhf_alp.cli.train_ppo_ray", {**_TRAINING, **flags, **tool})
 
 
 def _python(module: str, flags: Flags) -> list[str]:
