@@ -22,6 +22,7 @@ from openrlhf_alp.data.errors import DataError, SourceError
 from openrlhf_alp.data.sources import Row, read_rows
 from openrlhf_alp.data.templates import TEMPLATES
 from openrlhf_alp.data.tokens import TokenCounter
+from openrlhf_alp.launch.view import StageView
 
 if TYPE_CHECKING:  # the modules behind them import sympy
     from openrlhf_alp.data.prepare import OnProgress
@@ -105,7 +106,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Prepares; returns 0, 1 (no row could be kept) or 2 (wrong options, input or output)."""
-    view = PrepareView(Console())
+    view = PrepareView(Console(), failed="Nothing was written.")
     try:
         _check(arguments)
         return _prepare(arguments, view)
@@ -185,18 +186,8 @@ def _read(source: str, options: argparse.Namespace) -> tuple[list[Row], formats.
     return rows, row_format
 
 
-class PrepareView:
-    """Prints to `console`: a line per stage, a progress bar on a terminal, the counts."""
-
-    def __init__(self, console: Console) -> None:
-        self._console = console
-
-    def say(self, stage: str, text: str) -> None:
-        """One line: the stage's name, and what happened."""
-        self._console.print(f"[bold cyan]{stage:<9}[/] {escape(text)}", soft_wrap=True)
-
-    def error(self, text: str) -> None:
-        self._console.print(f"[bold red]Nothing was written.[/] {escape(text)}", soft_wrap=True)
+class PrepareView(StageView):
+    """A line per stage, a progress bar on a terminal, the counts."""
 
     @contextmanager
     def checking(self) -> Iterator[OnProgress]:

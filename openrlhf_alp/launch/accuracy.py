@@ -21,10 +21,6 @@ from openrlhf_alp.rewards.protocol import RewardUnavailable
 from openrlhf_alp.rollouts.generate import ServiceGenerate
 from openrlhf_alp.rollouts.runners import EpisodeRunner, Task, build_runner, tool_client
 
-_SAMPLES_PER_QUESTION = 8
-_CHECK_EVERY_S = 0.5
-_REQUEST_S = 300.0
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Accuracy:
@@ -38,6 +34,11 @@ class Accuracy:
     """Episodes whose reward could not be computed; they count in neither share."""
     greedy_episodes: tuple[Episode | None, ...]
     """In the order of the questions; None where there is no reward."""
+
+
+_SAMPLES_PER_QUESTION = 8
+_CHECK_EVERY_S = 0.5
+_REQUEST_S = 300.0
 
 
 def measure_accuracy(

@@ -30,11 +30,6 @@ from openrlhf_alp.report.metrics import (
 )
 from openrlhf_alp.report.plots import write_plots
 
-_SERVICE_READY_S = 600.0
-_SERVICE_GRACE_S = 30.0
-_TRAIN_GRACE_S = 15.0
-_POLL_S = 0.3
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DemoCommands:
@@ -44,6 +39,12 @@ class DemoCommands:
     train: Callable[..., list[str]] = recipe.train_command
     tool: Callable[..., list[str]] = recipe.tool_command
     warm_up: Callable[..., list[str]] = recipe.warm_up_command
+
+
+_SERVICE_READY_S = 600.0
+_SERVICE_GRACE_S = 30.0
+_TRAIN_GRACE_S = 15.0
+_POLL_S = 0.3
 
 
 def run_demo(

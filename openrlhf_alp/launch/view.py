@@ -1,4 +1,4 @@
-"""What the demo shows: a line per stage, a progress bar on a terminal, plain lines elsewhere."""
+"""What a run shows: a line per stage, a progress bar on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -34,21 +34,33 @@ _SPEAKERS = {TurnKind.PROMPT: "asked", TurnKind.ACTION: "policy", TurnKind.OBSER
 OnStep = Callable[[StepMetrics], None]
 
 
-class DemoView:
-    """Prints to `console`, in colour and with progress bars when it is a terminal."""
+class StageView:
+    """Prints to `console`, in colour and with progress bars when it is a terminal.
 
-    def __init__(self, console: Console) -> None:
+    Args:
+        failed: what an error is introduced with.
+    """
+
+    def __init__(self, console: Console, *, failed: str) -> None:
         self._console = console
-
-    def title(self, text: str) -> None:
-        self._console.print(f"\n[bold]{escape(text)}[/]\n")
+        self._failed = failed
 
     def say(self, stage: str, text: str) -> None:
         """One line: the stage's name, and what happened."""
         self._console.print(f"[bold cyan]{stage:<9}[/] {escape(text)}", soft_wrap=True)
 
     def error(self, text: str) -> None:
-        self._console.print(f"\n[bold red]The demo failed.[/] {escape(text)}", soft_wrap=True)
+        self._console.print(f"[bold red]{self._failed}[/] {escape(text)}", soft_wrap=True)
+
+
+class DemoView(StageView):
+    """What the demo shows."""
+
+    def __init__(self, console: Console) -> None:
+        super().__init__(console, failed="\nThe demo failed.")
+
+    def title(self, text: str) -> None:
+        self._console.print(f"\n[bold]{escape(text)}[/]\n")
 
     def waiting(self, text: str) -> AbstractContextManager[object]:
         """Shows a spinner while something slow runs; a log gets nothing."""

@@ -36,33 +36,29 @@ def accuracy(greedy: float, sampled: float, answer: str, num_not_scored: int = 0
 
 def episode(*answers: str) -> Episode:
     """A prompt, then the policy's answers with what a tool said in between; one token each."""
-    turns = [Turn(kind=TurnKind.PROMPT, start=0, end=1, text=ROW.question)]
-    for answer in answers:
-        if turns[-1].kind is TurnKind.ACTION:
-            turns.append(_next(turns, TurnKind.OBSERVATION, "21"))
-        turns.append(_next(turns, TurnKind.ACTION, answer))
-    acting = [turn.kind is TurnKind.ACTION for turn in turns]
+    said = [(TurnKind.PROMPT, ROW.question), (TurnKind.ACTION, answers[0])]
+    for answer in answers[1:]:
+        said += [(TurnKind.OBSERVATION, "21"), (TurnKind.ACTION, answer)]
+    turns = [
+        Turn(kind=kind, start=at, end=at + 1, text=text) for at, (kind, text) in enumerate(said)
+    ]
+    actions = [turn for turn in turns if turn.kind is TurnKind.ACTION]
     return Episode(
         request_id="r",
         prompt=ROW.question,
         label=ROW.label,
         token_ids=tuple(range(len(turns))),
-        logprobs=tuple(-1.0 * action for action in acting),
-        action_mask=tuple(acting),
+        logprobs=tuple(-1.0 * (turn in actions) for turn in turns),
+        action_mask=tuple(turn in actions for turn in turns),
         turns=tuple(turns),
         spans=tuple(
-            VersionSpan(version=1, digest="d", start=turn.start, end=turn.end)
-            for turn in turns
-            if turn.kind is TurnKind.ACTION
+            VersionSpan(version=1, digest="d", start=action.start, end=action.end)
+            for action in actions
         ),
         stop_reason=StopReason.EOS,
         reward=1.0,
         timings=Timings(generate_s=0.0, reward_s=0.0),
     )
-
-
-def _next(turns: list[Turn], kind: TurnKind, text: str) -> Turn:
-    return Turn(kind=kind, start=turns[-1].end, end=turns[-1].end + 1, text=text)
 
 
 def test_a_step_is_described_by_reward_ratio_and_speed():
