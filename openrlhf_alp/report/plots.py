@@ -16,9 +16,10 @@ _BLUE = "#1f5fa8"
 
 def reward_figure(steps: Sequence[StepMetrics], *, title: str) -> Figure:
     """Mean reward of the sampled answers, one point per step."""
-    rewards = {step.step: step.values[REWARD] for step in steps if REWARD in step.values}
+    logged = [step for step in steps if REWARD in step.values]
+    at, rewards = [step.step for step in logged], [step.values[REWARD] for step in logged]
     figure, axes = _new_figure(title)
-    axes.plot(list(rewards), list(rewards.values()), marker="o", markersize=3.5, color=_BLUE)
+    axes.plot(at, rewards, marker="o", markersize=3.5, color=_BLUE)
     axes.set_ylabel("mean reward of the step")
     # A little more than [0, 1], so that points at the edges are drawn whole.
     axes.set_ylim(-0.03, 1.03)
