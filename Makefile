@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 export PYTHON VENV
 
 .DEFAULT_GOAL := help
-.PHONY: help install lock demo test test-fast lint format bench serve serve-tool clean
+.PHONY: help install lock demo test test-fast lint format bench house serve serve-tool clean
 
 help:  ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -34,6 +34,9 @@ format: install  ## Format and fix what ruff can fix
 
 bench: install  ## Print every ratio of benchmarks/
 	@for file in benchmarks/*.py; do echo "== $$file"; $(BIN)/python $$file || exit 1; done
+
+house: install  ## Print the figures of the code base itself: circles, lengths, repeats
+	@$(BIN)/python benchmarks/house.py $(ARGS)
 
 serve: install  ## Serve a model for rollouts: make serve MODEL=/path/to/model
 	$(BIN)/python -m services.rollout --model $(MODEL) $(ARGS)

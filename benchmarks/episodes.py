@@ -2,12 +2,12 @@
 
     python benchmarks/episodes.py [--episodes 64] [--repetitions 3]
 
-Both services run for real: the deterministic engine serves a tiny model that has learnt an episode
-of three tool turns by heart, the tool service runs its code in the sandbox. The engine has seats
-for a part of the episodes and takes a fixed time a step, as a GPU does without using the CPU. The
-same episodes are played three times in one run: with both, with the tool's answers known in advance
-(generation alone), and their programs alone (tools alone). Were nothing to wait for anything else,
-the whole would take as long as the slower of the two.
+Both services run for real: the deterministic engine serves a tiny model that reproduces an episode
+of three tool turns from memory, the tool service runs its code in the sandbox. The engine runs a
+part of the episodes at a time and takes a fixed time per step, as a GPU does, without using the
+CPU. The same episodes are played three times in one run: with both, with the tool's answers known
+in advance (generation alone), and their programs alone (tools alone). If nothing waited for
+anything else, the whole would take as long as the slower of the two.
 """
 
 import argparse
@@ -15,8 +15,6 @@ import asyncio
 import contextlib
 import os
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Awaitable, Callable, Iterator
@@ -24,6 +22,7 @@ from functools import partial
 from pathlib import Path
 from uuid import uuid4
 
+from common.serving import serving
 from policies.tiny_policy import EOS, save_tiny_policy
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
@@ -39,13 +38,11 @@ from openrlhf_alp.rewards.protocol import RewardResult
 from openrlhf_alp.rollouts.generate import ServiceGenerate
 from openrlhf_alp.rollouts.interpreter import StatelessInterpreter
 
-REPOSITORY = Path(__file__).resolve().parents[1]
 KEY = "benchmark-key"
 GOAL = 1.15
 PROMPT = "Task\n"
 PROGRAMS = ("print(1)\n", "print(2)\n", "print(3)\n")
 TIMEOUT_S = 60.0
-START_S = 120.0
 ENGINE = ("--engine", "hf", "--max-num-seqs", "8", "--faults.step-s", "0.02")
 
 
@@ -74,30 +71,13 @@ def dialogue() -> tuple[str, str]:
 
 
 @contextlib.contextmanager
-def service(module: str, folder: Path, *flags: str) -> Iterator[str]:
-    """`python -m MODULE` on a free port; yields its URL and ends it."""
-    url_file = folder / f"{module}.url"
+def service(module: str, *flags: str) -> Iterator[str]:
+    """`python -m MODULE` on a free port; yields its URL."""
     keys = dict.fromkeys((API_KEY_VARIABLE, ADMIN_KEY_VARIABLE, TOOL_KEY_VARIABLE), KEY)
-    process = subprocess.Popen(
-        [
-            *(sys.executable, "-m", module, "--port", "0", "--url-file", str(url_file)),
-            *("--log-level", "WARNING", *flags),
-        ],
-        cwd=REPOSITORY,
-        # One core for the engine, one for the tools: a GPU would not take the tools' core either.
-        env={**os.environ, **keys, "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.DEVNULL,
-    )
-    try:
-        give_up_s = time.monotonic() + START_S
-        while not url_file.exists():
-            if process.poll() is not None or time.monotonic() > give_up_s:
-                raise SystemExit(f"{module} did not start; see its message above")
-            time.sleep(0.05)
-        yield url_file.read_text().strip()
-    finally:
-        process.terminate()
-        process.wait(30)
+    command = ("-m", module, "--port", "0", "--log-level", "WARNING", *flags)
+    # One core for the engine, one for the tools: a GPU would not take the tools' core either.
+    with serving(*command, **keys, OMP_NUM_THREADS="1") as (url, _):
+        yield url
 
 
 class Stage:
@@ -183,12 +163,11 @@ def main() -> None:
     parser.add_argument("--repetitions", type=int, default=3)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        model = save_tiny_policy(folder / "model", [dialogue()])
+        model = save_tiny_policy(Path(name) / "model", [dialogue()])
         tool_flags = ("--presets", "numpy", "--slots", "1", "--max-queue", "4096")
         with (
-            service("services.rollout", folder, "--model", str(model), *ENGINE) as rollout,
-            service("services.tool", folder, *tool_flags) as tool,
+            service("services.rollout", "--model", str(model), *ENGINE) as rollout,
+            service("services.tool", *tool_flags) as tool,
         ):
             asyncio.run(
                 measure(

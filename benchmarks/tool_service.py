@@ -16,7 +16,6 @@ import os
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
@@ -25,13 +24,13 @@ from typing import Any
 
 import aiohttp
 import psutil
+from common.serving import environment, serving
 
 from services.tool.sandbox.host.execution import Job, Limits
 from services.tool.sandbox.host.pool import Sandbox, SandboxConfig
 from services.tool.sandbox.inside import preload
 from services.tool.sandbox.plan import Level
 
-REPOSITORY = Path(__file__).resolve().parents[1]
 KEY = "benchmark-key"
 LIMITS = Limits(
     wall_s=20.0, cpu_s=60, memory_bytes=512 << 20, output_bytes=1 << 20, fetch_bytes=1 << 20
@@ -102,7 +101,7 @@ def floor_main(seconds: float) -> None:
 def measure_floor(seconds: float) -> float:
     """Forks per second of the floor."""
     argv = [sys.executable, __file__, "--floor", str(seconds)]
-    env = {**os.environ, "OPENBLAS_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
+    env = environment(OPENBLAS_NUM_THREADS="1")
     done = subprocess.run(argv, env=env, capture_output=True, text=True, check=True)
     return float(done.stdout)
 
@@ -164,31 +163,18 @@ async def paced_ms(run: Callable[[], Awaitable[None]], count: int) -> list[float
 @contextlib.asynccontextmanager
 async def server() -> AsyncIterator[tuple[aiohttp.ClientSession, int]]:
     """The service in its own process; yields a client and the process id."""
-    with tempfile.TemporaryDirectory() as folder:
-        url_file = Path(folder) / "url"
-        argv = [
-            sys.executable, "-m", "services.tool", "--port", "0", "--url-file", str(url_file),
-            "--api-key", KEY, "--max-queue", "2000", "--log-level", "WARNING",
-            "--min-isolation", "full",
-        ]  # fmt: skip
-        process = subprocess.Popen(argv, cwd=REPOSITORY, stdout=subprocess.DEVNULL)
-        try:
-            while not url_file.exists():
-                if process.poll() is not None:
-                    raise RuntimeError("the service did not start; see its message above")
-                await asyncio.sleep(0.05)
-            # aiohttp: httpx spends more on a request than the service does, and more per request
-            # the more connections there are.
-            async with aiohttp.ClientSession(
-                url_file.read_text().strip(),
-                headers={"Authorization": f"Bearer {KEY}"},
-                connector=aiohttp.TCPConnector(limit=0),
-                timeout=aiohttp.ClientTimeout(total=120),
-            ) as client:
-                yield client, process.pid
-        finally:
-            process.terminate()
-            process.wait(30)
+    flags = ("--max-queue", "2000", "--log-level", "WARNING", "--min-isolation", "full")
+    command = ("-m", "services.tool", "--port", "0", "--api-key", KEY, *flags)
+    with serving(*command) as (url, pid):
+        # aiohttp: httpx spends more on a request than the service does, and more per request
+        # the more connections there are.
+        async with aiohttp.ClientSession(
+            url,
+            headers={"Authorization": f"Bearer {KEY}"},
+            connector=aiohttp.TCPConnector(limit=0),
+            timeout=aiohttp.ClientTimeout(total=120),
+        ) as client:
+            yield client, pid
 
 
 def poster(client: aiohttp.ClientSession, code: str) -> Callable[[], Awaitable[None]]:

@@ -2,10 +2,11 @@
 # Single-turn mathematics with token-level ALP on Qwen2.5-Math-1.5B: Table 1 of arXiv 2603.19470,
 # the method that is best there (37.87 on average). 8 GPUs: 4 serve, 4 learn.
 #
-# We have not run this script on GPUs. Behind each flag: "paper" and the section that gives the
-# value; "release", a value of the authors' code (amazon-science/adaptive-layerwise-perturbation on
-# GitHub), with the section that speaks of it if one does: the text that we had of the paper lost
-# most of its numbers; "verl", a default of the framework that both used; "ours", none of these.
+# We have not run this script on GPUs. The comment behind each flag says where its value comes from:
+# "paper", with the section; "release", the authors' code (amazon-science/
+# adaptive-layerwise-perturbation on GitHub), with the section that mentions the value, if any (our
+# copy of the paper's text lacks most of its numbers); "verl", a default of the framework that both
+# used; "ours", none of these.
 #
 # Start the rollout services first, on this or on other hosts, with the same two keys exported:
 #

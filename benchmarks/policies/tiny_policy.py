@@ -1,7 +1,7 @@
-"""A tiny Llama that has learnt a few dialogues by heart: a real model whose words are known.
+"""A tiny Llama that reproduces a few dialogues from memory: a real model with known answers.
 
-Benchmarks and tests of multi-turn episodes need a policy that writes code, and one that a CPU can
-serve by the hundred. A few seconds of training on the dialogues give it.
+Benchmarks and tests of multi-turn episodes need a policy that writes code and that a CPU can sample
+hundreds of episodes from. A few seconds of training on the dialogues make one.
 """
 
 from collections.abc import Sequence

@@ -3,27 +3,23 @@
 import asyncio
 import contextlib
 import logging
-import shutil
-import subprocess
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import psutil
+from common.serving import serving
 from rollout.common import (
     INFO,
     KEY,
     NUM_TOKENS,
+    SCRIPT,
     bounded,
-    child_command,
-    child_environment,
     connect,
     example_request,
     example_result,
     report,
-    wait_for_url,
 )
 
 from openrlhf_alp.clients.rollout import RolloutClient
@@ -172,15 +168,8 @@ def ledger_limits(max_pending_samples: int = 1 << 20) -> LedgerLimits:
 @contextlib.contextmanager
 def served(part: str, *arguments: str) -> Iterator[tuple[str, psutil.Process]]:
     """A child process that serves; its URL and the process."""
-    folder = Path(tempfile.mkdtemp())
-    command = child_command(part, "--url-file", str(folder / "url"), *arguments)
-    child = subprocess.Popen(command, env=child_environment(), stdout=subprocess.DEVNULL)
-    try:
-        yield wait_for_url(child, folder / "url"), psutil.Process(child.pid)
-    finally:
-        child.terminate()
-        child.wait()
-        shutil.rmtree(folder)
+    with serving(str(SCRIPT), part, *arguments) as (url, pid):
+        yield url, psutil.Process(pid)
 
 
 def cpu_per_request_s(url: str, process: psutil.Process, form: str) -> float:
@@ -219,7 +208,7 @@ def bench_ceiling() -> None:
 
 def bench_overload() -> None:
     """Ten times more requests at once than are admitted: all come back, and memory stays."""
-    logging.getLogger("openrlhf_alp").setLevel(logging.ERROR)  # thousands are told to come back
+    logging.getLogger("openrlhf_alp").setLevel(logging.ERROR)  # a warning for each 429
     pace = ("--pace-s", str(_PACE_S), "--max-pending", str(_OVERLOAD_ADMITTED))
     with served("serve-paced", *pace) as (url, process):
         asyncio.run(overload(url, process))

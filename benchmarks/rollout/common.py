@@ -1,11 +1,8 @@
 """What every part shares: requests, clients, servers in child processes, and the report."""
 
 import asyncio
-import os
 import random
-import subprocess
 import sys
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -80,15 +77,3 @@ async def bounded(calls: Sequence[Callable[[], Any]], concurrency: int = CONCURR
 def child_command(part: str, *arguments: str) -> list[str]:
     """A command line that runs one part of the benchmark in a process of its own."""
     return [sys.executable, str(SCRIPT), part, *arguments]
-
-
-def child_environment(**variables: str) -> dict[str, str]:
-    return {**os.environ, **variables, "PYTHONPATH": str(SCRIPT.parents[1])}
-
-
-def wait_for_url(process: subprocess.Popen[bytes], url_file: Path) -> str:
-    while not url_file.exists():
-        if process.poll() is not None:
-            raise SystemExit("The service did not start; see its log above.")
-        time.sleep(0.05)
-    return url_file.read_text().strip()

@@ -8,17 +8,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
-from rollout.common import KEY, KEYS, child_environment
-
-_STOP_S = 60.0
+from common.serving import running, serving
+from rollout.common import KEY, KEYS
 
 
 @contextlib.contextmanager
 def our_service(model: Path, *arguments: str) -> Iterator[str]:
     """Our service with vLLM; yields its URL."""
-    port = free_port()
-    command = [sys.executable, "-m", "services.rollout", "--model", str(model), "--port", str(port)]
-    with _running([*command, "--log-level", "WARNING", *arguments], port, "/readyz") as url:
+    command = ("-m", "services.rollout", "--model", str(model), "--port", "0")
+    with serving(*command, "--log-level", "WARNING", *arguments, **KEYS) as (url, _):
         yield url
 
 
@@ -32,7 +30,9 @@ def vllm_serve(model: Path) -> Iterator[str]:
     command += ["--logprobs-mode", "processed_logprobs", "--generation-config", "vllm"]
     command += ["--kv-cache-memory-bytes", str(1 << 30), "--enforce-eager"]
     command += ["--no-enable-chunked-prefill"]
-    with _running(command, port, "/health") as url:
+    url = f"http://127.0.0.1:{port}"
+    with running(command) as process:
+        _wait_until_healthy(process, f"{url}/health")
         yield url
 
 
@@ -42,22 +42,6 @@ def free_port() -> int:
     with bind_socket("127.0.0.1", 0) as sock:
         port: int = sock.getsockname()[1]
         return port
-
-
-@contextlib.contextmanager
-def _running(command: list[str], port: int, probe: str) -> Iterator[str]:
-    url = f"http://127.0.0.1:{port}"
-    process = subprocess.Popen(command, env=child_environment(**KEYS), stdout=subprocess.DEVNULL)
-    try:
-        _wait_until_healthy(process, url + probe)
-        yield url
-    finally:
-        process.terminate()
-        try:
-            process.wait(_STOP_S)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
 
 
 def _wait_until_healthy(process: subprocess.Popen[bytes], url: str) -> None:

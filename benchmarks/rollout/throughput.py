@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import msgpack
-from rollout.common import KEY, bounded, child_command, child_environment, connect, report
+from common.serving import environment
+from rollout.common import KEY, bounded, child_command, connect, report
 from rollout.servers import our_service, vllm_serve
 
 from services.common.wire import JSON_TYPE, MSGPACK_TYPE
@@ -58,7 +59,7 @@ def _in_process(model: Path, num_requests: int) -> Iterator[Measure]:
     arguments = ("--model", str(model), "--requests", str(num_requests))
     process = subprocess.Popen(
         child_command("in-process", *arguments),
-        env=child_environment(),
+        env=environment(),
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,

@@ -1,1 +1,0 @@
-"""Command lines: parse, wire, call. `main.py` holds the table of commands of `openrlhf-alp`."""

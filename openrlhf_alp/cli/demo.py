@@ -1,13 +1,14 @@
-"""`openrlhf-alp demo`: its options. `demo_run.py` does the work."""
+"""`openrlhf-alp demo`: its options. `launch/demo.py` does the work."""
 
 import argparse
-from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
 
-from openrlhf_alp.launch.task import METHODS
+from openrlhf_alp.launch.recipe import METHODS, DemoConfig
 from openrlhf_alp.launch.view import DemoView
+
+HELP = "watch a small model learn to add, start to finish, on this machine"
 
 DESCRIPTION = """\
 A real pretrained model (SmolLM2-135M-Instruct, from an installed package) learns to add one-digit
@@ -16,30 +17,11 @@ OpenRLHF trains on Ray and DeepSpeed, vLLM samples behind the rollout service, m
 
 With --tir it learns to multiply two-digit numbers by writing Python, which the tool service runs in
 its sandbox: tool-integrated reasoning, several turns an episode. A model this small cannot invent a
-tool call, so a short supervised warm-up shows it the form first, and twice as often a wrong guess;
-that calling pays is what it learns from the reward.
+tool call, so a short supervised warm-up shows it the form first, and twice as often a wrong guess.
+It learns from the reward that calling the tool pays.
 
 On two quiet CPU cores it takes ten to twelve minutes. It needs no network and no GPU.
 """
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DemoConfig:
-    """The options of the command."""
-
-    steps: int
-    method: str
-    model: str | None
-    """Folder or Hugging Face id; None unpacks SmolLM2."""
-    seed: int
-    output: Path
-    overwrite: bool
-    tir: bool = False
-    """Tool-integrated episodes instead of single answers."""
-
-    def __post_init__(self) -> None:
-        if self.steps < 1:
-            raise ValueError(f"--steps {self.steps}: at least 1 step is needed")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -84,6 +66,6 @@ def run(arguments: argparse.Namespace) -> int:
     goal = "multiply with a tool" if tir else "add"
     view.title(f"Learning to {goal} with {config.method}: {config.steps} steps, seed {config.seed}")
     # Here and not above: it imports torch and transformers, which takes seconds.
-    from openrlhf_alp.launch.run import run_demo
+    from openrlhf_alp.launch.demo import run_demo
 
     return run_demo(config, view)

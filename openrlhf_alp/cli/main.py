@@ -1,10 +1,13 @@
-"""`openrlhf-alp`: one table of commands. Training runs by `openrlhf_alp.cli.train_ppo_ray`."""
+"""`openrlhf-alp`: one table of commands, each a file of this folder that parses, wires and calls.
+
+Training has a command of its own, `openrlhf_alp.cli.train_ppo_ray`.
+"""
 
 import argparse
 import importlib.metadata
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from typing import Protocol
 
 from openrlhf_alp.cli import demo, preflight, prepare_data
 
@@ -22,56 +25,39 @@ the services that a run talks to:
 """
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Command:
-    """One subcommand: a line of help, its arguments, and what it does."""
+class Command(Protocol):
+    """What the module of a command has."""
 
-    help: str
-    description: str
-    add_arguments: Callable[[argparse.ArgumentParser], None]
-    run: Callable[[argparse.Namespace], int]
-    """Returns the exit status."""
+    HELP: str
+    """One line for the list of commands."""
+    DESCRIPTION: str
+    """What its own `--help` begins with."""
+
+    def add_arguments(self, parser: argparse.ArgumentParser, /) -> None: ...
+
+    def run(self, arguments: argparse.Namespace, /) -> int:
+        """Returns the exit status."""
 
 
-COMMANDS = {
-    "demo": Command(
-        help="watch a small model learn to add, start to finish, on this machine",
-        description=demo.DESCRIPTION,
-        add_arguments=demo.add_arguments,
-        run=demo.run,
-    ),
-    "preflight": Command(
-        help="compare the log-probs of a running rollout service with the learner's own",
-        description=preflight.DESCRIPTION,
-        add_arguments=preflight.add_arguments,
-        run=preflight.run,
-    ),
-    "prepare-data": Command(
-        help="turn problem sets into prompts to train on",
-        description=prepare_data.DESCRIPTION,
-        add_arguments=prepare_data.add_arguments,
-        run=prepare_data.run,
-    ),
+COMMANDS: dict[str, Command] = {
+    "demo": demo,
+    "preflight": preflight,
+    "prepare-data": prepare_data,
 }
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser of `openrlhf-alp` with every command of the table."""
+    raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(
-        prog="openrlhf-alp",
-        description=_DESCRIPTION,
-        epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        prog="openrlhf-alp", description=_DESCRIPTION, epilog=_EPILOG, formatter_class=raw
     )
     version = importlib.metadata.version("openrlhf-alp")
     parser.add_argument("--version", action="version", version=f"openrlhf-alp {version}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for name, command in COMMANDS.items():
         subparser = commands.add_parser(
-            name,
-            help=command.help,
-            description=command.description,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
+            name, help=command.HELP, description=command.DESCRIPTION, formatter_class=raw
         )
         command.add_arguments(subparser)
         subparser.set_defaults(run=command.run)

@@ -22,6 +22,8 @@ _LIMIT_LINES = "\n".join(
     f"  |{limit.figure}|".ljust(12) + f"{limit.suspicious:<14g}{limit.broken:g}" for limit in LIMITS
 )
 
+HELP = "compare the log-probs of a running rollout service with the learner's own"
+
 DESCRIPTION = f"""\
 Do learner and rollout service mean the same by a log-probability? The single ratio of ALP divides
 the learner's probability of a token by the service's. Where the two differ at equal weights, every

@@ -1,31 +1,37 @@
-"""`openrlhf-alp prepare-data`: problem sets to prompts. `data/prepare.py` does the work."""
+"""`openrlhf-alp prepare-data`: its options and what it shows. `data/prepare.py` does the work."""
+
+from __future__ import annotations
 
 import argparse
 import itertools
 import logging
 import os
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from rich import progress
 from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
 
-from openrlhf_alp.cli.prepare_view import PrepareView
+from openrlhf_alp.data import formats
 from openrlhf_alp.data.errors import DataError, SourceError
-from openrlhf_alp.data.formats import (
-    FORMATS,
-    RowFormat,
-    check_format,
-    detect_format,
-    plain_format,
-)
 from openrlhf_alp.data.sources import Row, read_rows
 from openrlhf_alp.data.templates import TEMPLATES
 from openrlhf_alp.data.tokens import TokenCounter
+from openrlhf_alp.launch.view import StageView
+
+if TYPE_CHECKING:  # the modules behind them import sympy
+    from openrlhf_alp.data.prepare import OnProgress
+    from openrlhf_alp.data.summary import Summary
 
 _DEFAULT_TEMPLATE = "chat-math"
 _MAX_DEFAULT_WORKERS = 8
+_LINE_EVERY_ROWS = 2000
+"""Without a terminal, a line is written each time that this many labels have been checked."""
 
 
 def _table(rows: Sequence[tuple[str, str, str]]) -> str:
@@ -33,17 +39,19 @@ def _table(rows: Sequence[tuple[str, str, str]]) -> str:
     return "\n".join(f"  {name:<11} {first}\n{'':14}{second}" for name, first, second in rows)
 
 
+HELP = "turn problem sets into prompts to train on"
+
 DESCRIPTION = f"""\
 Turns mathematical problem sets into prompts that OpenRLHF reads: JSON lines with input, label,
 datasource and id. Several sets become one file, and a problem that two of them have is kept once.
 
-A row is left out when it has no problem or no label, when it was there before, when two rows give
-one problem different answers, when the reward cannot read its label or does not find the label
-equal to itself, and when its prompt is too long. Nothing is lost: OUT.rejected.jsonl has each of
-these rows with the reason, OUT.summary.json the counts.
+A row is left out when it has no problem or no label, when an earlier row has the same problem, when
+two rows give one problem different answers, when the reward cannot read its label or does not find
+the label equal to itself, and when its prompt is too long. OUT.rejected.jsonl keeps each of these
+rows with the reason, OUT.summary.json the counts.
 
 formats, in the order in which auto tries them:
-{_table([(name, f.fields, f.found_in) for name, f in FORMATS.items()])}
+{_table([(name, f.fields, f.found_in) for name, f in formats.FORMATS.items()])}
 
 templates, and the flags of openrlhf_alp.cli.train_ppo_ray that go with the file:
 {_table([(name, t.summary, t.train_flags) for name, t in TEMPLATES.items()])}
@@ -60,41 +68,6 @@ goes with neither.
 """
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PrepareConfig:
-    """The options of the command."""
-
-    sources: tuple[str, ...]
-    to: Path
-    format: str
-    problem_field: str | None
-    label_field: str | None
-    split: str
-    template: str
-    tokenizer: str | None
-    max_prompt_tokens: int | None
-    limit: int | None
-    workers: int
-    overwrite: bool
-
-    def __post_init__(self) -> None:
-        if (self.problem_field is None) != (self.label_field is None):
-            raise ValueError("--problem-field and --label-field go together; give both or neither")
-        if self.problem_field is not None and self.format not in ("auto", "plain"):
-            raise ValueError(
-                f"--format {self.format} names the fields itself; drop --problem-field"
-            )
-        if self.max_prompt_tokens is not None and self.tokenizer is None:
-            raise ValueError("--max-prompt-tokens needs --tokenizer DIR to count with")
-        for name in ("max_prompt_tokens", "limit", "workers"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"--{name.replace('_', '-')} {value}: must be 1 or more")
-        twice = [source for source, times in Counter(self.sources).items() if times > 1]
-        if twice:
-            raise ValueError(f"--from names {twice[0]} twice")
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `openrlhf-alp prepare-data`."""
     add = parser.add_argument
@@ -107,9 +80,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=".jsonl, .json or .parquet file, Hugging Face id, or id:path/of/one/file.parquet",
     )
     add("--to", type=Path, required=True, metavar="OUT.jsonl", help="the file to write")
-    add("--format", choices=["auto", *FORMATS], default="auto", help="of the rows (default: auto)")
-    add("--problem-field", metavar="NAME", help="the field of the problem, for other formats")
-    add("--label-field", metavar="NAME", help="the field of the answer, for other formats")
+    add(
+        "--format",
+        choices=["auto", *formats.FORMATS],
+        default="auto",
+        help="format of the rows (default: auto)",
+    )
+    add("--problem-field", metavar="NAME", help="name of the problem's field, for other formats")
+    add("--label-field", metavar="NAME", help="name of the answer's field, for other formats")
     add("--split", default="train", help="split of a Hugging Face id (default: train)")
     add(
         "--template",
@@ -121,32 +99,40 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--max-prompt-tokens", type=int, metavar="N", help="leave out prompts longer than this")
     add("--limit", type=int, metavar="N", help="read only the first N rows of each source")
     workers = min(_MAX_DEFAULT_WORKERS, os.cpu_count() or 1)
-    add(
-        "--workers",
-        type=int,
-        default=workers,
-        help=f"processes that check labels (default: {workers})",
-    )
+    workers_help = f"processes that check labels (default: {workers})"
+    add("--workers", type=int, default=workers, help=workers_help)
     add("--overwrite", action="store_true", help="replace the files of an earlier run")
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Prepares; returns 0, 1 (no row could be kept) or 2 (wrong options, input or output)."""
-    view = PrepareView(Console())
-    fields = {field: getattr(arguments, field) for field in PrepareConfig.__dataclass_fields__}
+    view = PrepareView(Console(), failed="Nothing was written.")
     try:
-        config = PrepareConfig(**{**fields, "sources": tuple(arguments.sources)})
-    except ValueError as error:
-        view.error(str(error))
-        return 2
-    try:
-        return _prepare(config, view)
+        _check(arguments)
+        return _prepare(arguments, view)
     except (DataError, OSError) as error:
         view.error(str(error))
         return 2
 
 
-def _prepare(config: PrepareConfig, view: PrepareView) -> int:
+def _check(options: argparse.Namespace) -> None:
+    """Raises DataError for options that contradict each other or are out of range."""
+    if (options.problem_field is None) != (options.label_field is None):
+        raise DataError("--problem-field and --label-field go together; give both or neither")
+    if options.problem_field is not None and options.format not in ("auto", "plain"):
+        raise DataError(f"--format {options.format} names the fields itself; drop --problem-field")
+    if options.max_prompt_tokens is not None and options.tokenizer is None:
+        raise DataError("--max-prompt-tokens needs --tokenizer DIR to count with")
+    for name in ("max_prompt_tokens", "limit", "workers"):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            raise DataError(f"--{name.replace('_', '-')} {value}: must be 1 or more")
+    for source, times in Counter(options.sources).items():
+        if times > 1:
+            raise DataError(f"--from names {source} twice")
+
+
+def _prepare(options: argparse.Namespace, view: PrepareView) -> int:
     # Here and not above: these import sympy, and `--help` should not wait for that.
     from openrlhf_alp.data.output import OutputFiles
     from openrlhf_alp.data.prepare import Options, prepare
@@ -154,41 +140,96 @@ def _prepare(config: PrepareConfig, view: PrepareView) -> int:
 
     # Each label without a reward is in the rejected file, with the reason.
     logging.getLogger("openrlhf_alp.rewards").setLevel(logging.ERROR)
-    files = OutputFiles(prompts=config.to)
-    files.check(sources=config.sources, overwrite=config.overwrite)
-    template = TEMPLATES[config.template]
-    options = Options(
+    files = OutputFiles(prompts=options.to)
+    # Before the work, which may take minutes and would be lost.
+    files.check(sources=options.sources, overwrite=options.overwrite)
+    template = TEMPLATES[options.template]
+    how = Options(
         template=template,
-        num_workers=config.workers,
-        count_tokens=TokenCounter(config.tokenizer) if config.tokenizer else None,
-        max_prompt_tokens=config.max_prompt_tokens,
+        num_workers=options.workers,
+        count_tokens=TokenCounter(options.tokenizer) if options.tokenizer else None,
+        max_prompt_tokens=options.max_prompt_tokens,
     )
-    rows: list[tuple[Row, RowFormat]] = []
-    formats: dict[str, str] = {}
-    for source in config.sources:
-        found, row_format = _read(source, config)
+    rows: list[tuple[Row, formats.RowFormat]] = []
+    format_of: dict[str, str] = {}
+    for source in options.sources:
+        found, row_format = _read(source, options)
         rows += [(row, row_format) for row in found]
-        formats[source] = row_format.name
+        format_of[source] = row_format.name
         view.say("read", f"{len(found)} rows of {source}, format {row_format.name}")
     with view.checking() as on_progress:
-        prepared = prepare(rows, options, on_progress)
+        prepared = prepare(rows, how, on_progress)
     summary = summarise(
-        prepared, template=template.name, train_flags=template.train_flags, formats=formats
+        prepared, template=template.name, train_flags=template.train_flags, formats=format_of
     )
     files.write(prepared, summary)
-    view.results(summary, files)
-    return 0 if prepared.prompts else 1
+    view.counts(summary)
+    if not prepared.prompts:
+        view.say("nothing", f"no row could be kept; {files.rejected} says why of each")
+        return 1
+    view.say("written", f"{files.prompts}, {files.rejected} and {files.summary}")
+    view.say("train", f"--data.prompt_dataset {files.prompts} {summary.train_flags}")
+    return 0
 
 
-def _read(source: str, config: PrepareConfig) -> tuple[list[Row], RowFormat]:
-    rows = list(itertools.islice(read_rows(source, split=config.split), config.limit))
+def _read(source: str, options: argparse.Namespace) -> tuple[list[Row], formats.RowFormat]:
+    rows = list(itertools.islice(read_rows(source, split=options.split), options.limit))
     if not rows:
         raise SourceError(f"{source} has no rows")
-    if config.problem_field is not None and config.label_field is not None:
-        row_format = plain_format(config.problem_field, config.label_field)
-    elif config.format == "auto":
-        return rows, detect_format(rows)
+    if options.problem_field is not None:
+        row_format = formats.plain_format(options.problem_field, options.label_field)
+    elif options.format == "auto":
+        return rows, formats.detect_format(rows)
     else:
-        row_format = FORMATS[config.format]
-    check_format(row_format, rows)
+        row_format = formats.FORMATS[options.format]
+    formats.check_format(row_format, rows)
     return rows, row_format
+
+
+class PrepareView(StageView):
+    """A line per stage, a progress bar on a terminal, the counts."""
+
+    @contextmanager
+    def checking(self) -> Iterator[OnProgress]:
+        """Yields what to call with each checked label."""
+        if not self._console.is_terminal:
+            yield self._line
+            return
+        bar = progress.BarColumn(bar_width=40)
+        columns = (bar, progress.MofNCompleteColumn(), progress.TimeRemainingColumn())
+        with progress.Progress("checking labels", *columns, console=self._console) as shown:
+            task = shown.add_task("", total=None)
+            yield lambda done, total: shown.update(task, completed=done, total=total)
+
+    def counts(self, summary: Summary) -> None:
+        """The table of what was read, kept and left out."""
+        table = Table(title=f"Prepared with {summary.template}", title_justify="left")
+        table.add_column("")
+        table.add_column("rows", justify="right")
+        table.add_row("read", str(summary.rows_read))
+        table.add_row("kept", str(summary.rows_kept), style="bold")
+        reasons = {name.replace("_", " "): count for name, count in summary.rejected.items()}
+        _add_section(table, "left out: ", reasons)
+        _add_section(table, "from ", summary.kept_by_datasource)
+        _add_section(table, "label: ", summary.label_kinds)
+        if summary.instructions_cut:
+            table.add_row("instruction cut from the problem", str(summary.instructions_cut))
+        if tokens := summary.prompt_tokens:
+            lengths = {
+                "shortest": tokens.shortest,
+                "median": f"{tokens.median:g}",
+                "95th percentile": tokens.p95,
+                "longest": tokens.longest,
+            }
+            _add_section(table, "prompt tokens, ", lengths)
+        self._console.print(table)
+
+    def _line(self, done: int, total: int) -> None:
+        if done % _LINE_EVERY_ROWS == 0 or done == total:
+            self.say("labels", f"{done} of {total} checked")
+
+
+def _add_section(table: Table, prefix: str, numbers: Mapping[str, object]) -> None:
+    table.add_section()
+    for name, number in numbers.items():
+        table.add_row(escape(f"{prefix}{name}"), str(number))

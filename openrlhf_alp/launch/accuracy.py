@@ -2,38 +2,24 @@
 
 import asyncio
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AsyncExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from uuid import uuid4
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from openrlhf_alp.clients.keys import API_KEY_VARIABLE, TOOL_KEY_VARIABLE
 from openrlhf_alp.clients.rollout import RolloutClient
 from openrlhf_alp.data.questions import Question
 from openrlhf_alp.episodes.records import Episode, SamplingConfig, ToolLostError
+from openrlhf_alp.launch.recipe import MAX_TOKENS_PER_TURN, MAX_TOOL_TURNS, TOOL_TEMPLATE
 from openrlhf_alp.learner.flags.tool import ToolConfig
 from openrlhf_alp.rewards.math import MathReward
 from openrlhf_alp.rewards.protocol import RewardUnavailable
 from openrlhf_alp.rollouts.generate import ServiceGenerate
 from openrlhf_alp.rollouts.runners import EpisodeRunner, Task, build_runner, tool_client
-
-_SAMPLES_PER_QUESTION = 8
-_GREEDY, _SAMPLED = 0.0, 1.0
-_CHECK_EVERY_S = 0.5
-_REQUEST_S = 300.0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Services:
-    """The running services and their keys."""
-
-    rollout_url: str
-    rollout_key: str
-    tool: ToolConfig = field(default_factory=ToolConfig)
-    """Without URLs the episodes have one turn."""
-    tool_key: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,22 +28,26 @@ class Accuracy:
 
     greedy: float
     """Share in [0, 1] with the most likely tokens, one episode a question."""
-
     sampled: float
     """Share in [0, 1] at temperature 1, several episodes a question."""
-
     num_not_scored: int
     """Episodes whose reward could not be computed; they count in neither share."""
-
     greedy_episodes: tuple[Episode | None, ...]
     """In the order of the questions; None where there is no reward."""
+
+
+_SAMPLES_PER_QUESTION = 8
+_CHECK_EVERY_S = 0.5
+_REQUEST_S = 300.0
 
 
 def measure_accuracy(
     rows: Sequence[Question],
     *,
     model: Path,
-    services: Services,
+    rollout_url: str,
+    tool_url: str | None,
+    keys: Mapping[str, str],
     max_tokens: int,
     seed: int,
     check_services: Callable[[], None],
@@ -65,36 +55,44 @@ def measure_accuracy(
     """Plays every question of `rows`, greedily and at temperature 1.
 
     Args:
-        model: folder of the tokenizer, which turns questions into the ids training uses.
+        model: folder of the tokenizer, which turns questions into the ids that training uses.
+        tool_url: URL of the tool service; None for episodes of one turn.
+        keys: the services' keys, under the names of their environment variables.
         max_tokens: budget of an episode after its prompt.
-        seed: of the sampled answers.
-        check_services: called every half second; raises when a service is gone, which the client
-            cannot know and would retry for minutes.
+        seed: seed of the first episode; each later one adds 1.
+        check_services: called every half second; raises when a service has ended. The client
+            cannot tell that from a slow one and would retry for minutes.
 
     Raises:
         ServiceError: a service refuses a request or does not answer.
     """
     tokenizer = AutoTokenizer.from_pretrained(model)
+    tool = ToolConfig(
+        urls=(tool_url,) if tool_url else (),
+        max_tool_turns=MAX_TOOL_TURNS,
+        max_tokens_per_turn=MAX_TOKENS_PER_TURN,
+        template=TOOL_TEMPLATE,
+    )
 
     async def measure() -> Accuracy:
-        reward = MathReward()
         async with AsyncExitStack() as stack:
+            rollouts = RolloutClient([rollout_url], api_key=keys[API_KEY_VARIABLE])
+            await stack.enter_async_context(rollouts)
+            tools = tool_client(tool, keys[TOOL_KEY_VARIABLE]) if tool_url else None
+            if tools:
+                await stack.enter_async_context(tools)
+            reward = MathReward()
             stack.callback(reward.close)
-            client = await stack.enter_async_context(
-                RolloutClient([services.rollout_url], api_key=services.rollout_key)
-            )
-            tool = services.tool
             runner = build_runner(
-                generate=ServiceGenerate(client=client, deadline_s=_REQUEST_S),
+                generate=ServiceGenerate(client=rollouts, deadline_s=_REQUEST_S),
                 reward=reward,
                 tokenizer=tokenizer,
                 tool=tool,
-                client=await stack.enter_async_context(tool_client(tool, services.tool_key))
-                if tool.urls
-                else None,
+                client=tools,
             )
-            examiner = Examiner(runner, tokenizer, max_tokens=max_tokens, seed=seed)
-            examination = asyncio.create_task(examiner.examine(rows))
+            examination = asyncio.create_task(
+                examine(rows, runner=runner, tokenizer=tokenizer, max_tokens=max_tokens, seed=seed)
+            )
             while not examination.done():
                 await asyncio.wait([examination], timeout=_CHECK_EVERY_S)
                 check_services()
@@ -103,55 +101,45 @@ def measure_accuracy(
     return asyncio.run(measure())
 
 
-class Examiner:
-    """Asks every question and counts the right answers."""
+async def examine(
+    rows: Sequence[Question],
+    *,
+    runner: EpisodeRunner,
+    tokenizer: PreTrainedTokenizerBase,
+    max_tokens: int,
+    seed: int,
+) -> Accuracy:
+    """Plays greedy episodes first, then sampled ones. No two episodes share a seed."""
+    seeds = itertools.count(seed)
 
-    def __init__(
-        self,
-        runner: EpisodeRunner,
-        tokenizer: PreTrainedTokenizerBase,
-        *,
-        max_tokens: int,
-        seed: int,
-    ) -> None:
-        self._run = runner
-        self._tokenizer = tokenizer
-        self._max_tokens = max_tokens
-        self._seeds = itertools.count(seed)
-
-    async def examine(self, rows: Sequence[Question]) -> Accuracy:
-        """Greedy episodes first, then sampled ones; no two share a seed."""
-        greedy = await self._play_all(rows, _GREEDY)
-        repeated = [row for row in rows for _ in range(_SAMPLES_PER_QUESTION)]
-        sampled = await self._play_all(repeated, _SAMPLED)
-        return Accuracy(
-            greedy=_share_right(greedy),
-            sampled=_share_right(sampled),
-            num_not_scored=[*greedy, *sampled].count(None),
-            greedy_episodes=tuple(greedy),
-        )
-
-    async def _play_all(self, rows: Sequence[Question], temperature: float) -> list[Episode | None]:
-        played = (self._play(row, temperature, next(self._seeds)) for row in rows)
-        return list(await asyncio.gather(*played))
-
-    async def _play(self, row: Question, temperature: float, seed: int) -> Episode | None:
-        prompt = self._tokenizer.apply_chat_template(
-            [{"role": "user", "content": row.question}], tokenize=False, add_generation_prompt=True
-        )
-        prompt_ids = self._tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    async def play(row: Question, temperature: float, seed: int) -> Episode | None:
+        chat = [{"role": "user", "content": row.question}]
+        prompt = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+        # The template has written the special tokens; a second begin token would be off-policy.
+        prompt_ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
         try:
-            return await self._run(
+            return await runner(
                 request_id=f"demo-{uuid4().hex}",
                 task=Task(prompt=row.question, label=row.label, prompt_ids=prompt_ids),
-                sampling=SamplingConfig(
-                    max_tokens=self._max_tokens, temperature=temperature, seed=seed
-                ),
+                sampling=SamplingConfig(max_tokens=max_tokens, temperature=temperature, seed=seed),
             )
         except (RewardUnavailable, ToolLostError):
             return None
 
+    async def play_all(rows: Sequence[Question], temperature: float) -> list[Episode | None]:
+        return await asyncio.gather(*(play(row, temperature, next(seeds)) for row in rows))
+
+    greedy = await play_all(rows, 0.0)
+    sampled = await play_all([row for row in rows for _ in range(_SAMPLES_PER_QUESTION)], 1.0)
+    return Accuracy(
+        greedy=_share_right(greedy),
+        sampled=_share_right(sampled),
+        num_not_scored=[*greedy, *sampled].count(None),
+        greedy_episodes=tuple(greedy),
+    )
+
 
 def _share_right(episodes: Sequence[Episode | None]) -> float:
     rewards = [episode.reward for episode in episodes if episode is not None]
+    # Not 0.0: that would read as "every answer was wrong".
     return sum(rewards) / len(rewards) if rewards else float("nan")

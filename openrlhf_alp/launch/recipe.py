@@ -1,177 +1,192 @@
-"""The demo's command lines: what is trained, how, and why each group of flags is what it is."""
+"""What a run of the demo is: its options, its task, and the command line of each process.
+
+Imports neither torch nor anything of the learner, so that `--help` answers at once.
+"""
 
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
-from openrlhf_alp.data.questions import INPUT_KEY, LABEL_KEY
-from openrlhf_alp.learner.flags.tool import ToolConfig
+from openrlhf_alp.data.addition import split_additions
+from openrlhf_alp.data.multiplication import split_products
+from openrlhf_alp.data.questions import INPUT_KEY, LABEL_KEY, QuestionSplit
+
+METHODS = ("seq-alp", "token-alp", "seq-bypass", "token-bypass")
+"""Values of `--method`; the first is the default."""
 
 PROMPTS_PER_STEP = 8
 SAMPLES_PER_PROMPT = 8
 _SAMPLES_PER_STEP = PROMPTS_PER_STEP * SAMPLES_PER_PROMPT
 _MICRO_BATCH = 16
-WARM_UP_STEPS = 12
-TOOL = ToolConfig(max_tool_turns=2, max_tokens_per_turn=32, template="chat")
-"""Limits of a tool-integrated episode; its URL is known once the service runs."""
 _MAX_LENGTH = 256
-"""Tokens of prompt and answer; the task's prompts have about 40."""
+"""Tokens of prompt and answer; the prompts of both tasks have about 40."""
+WARM_UP_STEPS = 12
+MAX_TOOL_TURNS = 2
+MAX_TOKENS_PER_TURN = 32
+"""A turn is a line of code or an answer; longer ones are cut."""
+TOOL_TEMPLATE: Literal["chat"] = "chat"
 
-Flags = Mapping[str, str | int | float | Path | tuple[str | float, ...] | None]
+Flags = Mapping[str, str | int | float | Path | tuple[float, ...] | None]
 """Flag name to value; None for a switch."""
+
+_LOOPBACK: Flags = {"--host": "127.0.0.1", "--port": 0}
+"""Any free port, so that two demos can run at once; the service writes it to its URL file."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Recipe:
-    """What the command lines depend on."""
+class DemoTask:
+    """What the policy learns."""
 
-    model: Path
-    train_data: Path
-    run_folder: Path
-    service_url: str
-    method: str
-    seed: int
+    noun: str
+    """What a question asks for, in the plural: "sums"."""
+    split: Callable[..., QuestionSplit]
+    """Takes `seed`."""
     max_new_tokens: int
-    """Budget of an episode after its prompt."""
-    tool_url: str | None = None
-    """Tool service; None for episodes of one turn."""
+    """Budget of an episode after its prompt, observations included."""
+    uses_tool: bool
+    """The policy may run Python, and gets a supervised warm-up first."""
+
+
+SUMS = DemoTask(noun="sums", split=split_additions, max_new_tokens=20, uses_tool=False)
+"""One-digit sums, which a 135M model learns to answer by itself."""
+
+PRODUCTS = DemoTask(noun="products", split=split_products, max_new_tokens=120, uses_tool=True)
+"""Products of two-digit numbers, which it can only learn to compute with the tool."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DemoConfig:
+    """The options of `openrlhf-alp demo`."""
+
+    steps: int
+    method: str
+    model: str | None
+    """Folder or Hugging Face id; None unpacks SmolLM2."""
+    seed: int
+    output: Path
+    overwrite: bool
+    tir: bool = False
+    """Tool-integrated episodes instead of single answers."""
+
+    def __post_init__(self) -> None:
+        if self.steps < 1:
+            raise ValueError(f"--steps {self.steps}: at least 1 step is needed")
+
+    @property
+    def task(self) -> DemoTask:
+        return PRODUCTS if self.tir else SUMS
 
 
 def service_command(*, model: Path, url_file: Path, seed: int) -> list[str]:
-    """The rollout service: loopback only, any free port, which it writes to `url_file`."""
+    """The rollout service."""
     flags: Flags = {
+        **_LOOPBACK,
         "--model": model,
-        "--host": "127.0.0.1",
-        "--port": 0,
         "--url-file": url_file,
         "--max-model-len": _MAX_LENGTH,
         "--max-num-seqs": _SAMPLES_PER_STEP,
         "--seed": seed,
-        # Learner and engine take turns, so each may have every core.
+        # Learner and engine take turns, so each may use every core.
         "--num-threads": os.cpu_count() or 1,
     }
-    return [sys.executable, "-m", "services.rollout", *_arguments(flags)]
+    return _python("services.rollout", flags)
 
 
 def tool_command(*, url_file: Path) -> list[str]:
-    """The tool service: loopback only, any free port, at the best isolation there is here."""
-    flags: Flags = {
-        "--host": "127.0.0.1",
-        "--port": 0,
-        "--url-file": url_file,
-        "--presets": "numpy",
-    }
-    return [sys.executable, "-m", "services.tool", *_arguments(flags)]
+    """The tool service, with the best isolation that this machine allows."""
+    return _python("services.tool", {**_LOOPBACK, "--url-file": url_file, "--presets": "numpy"})
 
 
 def warm_up_command(*, model: Path, output: Path, seed: int) -> list[str]:
     """The supervised warm-up that shows a model the form of a tool call."""
     flags: Flags = {"--model": model, "--output": output, "--steps": WARM_UP_STEPS, "--seed": seed}
-    return [sys.executable, "-m", "openrlhf_alp.launch.warmup", *_arguments(flags)]
+    return _python("openrlhf_alp.launch.warmup", flags)
 
 
-def train_command(recipe: Recipe) -> list[str]:
-    """One PPO run over the rows of `recipe.train_data`: PROMPTS_PER_STEP of them a step."""
-    groups = (
-        _model_flags(recipe),
-        _rollout_flags(recipe),
-        _tool_flags(recipe),
-        _algorithm_flags(recipe),
-        _optimizer_flags(recipe),
-        _output_flags(recipe),
-    )
-    flags = [argument for group in groups for argument in _arguments(group)]
-    return [sys.executable, "-m", "openrlhf_alp.cli.train_ppo_ray", *flags]
+_TRAINING: Flags = {
+    "--actor.num_nodes": 1,
+    "--actor.num_gpus_per_node": 1,
+    "--ds.zero_stage": 2,
+    "--ds.param_dtype": "bf16",
+    # Flash attention, the default upstream, needs a GPU.
+    "--ds.attn_implementation": "sdpa",
+    "--data.input_key": INPUT_KEY,
+    "--data.label_key": LABEL_KEY,
+    "--data.apply_chat_template": None,
+    "--data.max_len": _MAX_LENGTH,
+    "--rollout.n_samples_per_prompt": SAMPLES_PER_PROMPT,
+    "--rollout.batch_size": PROMPTS_PER_STEP,
+    "--rollout.micro_batch_size": _MICRO_BATCH,
+    # The single ratio is right only for samples from the whole distribution.
+    "--rollout.temperature": 1.0,
+    "--rollout.top_p": 1.0,
+    "--reward.remote_url": "math-verify",
+    "--alp.enable": None,
+    # Sigma starts where the noise has the same KL as the measured mismatch.
+    "--alp.sigma0": "auto",
+    "--algo.advantage.estimator": "group_norm",
+    # Without a KL penalty no reference model has to fit into memory.
+    "--algo.kl.init_coef": 0,
+    # One update per step, on all of its samples.
+    "--train.batch_size": _SAMPLES_PER_STEP,
+    "--train.micro_batch_size": _MICRO_BATCH,
+    "--train.num_episodes": 1,
+    # A rate at which a 135M model learns the task in a dozen steps.
+    "--actor.adam.lr": 4e-5,
+    "--actor.adam.betas": (0.9, 0.95),
+    "--actor.lr_scheduler": "cosine_with_min_lr",
+    "--actor.lr_warmup_ratio": 0.0,
+    "--actor.min_lr_ratio": 0.5,
+    "--actor.max_norm": 1.0,
+    "--ckpt.save_steps": -1,
+}
+"""What every run trains with."""
+
+_TOOL: Flags = {
+    "--tir.max_tool_turns": MAX_TOOL_TURNS,
+    "--tir.max_tokens_per_turn": MAX_TOKENS_PER_TURN,
+    "--tir.template": TOOL_TEMPLATE,
+}
 
 
-def _model_flags(recipe: Recipe) -> Flags:
-    """One DeepSpeed worker; SDPA because flash attention needs a GPU."""
-    return {
-        "--actor.model_name_or_path": recipe.model,
-        "--actor.num_nodes": 1,
-        "--actor.num_gpus_per_node": 1,
-        "--ds.zero_stage": 2,
-        "--ds.param_dtype": "bf16",
-        "--ds.attn_implementation": "sdpa",
+def train_command(
+    config: DemoConfig,
+    *,
+    model: Path,
+    train_data: Path,
+    run_folder: Path,
+    rollout_url: str,
+    tool_url: str | None,
+) -> list[str]:
+    """One PPO run over the rows of `train_data`, PROMPTS_PER_STEP of them a step.
+
+    Args:
+        tool_url: URL of the tool service; None for episodes of one turn.
+    """
+    flags: Flags = {
+        "--actor.model_name_or_path": model,
+        "--data.prompt_dataset": train_data,
+        "--rollout.service_urls": rollout_url,
+        "--rollout.max_new_tokens": config.task.max_new_tokens,
+        "--alp.method": config.method,
+        "--alp.seed": config.seed,
+        "--train.seed": config.seed,
+        "--logger.metrics_jsonl": run_folder / "metrics.jsonl",
+        "--logger.tensorboard_dir": run_folder / "tensorboard",
+        "--ckpt.output_dir": run_folder / "model",
+        "--ckpt.path": run_folder / "checkpoints",
     }
+    tool: Flags = {"--tool.service_urls": tool_url, **_TOOL} if tool_url else {}
+    return _python("openrlhf_alp.cli.train_ppo_ray", {**_TRAINING, **flags, **tool})
 
 
-def _rollout_flags(recipe: Recipe) -> Flags:
-    """Plain sampling from the whole distribution: the single ratio is only right for that."""
-    return {
-        "--rollout.service_urls": recipe.service_url,
-        "--data.prompt_dataset": recipe.train_data,
-        "--data.input_key": INPUT_KEY,
-        "--data.label_key": LABEL_KEY,
-        "--data.apply_chat_template": None,
-        "--data.max_len": _MAX_LENGTH,
-        "--rollout.max_new_tokens": recipe.max_new_tokens,
-        "--rollout.n_samples_per_prompt": SAMPLES_PER_PROMPT,
-        "--rollout.batch_size": PROMPTS_PER_STEP,
-        "--rollout.micro_batch_size": _MICRO_BATCH,
-        "--rollout.temperature": 1.0,
-        "--rollout.top_p": 1.0,
-        "--reward.remote_url": "math-verify",
-    }
-
-
-def _tool_flags(recipe: Recipe) -> Flags:
-    """A turn is a line of code or an answer: one that rambles is cut where it stands."""
-    if recipe.tool_url is None:
-        return {}
-    return {
-        "--tool.service_urls": recipe.tool_url,
-        "--tir.max_tool_turns": TOOL.max_tool_turns,
-        "--tir.max_tokens_per_turn": TOOL.max_tokens_per_turn or 0,
-        "--tir.template": TOOL.template,
-    }
-
-
-def _algorithm_flags(recipe: Recipe) -> Flags:
-    """The paper's loss on group-normalised rewards, without a KL penalty and so without a
-    reference model; sigma starts where the noise equals the measured mismatch."""
-    return {
-        "--alp.enable": None,
-        "--alp.method": recipe.method,
-        "--alp.sigma0": "auto",
-        "--alp.seed": recipe.seed,
-        "--algo.advantage.estimator": "group_norm",
-        "--algo.kl.init_coef": 0,
-    }
-
-
-def _optimizer_flags(recipe: Recipe) -> Flags:
-    """One update a step on all its samples; the rate teaches a 135M model in a dozen steps."""
-    return {
-        "--train.batch_size": _SAMPLES_PER_STEP,
-        "--train.micro_batch_size": _MICRO_BATCH,
-        "--train.num_episodes": 1,
-        "--train.seed": recipe.seed,
-        "--actor.adam.lr": 4e-5,
-        "--actor.adam.betas": (0.9, 0.95),
-        "--actor.lr_scheduler": "cosine_with_min_lr",
-        "--actor.lr_warmup_ratio": 0.0,
-        "--actor.min_lr_ratio": 0.5,
-        "--actor.max_norm": 1.0,
-    }
-
-
-def _output_flags(recipe: Recipe) -> Flags:
-    """Numbers for the progress bar and the plots; the trained model; no checkpoints."""
-    return {
-        "--logger.metrics_jsonl": recipe.run_folder / "metrics.jsonl",
-        "--logger.tensorboard_dir": recipe.run_folder / "tensorboard",
-        "--ckpt.output_dir": recipe.run_folder / "model",
-        "--ckpt.path": recipe.run_folder / "checkpoints",
-        "--ckpt.save_steps": -1,
-    }
-
-
-def _arguments(flags: Flags) -> list[str]:
-    arguments: list[str] = []
+def _python(module: str, flags: Flags) -> list[str]:
+    """The command that runs `module` with `flags`."""
+    command = [sys.executable, "-m", module]
     for name, value in flags.items():
         values = value if isinstance(value, tuple) else () if value is None else (value,)
-        arguments += [name, *map(str, values)]
-    return arguments
+        command += [name, *map(str, values)]
+    return command

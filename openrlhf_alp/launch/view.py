@@ -1,64 +1,70 @@
-"""What the demo shows: a line per stage, a progress bar on a terminal, plain lines elsewhere."""
+"""What a run shows: a line per stage, a progress bar on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING
 
+from rich import progress
 from rich.console import Console
 from rich.markup import escape
 from rich.panel import Panel
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    SpinnerColumn,
-    TextColumn,
-    TimeElapsedColumn,
-)
 from rich.table import Table
 from rich.text import Text
 
 from openrlhf_alp.data.questions import Question
 from openrlhf_alp.episodes.records import Episode, TurnKind
-from openrlhf_alp.report.metrics import LOG_RATIO_QUANTILES, REWARD, StepMetrics
+from openrlhf_alp.report.metrics import (
+    EDGE_STEPS,
+    LOG_RATIO_QUANTILES,
+    REWARD,
+    StepMetrics,
+    reward_at_edges,
+)
 
-if TYPE_CHECKING:  # the module behind it imports transformers, and the title should not wait
+if TYPE_CHECKING:  # it imports transformers, and the title should not wait for that
     from openrlhf_alp.launch.accuracy import Accuracy
 
 _NUM_EXAMPLES = 3
-_EDGE_STEPS = 3
-"""Rewards are compared over this many steps at the start and at the end."""
 
 _SPEAKERS = {TurnKind.PROMPT: "asked", TurnKind.ACTION: "policy", TurnKind.OBSERVATION: "tool"}
 
 OnStep = Callable[[StepMetrics], None]
 
 
-class DemoView:
-    """Prints to `console`; knows whether a person watches a terminal or a log is written."""
+class StageView:
+    """Prints to `console`, in colour and with progress bars when it is a terminal.
 
-    def __init__(self, console: Console) -> None:
+    Args:
+        failed: what an error is introduced with.
+    """
+
+    def __init__(self, console: Console, *, failed: str) -> None:
         self._console = console
-
-    def title(self, text: str) -> None:
-        self._console.print(f"\n[bold]{escape(text)}[/]\n")
+        self._failed = failed
 
     def say(self, stage: str, text: str) -> None:
         """One line: the stage's name, and what happened."""
         self._console.print(f"[bold cyan]{stage:<9}[/] {escape(text)}", soft_wrap=True)
 
     def error(self, text: str) -> None:
-        self._console.print(f"\n[bold red]The demo failed.[/] {escape(text)}", soft_wrap=True)
+        self._console.print(f"[bold red]{self._failed}[/] {escape(text)}", soft_wrap=True)
 
-    @contextmanager
-    def waiting(self, text: str) -> Iterator[None]:
-        """Shows that something slow goes on; nothing in a log."""
-        if self._console.is_terminal:
-            with self._console.status(escape(text)):
-                yield
-        else:
-            yield
+
+class DemoView(StageView):
+    """What the demo shows."""
+
+    def __init__(self, console: Console) -> None:
+        super().__init__(console, failed="\nThe demo failed.")
+
+    def title(self, text: str) -> None:
+        self._console.print(f"\n[bold]{escape(text)}[/]\n")
+
+    def waiting(self, text: str) -> AbstractContextManager[object]:
+        """Shows a spinner while something slow runs; a log gets nothing."""
+        return self._console.status(escape(text)) if self._console.is_terminal else nullcontext()
 
     @contextmanager
     def training(self, num_steps: int) -> Iterator[OnStep]:
@@ -66,41 +72,38 @@ class DemoView:
         if not self._console.is_terminal:
             yield lambda step: self.say("step", f"{step.step}/{num_steps}  {describe(step)}")
             return
-        with Progress(
-            SpinnerColumn(),
-            TextColumn("training"),
-            BarColumn(bar_width=24),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[numbers]}"),
-            TimeElapsedColumn(),
+        with progress.Progress(
+            progress.SpinnerColumn(),
+            "training",
+            progress.BarColumn(bar_width=24),
+            progress.MofNCompleteColumn(),
+            "{task.fields[numbers]}",
+            progress.TimeElapsedColumn(),
             console=self._console,
-        ) as progress:
-            task = progress.add_task("", total=num_steps, numbers="starting Ray and DeepSpeed")
-            yield lambda step: progress.update(task, completed=step.step, numbers=describe(step))
+        ) as bar:
+            task = bar.add_task("", total=num_steps, numbers="starting Ray and DeepSpeed")
+            yield lambda step: bar.update(task, completed=step.step, numbers=describe(step))
 
     def results(
         self,
         noun: str,
         rows: Sequence[Question],
-        before: "Accuracy",
-        after: "Accuracy",
+        before: Accuracy,
+        after: Accuracy,
         steps: Sequence[StepMetrics],
     ) -> None:
-        """The table of before and after, and a few answers to compare with one's own eyes.
+        """The table of before and after, and a few answers to read oneself.
 
         Args:
             noun: what is asked for, in the plural.
         """
-        self._console.print()
-        self._console.print(_accuracy_table(f"{len(rows)} held-out {noun}", before, after, steps))
-        self._console.print()
-        self._console.print(_example_table(rows, before, after))
-        not_scored = before.num_not_scored + after.num_not_scored
-        if not_scored:
+        accuracies = _accuracy_table(f"{len(rows)} held-out {noun}", before, after, steps)
+        self._console.print("", accuracies, "", _example_table(rows, before, after), sep="\n")
+        if not_scored := before.num_not_scored + after.num_not_scored:
             self.say("note", f"{not_scored} held-out answers could not be scored and do not count")
 
     def transcript(self, name: str, episode: Episode | None) -> None:
-        """One episode as it was spoken: who said what, and how it ended."""
+        """Shows one episode turn by turn: who wrote what, and how it ended."""
         if episode is None:
             self._console.print(f"[bold]{escape(name)}[/]: its reward could not be computed")
             return
@@ -113,7 +116,7 @@ class DemoView:
 
 
 def describe(step: StepMetrics) -> str:
-    """Reward, ratio P99 and speed of one step; a metric that is missing shows as `-`."""
+    """Reward, P99 of the ratio and speed of one step; a metric that is missing shows as `-`."""
     log_ratio = step.values.get(LOG_RATIO_QUANTILES[99])
     ratio = None if log_ratio is None else math.exp(log_ratio)
     return (
@@ -123,17 +126,8 @@ def describe(step: StepMetrics) -> str:
     )
 
 
-def reward_at_edges(steps: Sequence[StepMetrics]) -> tuple[float, float] | None:
-    """Mean reward of the first and of the last three steps; None when there are fewer than six."""
-    rewards = [step.values[REWARD] for step in steps if REWARD in step.values]
-    if len(rewards) < 2 * _EDGE_STEPS:
-        return None
-    first, last = rewards[:_EDGE_STEPS], rewards[-_EDGE_STEPS:]
-    return sum(first) / _EDGE_STEPS, sum(last) / _EDGE_STEPS
-
-
 def _accuracy_table(
-    held_out: str, before: "Accuracy", after: "Accuracy", steps: Sequence[StepMetrics]
+    held_out: str, before: Accuracy, after: Accuracy, steps: Sequence[StepMetrics]
 ) -> Table:
     table = Table(title="Right answers", title_justify="left")
     table.add_column("")
@@ -143,32 +137,31 @@ def _accuracy_table(
     _add_shares(table, f"{held_out}, temperature 1", before.sampled, after.sampled)
     if edges := reward_at_edges(steps):
         first, last = edges
-        _add_shares(table, f"training reward, first and last {_EDGE_STEPS} steps", first, last)
+        _add_shares(table, f"training reward, first and last {EDGE_STEPS} steps", first, last)
     return table
 
 
 def _add_shares(table: Table, name: str, before: float, after: float) -> None:
-    # The difference of what is shown, so that the row adds up.
+    # From the rounded shares, so that the row adds up for a reader.
     change = f"{100 * round(after, 2) - 100 * round(before, 2):+.0f} points"
     table.add_row(name, f"{before:.0%}", f"{after:.0%}", change)
 
 
-def _example_table(rows: Sequence[Question], before: "Accuracy", after: "Accuracy") -> Table:
+def _example_table(rows: Sequence[Question], before: Accuracy, after: Accuracy) -> Table:
     table = Table(title="Held-out questions, greedy answers", title_justify="left")
     for heading in ("question", "before", "after"):
         table.add_column(heading)
     pairs = zip(rows, before.greedy_episodes, after.greedy_episodes, strict=True)
-    for row, old, new in list(pairs)[:_NUM_EXAMPLES]:
-        table.add_row(escape(row.question), *(escape(_last_words(e)) for e in (old, new)))
+    for row, *episodes in list(pairs)[:_NUM_EXAMPLES]:
+        # Escaped: what a policy writes may look like the markup of the console.
+        table.add_row(escape(row.question), *(escape(_last_turn(e)) for e in episodes))
     return table
 
 
-def _last_words(episode: Episode | None) -> str:
+def _last_turn(episode: Episode | None) -> str:
     """The policy's last turn on one line."""
-    if episode is None:
-        return "-"
-    turns = [turn.text for turn in episode.turns if turn.kind is TurnKind.ACTION]
-    return " ".join(turns[-1].split())
+    turns = [turn.text for turn in episode.turns if turn.kind is TurnKind.ACTION] if episode else []
+    return " ".join(turns[-1].split()) if turns else "-"
 
 
 def _number(value: float | None, form: str) -> str:

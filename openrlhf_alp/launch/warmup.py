@@ -2,8 +2,8 @@
 
     python -m openrlhf_alp.launch.warmup --model FOLDER --output FOLDER [--steps N] [--seed N]
 
-A third of the dialogues call the tool, the others guess. What pays is left to reinforcement
-learning. It runs as a process of its own, so that its memory is free again before vLLM and
+A third of the dialogues call the tool, the others guess; reinforcement learning then finds out that
+calling pays. The warm-up is a process of its own, so that its memory is free again before vLLM and
 DeepSpeed start.
 """
 
@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from openrlhf_alp.data.multiplication import Dialogue, sample_dialogues
@@ -22,6 +23,7 @@ from openrlhf_alp.episodes.observation import chat_template
 
 BATCH_SIZE = 8
 _IGNORED = -100
+"""The label that the loss of transformers leaves out."""
 _LEARNING_RATE = 1e-4
 _MAX_NORM = 1.0
 
@@ -50,6 +52,7 @@ def warm_up(model: Any, tokenizer: Any, *, num_steps: int, seed: int) -> Iterato
     optimizer = torch.optim.AdamW(model.parameters(), lr=_LEARNING_RATE, weight_decay=0.0)
     model.train()
     for _ in range(num_steps):
+        # Fresh dialogues each step: on repeated ones the model would learn products by heart.
         batch = list(itertools.islice(dialogues, BATCH_SIZE))
         ids, labels = collate([encode(tokenizer, dialogue) for dialogue in batch])
         with torch.autocast("cpu", torch.bfloat16):
@@ -62,9 +65,9 @@ def warm_up(model: Any, tokenizer: Any, *, num_steps: int, seed: int) -> Iterato
 
 
 def encode(tokenizer: Any, dialogue: Dialogue) -> tuple[list[int], list[int]]:
-    """Ids and labels (T,) of a dialogue, just as an episode would stitch it together.
+    """Ids and labels (T,) of a dialogue, put together exactly as in an episode.
 
-    Labels are set on what the policy writes, its end of turn included.
+    Only what the policy writes has labels, its end of turn included.
     """
     question = [{"role": "user", "content": dialogue.question}]
     prompt = tokenizer.apply_chat_template(question, tokenize=False, add_generation_prompt=True)
@@ -84,13 +87,11 @@ def encode(tokenizer: Any, dialogue: Dialogue) -> tuple[list[int], list[int]]:
 
 def collate(rows: list[tuple[list[int], list[int]]]) -> tuple[torch.Tensor, torch.Tensor]:
     """Ids and labels (B, T) int64, padded on the right, where a causal model does not look."""
-    length = max(len(ids) for ids, _ in rows)
-    ids = torch.zeros(len(rows), length, dtype=torch.long)
-    labels = torch.full((len(rows), length), _IGNORED)
-    for row, (row_ids, row_labels) in enumerate(rows):
-        ids[row, : len(row_ids)] = torch.tensor(row_ids)
-        labels[row, : len(row_labels)] = torch.tensor(row_labels)
-    return ids, labels
+    ids, labels = ([torch.tensor(part) for part in parts] for parts in zip(*rows, strict=True))
+    return (
+        pad_sequence(ids, batch_first=True),
+        pad_sequence(labels, batch_first=True, padding_value=_IGNORED),
+    )
 
 
 if __name__ == "__main__":

@@ -1,1 +1,0 @@
-"""From a run folder to tables and plots. Reads files only, also while a run still trains."""

@@ -1,9 +1,13 @@
-"""Reads metrics.jsonl, one JSON object per global step, also while the trainer writes it."""
+"""Reads the metrics.jsonl of a run folder, one JSON object per step, also while a run trains."""
 
 import json
-from collections.abc import Mapping
+import statistics
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+EDGE_STEPS = 3
+"""Rewards are compared over this many steps at the start and at the end of a run."""
 
 STEP = "global_step"
 REWARD = "rollout/reward_mean"
@@ -37,7 +41,7 @@ class StepMetrics:
 
     @property
     def tokens_per_s(self) -> float | None:
-        """Sampled tokens per second of generation; None when it cannot be told."""
+        """Sampled tokens per second of generation; None when a metric for it is missing."""
         try:
             tokens = self.values[NUM_SAMPLES] * self.values[RESPONSE_LENGTH]
             return tokens / self.values[GENERATION_S]
@@ -46,10 +50,7 @@ class StepMetrics:
 
 
 class MetricsFollower:
-    """Hands out each step of a growing file once.
-
-    A last line without its newline is still being written and is left for the next call.
-    """
+    """Returns each step of a growing file once."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -66,6 +67,7 @@ class MetricsFollower:
             return []
         with self._path.open("rb") as file:
             file.seek(self._offset_bytes)
+            # What follows the last newline is still being written; the next call reads it.
             whole, newline, _ = file.read().rpartition(b"\n")
         self._offset_bytes += len(whole) + len(newline)
         return [self._parse(line) for line in whole.splitlines()]
@@ -78,16 +80,20 @@ class MetricsFollower:
         except (ValueError, TypeError, AttributeError, KeyError) as error:
             raise MetricsFileError(
                 f"{self._path}, line {self._num_lines}: not the metrics of a step "
-                f"({type(error).__name__}: {error}). --logger.metrics_jsonl writes it; "
-                "was it edited, or written by two runs at once?"
+                f"({type(error).__name__}: {error}). --logger.metrics_jsonl writes this file; was "
+                "it edited, or written by two runs at once?"
             ) from error
         return StepMetrics(step=step, values=values)
 
 
 def read_steps(path: Path) -> list[StepMetrics]:
-    """All complete steps of `path`, in the order of the file.
-
-    Raises:
-        MetricsFileError: see `MetricsFollower.new_steps`.
-    """
+    """All complete steps of `path`, in the order of the file; raises MetricsFileError."""
     return MetricsFollower(path).new_steps()
+
+
+def reward_at_edges(steps: Sequence[StepMetrics]) -> tuple[float, float] | None:
+    """Mean reward of the first and of the last EDGE_STEPS; None if these would share a step."""
+    rewards = [step.values[REWARD] for step in steps if REWARD in step.values]
+    if len(rewards) < 2 * EDGE_STEPS:
+        return None
+    return statistics.fmean(rewards[:EDGE_STEPS]), statistics.fmean(rewards[-EDGE_STEPS:])

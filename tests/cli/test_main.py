@@ -14,7 +14,7 @@ def test_help_lists_every_command_and_points_to_training_and_services(capsys):
     shown = capsys.readouterr().out
     for name, command in COMMANDS.items():
         assert name in shown
-        assert command.help.split()[0] in shown
+        assert command.HELP.split()[0] in shown
     assert "openrlhf_alp.cli.train_ppo_ray --help" in shown
     assert "services.rollout --help" in shown
 

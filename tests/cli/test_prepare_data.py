@@ -7,6 +7,7 @@ import pytest
 from openrlhf.datasets.prompts_dataset import PromptDataset
 from openrlhf.datasets.utils import blending_datasets
 
+from benchmarks.policies.tiny_policy import make_tokenizer
 from openrlhf_alp.cli.main import main
 from openrlhf_alp.data.templates import TEMPLATES
 
@@ -98,9 +99,12 @@ def test_the_counts_are_shown_and_written_and_the_rejected_rows_are_there(prepar
     assert [json.loads(line)["row"] for line in rejected] == ROWS[2:]
 
 
-def test_prompt_lengths_are_counted_in_the_policys_tokens(prepare, character_model):
+def test_prompt_lengths_are_counted_in_the_policys_tokens(prepare, tmp_path):
     """A token of this tokenizer is a character: 16 of the first problem, 18 of the second."""
-    flags = ("--template", "chat-bare", "--tokenizer", str(character_model))
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    tokenizer.save_pretrained(tmp_path / "policy")
+    flags = ("--template", "chat-bare", "--tokenizer", str(tmp_path / "policy"))
     status, shown, rows = prepare(*flags, "--max-prompt-tokens", "17")
     assert status == 0
     assert [row["id"] for row in rows] == ["a"]

@@ -6,7 +6,9 @@ from openrlhf_alp.report.metrics import (
     REWARD,
     MetricsFileError,
     MetricsFollower,
+    StepMetrics,
     read_steps,
+    reward_at_edges,
 )
 
 
@@ -50,3 +52,19 @@ def test_a_whole_line_that_is_not_a_step_is_an_error_with_its_number(metrics_fil
 
 def test_the_quantiles_are_metrics_that_training_really_logs():
     assert set(LOG_RATIO_QUANTILES.values()) <= telemetry.METRICS.keys()
+
+
+def steps_with(*rewards: float) -> list[StepMetrics]:
+    return [
+        StepMetrics(step=number, values={REWARD: reward})
+        for number, reward in enumerate(rewards, start=1)
+    ]
+
+
+def test_first_and_last_rewards_are_means_of_three_steps():
+    edges = reward_at_edges(steps_with(0.0, 0.1, 0.2, 0.9, 0.4, 0.5, 0.6))
+    assert edges == (pytest.approx(0.1), pytest.approx(0.5))
+
+
+def test_too_few_steps_have_no_first_and_last():
+    assert reward_at_edges(steps_with(0.0, 0.1, 0.2, 0.3, 0.4)) is None

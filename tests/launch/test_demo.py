@@ -45,35 +45,47 @@ def test_a_stop_signal_during_training_ends_everything(start_demo, signum, statu
     assert demo.still_running() == []
 
 
-def test_a_training_run_that_fails_is_shown_with_the_end_of_its_log(start_demo):
-    demo = start_demo("ok", "fails")
+@pytest.mark.parametrize(
+    ("service_mode", "train_mode", "shown"),
+    [
+        pytest.param(
+            "ok",
+            "fails",
+            [
+                "Training ended with exit status 1. Last lines of",
+                "error: a loss of NaN; fix: lower the learning rate",
+            ],
+            id="training fails",
+        ),
+        pytest.param(
+            "dies",
+            "ok",
+            [
+                "The rollout service ended with exit status 1",
+                "error: no such model folder; fix: name another",
+            ],
+            id="the service does not start",
+        ),
+        pytest.param(
+            "ok",
+            "kills_service",
+            ["The rollout service was ended by SIGKILL", "usually because memory ran out"],
+            id="the service dies during training",
+        ),
+        pytest.param(
+            "dies_when_asked",
+            "ok",
+            ["The rollout service was ended by SIGSEGV"],
+            id="the service dies while accuracy is measured",
+        ),
+    ],
+)
+def test_a_process_that_fails_ends_the_demo_and_is_shown_with_the_end_of_its_log(
+    start_demo, service_mode, train_mode, shown
+):
+    demo = start_demo(service_mode, train_mode)
     status, output = demo.finish()
     assert status == 1
-    assert "Training ended with exit status 1. Last lines of" in output
-    assert "error: a loss of NaN; fix: lower the learning rate" in output
-    assert demo.still_running() == []
-
-
-def test_a_service_that_does_not_start_is_shown_with_the_end_of_its_log(start_demo):
-    demo = start_demo("dies", "ok")
-    status, output = demo.finish()
-    assert status == 1
-    assert "The rollout service ended with exit status 1" in output
-    assert "error: no such model folder; fix: name another" in output
-
-
-def test_a_service_that_dies_during_training_ends_the_demo_at_once(start_demo):
-    demo = start_demo("ok", "kills_service")
-    status, output = demo.finish()
-    assert status == 1
-    assert "The rollout service was ended by SIGKILL" in output
-    assert "usually because memory ran out" in output
-    assert demo.still_running() == []
-
-
-def test_a_service_that_dies_while_it_is_measured_is_noticed_at_once(start_demo):
-    demo = start_demo("dies_when_asked", "ok")
-    status, output = demo.finish()
-    assert status == 1
-    assert "The rollout service was ended by SIGSEGV" in output
+    for text in shown:
+        assert text in output
     assert demo.still_running() == []

@@ -1,6 +1,5 @@
 import io
 
-import pytest
 from rich.console import Console
 
 from openrlhf_alp.data.questions import Question
@@ -13,7 +12,7 @@ from openrlhf_alp.episodes.records import (
     VersionSpan,
 )
 from openrlhf_alp.launch.accuracy import Accuracy
-from openrlhf_alp.launch.view import DemoView, describe, reward_at_edges
+from openrlhf_alp.launch.view import DemoView, describe
 from openrlhf_alp.report.metrics import REWARD, StepMetrics
 
 ROW = Question(question="What is 3 + 4?", label="7")
@@ -37,33 +36,29 @@ def accuracy(greedy: float, sampled: float, answer: str, num_not_scored: int = 0
 
 def episode(*answers: str) -> Episode:
     """A prompt, then the policy's answers with what a tool said in between; one token each."""
-    turns = [Turn(kind=TurnKind.PROMPT, start=0, end=1, text=ROW.question)]
-    for answer in answers:
-        if turns[-1].kind is TurnKind.ACTION:
-            turns.append(_next(turns, TurnKind.OBSERVATION, "21"))
-        turns.append(_next(turns, TurnKind.ACTION, answer))
-    acting = [turn.kind is TurnKind.ACTION for turn in turns]
+    said = [(TurnKind.PROMPT, ROW.question), (TurnKind.ACTION, answers[0])]
+    for answer in answers[1:]:
+        said += [(TurnKind.OBSERVATION, "21"), (TurnKind.ACTION, answer)]
+    turns = [
+        Turn(kind=kind, start=at, end=at + 1, text=text) for at, (kind, text) in enumerate(said)
+    ]
+    actions = [turn for turn in turns if turn.kind is TurnKind.ACTION]
     return Episode(
         request_id="r",
         prompt=ROW.question,
         label=ROW.label,
         token_ids=tuple(range(len(turns))),
-        logprobs=tuple(-1.0 * action for action in acting),
-        action_mask=tuple(acting),
+        logprobs=tuple(-1.0 * (turn in actions) for turn in turns),
+        action_mask=tuple(turn in actions for turn in turns),
         turns=tuple(turns),
         spans=tuple(
-            VersionSpan(version=1, digest="d", start=turn.start, end=turn.end)
-            for turn in turns
-            if turn.kind is TurnKind.ACTION
+            VersionSpan(version=1, digest="d", start=action.start, end=action.end)
+            for action in actions
         ),
         stop_reason=StopReason.EOS,
         reward=1.0,
         timings=Timings(generate_s=0.0, reward_s=0.0),
     )
-
-
-def _next(turns: list[Turn], kind: TurnKind, text: str) -> Turn:
-    return Turn(kind=kind, start=turns[-1].end, end=turns[-1].end + 1, text=text)
 
 
 def test_a_step_is_described_by_reward_ratio_and_speed():
@@ -83,15 +78,6 @@ def test_a_step_is_described_by_reward_ratio_and_speed():
 
 def test_a_metric_that_is_missing_is_shown_as_missing():
     assert describe(StepMetrics(step=1, values={})) == "reward -  ratio P99 -  - tokens/s"
-
-
-def test_first_and_last_rewards_are_means_of_three_steps():
-    edges = reward_at_edges(steps_with(0.0, 0.1, 0.2, 0.9, 0.4, 0.5, 0.6))
-    assert edges == (pytest.approx(0.1), pytest.approx(0.5))
-
-
-def test_too_few_steps_have_no_first_and_last():
-    assert reward_at_edges(steps_with(0.0, 0.1, 0.2, 0.3, 0.4)) is None
 
 
 def test_results_show_both_shares_the_change_and_a_real_answer():

@@ -3,7 +3,7 @@ import os
 
 import pytest
 
-from openrlhf_alp.launch.folder import RunFolderError, find_model, open_run_folder
+from openrlhf_alp.launch.run_folder import RunFolderError, find_model, open_run_folder
 
 
 @pytest.fixture

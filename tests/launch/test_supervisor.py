@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from openrlhf_alp.launch.processes import ProcessFailedError, ProcessGuard, tail
+from openrlhf_alp.launch.supervisor import ProcessFailedError, Supervisor, tail
 
 
 def python(code: str) -> list[str]:
@@ -12,23 +12,18 @@ def python(code: str) -> list[str]:
 
 def test_a_child_gets_its_environment_and_writes_to_its_log(tmp_path):
     log = tmp_path / "log"
-    with ProcessGuard() as guard:
-        child = guard.start(
-            "A child",
-            python("import os; print(os.environ['SECRET'])"),
-            log=log,
-            environment={"SECRET": "42"},
-            grace_s=1.0,
-        )
-        guard.wait(child)
+    with Supervisor({"SECRET": "42"}) as supervisor:
+        command = python("import os; print(os.environ['SECRET'])")
+        child = supervisor.start("A child", command, log=log, grace_s=1.0)
+        supervisor.wait(child)
     assert log.read_text() == "42\n"
 
 
 def test_a_child_that_ignores_sigterm_is_killed_when_its_grace_is_over(tmp_path):
     log = tmp_path / "log"
     code = "import signal; signal.signal(15, signal.SIG_IGN); print(1, flush=True); signal.pause()"
-    with ProcessGuard() as guard:
-        child = guard.start("A child", python(code), log=log, environment={}, grace_s=0.1)
+    with Supervisor() as supervisor:
+        child = supervisor.start("A child", python(code), log=log, grace_s=0.1)
         while not log.read_text():
             assert child.is_running
     assert child.process.returncode == -9
@@ -36,11 +31,11 @@ def test_a_child_that_ignores_sigterm_is_killed_when_its_grace_is_over(tmp_path)
 
 def test_a_failed_child_is_explained_by_status_log_and_place_to_look(tmp_path):
     log = tmp_path / "log"
-    with ProcessGuard() as guard:
+    with Supervisor() as supervisor:
         code = "import sys; print('line', end=''); sys.exit(3)"
-        child = guard.start("Training", python(code), log=log, environment={}, grace_s=1.0)
+        child = supervisor.start("Training", python(code), log=log, grace_s=1.0)
         with pytest.raises(ProcessFailedError) as caught:
-            guard.wait(child)
+            supervisor.wait(child)
     message = str(caught.value)
     assert message.startswith("Training ended with exit status 3. Last lines of")
     assert "\n\nline\n\n" in message

@@ -6,34 +6,41 @@ import pytest
 
 from openrlhf_alp.alp import METHODS as ALL_METHODS
 from openrlhf_alp.launch.recipe import (
-    Recipe,
+    METHODS,
+    DemoConfig,
     service_command,
     tool_command,
     train_command,
     warm_up_command,
 )
-from openrlhf_alp.launch.task import METHODS
 from openrlhf_alp.learner.flags import config
 from openrlhf_alp.learner.flags import tool as tool_config
 from services.rollout.settings import RolloutSettings
 
 
-def recipe(tool_url: str | None) -> Recipe:
-    return Recipe(
+def training(tool_url: str | None) -> list[str]:
+    config = DemoConfig(
+        steps=2,
+        method="token-alp",
+        model=None,
+        seed=7,
+        output=Path("demo"),
+        overwrite=False,
+        tir=tool_url is not None,
+    )
+    return train_command(
+        config,
         model=Path("/models/m"),
         train_data=Path("/runs/demo/task/train.jsonl"),
         run_folder=Path("/runs/demo"),
-        service_url="http://127.0.0.1:1",
-        method="token-alp",
-        seed=7,
-        max_new_tokens=20,
+        rollout_url="http://127.0.0.1:1",
         tool_url=tool_url,
     )
 
 
 @pytest.fixture(params=[None, "http://127.0.0.1:2"])
 def command(request: pytest.FixtureRequest) -> list[str]:
-    return train_command(recipe(request.param))
+    return training(request.param)
 
 
 def value(command: list[str], flag: str) -> str:
@@ -84,7 +91,7 @@ def test_every_flag_of_the_service_is_one_of_its_settings():
 
 
 def test_a_tool_integrated_run_knows_its_service_and_a_plain_one_has_none():
-    plain, tool = (train_command(recipe(url)) for url in (None, "http://127.0.0.1:2"))
+    plain, tool = (training(url) for url in (None, "http://127.0.0.1:2"))
     assert "--tool.service_urls" not in plain
     assert value(tool, "--tool.service_urls") == "http://127.0.0.1:2"
     assert int(value(tool, "--tir.max_tool_turns")) >= 1

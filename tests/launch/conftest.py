@@ -57,7 +57,8 @@ class FakeDemo:
 
     def started_pids(self) -> list[int]:
         """Every process that service and training say they started, themselves included."""
-        return [int(pid) for pid in (self.folder / "pids").read_text().split()]
+        pids = self.folder / "pids"
+        return [int(pid) for pid in pids.read_text().split()] if pids.exists() else []
 
     def still_running(self) -> list[int]:
         return [pid for pid in self.started_pids() if psutil.pid_exists(pid)]

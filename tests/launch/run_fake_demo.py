@@ -10,9 +10,8 @@ def main(service_mode: str, train_mode: str, model: str, folder: str) -> int:
     # Not above: the reward's worker processes import this file, and need none of it.
     from rich.console import Console
 
-    from openrlhf_alp.cli.demo import DemoConfig
-    from openrlhf_alp.launch.recipe import Recipe
-    from openrlhf_alp.launch.run import DemoCommands, run_demo
+    from openrlhf_alp.launch.demo import DemoCommands, run_demo
+    from openrlhf_alp.launch.recipe import DemoConfig
     from openrlhf_alp.launch.view import DemoView
 
     pids = Path(folder) / "pids"
@@ -22,11 +21,10 @@ def main(service_mode: str, train_mode: str, model: str, folder: str) -> int:
         flags = ["--url-file", str(url_file), "--pids", str(pids), "--mode", service_mode]
         return [sys.executable, script, *flags]
 
-    def train(recipe: Recipe) -> list[str]:
+    def train(config: DemoConfig, *, run_folder: Path, train_data: Path, **_: object) -> list[str]:
         script = str(HERE / "fake_train.py")
-        metrics = str(recipe.run_folder / "metrics.jsonl")
-        data = str(recipe.train_data)
-        flags = ["--metrics", metrics, "--train-data", data, "--pids", str(pids)]
+        metrics = str(run_folder / "metrics.jsonl")
+        flags = ["--metrics", metrics, "--train-data", str(train_data), "--pids", str(pids)]
         return [sys.executable, script, *flags, "--mode", train_mode]
 
     config = DemoConfig(
