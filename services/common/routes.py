@@ -192,15 +192,11 @@ class ItemStream(StreamingResponse):
 
     media_type = NDJSON_TYPE
 
-    # FastAPI reads the default of `status_code` for the OpenAPI document.
     def __init__(
-        self,
-        jobs: Iterable[Coroutine[Any, Any, BaseModel]],
-        accept: str = JSON_TYPE,
-        status_code: int = 200,
+        self, jobs: Iterable[Coroutine[Any, Any, BaseModel]], accept: str = JSON_TYPE
     ) -> None:
         media_type = MSGPACK_TYPE if accept == MSGPACK_TYPE else None
-        super().__init__(_items(jobs, accept), status_code, media_type=media_type)
+        super().__init__(_items(jobs, accept), media_type=media_type)
 
 
 async def _items(

@@ -43,7 +43,7 @@ class OverloadedError(RuntimeError):
 
 
 class LimitError(ValueError):
-    """A request asks for more than the server allows; `field` names what, `flag` who allows it."""
+    """A request asks for more than the server allows; `flag` sets the largest `field`."""
 
     def __init__(self, field: str, given: float, largest: float) -> None:
         unit = " bytes" if field in _BYTE_FIELDS else ""
@@ -100,7 +100,7 @@ class Admission:
             self._mean_s += _MEAN_WEIGHT * (time.perf_counter() - started - self._mean_s)
 
     async def _enter(self, deadline_s: float) -> None:
-        # A free slot is taken without a timer, which would cost more than the rest of admission.
+        # Most requests find a free slot, and take it without setting up a timer.
         if not self._semaphore.locked():
             await self._semaphore.acquire()  # does not wait
             return

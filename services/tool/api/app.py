@@ -5,7 +5,7 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 from fastapi import APIRouter, Depends, FastAPI, Request, Response
-from fastapi.responses import JSONResponse, PlainTextResponse
+from fastapi.responses import JSONResponse, PlainTextResponse, StreamingResponse
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
 from services.common.errors import ErrorBody, install_error_handlers
@@ -137,7 +137,8 @@ def _execution_routes(service: ToolService) -> APIRouter:
         """Run one program in a fresh interpreter. Failing code is a 200 with its status."""
         return await while_connected(request, service.execute(body))
 
-    @router.post("/execute/batch", response_class=ItemStream, responses=_BATCH_RESPONSES)
+    # As response_class an ItemStream would document its errors as NDJSON, too; they are JSON.
+    @router.post("/execute/batch", response_class=StreamingResponse, responses=_BATCH_RESPONSES)
     async def execute_batch(body: BatchRequest) -> ItemStream:
         """Run several programs; one JSON line each, in the order they finish."""
 
