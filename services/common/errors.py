@@ -41,18 +41,10 @@ class ClientGone(Exception):
 
 
 class ApiError(HTTPException):
-    """An error that the caller can act on; routes raise it, the core does not.
+    """An error that the caller can act on, in the terms of HTTP; routes raise it, cores do not.
 
     A subclass of Starlette's HTTPException so that it passes through FastAPI's body parsing
     unchanged instead of turning into a generic 400.
-
-    Args:
-        status: HTTP status, 4xx or 5xx.
-        code: stable machine-readable name, snake_case.
-        message: the cause, one sentence.
-        fix: what the caller should do, one sentence.
-        field: dotted name of the wrong request field, or None.
-        headers: extra response headers, for example Retry-After.
     """
 
     def __init__(
@@ -171,22 +163,16 @@ def install_error_handlers(app: FastAPI, table: ErrorTable) -> None:
         table: what a caller sees of the exceptions of the service's core.
     """
 
-    async def answer(_: Request, error: Exception) -> JSONResponse:
+    async def answer(request: Request, error: Exception) -> JSONResponse:
+        if isinstance(error, RequestValidationError):
+            return error_response(_of_validation_error(request, error))
+        if isinstance(error, HTTPException) and not isinstance(error, ApiError):
+            return error_response(_of_http_error(error))
         return error_response(to_api_error(error, table))
 
-    async def answer_validation_error(request: Request, error: Exception) -> JSONResponse:
-        assert isinstance(error, RequestValidationError)
-        return error_response(_of_validation_error(request, error))
-
-    async def answer_http_error(_: Request, error: Exception) -> JSONResponse:
-        assert isinstance(error, HTTPException)
-        return error_response(_of_http_error(error))
-
-    answered: list[type[Exception]] = [ApiError, *_SHARED, *table]
+    answered: list[type[Exception]] = [RequestValidationError, HTTPException, *_SHARED, *table]
     for kind in answered:
         app.add_exception_handler(kind, answer)
-    app.add_exception_handler(RequestValidationError, answer_validation_error)
-    app.add_exception_handler(HTTPException, answer_http_error)
 
 
 def field_name(location: Sequence[str | int]) -> str:

@@ -22,10 +22,7 @@ _PROBES = frozenset({"/livez", "/readyz", "/metrics"})
 
 
 class RequestContext:
-    """Give each request an id, echo it and the trace, log one line, answer 500 to a bug of ours.
-
-    Every reply carries `headers` too.
-    """
+    """Give each request an id, echo it and the trace, log one line, answer 500 to a bug of ours."""
 
     def __init__(self, app: ASGIApp, *, headers: Mapping[str, str]) -> None:
         self._app = app
@@ -50,8 +47,10 @@ class RequestContext:
             await self._app(scope, receive, send_with_id)
         except Exception:
             logger.exception("request failed", extra={"path": scope["path"]})
+            # A reply that has begun cannot become a 500 any more; the client sees it cut short.
             if status == 0:
                 await error_response(internal_error())(scope, receive, send_with_id)
+        # Probes come every few seconds and would fill the log.
         level = logging.DEBUG if scope["path"] in _PROBES else logging.INFO
         if logger.isEnabledFor(level):
             fields = {
@@ -64,7 +63,7 @@ class RequestContext:
 
 
 class BodyLimit:
-    """Refuse a body above `max_bytes` with 413, whether or not Content-Length told the truth.
+    """Refuse a body above `max_bytes` with 413, whether or not Content-Length is right.
 
     Paths that start with a prefix in `exempt` stream bodies of any length and guard themselves.
     """
@@ -78,6 +77,7 @@ class BodyLimit:
         if scope["type"] != "http" or (self._exempt and scope["path"].startswith(self._exempt)):
             await self._app(scope, receive, send)
             return
+        # A declared length is refused before a byte is read; a chunked body has none to check.
         declared = Headers(scope=scope).get("content-length", "")
         if declared.isdigit() and int(declared) > self._max_bytes:
             await error_response(self._too_large())(scope, receive, send)
@@ -112,6 +112,7 @@ def install_middleware(
     body_limit_exempt: tuple[str, ...] = (),
     headers: Mapping[str, str] = MappingProxyType({}),
 ) -> None:
-    """Wrap `app` in both layers; the request context is the outer one."""
+    """Wrap `app` in both layers; every reply carries `headers`."""
+    # The layer added last is the outer one, so a refused body has a request id and a log line too.
     app.add_middleware(BodyLimit, max_bytes=max_body_bytes, exempt=body_limit_exempt)
     app.add_middleware(RequestContext, headers=headers)

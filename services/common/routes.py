@@ -88,6 +88,7 @@ class _WireRequest(Request):
     def __init__(self, scope: Any, receive: Any) -> None:
         self._wire_type = media_type_of(Headers(scope=scope).get("content-type"))
         if self._wire_type == MSGPACK_TYPE:
+            # FastAPI calls json() only for a body that is declared as JSON.
             kept = [(k, v) for k, v in scope["headers"] if k != b"content-type"]
             scope = {**scope, "headers": [*kept, (b"content-type", JSON_TYPE.encode())]}
         super().__init__(scope, receive)
@@ -117,6 +118,7 @@ class WireRoute(APIRoute):
         whole = self.dependant
         guards = [d.call for d in whole.dependencies if isinstance(d.call, KeyGuard)]
         rest = [d for d in whole.dependencies if not isinstance(d.call, KeyGuard)]
+        # The handler is built without the guards, which have run before it.
         self.dependant = replace(whole, dependencies=rest)
         handler = super().get_route_handler()
         self.dependant = whole  # what the OpenAPI document is made from
@@ -168,6 +170,7 @@ async def while_connected(request: Request, work: Coroutine[Any, Any, Result]) -
             return job.result()
         raise ClientGone
     finally:
+        # Also reached when this coroutine is cancelled itself, for example at the end of drain_s.
         gone.cancel()
         job.cancel()
 
@@ -180,13 +183,11 @@ async def _disconnected(request: Request) -> None:
 class ItemStream(StreamingResponse):
     """Runs jobs side by side and sends each result when it is ready, in the order they finish.
 
-    One JSON line each, or one msgpack object after the other. When the caller goes away, every job
-    that still runs is cancelled.
+    When the caller goes away, every job that still runs is cancelled.
 
     Args:
-        jobs: coroutines that catch their own errors. An iterable that makes them is best: it is
-            read when the reply starts, so a caller that left before costs nothing.
-        accept: MSGPACK_TYPE for msgpack objects; otherwise JSON lines.
+        jobs: coroutines that catch their own errors; read when the reply starts.
+        accept: MSGPACK_TYPE for one msgpack object after the other; otherwise JSON lines.
     """
 
     media_type = NDJSON_TYPE
@@ -194,8 +195,8 @@ class ItemStream(StreamingResponse):
     def __init__(
         self, jobs: Iterable[Coroutine[Any, Any, BaseModel]], accept: str = JSON_TYPE
     ) -> None:
-        packed = accept == MSGPACK_TYPE
-        super().__init__(_items(jobs, accept), media_type=MSGPACK_TYPE if packed else None)
+        media_type = MSGPACK_TYPE if accept == MSGPACK_TYPE else None
+        super().__init__(_items(jobs, accept), media_type=media_type)
 
 
 async def _items(

@@ -30,6 +30,7 @@ def bind_socket(host: str, port: int) -> socket.socket:
     """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     sock = socket.socket(family, socket.SOCK_STREAM)
+    # A restarted service gets its port back while old connections are still in TIME_WAIT.
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         sock.bind((host, port))
@@ -38,7 +39,7 @@ def bind_socket(host: str, port: int) -> socket.socket:
         reason = getattr(error, "strerror", None) or str(error).rstrip(".")
         raise ConfigError(
             f"Cannot bind {host}:{port}: {reason}. "
-            "Fix: stop what holds it, choose another --port, or --port 0 for any free one."
+            "Fix: stop what listens there, choose another --port, or --port 0 for any free one."
         ) from error
     return sock
 
@@ -73,6 +74,7 @@ class _Server(uvicorn.Server):
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets=sockets)
+        # A stop signal during the start must not announce a service that is about to end.
         if self.started and not self.should_exit:
             if self.url_file is not None:
                 write_url_file(self.url_file, self.url)
@@ -114,7 +116,7 @@ async def serve(
         timeout_keep_alive=75,
         timeout_graceful_shutdown=max(1, round(drain_s)),
     )
-    # What is here now stays for good: the collector need not look at it again and again.
+    # What is loaded by now lives as long as the process, so the garbage collector may skip it.
     gc.collect()
     gc.freeze()
     server = _Server(config)
@@ -131,10 +133,7 @@ async def serve(
 
 @contextlib.asynccontextmanager
 async def watch_loop_lag(observe: Callable[[float], None]) -> AsyncIterator[None]:
-    """While the body runs, call `observe` four times a second with the event loop's lag in seconds.
-
-    Timers that run late are the earliest sign that a handler blocks the loop.
-    """
+    """While the body runs, call `observe` four times a second with the loop's lag in seconds."""
     watcher = asyncio.create_task(_watch(observe))
     try:
         yield
@@ -143,6 +142,7 @@ async def watch_loop_lag(observe: Callable[[float], None]) -> AsyncIterator[None
 
 
 async def _watch(observe: Callable[[float], None]) -> None:
+    # Late timers are the earliest sign that a handler blocks the loop.
     loop = asyncio.get_running_loop()
     while True:
         due_s = loop.time() + _LAG_EVERY_S

@@ -49,7 +49,7 @@ def _unpack_array(code: int, data: bytes) -> object:
     if typecode is None:
         raise ValueError(f"unknown msgpack extension {code}")
     block = array.array(typecode)
-    block.frombytes(data)
+    block.frombytes(data)  # ValueError when it is no whole number of items
     if _BIG_ENDIAN:
         block.byteswap()
     return block.tolist()
@@ -65,6 +65,7 @@ def _compact(value: Any) -> Any:
                 value[key] = _pack_array(_INT32_CODE, item)
             elif isinstance(item, dict | list):
                 _compact(item)
+    # Lists are homogeneous, so the first item tells whether there is anything to descend into.
     elif isinstance(value, list) and value and isinstance(value[0], dict):
         for item in value:
             _compact(item)
@@ -88,6 +89,7 @@ def decode(body: bytes, media_type: str) -> Any:
     if media_type == MSGPACK_TYPE:
         try:
             return msgpack.unpackb(body, ext_hook=_unpack_array, strict_map_key=True)
+        # RecursionError: nesting depth is the sender's choice.
         except (msgpack.UnpackException, ValueError, TypeError, RecursionError) as error:
             raise ValueError(f"not valid msgpack: {error or type(error).__name__}") from error
     return orjson.loads(body)

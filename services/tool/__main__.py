@@ -31,6 +31,7 @@ async def _serve(settings: ToolSettings) -> None:
     # Subprocesses inherit the environment; the launchers get a fixed one, but nothing relies on it.
     os.environ.pop(TOOL_KEY_VARIABLE, None)
     key = _key(settings)
+    # Before the sandbox: a port that is taken should not cost the start of all launchers.
     sock = bind_socket(settings.host, settings.port)
     async with ToolService.running(settings) as service:
         level = service.isolation.level

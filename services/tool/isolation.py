@@ -14,8 +14,8 @@ from pathlib import Path
 
 from services.tool.canaries import canaries
 from services.tool.sandbox.host.execution import Job, Limits
-from services.tool.sandbox.host.pool import Sandbox, SandboxConfig, read_paths
-from services.tool.sandbox.plan import STRENGTH, Level
+from services.tool.sandbox.host.pool import Sandbox, read_paths
+from services.tool.sandbox.plan import STRENGTH, Level, SandboxConfig
 from services.tool.settings import ToolSettings
 from services.tool.wire.schemas import IsolationReport, LayerReport
 
@@ -125,14 +125,14 @@ async def _start(config: SandboxConfig, settings: ToolSettings) -> tuple[Sandbox
 async def report_on(sandbox: Sandbox, settings: ToolSettings) -> IsolationReport:
     """Run the canaries against a started sandbox and describe each layer."""
     level = sandbox.config.level
-    open_doors, total = await _run_canaries(sandbox)
-    layers = {name: _layer_report(name, sandbox, open_doors.get(name)) for name in FIXES}
-    failed = sum(len(doors) for doors in open_doors.values())
+    failed, total = await _run_canaries(sandbox)
+    layers = {name: _layer_report(name, sandbox, failed.get(name)) for name in FIXES}
+    num_failed = sum(map(len, failed.values()))
     return IsolationReport(
         level=level.value,
         requested="strongest" if settings.level is None else settings.level.value,
         layers=layers,
-        canaries_passed=total - failed,
+        canaries_passed=total - num_failed,
         canaries=total,
         kernel=platform.release(),
         checked_at=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -140,40 +140,37 @@ async def report_on(sandbox: Sandbox, settings: ToolSettings) -> IsolationReport
 
 
 async def _run_canaries(sandbox: Sandbox) -> tuple[dict[str, list[str]], int]:
-    """Run every canary.
-
-    Returns:
-        Per layer the names of those that were NOT blocked, and how many canaries there are.
-    """
-    open_doors: dict[str, list[str]] = {}
+    """Run every canary. Returns, per layer, those that were NOT blocked, and how many were run."""
+    failed: dict[str, list[str]] = {}
     memory_layer = "memory_watchdog" if sandbox.cgroups is None else "cgroup"
     async with canaries(memory_layer) as programs:
         for canary in programs:
-            doors = open_doors.setdefault(canary.layer, [])
+            failed_here = failed.setdefault(canary.layer, [])
             # The second run finds what the first one left behind.
             for _ in range(2 if canary.name == "leftovers" else 1):
                 outcome = await sandbox.run(Job(code=canary.code), _LIMITS)
             if not canary.blocked(outcome):
-                doors.append(f"{canary.name} ({outcome.status.value})")
-    return open_doors, len(programs)
+                failed_here.append(f"{canary.name} ({outcome.status.value})")
+    return failed, len(programs)
 
 
-def _layer_report(name: str, sandbox: Sandbox, doors: list[str] | None) -> LayerReport:
+def _layer_report(name: str, sandbox: Sandbox, failed: list[str] | None) -> LayerReport:
     """Describe a layer by the canaries that it did not block; None when it had none."""
     level = sandbox.config.level
     required = name in REQUIRED[level]
     detail, fix = "every canary was blocked", FIXES[name]
-    if doors:
-        detail = "not blocked: " + ", ".join(doors)
+    if failed:
+        detail = "not blocked: " + ", ".join(failed)
     if name == "cgroup" and sandbox.cgroups is not None:
         detail += f"; holds {', '.join(sandbox.cgroups.controllers)}"
     elif name == "cgroup":
         detail = sandbox.no_cgroups
-    elif name == "memory_watchdog" and doors is None:
+    elif name == "memory_watchdog" and failed is None:
         detail, fix = "not needed: the kernel counts (cgroup)", ""
     elif not required and name != "memory_watchdog":
         fix = f"none needed: level {level.value} does without"
-    active = doors == []
+    # None would mean that nothing was tried, and what was not tried counts as missing.
+    active = failed == []
     return LayerReport(active=active, required=required, detail=detail, fix="" if active else fix)
 
 

@@ -43,7 +43,7 @@ class OverloadedError(RuntimeError):
 
 
 class LimitError(ValueError):
-    """A request asks for more than the server allows; `field` names what, `flag` who allows it."""
+    """A request asks for more than the server allows; `flag` sets the largest `field`."""
 
     def __init__(self, field: str, given: float, largest: float) -> None:
         unit = " bytes" if field in _BYTE_FIELDS else ""
@@ -96,10 +96,11 @@ class Admission:
         finally:
             self.running -= 1
             self._semaphore.release()
+            # A running mean, so that a change of load shows within some twenty executions.
             self._mean_s += _MEAN_WEIGHT * (time.perf_counter() - started - self._mean_s)
 
     async def _enter(self, deadline_s: float) -> None:
-        # A free slot is taken without a timer, which would cost more than the rest of admission.
+        # Most requests find a free slot, and take it without setting up a timer.
         if not self._semaphore.locked():
             await self._semaphore.acquire()  # does not wait
             return
@@ -156,6 +157,7 @@ class ExecutionRules:
 
     def check_files(self, files: dict[str, str]) -> None:
         """Check the size of base64 contents. Raises LimitError."""
+        # From the length alone: decoding megabytes here would block the event loop.
         decoded = sum(len(content) * 3 // 4 for content in files.values())
         self.check("files", decoded, self.settings.max_file_bytes)
 
@@ -166,11 +168,7 @@ class ExecutionRules:
             raise LimitError(field, given, largest)
 
     def slot(self, deadline_s: float | None) -> contextlib.AbstractAsyncContextManager[float]:
-        """Hold one slot, as `Admission.slot`; without a deadline wait as long as the operator says.
-
-        Raises:
-            OverloadedError: no slot became free in time.
-        """
+        """Hold one slot, as `Admission.slot`; without a deadline wait at most --max-wait-s."""
         wait_s = self.settings.max_wait_s if deadline_s is None else deadline_s
         return self.admission.slot(wait_s)
 

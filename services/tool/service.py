@@ -66,12 +66,7 @@ class ToolService:
             metrics.ISOLATION_LAYER.labels(layer).set(report.active)
 
     async def execute(self, request: ExecuteRequest) -> ExecuteResult:
-        """Run one program.
-
-        Raises:
-            LimitError: the request is above a ceiling.
-            OverloadedError: no slot became free in time.
-        """
+        """Run one program. Raises LimitError above a ceiling, OverloadedError without a slot."""
         with self.rules.counting_refusals():
             limits = self.rules.limits(request, request.memory_mb)
             self.rules.check_files(request.files)

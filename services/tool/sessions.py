@@ -15,9 +15,9 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 
 from services.tool.rules import ExecutionRules, utf8
-from services.tool.sandbox.host.handles import SlotFailedError, ZygoteLostError
 from services.tool.sandbox.host.pool import Sandbox
 from services.tool.sandbox.host.session import SandboxSession, SessionLostError
+from services.tool.sandbox.host.slots import SlotFailedError, ZygoteLostError
 from services.tool.wire.schemas import (
     CellRequest,
     CellResult,
@@ -30,6 +30,10 @@ _ID_BYTES = 16
 _MAX_TOMBSTONES = 10_000
 _KEPT_STEPS = 4  # answers can be megabytes, and callers repeat only their last steps
 _SWEEP_S = 1.0
+
+
+OPENING_ERRORS = (SlotFailedError, ZygoteLostError, SessionLostError)
+"""What `Sessions.open` raises when the sandbox itself failed."""
 
 
 class SessionGoneError(LookupError):
@@ -107,13 +111,7 @@ class Sessions:
                 self.end(session_id, "the service stopped")
 
     async def open(self, request: SessionRequest, *, unclaimed: bool = False) -> Session:
-        """Open a session, evicting an idle one when the cap is reached.
-
-        Raises:
-            SessionsFullError: every session is busy.
-            LimitError: the request is above a ceiling.
-            SlotFailedError, ZygoteLostError, SessionLostError: the sandbox failed.
-        """
+        """Open a session. Raises SessionsFullError, LimitError or one of OPENING_ERRORS."""
         limits = self._rules.limits(CellRequest(code=""), request.memory_mb)
         settings = self._rules.settings
         self._make_room(settings.max_sessions)
@@ -151,7 +149,7 @@ class Sessions:
         """Kill a session and remember why. Raises SessionGoneError."""
         session = self._live.pop(session_id, None)
         if session is None:
-            self.get(session_id)
+            self.get(session_id)  # raises, with the reason of the earlier end
             return
         session.sandbox.close()
         self._tombstones[session_id] = reason
@@ -169,12 +167,8 @@ class Sessions:
         )
 
     async def run_cell(self, session_id: str, request: CellRequest) -> CellResult:
-        """Run one cell exactly once.
-
-        Raises:
-            SessionGoneError: the session ended, or never was.
-            StepConflictError: the step is neither the next nor a repeated one.
-            LimitError, OverloadedError: as `ToolService.execute`.
+        """Run one cell exactly once. Raises SessionGoneError, StepConflictError, LimitError,
+        OverloadedError.
         """
         digest = hashlib.sha256(utf8(request.code)).hexdigest()
         with self._rules.counting_refusals():
@@ -186,6 +180,7 @@ class Sessions:
                 if stored is not None:
                     return stored
                 step = session.next_step
+                # Admission comes after the lock: a cell that waits for its session holds no slot.
                 async with self._rules.slot(request.deadline_s) as queue_s:
                     try:
                         cell = await session.sandbox.run_cell(request.code, step, limits)
@@ -204,6 +199,7 @@ class Sessions:
                     replayed=False,
                 )
                 _remember(session, step, digest, answer)
+                # The idle clock starts at the end of a cell, which may take longer than the TTL.
                 session.last_used = time.monotonic()
                 if not session.sandbox.alive:
                     self.end(session_id, f"its processes died in step {step}: {answer.status}")
@@ -235,6 +231,7 @@ class Sessions:
         idle = [session for session in self._live.values() if not session.lock.locked()]
         if not idle:
             raise SessionsFullError(f"all {cap} sessions are running cells")
+        # First the sessions that no caller came back to, then the one idle longest.
         oldest = max(idle, key=lambda session: (session.unclaimed, session.idle_s))
         self.num_evicted += 1
         self.end(oldest.session_id, f"ended to make room: {cap} sessions are the cap")
@@ -244,7 +241,7 @@ class Sessions:
             await asyncio.sleep(_SWEEP_S)
             for session in list(self._live.values()):
                 if session.lock.locked():
-                    continue
+                    continue  # busy; run_cell notices itself when the processes die
                 if not session.sandbox.alive:
                     self.end(session.session_id, "its processes died")
                 elif session.idle_s > session.ttl_s:
@@ -270,7 +267,3 @@ def _remember(session: Session, step: int, digest: str, answer: CellResult) -> N
     session.answers[step] = (digest, answer)
     while len(session.answers) > _KEPT_STEPS:
         session.answers.popitem(last=False)
-
-
-OPENING_ERRORS = (SlotFailedError, ZygoteLostError, SessionLostError)
-"""What `Sessions.open` raises when the sandbox itself failed."""

@@ -8,9 +8,7 @@ from pydantic_settings import SettingsConfigDict
 
 from services.common.settings import ServiceSettings
 from services.common.wire import TOOL_VARIABLES
-from services.tool.sandbox.host.pool import SandboxConfig
-from services.tool.sandbox.inside.preload import PRESETS
-from services.tool.sandbox.plan import Level
+from services.tool.sandbox.plan import PRESETS, Level, SandboxConfig
 
 
 class ToolSettings(ServiceSettings):
@@ -41,9 +39,9 @@ class ToolSettings(ServiceSettings):
     """Run without any isolation."""
     presets: str = ",".join(PRESETS)
     """Libraries that are loaded ahead: the first one, two or all of the default."""
-    launchers: int | None = None
+    launchers: int | None = Field(default=None, ge=1)
     """Fork servers; one per slot when absent."""
-    warm_slots: int = SandboxConfig().warm_slots
+    warm_slots: int = Field(default=SandboxConfig().warm_slots, ge=1)
     """Slots kept ready per preset and launcher."""
     slots: int = Field(default=len(os.sched_getaffinity(0)), ge=1)
     """Executions at a time; one per usable core keeps time limits independent of load."""

@@ -5,7 +5,7 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 from fastapi import APIRouter, Depends, FastAPI, Request, Response
-from fastapi.responses import JSONResponse, PlainTextResponse
+from fastapi.responses import JSONResponse, PlainTextResponse, StreamingResponse
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
 from services.common.errors import ErrorBody, install_error_handlers
@@ -121,6 +121,7 @@ def create_app(service: ToolService, settings: ToolSettings, *, api_key: str | N
     level = {"X-Sandbox-Level": service.isolation.level}
     install_middleware(app, max_body_bytes=settings.max_body_bytes, headers=level)
     guarded = [] if api_key is None else [Depends(KeyGuard(api_key))]
+    # Probes stay open: an orchestrator has no key.
     for router in (_execution_routes(service), session_routes(service), fusion_routes(service)):
         app.include_router(router, dependencies=guarded, responses=_ERRORS)
     app.include_router(_probe_routes(service))
@@ -136,7 +137,8 @@ def _execution_routes(service: ToolService) -> APIRouter:
         """Run one program in a fresh interpreter. Failing code is a 200 with its status."""
         return await while_connected(request, service.execute(body))
 
-    @router.post("/execute/batch", response_class=ItemStream, responses=_BATCH_RESPONSES)
+    # As response_class an ItemStream would document its errors as NDJSON, too; they are JSON.
+    @router.post("/execute/batch", response_class=StreamingResponse, responses=_BATCH_RESPONSES)
     async def execute_batch(body: BatchRequest) -> ItemStream:
         """Run several programs; one JSON line each, in the order they finish."""
 
@@ -148,7 +150,7 @@ def _execution_routes(service: ToolService) -> APIRouter:
 
     @router.get("/isolation")
     async def isolation() -> IsolationReport:
-        """What stands between a program and the machine, as tried out at start."""
+        """Which layers isolate a program, as tested at start."""
         return service.isolation
 
     @router.get("/tools")

@@ -51,8 +51,15 @@ _BUSY = ErrorSpec(
 _RESPONSES: dict[int | str, dict[str, Any]] = {504: {"description": "no slot became free: retry"}}
 
 
-class RunCodeRequest(BaseModel):
-    """SandboxFusion's request; fields that it does not know are ignored, as there."""
+class _Request(BaseModel):
+    """Fields of both requests; fields that SandboxFusion does not know are ignored, as there."""
+
+    files: dict[str, str | None] = {}
+    fetch_files: list[str] = []
+
+
+class RunCodeRequest(_Request):
+    """One program."""
 
     compile_timeout: float = 10
     run_timeout: float = Field(default=10, gt=0)
@@ -60,8 +67,16 @@ class RunCodeRequest(BaseModel):
     code: str = Field(examples=['print("hello")'])
     stdin: str | None = None
     language: Language = Field(examples=["python"])
-    files: dict[str, str | None] = {}
-    fetch_files: list[str] = []
+
+
+class RunJupyterRequest(_Request):
+    """Cells that share one fresh interpreter."""
+
+    cells: list[str] = Field(examples=[["x = 1", "print(x)"]])
+    cell_timeout: float = 0
+    """Seconds per cell; 0 leaves only the total."""
+    total_timeout: float = Field(default=45, gt=0)
+    kernel: Literal["python3"] = "python3"
 
 
 class CommandRunResult(BaseModel):
@@ -74,29 +89,6 @@ class CommandRunResult(BaseModel):
     stderr: str = ""
 
 
-class RunCodeResponse(BaseModel):
-    """SandboxFusion's answer."""
-
-    status: Literal["Success", "Failed", "SandboxError"]
-    message: str
-    compile_result: CommandRunResult | None = None
-    run_result: CommandRunResult | None = None
-    executor_pod_name: str | None = None
-    files: dict[str, str] = {}
-
-
-class RunJupyterRequest(BaseModel):
-    """Cells that share one fresh interpreter."""
-
-    cells: list[str] = Field(examples=[["x = 1", "print(x)"]])
-    cell_timeout: float = 0
-    """Seconds per cell; 0 leaves only the total."""
-    total_timeout: float = Field(default=45, gt=0)
-    kernel: Literal["python3"] = "python3"
-    files: dict[str, str | None] = {}
-    fetch_files: list[str] = []
-
-
 class CellRunResult(BaseModel):
     """What one cell printed, displayed and raised."""
 
@@ -106,15 +98,27 @@ class CellRunResult(BaseModel):
     error: list[dict[str, Any]]
 
 
-class RunJupyterResponse(BaseModel):
-    """Answers of the cells that ran."""
+class _Response(BaseModel):
+    """Fields of both answers."""
 
     status: Literal["Success", "Failed", "SandboxError"]
     message: str
-    driver: CommandRunResult | None = None
-    cells: list[CellRunResult] = []
     executor_pod_name: str | None = None
     files: dict[str, str] = {}
+
+
+class RunCodeResponse(_Response):
+    """What one program did."""
+
+    compile_result: CommandRunResult | None = None
+    run_result: CommandRunResult | None = None
+
+
+class RunJupyterResponse(_Response):
+    """Answers of the cells that ran."""
+
+    driver: CommandRunResult | None = None
+    cells: list[CellRunResult] = []
 
 
 def fusion_routes(service: ToolService) -> APIRouter:
@@ -179,7 +183,8 @@ def to_fusion(result: ExecuteResult) -> RunCodeResponse:
     timed_out = result.status in ("timeout", "cpu_limit")
     stderr = result.stderr
     if result.message:
-        stderr = f"{stderr}{_break_after(stderr)}sandbox: {result.message}\n"
+        line_break = "" if not stderr or stderr.endswith("\n") else "\n"
+        stderr = f"{stderr}{line_break}sandbox: {result.message}\n"
     run = CommandRunResult(
         status="TimeLimitExceeded" if timed_out else "Finished",
         execution_time=result.usage.wall_ms / 1e3,
@@ -191,18 +196,16 @@ def to_fusion(result: ExecuteResult) -> RunCodeResponse:
     return RunCodeResponse(status=status, message="", run_result=run, files=result.files)
 
 
-def _break_after(text: str) -> str:
-    return "" if not text or text.endswith("\n") else "\n"
-
-
 def _return_code(result: ExecuteResult) -> int:
     if result.exit_code is not None:
         return result.exit_code
+    # As subprocess reports it: minus the number of the signal.
     name = result.signal or "SIGKILL"
     return -int(getattr(signal, name, signal.SIGKILL))
 
 
 def _checked_path(path: str) -> str:
+    # SandboxFusion also takes these absolute folders; only what follows them is a path to check.
     for anchor in _ANCHORS:
         if path.startswith(anchor):
             return anchor + _PATH.validate_python(path.removeprefix(anchor))
@@ -231,6 +234,7 @@ async def _run_cells(body: RunJupyterRequest, service: ToolService) -> RunJupyte
             await session.sandbox.write_file(path, base64.b64decode(content))
         for code in body.cells:
             left_s = body.total_timeout - (time.perf_counter() - started)
+            # A cell that starts after the total has passed gets a timeout that ends it at once.
             wall_s = min(left_s, body.cell_timeout or left_s, service.settings.max_timeout_s)
             request = CellRequest(code=code, timeout_s=max(wall_s, 0.001))
             last = await service.sessions.run_cell(session.session_id, request)

@@ -16,6 +16,7 @@ from services.tool.wire.schemas import (
     SessionRequest,
 )
 
+# 16 random bytes, as Sessions makes them; anything else is a 422 before a look-up.
 SessionId = Annotated[str, Path(pattern="^[0-9a-f]{32}$")]
 _GONE: dict[int | str, dict[str, Any]] = {
     status: {"model": ErrorBody} for status in (404, 409, 410)

@@ -1,7 +1,7 @@
 """What the API process and a zygote tell each other: one fixed record per packet.
 
-Both ends are ours; a slot never sees this channel. Records instead of JSON, because whatever a
-zygote touches between two forks costs it a page copy.
+A slot never sees this channel, so both ends can be trusted. Records and not JSON, because every
+memory page that a zygote touches between two forks has to be copied.
 
     order  API -> zygote   SPAWN slot, with a descriptor where there are cgroups | WATCH slot, bytes
     event  zygote -> API   READY collapsed | SLOT slot, with descriptors | EXIT slot, how it ended
@@ -20,14 +20,17 @@ EVENT = struct.Struct("<cIidQ?")
 
 
 class Event(NamedTuple):
-    """One event; of READY and SLOT only the first two fields mean something."""
+    """One event. The defaults stand for fields that READY and SLOT do not use."""
 
     kind: bytes
     slot: int
     """Number of the slot; of READY, the ranges of memory that huge pages back."""
-    status: int
+    status: int = 0
     """Wait status as of wait4."""
-    cpu_s: float
-    peak_bytes: int
-    memory: bool
+    cpu_s: float = 0.0
+    peak_bytes: int = 0
+    memory: bool = False
     """Whether the watchdog killed it."""
+
+    def encode(self) -> bytes:
+        return EVENT.pack(*self)

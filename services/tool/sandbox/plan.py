@@ -1,15 +1,17 @@
 """What the API process decides once and every process of the sandbox reads: level, limits, places.
 
-A plan is built in engine.py, travels to the launcher as JSON on its standard input and is inherited
-by fork below it. It holds no secret: a snippet can read all of it.
+A plan is built in host/pool.py, goes to the launcher as JSON on its standard input and is inherited
+by fork below it. It holds no secret, since a snippet can read all of it.
 """
 
 import json
 from dataclasses import asdict, dataclass
 from enum import StrEnum
 
+PRESETS = ("numpy", "sympy", "scipy")
+"""Libraries that zygotes load, in order of size; each zygote is forked from the one before."""
 JAIL = "/jail"
-"""Directory, below the launcher's new root, that snippets see as `/`; /proc stays outside of it."""
+"""Directory below the launcher's new root that snippets see as `/`; /proc stays outside of it."""
 SCRATCH = "/scratch"
 """Parent of a slot's private tmpfs inside the jail. Landlock grants writing here."""
 BOX = "/scratch/box"
@@ -19,13 +21,12 @@ WORK = "work"
 
 
 class Level(StrEnum):
-    """How much stands between a snippet and the machine, strongest first."""
+    """How much isolates a snippet from the machine, strongest first."""
 
     FULL = "full"
-    """Own user, pid, mount, network, ipc and uts namespaces, private tmpfs, plus everything
-    below."""
+    """Own user, pid, mount, network, ipc and uts namespaces, private tmpfs; and all below."""
     UID = "uid"
-    """Own user id per slot, swept after each run; needs root. Plus everything below."""
+    """Own user id per slot, swept after each run; needs root. And all below."""
     BASIC = "basic"
     """Own process, rlimits, seccomp without fork, Landlock. Needs no privilege at all."""
     NONE = "none"
@@ -36,12 +37,34 @@ STRENGTH = {Level.NONE: 0, Level.BASIC: 1, Level.UID: 2, Level.FULL: 3}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Plan:
+class SandboxConfig:
+    """How the sandbox is built. The defaults suit one machine."""
+
+    level: Level = Level.FULL
+    launchers: int = 1
+    """Fork servers; throughput scales up to one per core."""
+    presets: tuple[str, ...] = PRESETS
+    """Zygotes per launcher, a prefix of PRESETS."""
+    warm_slots: int = 2
+    """Fenced slots kept waiting per zygote."""
+    scratch_bytes: int = 64 << 20
+    """Size of a slot's tmpfs."""
+    scratch_files: int = 4096
+    """Inodes of a slot's tmpfs."""
+    file_bytes: int = 32 << 20
+    """RLIMIT_FSIZE: the largest file a snippet can write."""
+    max_processes: int = 64
+    """Processes and threads of a slot; in a Plan those that RLIMIT_NPROC counts besides as well."""
+    max_open_files: int = 128
+    cgroup: bool = True
+    """Have the kernel count each slot's memory and processes where a cgroup v2 is delegated; in a
+    Plan whether one is."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan(SandboxConfig):
     """Everything the launcher, its zygotes and its slots have to know."""
 
-    level: Level
-    presets: list[str]
-    """Names of the zygotes, each forked from the one before: numpy, sympy, scipy."""
     channels: list[int]
     """One inherited SOCK_SEQPACKET descriptor per preset."""
     code_root: str
@@ -53,23 +76,12 @@ class Plan:
     uid_base: int | None
     """First host user id of the slots' range; None when the service is not root."""
     uid_count: int
-    scratch_bytes: int
-    """Size of a slot's tmpfs."""
-    scratch_files: int
-    """Inodes of a slot's tmpfs."""
-    file_bytes: int
-    """RLIMIT_FSIZE: the largest file a snippet can write."""
-    max_processes: int
-    """RLIMIT_NPROC: processes and threads."""
-    max_open_files: int
     work_root: str
     """Folder for the slots' working directories at the levels without mount namespaces."""
     seccomp: str
     """Compiled filter, base64; empty at level none."""
-    cgroup: bool
-    """Whether each slot has a cgroup to join."""
     no_fork_filter: str
-    """The filter that level basic adds before foreign code runs, base64; empty elsewhere."""
+    """The filter that level basic adds before untrusted code runs, base64; empty elsewhere."""
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))
@@ -77,5 +89,6 @@ class Plan:
     @classmethod
     def from_json(cls, text: str) -> "Plan":
         fields = json.loads(text)
-        fields["level"] = Level(fields["level"])
-        return cls(**fields)
+        return cls(
+            **{**fields, "level": Level(fields["level"]), "presets": tuple(fields["presets"])}
+        )

@@ -1,8 +1,8 @@
 """Frames between the API process and a slot: four bytes of big-endian length, then one JSON object.
 
-What a slot sends after it ran a snippet is data of an attacker: `FrameReader` bounds it and
-`FrameError` is the only way it can fail. Nothing read here decides a verdict; it only describes an
-exception or carries files.
+What a slot sends once it runs a snippet may be an attacker's: `FrameReader` bounds it, and reading
+fails with `FrameError` only. Nothing read here decides a verdict; it describes an exception or
+carries files.
 """
 
 import json
@@ -20,7 +20,7 @@ class FrameError(ValueError):
 
 
 def encode(message: Message) -> bytes:
-    """Encode one message. Lone surrogates survive, because JSON escapes them."""
+    """Encode one message; JSON escapes lone surrogates."""
     body = json.dumps(message, separators=(",", ":")).encode("ascii")
     return _HEADER.pack(len(body)) + body
 
@@ -44,8 +44,7 @@ class FrameReader:
         self._buffer = bytearray()
 
     def feed(self, data: bytes) -> list[Message]:
-        """Add bytes and return the messages they complete. Raises FrameError; the reader is then
-        unusable."""
+        """Add bytes and return the messages they complete. A FrameError makes it unusable."""
         self._buffer += data
         messages: list[Message] = []
         while len(self._buffer) >= _HEADER.size:
@@ -94,10 +93,7 @@ def receive(descriptor: int) -> Message:
 
 
 def _receive_exactly(descriptor: int, count: int) -> bytes:
-    data = os.read(descriptor, count)
-    if len(data) == count:
-        return data
-    buffer = bytearray(data)
+    buffer = bytearray()
     while len(buffer) < count:
         data = os.read(descriptor, count - len(buffer))
         if not data:

@@ -1,4 +1,4 @@
-"""What travels on the wire between the tool service and its callers."""
+"""What the tool service and its callers send each other."""
 
 import base64
 import binascii
@@ -10,7 +10,7 @@ StatusName = Literal[
     "ok", "error", "exit", "timeout", "cpu_limit", "memory_limit", "output_limit", "crashed",
     "rejected", "overloaded", "sandbox_error",
 ]  # fmt: skip
-"""See services.tool.sandbox.host.verdict.Status for the meaning of each."""
+"""`Status` in services/tool/sandbox/host/verdict.py says what each means."""
 
 _MAX_FILES = 64
 _MAX_PATH_CHARS = 512
@@ -58,13 +58,13 @@ class ExecuteRequest(_Wire):
     cpu_s: int | None = Field(default=None, ge=1, le=86_400)
     """CPU time of each process; when left out, what four threads use in the wall time."""
     memory_mb: int | None = Field(default=None, ge=1)
-    """What the program may hold on top of the interpreter and its preloaded libraries, in MiB."""
+    """Memory in MiB, on top of the interpreter and its preloaded libraries."""
     output_bytes: int | None = Field(default=None, ge=1)
-    """Of stdout and of stderr, each."""
+    """Largest stdout and largest stderr that is kept; a program that prints more is killed."""
     seed: int | None = Field(default=None, ge=0, lt=2**32)
     """For `random` and numpy's global generator; fresh entropy when left out."""
     deadline_s: float | None = Field(default=None, gt=0)
-    """Longest wait for a slot; beyond it the answer is 429 `overloaded`."""
+    """Longest wait for a slot in seconds; beyond it the answer is 429 `overloaded`."""
     request_id: str | None = Field(default=None, max_length=128)
     """Returned as given, to match answers of a batch."""
 
@@ -89,7 +89,7 @@ class Usage(_Wire):
 
     wall_ms: float
     cpu_ms: float
-    """User and system time. Of a cell that was stopped with its session 0, as is `peak_mb`."""
+    """User and system time. It is 0, as is `peak_mb`, for a cell that ended with its session."""
     peak_mb: float
     """Largest resident memory of the first process, including the preloaded libraries, or what all
     processes held together where a cgroup counts it and that is more."""
@@ -104,7 +104,7 @@ class ExecuteResult(_Wire):
     signal: str | None
     error: ErrorReport | None
     message: str
-    """Cause, for limits and for code that did not run."""
+    """Cause, if a limit was exceeded or the code did not run."""
     stdout: str
     stderr: str
     stdout_truncated: bool
@@ -187,14 +187,14 @@ class LayerReport(_Wire):
 
     active: bool
     required: bool
-    """Whether the level in force is only reached with it."""
+    """Whether the level in force needs it."""
     detail: str
     fix: str
     """How to get it, where it is missing."""
 
 
 class IsolationReport(_Wire):
-    """What stands between a snippet and the machine, tried out at start."""
+    """Which layers isolate a program, as tested at start."""
 
     level: str
     requested: str

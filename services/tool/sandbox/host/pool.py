@@ -1,44 +1,61 @@
-"""The sandbox as the rest of the service sees it: start, run, open a session slot, stop.
+"""The slot pool, which the rest of the service knows as the sandbox: start, run, take a slot, stop.
 
-It keeps one launcher per core alive, chooses the zygote by what the code imports and hands out
+It keeps `launchers` launchers alive, chooses the zygote by what the code imports and hands out
 waiting slots. A launcher that dies is replaced at once; code that had not been handed to a slot yet
-simply goes to another one.
+goes to another one.
 """
 
 import asyncio
-import base64
 import contextlib
 import logging
 import os
 import re
 import site
+import socket
+import subprocess
 import sys
 import sysconfig
+import tempfile
 import time
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from services.common.owned_folders import OwnedFolder
 from services.tool.sandbox.host import execution
 from services.tool.sandbox.host.cgroups import Cgroups, CgroupUnavailableError
 from services.tool.sandbox.host.execution import Job, Limits
-from services.tool.sandbox.host.handles import (
+from services.tool.sandbox.host.slots import (
     SlotFailedError,
     SlotHandle,
     ZygoteHandle,
     ZygoteLostError,
 )
-from services.tool.sandbox.host.launcher_handle import LauncherHandle
 from services.tool.sandbox.host.verdict import Outcome, Status
-from services.tool.sandbox.host.work_root import WorkRoot
 from services.tool.sandbox.inside.filters import compile_filter
-from services.tool.sandbox.inside.preload import PRESETS
-from services.tool.sandbox.plan import Level, Plan
+from services.tool.sandbox.plan import Level, Plan, SandboxConfig
 
 logger = logging.getLogger(__name__)
 
+ENVIRONMENT = {
+    "PATH": "/usr/bin:/bin",
+    "LANG": "C.UTF-8",
+    "LC_ALL": "C.UTF-8",
+    "TZ": "UTC",
+    "PYTHONHASHSEED": "0",
+    "OPENBLAS_NUM_THREADS": "1",
+    "OMP_NUM_THREADS": "1",
+    "MKL_NUM_THREADS": "1",
+    "MALLOC_ARENA_MAX": "2",
+    "LD_BIND_NOW": "1",
+    "MPLBACKEND": "Agg",
+}
+"""Everything a snippet finds in os.environ, besides HOME and TMPDIR."""
+
 _LIBRARY_FOLDERS = ("/lib", "/lib64", "/usr/lib", "/usr/lib64", "/usr/local/lib")
 _LIBRARY_FILES = ("/etc/ld.so.cache", "/usr/share/zoneinfo")
-_UID_RANGE_START = 0x4000_0000
+_FOLDER_PREFIX = "tool-service-"
+_UID_RANGE_START = 0x4000_0000  # far above the ids that systems and containers hand out
 _UIDS_PER_LAUNCHER = 1024
 _MAX_LAUNCHERS = 256
 _SIGNS = {
@@ -49,24 +66,55 @@ _READY_S = 120.0
 _RETRIES = 3
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SandboxConfig:
-    """How the sandbox is built. Bytes, counts and seconds; the defaults suit one machine."""
+@dataclass(slots=True, kw_only=True)
+class LauncherHandle:
+    """One launcher process with its zygotes."""
 
-    level: Level = Level.FULL
-    launchers: int = 1
-    """Fork servers; one per core scales."""
-    presets: tuple[str, ...] = PRESETS
-    """Zygotes per launcher, a prefix of numpy, sympy, scipy."""
-    warm_slots: int = 2
-    """Fenced slots kept waiting per zygote."""
-    scratch_bytes: int = 64 << 20
-    scratch_files: int = 4096
-    file_bytes: int = 32 << 20
-    max_processes: int = 64
-    max_open_files: int = 128
-    cgroup: bool = True
-    """Have the kernel count each slot's memory and processes where a cgroup v2 is delegated."""
+    process: subprocess.Popen[bytes]
+    zygotes: dict[str, ZygoteHandle]
+    alive: bool = True
+
+    @classmethod
+    def start(
+        cls, plan: Plan, warm_slots: int, cgroups: Cgroups | None, on_lost: Callable[[], None]
+    ) -> "LauncherHandle":
+        """Start the process and its channels; returns before the zygotes are ready."""
+        pairs = [socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET) for _ in plan.presets]
+        plan.channels[:] = [theirs.fileno() for _, theirs in pairs]
+        code = (
+            f"import sys; sys.path[:0] = {[plan.code_root, *plan.package_paths]!r}; "
+            "from services.tool.sandbox.inside.launcher import main; main()"
+        )
+        # Without the site module and the current folder, `code` alone adds to sys.path.
+        process = subprocess.Popen(
+            [sys.executable, "-P", "-s", "-S", "-B", "-c", code],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            env=ENVIRONMENT,
+            cwd="/",
+            pass_fds=plan.channels,
+            start_new_session=True,  # a Ctrl-C at the service's terminal is not for the slots
+        )
+        assert process.stdin is not None
+        process.stdin.write(plan.to_json().encode())
+        process.stdin.close()
+        zygotes = {}
+        for preset, (ours, theirs) in zip(plan.presets, pairs, strict=True):
+            theirs.close()  # or the channel would stay open after the zygote's death
+            zygotes[preset] = ZygoteHandle(
+                preset=preset, link=ours, target=warm_slots, cgroups=cgroups, on_lost=on_lost
+            )
+        return cls(process=process, zygotes=zygotes)
+
+    def stop(self) -> None:
+        """Kill the launcher, and its children with it. Waits for the process, which is instant."""
+        if not self.alive:
+            return
+        self.alive = False
+        for zygote in self.zygotes.values():
+            zygote.close()
+        self.process.kill()
+        self.process.wait()
 
 
 class Sandbox:
@@ -76,22 +124,25 @@ class Sandbox:
         self.config = config
         self._launchers: list[LauncherHandle] = []
         self._restarting: set[asyncio.Task[None]] = set()
-        self._work_root: WorkRoot | None = None
+        self._folder: OwnedFolder | None = None
+        """Holds the slots' working folders at the levels that cannot mount private ones."""
         self._stopping = False
         self.cgroups: Cgroups | None = None
         self.no_cgroups = "not asked for"
-        """Why there are none; empty when there are."""
+        """Why there are no cgroups; empty if there are."""
         self.restarts = 0
 
     async def start(self) -> None:
-        """Start every launcher and wait until its zygotes have loaded and filled their pools.
+        """Start every launcher and wait until its zygotes have loaded and filled their queues.
 
         Raises:
             RuntimeError: a launcher did not come up; its standard error says why.
         """
         try:
             if self.config.level is not Level.FULL:
-                self._work_root = WorkRoot()
+                self._folder = OwnedFolder.create(Path(tempfile.gettempdir()), _FOLDER_PREFIX)
+                # Slots of level uid pass through as other users; nobody may list what is in it.
+                self._folder.path.chmod(0o711 if os.geteuid() == 0 else 0o700)
             if self.config.cgroup and self.config.level is not Level.NONE:
                 self._divide_cgroup()
             self._launchers = [self._launch(index) for index in range(self.config.launchers)]
@@ -107,9 +158,9 @@ class Sandbox:
             task.cancel()
         for launcher in self._launchers:
             launcher.stop()
-        if self._work_root is not None:
-            self._work_root.remove()
-            self._work_root = None
+        if self._folder is not None:
+            self._folder.remove()
+            self._folder = None
         if self.cgroups is not None:
             await asyncio.to_thread(self.cgroups.close)
             self.cgroups = None
@@ -126,10 +177,10 @@ class Sandbox:
         """Take a waiting slot of the smallest zygote that has what `code` imports.
 
         Args:
-            memory_bytes: what its processes may hold together, for the kernel where that counts.
+            memory_bytes: limit on all processes together, which a cgroup applies if there is one.
 
         Raises:
-            SlotFailedError: a fence or the limit could not be put up.
+            SlotFailedError: a fence or the limit could not be set.
             ZygoteLostError: zygotes died several times in a row.
         """
         preset = preset_for(code, self.config.presets)
@@ -138,7 +189,7 @@ class Sandbox:
             try:
                 slot = await zygote.take()
             except ZygoteLostError:
-                continue
+                continue  # nothing ran yet, so that another zygote may take the code
             try:
                 slot.limit_memory(memory_bytes)
             except OSError as error:
@@ -154,26 +205,28 @@ class Sandbox:
 
     def waiting(self) -> int:
         """Slots that are fenced and waiting, over all zygotes."""
-        zygotes = (z for launcher in self._launchers for z in launcher.zygotes.values())
-        return sum(len(zygote.warm) for zygote in zygotes)
+        return sum(len(zygote.queue.slots) for zygote in self._zygotes())
 
     def busy(self) -> int:
         """Slots that run code or hold a session, over all zygotes."""
-        zygotes = (z for launcher in self._launchers for z in launcher.zygotes.values())
-        return sum(len(zygote.slots) for zygote in zygotes) - self.waiting()
+        return sum(len(zygote.slots) for zygote in self._zygotes()) - self.waiting()
 
     @property
     def healthy(self) -> bool:
         """Whether every launcher is alive."""
         return bool(self._launchers) and all(launcher.alive for launcher in self._launchers)
 
+    def _zygotes(self) -> list[ZygoteHandle]:
+        return [each for launcher in self._launchers for each in launcher.zygotes.values()]
+
     async def _choose(self, preset: str) -> ZygoteHandle:
+        """The zygote of this preset that has a slot soonest. Raises ZygoteLostError."""
         deadline = time.monotonic() + _READY_S
         while time.monotonic() < deadline:
             alive = [launcher for launcher in self._launchers if launcher.alive]
             if alive:
                 zygotes = [launcher.zygotes[preset] for launcher in alive]
-                return min(zygotes, key=lambda z: (len(z.waiters) - len(z.warm), len(z.slots)))
+                return min(zygotes, key=lambda zygote: zygote.load)
             await asyncio.wait(self._restarting, return_when=asyncio.FIRST_COMPLETED)
         raise ZygoteLostError("no launcher is alive")
 
@@ -183,7 +236,8 @@ class Sandbox:
         )
 
     def _divide_cgroup(self) -> None:
-        # A tmpfs is memory: what a program may hold and the files it may write count together.
+        # A tmpfs is memory, so that a slot's files count as well. One process more is the idle one
+        # that shares the slot's memory (inside/slot.py).
         try:
             self.cgroups = Cgroups(
                 max_processes=self.config.max_processes + 1, slack_bytes=self.config.scratch_bytes
@@ -193,7 +247,7 @@ class Sandbox:
             self.no_cgroups = str(error)
 
     async def _warm(self, launcher: LauncherHandle) -> None:
-        """Wait for a launcher's zygotes and fill their pools."""
+        """Wait for a launcher's zygotes and fill their queues."""
         try:
             async with asyncio.timeout(_READY_S):
                 for zygote in launcher.zygotes.values():
@@ -205,59 +259,50 @@ class Sandbox:
             ) from error
 
     def _on_lost(self, index: int) -> None:
-        """A zygote's channel broke: the launcher is finished. Replace it as a whole."""
+        """Replace a launcher as a whole, because the channel of one of its zygotes broke."""
         launcher = self._launchers[index] if index < len(self._launchers) else None
         if launcher is None or not launcher.alive:
-            return
+            return  # each of its zygotes reports the loss
         launcher.stop()
         if self._stopping:
             return
         self.restarts += 1
         logger.error("launcher %d (pid %d) died, starting another", index, launcher.process.pid)
-        if self._work_root is not None and not any(each.alive for each in self._launchers):
-            self._work_root.empty()
+        # A dead zygote leaves its slots' folders, named by pids that this process does not know.
+        if self._folder is not None and not any(each.alive for each in self._launchers):
+            self._folder.empty()
         task = asyncio.get_running_loop().create_task(self._restart(index))
         self._restarting.add(task)
         task.add_done_callback(self._restarting.discard)
 
     async def _restart(self, index: int) -> None:
-        # A launcher that cannot come up must not spin.
+        # One that cannot come up at all is tried again more and more slowly.
         await asyncio.sleep(min(0.1 * self.restarts, 5.0) if self.restarts > 3 else 0)
         self._launchers[index] = self._launch(index)
         with contextlib.suppress(RuntimeError):
             await self._warm(self._launchers[index])
 
     def _plan(self, index: int) -> Plan:
-        config = self.config
-        level = config.level
+        level = self.config.level
         fenced = level is not Level.NONE
-        encode = base64.b64encode
+        max_processes = self.config.max_processes + process_headroom(level)
+        changes = {"max_processes": max_processes, "cgroup": self.cgroups is not None}
         return Plan(
-            level=level,
-            presets=list(config.presets),
+            **asdict(self.config) | changes,
             channels=[],
             code_root=str(Path(__file__).resolve().parents[4]),
             package_paths=package_paths(),
             read_paths=read_paths(),
             uid_base=uid_base(index) if os.geteuid() == 0 and fenced else None,
             uid_count=_UIDS_PER_LAUNCHER,
-            scratch_bytes=config.scratch_bytes,
-            scratch_files=config.scratch_files,
-            file_bytes=config.file_bytes,
-            max_processes=config.max_processes + process_headroom(level),
-            max_open_files=config.max_open_files,
-            work_root=str(self._work_root.path) if self._work_root is not None else "",
-            cgroup=self.cgroups is not None,
-            seccomp=encode(compile_filter(allow_fork=True)).decode() if fenced else "",
-            no_fork_filter=(
-                encode(compile_filter(allow_fork=False)).decode() if level is Level.BASIC else ""
-            ),
+            work_root=str(self._folder.path) if self._folder is not None else "",
+            seccomp=compile_filter(allow_fork=True) if fenced else "",
+            no_fork_filter=compile_filter(allow_fork=False) if level is Level.BASIC else "",
         )
 
 
 def preset_for(code: str, presets: tuple[str, ...]) -> str:
-    """The largest preset that the code shows a sign of. A wrong guess costs an import, nothing
-    else."""
+    """The largest preset whose name the code contains. A wrong guess costs one import."""
     for preset in reversed(presets[1:]):
         if _SIGNS[preset].search(code):
             return preset
@@ -265,19 +310,17 @@ def preset_for(code: str, presets: tuple[str, ...]) -> str:
 
 
 def process_headroom(level: Level) -> int:
-    """Processes that RLIMIT_NPROC counts besides the snippet's own.
-
-    Root gives every slot an id of its own, which at level full an idle process shares. Otherwise
-    slots and sessions share the count, at level basic with everything else that the user runs;
-    seccomp refuses new processes there.
-    """
+    """Processes that RLIMIT_NPROC counts besides the snippet's own."""
+    # Root gives every slot an id of its own; at level full an idle process has the same one.
     if os.geteuid() == 0:
         return 1 if level is Level.FULL else 0
+    # Otherwise all slots and sessions share the count, and at level basic everything else that the
+    # user runs as well; there seccomp refuses new processes.
     return 1024 if level is Level.FULL else 4096
 
 
 def uid_base(index: int) -> int:
-    """First user id of a launcher's range, apart for every live service of this machine."""
+    """First user id of a launcher's range. The pid keeps the ranges of several services apart."""
     block = (os.getpid() % 4096) * _MAX_LAUNCHERS + index
     return _UID_RANGE_START + block * _UIDS_PER_LAUNCHER
 
@@ -290,8 +333,8 @@ def package_paths() -> list[str]:
 
 
 def read_paths() -> list[str]:
-    """What a snippet may read: the standard library, site-packages, shared libraries. Real paths
-    and the ones in use."""
+    """What a snippet may read: standard library, site-packages, shared libraries; each by the path
+    in use and by its real path."""
     paths = sysconfig.get_paths()
     base_lib = str(Path(sys.base_prefix) / "lib")
     wanted = [paths["stdlib"], paths["platstdlib"], base_lib, *package_paths()]

@@ -1,4 +1,4 @@
-"""One session on the API side: a slot whose keeper runs cell after cell (see keeper.py).
+"""One session on the API side: a slot whose supervisor runs cell after cell (inside/supervisor.py).
 
 run_cell -> "cell" -> ... -> done | died | [limit: interrupt -> died] | [no answer: kill the slot,
 session lost]
@@ -11,8 +11,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from services.tool.sandbox import wire
-from services.tool.sandbox.host.execution import Drain, Job, Limits, job_message
-from services.tool.sandbox.host.handles import SlotHandle
+from services.tool.sandbox.host.execution import WATCH_AFTER_S, Job, Limits, Output, job_message
+from services.tool.sandbox.host.slots import SlotHandle
 from services.tool.sandbox.host.verdict import (
     Outcome,
     Status,
@@ -24,15 +24,14 @@ from services.tool.sandbox.host.verdict import (
 _INTERRUPT_S = 1.0
 _FILE_S = 10.0
 _OPEN_S = 10.0
-_WATCH_AFTER_S = 0.03
 
 
 class SessionLostError(RuntimeError):
-    """The session's processes are gone; its state cannot be had back."""
+    """The session's processes are gone, and its state with them."""
 
 
 class SessionFileError(ValueError):
-    """A file operation was refused; `missing` tells whether the file does not exist."""
+    """A file operation was refused; `missing` is True if the file does not exist."""
 
     def __init__(self, message: str, *, missing: bool) -> None:
         super().__init__(message)
@@ -69,6 +68,7 @@ class SandboxSession:
         """Turn a waiting slot into a session. Raises SessionLostError."""
         session = cls(slot, limits)
         slot.close_stdin()
+        # A program's slot is replaced when it ends; a session would keep this one for its lifetime.
         slot.zygote.refill()
         await session._send(job_message(Job(code="", seed=seed), limits, "session"))
         answer = await session._answer(_OPEN_S)
@@ -84,13 +84,9 @@ class SandboxSession:
     async def run_cell(self, code: str, step: int, limits: Limits) -> CellOutcome:
         """Run one cell. A lost session is told in the outcome, never raised."""
         overflow = asyncio.Event()
-        streams = [
-            Drain(self._slot.stdout, limits.output_bytes, overflow.set),
-            Drain(self._slot.stderr, limits.output_bytes, overflow.set),
-        ]
-        zygote = self._slot.zygote
+        output = Output(self._slot, limits.output_bytes, overflow.set)
         watching = asyncio.get_running_loop().call_later(
-            _WATCH_AFTER_S, zygote.watch, self._slot, limits.memory_bytes
+            WATCH_AFTER_S, self._slot.watch, limits.memory_bytes
         )
         started = time.perf_counter()
         stopped: Status | None = None
@@ -101,18 +97,30 @@ class SandboxSession:
             answer = {"lost_session": True}
             await asyncio.wait([self._slot.exited], timeout=_INTERRUPT_S)  # the kernel knows why
         except asyncio.CancelledError:
+            # Nobody will know how far the cell came, so its state is of no use.
             self.close()
             raise
         finally:
             watching.cancel()
-            if not self._closed and time.perf_counter() - started >= _WATCH_AFTER_S:
-                zygote.watch(self._slot, 0)
-            for stream in streams:
-                if not self._closed:
-                    stream.drain_now()
-                stream.stop()
+            if not self._closed and time.perf_counter() - started >= WATCH_AFTER_S:
+                self._slot.watch(0)
+            if not self._closed:
+                output.drain_now()
+            output.stop()
         wall_s = time.perf_counter() - started
-        return self._cell_outcome(answer, stopped, streams, limits, wall_s)
+        lost_session = bool(answer.get("lost_session"))
+        if lost_session:
+            self.close()
+        outcome = _judge_cell(answer, stopped, self._slot, limits)
+        result, done = answer.get("result"), bool(answer.get("done"))
+        lost = lost_session or bool(answer.get("lost"))
+        return CellOutcome(
+            outcome=replace(output.added_to(outcome), wall_s=wall_s),
+            result=result if isinstance(result, str) else None,
+            snapshot=bool(answer.get("snapshot")),
+            rolled_back=not done and not lost,
+            state_lost=not done and lost,
+        )
 
     async def write_file(self, path: str, content: bytes) -> None:
         """Write a file below the working folder. Raises SessionFileError, SessionLostError."""
@@ -137,7 +145,7 @@ class SandboxSession:
         return reply
 
     def close(self) -> None:
-        """Kill the slot and close its descriptors."""
+        """Kill the slot and close its descriptors. May be called twice."""
         if self._closed:
             return
         self._closed = True
@@ -145,10 +153,9 @@ class SandboxSession:
         self._slot.close()
 
     def _confused(self) -> SessionLostError:
-        """End a session whose processes answer what they were not asked, as foreign code can make
-        them do."""
+        """End a session whose answer does not fit the question: untrusted code has forged it."""
         self.close()
-        return SessionLostError("the session's answers make no sense; it was ended")
+        return SessionLostError("the session sent a malformed answer, so it was ended")
 
     async def _wait_for_cell(
         self, wall_s: float, overflow: asyncio.Event
@@ -162,6 +169,7 @@ class SandboxSession:
             if answering in done:
                 return None, answering.result()
             stopped = Status.OUTPUT_LIMIT if flooding in done else Status.TIMEOUT
+            # The supervisor kills the cell and says so; the state from before the cell survives.
             await self._send({"op": "interrupt"})
             try:
                 return stopped, await asyncio.wait_for(answering, _INTERRUPT_S)
@@ -172,37 +180,6 @@ class SandboxSession:
                 task.cancel()
             await asyncio.wait({answering, flooding})
 
-    def _cell_outcome(
-        self,
-        answer: wire.Message,
-        stopped: Status | None,
-        streams: list[Drain],
-        limits: Limits,
-        wall_s: float,
-    ) -> CellOutcome:
-        lost_session = bool(answer.get("lost_session"))
-        done = bool(answer.get("done"))
-        if lost_session:
-            self.close()
-        outcome = _judge_cell(answer, stopped, self._slot, limits)
-        outcome = replace(
-            outcome,
-            stdout=streams[0].text(),
-            stderr=streams[1].text(),
-            stdout_truncated=streams[0].truncated,
-            stderr_truncated=streams[1].truncated,
-            wall_s=wall_s,
-        )
-        result = answer.get("result")
-        lost = lost_session or bool(answer.get("lost"))
-        return CellOutcome(
-            outcome=outcome,
-            result=result if isinstance(result, str) else None,
-            snapshot=bool(answer.get("snapshot")),
-            rolled_back=not done and not lost,
-            state_lost=not done and lost,
-        )
-
     async def _send(self, message: wire.Message) -> None:
         if not self.alive:
             raise SessionLostError("the session's processes are gone")
@@ -210,17 +187,17 @@ class SandboxSession:
             loop = asyncio.get_running_loop()
             await loop.sock_sendall(self._slot.job, wire.encode(message))
         except OSError as error:
-            raise SessionLostError("the session's keeper is gone") from error
+            raise SessionLostError("the session's supervisor is gone") from error
 
     async def _answer(self, timeout_s: float | None) -> wire.Message:
-        """Wait for one frame from the keeper. Raises SessionLostError."""
+        """Wait for one frame from the supervisor. Raises SessionLostError."""
         loop = asyncio.get_running_loop()
         try:
             async with asyncio.timeout(timeout_s):
                 while not self._inbox:
                     data = await loop.sock_recv(self._slot.job, 1 << 16)
                     if not data:
-                        raise SessionLostError("the session's keeper is gone")
+                        raise SessionLostError("the session's supervisor is gone")
                     self._inbox += map(wire.printable, self._reader.feed(data))
         except (OSError, wire.FrameError) as error:
             raise SessionLostError(f"the session does not answer: {error}") from error
@@ -237,12 +214,12 @@ class SandboxSession:
 def _judge_cell(
     answer: wire.Message, stopped: Status | None, slot: SlotHandle, limits: Limits
 ) -> Outcome:
-    memory = slot.exited.done() and slot.exited.result().memory
-    if memory:
+    # What the kernel said of the whole slot comes before what its supervisor says of the cell.
+    if slot.exited.done() and slot.exited.result().memory:
         return Outcome(status=Status.MEMORY_LIMIT, message="memory limit exceeded")
     cpu_s = _amount(answer.get("cpu_s"))
     if stopped is not None:
-        verdict = judge_stop(stopped)
+        outcome = judge_stop(stopped)
     elif answer.get("lost_session"):
         return Outcome(status=Status.SANDBOX_ERROR, message="the session's processes died")
     else:
@@ -250,16 +227,8 @@ def _judge_cell(
         if status is None:
             code = answer.get("exit_code")
             status = (code & 0xFF) << 8 if isinstance(code, int) else 0
-        verdict = judge_wait_status(status, cpu_s, answer.get("error"), limits.cpu_s)
-    return Outcome(
-        status=verdict.status,
-        exit_code=verdict.exit_code,
-        signal=verdict.signal,
-        error=verdict.error,
-        message=verdict.message,
-        cpu_s=cpu_s,
-        peak_bytes=int(_amount(answer.get("peak_bytes"))),
-    )
+        outcome = judge_wait_status(status, cpu_s, answer.get("error"), limits.cpu_s)
+    return replace(outcome, cpu_s=cpu_s, peak_bytes=int(_amount(answer.get("peak_bytes"))))
 
 
 def _is_listed_file(item: Any) -> bool:
@@ -271,5 +240,5 @@ def _is_listed_file(item: Any) -> bool:
 
 
 def _amount(value: Any) -> float:
-    """A number that foreign code may have written; 0 for what cannot be one."""
+    """A number that untrusted code may have written; 0 for anything that cannot be one."""
     return float(value) if isinstance(value, int | float) and 0 <= value < 2**50 else 0.0

@@ -1,18 +1,33 @@
-"""From kernel facts to one status. Pure functions; nothing a snippet says about itself decides."""
+"""Decides the status of an execution from what the kernel said. Pure functions.
+
+Nothing that a snippet says about itself decides; it only describes.
+"""
 
 import os
 import signal
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Any
 
-from services.tool.sandbox.host.handles import ExitFacts
+_CPU_TOLERANCE = 0.5  # the kernel's limit counts ticks, its usage nanoseconds: they drift apart
 
-_CPU_TOLERANCE = 0.5  # the kernel's limit counts ticks, its accounts nanoseconds: they drift apart
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExitFacts:
+    """What the kernel says about the end of a slot's first process."""
+
+    status: int = 0
+    """Wait status as of wait4."""
+    cpu_s: float = 0.0
+    peak_bytes: int = 0
+    memory: bool = False
+    """Whether the watchdog or its cgroup killed it for its memory."""
+    lost: bool = False
+    """The zygote died first, so nobody knows how the slot ended (the kernel killed it)."""
 
 
 class Status(StrEnum):
-    """How an execution ended. Everything but the last three means that the code ran."""
+    """How an execution ended. All but the last three mean that the code ran."""
 
     OK = "ok"
     """Ended with exit code 0."""
@@ -61,7 +76,7 @@ class Outcome:
     signal: str | None = None
     error: ErrorInfo | None = None
     message: str = ""
-    """For the three statuses that mean "did not run" and for limits: cause and fix in one line."""
+    """Cause and fix in one line, for limits, crashes and the last three statuses."""
     files: dict[str, str] = field(default_factory=dict)
     """Fetched files, base64."""
     missing: dict[str, str] = field(default_factory=dict)
@@ -69,72 +84,68 @@ class Outcome:
     wall_s: float = 0.0
     cpu_s: float = 0.0
     peak_bytes: int = 0
-    queue_s: float = 0.0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Verdict:
-    """The part of an outcome that follows from how the process ended."""
-
-    status: Status
-    exit_code: int | None = None
-    signal: str | None = None
-    error: ErrorInfo | None = None
-    message: str = ""
 
 
 def judge(
     facts: ExitFacts, *, stopped: Status | None, report: dict[str, Any], cpu_limit_s: int
-) -> Verdict:
-    """Decide the status.
+) -> Outcome:
+    """Decide how a program ended. The outcome has no output and no files yet.
 
     Args:
         facts: from the zygote.
         stopped: the limit for which the API process killed the slot, or None.
-        report: what the slot's process said: error description, refusal, status of a kept program.
+        report: what the slot's process said: error description, refusal, status of a program that
+            its supervisor waited for.
     """
+    outcome = _judge(facts, stopped, report, cpu_limit_s)
+    return replace(outcome, cpu_s=facts.cpu_s, peak_bytes=facts.peak_bytes)
+
+
+def _judge(
+    facts: ExitFacts, stopped: Status | None, report: dict[str, Any], cpu_limit_s: int
+) -> Outcome:
     if facts.lost:
         message = "the sandbox process died while the code ran; a retry runs it again"
-        return Verdict(status=Status.SANDBOX_ERROR, message=message)
+        return Outcome(status=Status.SANDBOX_ERROR, message=message)
     if facts.memory:
-        return Verdict(
-            status=Status.MEMORY_LIMIT, signal="SIGKILL", message="memory limit exceeded"
-        )
+        message = "memory limit exceeded"
+        return Outcome(status=Status.MEMORY_LIMIT, signal="SIGKILL", message=message)
     if stopped is not None:
         return judge_stop(stopped)
     if isinstance(report.get("refused"), str):
-        return Verdict(status=Status.REJECTED, message=report["refused"])
-    kept = as_wait_status(report.get("wait_status"))
-    status = kept if kept is not None and facts.status == 0 else facts.status
+        return Outcome(status=Status.REJECTED, message=report["refused"])
+    # A supervisor that ended well passes on how its program ended. It cannot improve on a signal.
+    supervised = as_wait_status(report.get("wait_status"))
+    status = supervised if supervised is not None and facts.status == 0 else facts.status
     return judge_wait_status(status, facts.cpu_s, report.get("error"), cpu_limit_s)
 
 
-def judge_stop(limit: Status) -> Verdict:
-    """The verdict on what this process killed for a limit."""
-    return Verdict(status=limit, signal="SIGKILL", message=f"{limit.value} exceeded")
+def judge_stop(limit: Status) -> Outcome:
+    """The outcome of what was killed for a limit."""
+    return Outcome(status=limit, signal="SIGKILL", message=f"{limit.value} exceeded")
 
 
-def judge_wait_status(status: int, cpu_s: float, error: Any, cpu_limit_s: int) -> Verdict:
+def judge_wait_status(status: int, cpu_s: float, error: Any, cpu_limit_s: int) -> Outcome:
     """Decide by a wait status alone."""
     if os.WIFSIGNALED(status):
         number = os.WTERMSIG(status)
         name = signal.Signals(number).name if number in set(signal.Signals) else f"SIG{number}"
+        # SIGKILL as well: it follows SIGXCPU when a program ignores that one.
         limit = number in (signal.SIGXCPU, signal.SIGKILL) and cpu_s >= cpu_limit_s * _CPU_TOLERANCE
         if limit:
             message = f"cpu limit of {cpu_limit_s} s exceeded"
-            return Verdict(status=Status.CPU_LIMIT, signal=name, message=message)
-        return Verdict(status=Status.CRASHED, signal=name, message=f"killed by {name}")
+            return Outcome(status=Status.CPU_LIMIT, signal=name, message=message)
+        return Outcome(status=Status.CRASHED, signal=name, message=f"killed by {name}")
     code = os.WEXITSTATUS(status)
     if code == 0:
-        return Verdict(status=Status.OK, exit_code=0)
+        return Outcome(status=Status.OK, exit_code=0)
     described = describe(error)
-    if described is not None:
-        return Verdict(status=Status.ERROR, exit_code=code, error=described)
-    return Verdict(status=Status.EXIT, exit_code=code)
+    status_of_exit = Status.EXIT if described is None else Status.ERROR
+    return Outcome(status=status_of_exit, exit_code=code, error=described)
 
 
 def as_wait_status(value: Any) -> int | None:
-    """A wait status that foreign code may have written, or None for what cannot be one."""
+    """A wait status that untrusted code may have written, or None for what cannot be one."""
     return value if isinstance(value, int) and 0 <= value <= 0xFFFF else None
 
 

@@ -17,6 +17,9 @@ from services.tool.sandbox.plan import BOX, JAIL, SCRATCH, Plan
 
 DEVICES = ("null", "zero", "full", "random", "urandom")
 
+ROOM_NAMESPACES = kernel.CLONE_NEWNS | kernel.CLONE_NEWIPC
+"""What a room has of its own besides its pid namespace."""
+
 _BOX_FOLDERS = ("work", "tmp", "shm", "mnt")
 _LINKS = {"tmp": "tmp", "var/tmp": "tmp", "dev/shm": "shm", "mnt": "mnt"}
 _ROOT_BYTES = 1 << 20
@@ -25,6 +28,7 @@ _STAGE = "/sys"  # exists everywhere, and no interpreter or library lives below 
 
 def build_root(plan: Plan) -> None:
     """Build the new root in a fresh mount namespace and make it `/`. Needs CAP_SYS_ADMIN there."""
+    # Private first: nothing that is mounted from here on may show on the machine.
     kernel.mount("none", "/", "", kernel.MS_REC | kernel.MS_PRIVATE)
     root = _STAGE
     options = f"mode=0755,size={_ROOT_BYTES}"
@@ -46,6 +50,19 @@ def build_root(plan: Plan) -> None:
     kernel.pivot_root(root)
 
 
+def enter_jail() -> None:
+    """Make the jail the root directory of this process."""
+    os.chroot(JAIL)
+    os.chdir("/")
+
+
+def enter_room(room: int) -> None:
+    """Move this process into the room behind a pid descriptor, its children also into the room's
+    pid namespace."""
+    kernel.setns(room, ROOM_NAMESPACES | kernel.CLONE_NEWPID)
+    enter_jail()  # a change of mount namespace resets the root directory
+
+
 def outermost(paths: list[str]) -> list[str]:
     """Drop paths that lie below another one, keeping the order: '/a', '/a/b' -> '/a'."""
     kept: list[str] = []
@@ -56,8 +73,7 @@ def outermost(paths: list[str]) -> list[str]:
 
 
 def mount_box(plan: Plan) -> None:
-    """Give the calling process, in its own mount namespace inside the jail, an empty private
-    tmpfs."""
+    """Mount an empty private tmpfs in this process's own mount namespace inside the jail."""
     options = f"mode=1777,size={plan.scratch_bytes},nr_inodes={plan.scratch_files}"
     kernel.mount("tmpfs", BOX, "tmpfs", kernel.MS_NOSUID | kernel.MS_NODEV, options)
     make_box_folders(BOX)
@@ -82,8 +98,8 @@ def writable_paths(plan: Plan) -> list[str]:
 
 
 def occupied(plan: Plan) -> list[tuple[str, str]]:
-    """Temporary folders that cannot be links into the box, because the interpreter itself is
-    installed below them; each slot mounts its box's folder there, with the interpreter inside."""
+    """Temporary folders that cannot be links into the box, because the interpreter is installed
+    below them. Each slot mounts its box's folder there, with the interpreter inside."""
     tops = [(f"/{link}", folder) for link, folder in _LINKS.items()]
     return [(t, f) for t, f in tops if any(p.startswith(f"{t}/") for p in plan.read_paths)]
 
@@ -99,8 +115,7 @@ def _bind(source: str, target: str) -> None:
 
 
 def _write_accounts(jail: str, uids: set[int]) -> None:
-    """getpwuid must find somebody: libraries ask for the home directory and fail in odd ways
-    without one."""
+    """Write /etc/passwd, in which libraries look up the home directory and may fail without it."""
     line = "sandbox:x:{uid}:{uid}::/scratch/box/work:/nonexistent\n"
     with open(f"{jail}/etc/passwd", "w") as file:
         file.writelines(line.format(uid=uid) for uid in sorted(uids))

@@ -1,16 +1,15 @@
-"""The seccomp deny list, compiled once in the API process by libseccomp and loaded by every slot.
+"""The seccomp deny list: libseccomp compiles it once, in the API process, and every slot loads it.
 
-A deny list, not an allow list: the boundary is made of namespaces, Landlock and the user id; the
-filter takes away system calls with a history of kernel bugs and those that no snippet needs.
-Refused calls fail with EPERM (clone3 with ENOSYS, so that the C library falls back to clone); calls
-of a foreign architecture kill the process with SIGSYS.
+A deny list and not an allow list: namespaces, Landlock and the user id are the boundary. The filter
+takes away system calls with a history of kernel bugs and those that no snippet needs. Refused calls
+fail with EPERM, clone3 with ENOSYS, so that the C library falls back to clone. Calls of a foreign
+architecture kill the process with SIGSYS.
 
-libseccomp.so.2 comes with the package libseccomp2, which apt itself depends on: every Debian and
-Ubuntu image has it.
+Every Debian and Ubuntu image has libseccomp.so.2: apt depends on its package, libseccomp2.
 """
 
+import base64
 import errno
-import os
 import tempfile
 
 _DENIED = """
@@ -45,8 +44,8 @@ _AF_UNIX = 1
 _MASK_32 = 0xFFFFFFFF
 
 
-def compile_filter(*, allow_fork: bool) -> bytes:
-    """Compile the deny list to BPF.
+def compile_filter(*, allow_fork: bool) -> str:
+    """Compile the deny list to BPF, as base64 for a Plan.
 
     Args:
         allow_fork: False adds the rule of the `basic` level: threads yes, processes no.
@@ -63,7 +62,7 @@ def compile_filter(*, allow_fork: bool) -> bytes:
         ) from error
     program = pyseccomp.SyscallFilter(defaction=pyseccomp.ALLOW)
     program.set_attr(pyseccomp.Attr.ACT_BADARCH, pyseccomp.KILL_PROCESS)
-    # A binary tree: the kernel tries a filter on every call number when a slot loads it.
+    # As a binary tree: when a slot loads a filter, the kernel tries it on every call number.
     program.set_attr(pyseccomp.Attr.CTL_OPTIMIZE, 2)
     deny = pyseccomp.ERRNO(errno.EPERM)
     for name in _DENIED.split():
@@ -82,8 +81,7 @@ def compile_filter(*, allow_fork: bool) -> bytes:
 
 
 def _add(program, action: int, name: str, *arguments) -> None:  # type: ignore[no-untyped-def]
-    """Add one rule; names this libseccomp or this architecture does not know cannot be called by
-    number we know of."""
+    """Add one rule. A name that is unknown to this libseccomp or architecture gets none."""
     import pyseccomp
 
     try:
@@ -94,8 +92,8 @@ def _add(program, action: int, name: str, *arguments) -> None:  # type: ignore[n
         program.add_rule(action, name, *arguments)
 
 
-def _export(program) -> bytes:  # type: ignore[no-untyped-def]
+def _export(program) -> str:  # type: ignore[no-untyped-def]
     with tempfile.TemporaryFile() as file:
         program.export_bpf(file)
-        os.lseek(file.fileno(), 0, os.SEEK_SET)
-        return file.read()
+        file.seek(0)
+        return base64.b64encode(file.read()).decode()

@@ -1,14 +1,14 @@
 """Every raw system call of the sandbox, in one file that can be audited in one sitting.
 
-Python 3.11 has no wrapper for these calls and no maintained package wraps all of them. Seccomp
-programs are compiled by libseccomp (filters.py) and Landlock goes through py_landlock (slot.py);
-this file only loads the result. Every function raises OSError with the name of the call when the
-kernel refuses.
+Python 3.11 wraps none of these calls and no maintained package wraps all of them. libseccomp
+compiles the seccomp filters (filters.py) and py_landlock builds the Landlock rulesets (slot.py);
+this file only loads them. If the kernel refuses a call, the function raises OSError with its name.
 """
 
 import ctypes
 import os
 import signal
+import struct
 from collections.abc import Sequence
 from typing import Any
 
@@ -25,7 +25,6 @@ MS_NOEXEC = 0x8
 MS_BIND = 0x1000
 MS_REC = 0x4000
 MS_PRIVATE = 0x40000
-MNT_DETACH = 2
 
 MADV_COLLAPSE = 25
 
@@ -41,6 +40,7 @@ _PR_SET_CHILD_SUBREAPER = 36
 _PR_SET_NO_NEW_PRIVS = 38
 _SECCOMP_MODE_FILTER = 2
 _CAPABILITY_VERSION_3 = 0x20080522
+_MNT_DETACH = 2
 _AT_FDCWD = -100
 _AT_RECURSIVE = 0x8000
 _MOUNT_ATTR_RDONLY = 0x1
@@ -57,27 +57,6 @@ class _SockFilterProgram(ctypes.Structure):
     _fields_ = [("length", ctypes.c_ushort), ("filter", ctypes.c_void_p)]
 
 
-class _CapabilityHeader(ctypes.Structure):
-    _fields_ = [("version", ctypes.c_uint32), ("pid", ctypes.c_int)]
-
-
-class _CapabilityData(ctypes.Structure):
-    _fields_ = [
-        ("effective", ctypes.c_uint32),
-        ("permitted", ctypes.c_uint32),
-        ("inheritable", ctypes.c_uint32),
-    ]
-
-
-class _MountAttributes(ctypes.Structure):
-    _fields_ = [
-        ("attr_set", ctypes.c_uint64),
-        ("attr_clr", ctypes.c_uint64),
-        ("propagation", ctypes.c_uint64),
-        ("userns_fd", ctypes.c_uint64),
-    ]
-
-
 def _check(result: int, call: str) -> None:
     if result < 0:
         number = ctypes.get_errno()
@@ -85,7 +64,7 @@ def _check(result: int, call: str) -> None:
 
 
 def unshare(flags: int) -> None:
-    """Move this process (for CLONE_NEWPID: its next children) into new namespaces."""
+    """Move this process into new namespaces; CLONE_NEWPID moves its next children instead."""
     _check(_libc.unshare(flags), "unshare")
 
 
@@ -95,7 +74,7 @@ def setns(fd: int, flags: int) -> None:
 
 
 Stack = ctypes.Array[ctypes.c_char]
-"""Memory for `clone_idle`, which needs next to none."""
+"""Memory for a process of `clone_idle`, which needs next to none."""
 
 
 def new_stack() -> Stack:
@@ -103,9 +82,9 @@ def new_stack() -> Stack:
 
 
 def clone_idle(flags: int, stack: Stack) -> int:
-    """Start a process that waits for its death and does nothing else; returns its pid.
+    """Start a process that only waits until it is killed; returns its pid.
 
-    It shares this process's memory, so it costs no copy of it. It runs one function of the C
+    It shares this process's memory, so starting it copies nothing. It runs one function of the C
     library, pause, on `stack`, which must outlive it and is too small for a signal handler: only
     SIGKILL and SIGSTOP reach it.
 
@@ -113,8 +92,8 @@ def clone_idle(flags: int, stack: Stack) -> int:
         flags: what else it shares (CLONE_FILES), namespaces that it is the first of (CLONE_NEW*),
             and the signal that its death sends; with none, no plain wait of this process sees it.
     """
-    top = ctypes.addressof(stack) + len(stack)
-    # Not through the module signal, which makes an object of every signal.
+    top = ctypes.addressof(stack) + len(stack)  # stacks grow downwards
+    # It inherits the blocked signals. The module signal would make an object of each of them.
     _libc.pthread_sigmask(signal.SIG_BLOCK, _ALL_SIGNALS, _MASK_BEFORE)
     pid = _libc.clone(_libc.pause, ctypes.c_void_p(top), _CLONE_VM | flags, None)
     _libc.pthread_sigmask(signal.SIG_SETMASK, _MASK_BEFORE, None)
@@ -129,31 +108,21 @@ def mount(source: str, target: str, kind: str, flags: int, options: str = "") ->
     _check(result, f"mount {target}")
 
 
-def unmount(target: str, flags: int) -> None:
-    _check(_libc.umount2(target.encode(), flags), f"umount2 {target}")
-
-
 def make_read_only(target: str) -> None:
     """Make a mount and every mount below it read-only and without setuid (Linux 5.12)."""
-    attributes = _MountAttributes(_MOUNT_ATTR_RDONLY | _MOUNT_ATTR_NOSUID, 0, 0, 0)
-    result = _libc.syscall(
-        _SYS_MOUNT_SETATTR,
-        _AT_FDCWD,
-        target.encode(),
-        _AT_RECURSIVE,
-        ctypes.byref(attributes),
-        ctypes.c_size_t(ctypes.sizeof(attributes)),
-    )
-    _check(result, f"mount_setattr {target}")
+    # struct mount_attr: attributes to set, to clear, propagation, user namespace.
+    attributes = struct.pack("4Q", _MOUNT_ATTR_RDONLY | _MOUNT_ATTR_NOSUID, 0, 0, 0)
+    where, size = (_AT_FDCWD, target.encode(), _AT_RECURSIVE), ctypes.c_size_t(len(attributes))
+    _check(_libc.syscall(_SYS_MOUNT_SETATTR, *where, attributes, size), f"mount_setattr {target}")
 
 
 def pivot_root(new_root: str) -> None:
-    """Make `new_root` (a mount point) the root directory and detach the old root from this
-    namespace."""
+    """Make `new_root`, a mount point, the root directory and detach the old root."""
     os.chdir(new_root)
     number = _SYS_PIVOT_ROOT[os.uname().machine]
+    # The old root ends up on top of the new one, from where it is unmounted.
     _check(_libc.syscall(number, b".", b"."), "pivot_root")
-    unmount(".", MNT_DETACH)
+    _check(_libc.umount2(b".", _MNT_DETACH), "umount2 .")
     os.chdir("/")
 
 
@@ -163,12 +132,12 @@ def adopt_orphans() -> None:
 
 
 Step = tuple[str, Any, tuple[Any, ...]]
-"""A system call made ready: name, C function, arguments. A fresh fork pays a page fault for every
-object it touches first, so what all forks do alike is put together once, before the fork."""
+"""A prepared system call: name, C function, arguments. A fork pays a page fault for each object
+that it touches first, so calls that all forks make alike are prepared once, before the fork."""
 
 
 def run(steps: Sequence[Step]) -> None:
-    """Make calls that were made ready, in order. The first refusal raises OSError."""
+    """Make prepared calls, in order. The first refusal raises OSError."""
     for name, function, arguments in steps:
         if function(*arguments) < 0:
             _check(-1, name)
@@ -200,9 +169,8 @@ def forbidding_new_privileges() -> Step:
 
 def dropping_capabilities() -> Step:
     """Give up every effective, permitted and inheritable capability."""
-    header = _CapabilityHeader(_CAPABILITY_VERSION_3, 0)
-    data = (_CapabilityData * 2)()
-    return "capset", _libc.capset, (ctypes.byref(header), ctypes.byref(data))
+    header = struct.pack("Ii", _CAPABILITY_VERSION_3, 0)  # 0: this process
+    return "capset", _libc.capset, (header, bytes(24))  # three sets of 64 bits, all empty
 
 
 def restricting_by_landlock(ruleset: int) -> Step:
@@ -212,8 +180,7 @@ def restricting_by_landlock(ruleset: int) -> Step:
 
 
 def loading_seccomp(program: bytes) -> Step:
-    """Load a compiled BPF program (a multiple of 8 bytes) as a seccomp filter; needs
-    no_new_privs."""
+    """Load a compiled BPF program, 8 bytes per instruction; needs no_new_privs."""
     buffer = ctypes.create_string_buffer(program, len(program))
     descriptor = _SockFilterProgram(len(program) // 8, ctypes.cast(buffer, ctypes.c_void_p))
     # byref keeps the descriptor alive, and the descriptor the buffer.
@@ -222,7 +189,6 @@ def loading_seccomp(program: bytes) -> Step:
 
 
 def collapse(address: int, length: int) -> bool:
-    """Turn an anonymous range into huge pages, so that fork copies fewer page-table entries. False
-    if refused."""
+    """Turn a range of memory into huge pages, of which a fork copies fewer page-table entries."""
     result = _libc.madvise(ctypes.c_void_p(address), ctypes.c_size_t(length), MADV_COLLAPSE)
     return bool(result == 0)

@@ -1,9 +1,14 @@
-"""The launcher: a clean process that fences itself off, then forks the factory and the zygotes.
+"""The launcher and the factory: clean processes behind the outer fences, parents of the zygotes.
 
-Started by engine.py with an empty environment, the plan on standard input, and one channel per
-zygote. At level `full` it enters its own namespaces; when root it first builds the directory tree
-with root's rights, then gives them up for a range of unprivileged user ids. It dies with the API
-process, and everything below dies with it.
+The launcher is started by host/pool.py with a fixed environment, the plan on standard input
+and one channel per zygote. At level `full` it enters its own namespaces; as root it first builds
+the directory tree with root's rights, then gives them up for a range of unprivileged user ids. It
+forks the factory, which forks the first zygote and then builds rooms. The launcher dies with the
+API process, and everything below dies with the launcher.
+
+A room is what a slot of level `full` has to itself: a pid namespace, an ipc namespace and a mount
+namespace with an empty tmpfs. Its first process is idle: it keeps the room open, and its death
+kills everybody inside.
 """
 
 import contextlib
@@ -14,8 +19,8 @@ import socket
 import sys
 from typing import NoReturn
 
-from services.tool.sandbox.inside import filesystem, kernel, rooms, zygote
-from services.tool.sandbox.plan import JAIL, Level, Plan
+from services.tool.sandbox.inside import filesystem, kernel, slot, zygote
+from services.tool.sandbox.plan import Level, Plan
 
 _NAMESPACES = (
     kernel.CLONE_NEWUSER
@@ -25,6 +30,8 @@ _NAMESPACES = (
     | kernel.CLONE_NEWIPC
     | kernel.CLONE_NEWUTS
 )
+_IDLE = kernel.CLONE_FILES | signal.SIGCHLD
+_STACKS = 2048  # more than there can be slots: each has a user id or a session of its own
 
 
 def main() -> None:
@@ -35,18 +42,20 @@ def main() -> None:
     os.dup2(null, 0)
     os.dup2(null, 1)
     os.close(null)
-    zygote.load_before_root_changes()
+    slot.load_landlock()
+    # Snippets import from the packages first, and never from this repository.
     sys.path[:] = [*plan.package_paths, *(path for path in sys.path if path != plan.code_root)]
     if plan.uid_base is not None:
-        os.setgroups([])
+        os.setgroups([])  # root's groups would otherwise reach every slot
     if plan.level is Level.FULL:
         _enter_namespaces(plan)
-        kernel.die_with_parent(signal.SIGKILL)
+        kernel.die_with_parent(signal.SIGKILL)  # new credentials have cleared it
+    # The launcher itself stays outside of its new pid namespace; the factory is pid 1 in there.
     factory = os.fork()
     if factory == 0:
         _run_factory(plan)
     for channel in plan.channels:
-        os.close(channel)
+        os.close(channel)  # or the API process would not notice when a zygote dies
     os.waitpid(factory, 0)
 
 
@@ -54,11 +63,13 @@ def _enter_namespaces(plan: Plan) -> None:
     if plan.uid_base is None:
         uid, gid = os.getuid(), os.getgid()
         kernel.unshare(_NAMESPACES)
+        # Without privileges the kernel takes a gid map only once setgroups is denied.
         _write("/proc/self/setgroups", "deny")
         _write("/proc/self/uid_map", f"{uid} {uid} 1")
         _write("/proc/self/gid_map", f"{gid} {gid} 1")
         filesystem.build_root(plan)
         return
+    # The tree comes first: the unprivileged ids may not read all that root binds into it.
     kernel.unshare(kernel.CLONE_NEWNS)
     filesystem.build_root(plan)
     _map_range(plan.uid_base, plan.uid_count)
@@ -104,7 +115,7 @@ def _run_factory(plan: Plan) -> NoReturn:
     kernel.die_with_parent(signal.SIGKILL)
     proc = _open_proc(plan)
     pairs = [socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET) for _ in plan.presets]
-    builder = rooms.Builder(plan) if plan.level is Level.FULL else None
+    builder = _RoomBuilder(plan) if plan.level is Level.FULL else None
     if os.fork() == 0:
         for ours, _ in pairs:
             ours.close()
@@ -120,21 +131,71 @@ def _run_factory(plan: Plan) -> NoReturn:
             builder.serve(zygotes)
     else:
         select.select(zygotes, [], [])  # they never write: readable means gone
+    # Without one of its zygotes a launcher has to be replaced: this exit ends the others as well.
     os._exit(1)
 
 
 def _open_proc(plan: Plan) -> int | None:
-    """Open /proc of this pid namespace and, at level full, step into the jail. None: no /proc can
-    be had."""
+    """Open /proc of this pid namespace, None if the host forbids it. At level full, enter the
+    jail."""
     if plan.level is not Level.FULL:
         return os.open("/proc", os.O_PATH | os.O_DIRECTORY)
-    proc: int | None = None
-    try:
+    proc = None
+    with contextlib.suppress(PermissionError):  # some hosts mask /proc; there is no watchdog then
         flags = kernel.MS_NOSUID | kernel.MS_NODEV | kernel.MS_NOEXEC
         kernel.mount("proc", "/proc", "proc", flags)
         proc = os.open("/proc", os.O_PATH | os.O_DIRECTORY)
-    except PermissionError:
-        proc = None  # some hosts mask /proc; the watchdog then says that it is absent
-    os.chroot(JAIL)
-    os.chdir("/")
+    filesystem.enter_jail()
     return proc
+
+
+class _RoomBuilder:
+    """Builds rooms ahead of the slots. Its process must be the first of its pid namespace and have
+    the jail as its root directory.
+
+    It is small and never forks. The zygotes are large and fork all the time, and after each fork
+    every memory page they touch has to be copied, so they only enter a room, fork and leave it.
+
+    Attributes:
+        outside: pid descriptor that leads out of every room.
+    """
+
+    def __init__(self, plan: Plan) -> None:
+        self._plan = plan
+        self._stacks = [kernel.new_stack() for _ in range(_STACKS)]
+        self._count = 0
+        # The idle processes must not find Python's handlers, and the kernel shall reap them and the
+        # orphans that they inherit: nobody asks for their status.
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+        self.outside = self._start_idle_process(0)
+
+    def serve(self, zygotes: list[socket.socket]) -> None:
+        """Answer each request byte with a fresh room; return when a zygote is gone."""
+        poller = select.poll()
+        by_descriptor = {sock.fileno(): sock for sock in zygotes}
+        for descriptor in by_descriptor:
+            poller.register(descriptor, select.POLLIN)
+        while True:
+            for descriptor, _ in poller.poll():
+                sock = by_descriptor[descriptor]
+                if not sock.recv(1):
+                    return
+                room = self._build()
+                socket.send_fds(sock, [b"r"], [room])
+                os.close(room)
+
+    def _build(self) -> int:
+        """Build one room; returns the pid descriptor of its first process."""
+        kernel.unshare(filesystem.ROOM_NAMESPACES)
+        filesystem.mount_box(self._plan)
+        # A pid namespace begins with its first child, the other two with this process itself,
+        # which therefore has to leave them again.
+        room = self._start_idle_process(kernel.CLONE_NEWPID)
+        filesystem.enter_room(self.outside)
+        return room
+
+    def _start_idle_process(self, flags: int) -> int:
+        stack = self._stacks[self._count % _STACKS]
+        self._count += 1
+        return os.pidfd_open(kernel.clone_idle(_IDLE | flags, stack))

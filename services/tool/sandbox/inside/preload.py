@@ -1,8 +1,7 @@
 """What each zygote loads and warms before it forks, and how it keeps its forks cheap.
 
-The first call of many library functions builds caches: sympy's `solve` costs 36 ms cold and 7 ms in
-a child of a zygote that has solved something before. So each preset runs a few typical operations
-once.
+The first call of many library functions builds caches: sympy's `solve` takes 36 ms cold, and 7 ms
+in a child of a zygote that has solved something. So each preset runs a few typical operations once.
 """
 
 import importlib
@@ -11,12 +10,9 @@ import threading
 
 from services.tool.sandbox.inside import kernel
 
-PRESETS = ("numpy", "sympy", "scipy")
-"""In order of size; each is forked from the one before."""
-
-# Not all of the standard library: an extension module maps five more ranges of memory, which makes
-# every fork dearer by 15 us, and modules with exit functions (logging, multiprocessing, asyncio)
-# every exit. Programs import those themselves.
+# Not all of the standard library: an extension module maps five more ranges of memory, which costs
+# 15 us in every fork, and modules with exit functions (logging, multiprocessing, asyncio) cost time
+# in every exit. Programs import those themselves.
 _COMMON = """
     abc array ast base64 bisect calendar cmath codecs collections collections.abc contextlib copy
     dataclasses datetime decimal difflib enum fractions functools heapq inspect io itertools json
@@ -43,8 +39,7 @@ def load(preset: str) -> None:
 
 
 def collapse_heap(proc: int | None) -> int:
-    """Back the interpreter's writable memory by huge pages where the kernel can. Returns the ranges
-    that took."""
+    """Back the interpreter's writable memory by huge pages. Returns the number of ranges."""
     if proc is None:
         return 0
     descriptor = os.open("self/maps", os.O_RDONLY, dir_fd=proc)
@@ -100,12 +95,8 @@ def _warm_sympy() -> None:
     sp.series(sp.exp(x), x, 0, 4)
     sp.Matrix([[2, 1], [1, 3]]).eigenvals()
     sp.Matrix([[2, 1], [1, 3]]).inv().det()
-    (
-        sp.factor(x**4 - 1),
-        sp.expand((x + 1) ** 4),
-        sp.apart(1 / (x**2 - 1)),
-        sp.together(1 / x + 1 / y),
-    )
+    sp.factor(x**4 - 1), sp.expand((x + 1) ** 4)
+    sp.apart(1 / (x**2 - 1)), sp.together(1 / x + 1 / y)
     sp.factorint(360), sp.isprime(97), sp.divisors(60), sp.gcd(12, 18), sp.binomial(n, 2)
     sp.nsimplify(0.5), sp.N(sp.pi, 20), sp.latex(sp.sqrt(x) / 2), str(sp.Rational(1, 3))
     sp.sympify("x**2 + 1"), sp.nsolve(x**2 - 2, 1)

@@ -1,19 +1,26 @@
-"""A slot: a forked child of a zygote that puts up every fence of its level, then waits for one job.
+"""A slot: a forked child of a zygote that puts up every fence of its level, then takes one job.
 
-Order matters: mounts need the capabilities, the user id change needs them too, Landlock and seccomp
-come last because they would refuse the steps before. A fence that cannot be put up ends the slot
-before any job reaches it.
+The order of the fences matters: the change of user id needs the capabilities, and Landlock and
+seccomp come last because they would refuse the steps before. A fence that cannot be put up ends the
+slot before any job reaches it.
 """
 
 import base64
+import contextlib
+import gc
 import os
 import resource
 import signal
+import sys
 from dataclasses import dataclass, replace
 from typing import NoReturn
 
+from py_landlock import AccessFs, landlock_sys
+from py_landlock.abi import get_supported_fs, get_supported_net, get_supported_scope
+from py_landlock.errors import LandlockError
+
 from services.tool.sandbox import wire
-from services.tool.sandbox.inside import filesystem, harness, jobs, kernel
+from services.tool.sandbox.inside import filesystem, kernel, program, supervisor
 from services.tool.sandbox.plan import BOX, WORK, Level, Plan
 
 _SETUP_FAILED = 70
@@ -24,7 +31,10 @@ JOB_FD = 3
 
 _MAX_FD = 2**31 - 1  # one close_range call, however many sessions the zygote holds
 _STACK_BYTES = 8 << 20
-_UNDERTAKER = kernel.new_stack()  # each fork has its own copy
+_HELPER_STACK = kernel.new_stack()  # each fork has its own copy
+# Encoded in the zygote: a slot touches as little memory as it can.
+_READY = wire.encode({"ready": True})
+_STARTED = wire.encode({"started": True})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,38 +45,32 @@ class Fences:
     limits: list[tuple[int, tuple[int, int]]]
     """Resource limits: number, soft and hard value."""
     before: list[kernel.Step]
-    """Calls after the change of user id and before Landlock."""
+    """Calls between the change of user id and Landlock."""
     landlock: list[kernel.Step]
-    """Empty where each slot needs a ruleset of its own or none is applied."""
+    """Empty where each slot needs a ruleset of its own, or none."""
     after: list[kernel.Step]
     """The system call filter, which would refuse the calls before it."""
-    place: harness.Place
-    """Of level full, where every slot sees the same; a draft elsewhere."""
+    place: program.Place
+    """The same for every slot at level full; elsewhere each slot puts its own home in."""
 
 
-def load_landlock() -> int:
-    """Load py_landlock while the root directory is still the machine's. Returns the ABI, 0 when the
-    kernel has none."""
-    from py_landlock import landlock_sys
-    from py_landlock.errors import LandlockError
-
-    try:
-        return int(landlock_sys.get_abi_version())
-    except LandlockError:
-        return 0
+def load_landlock() -> None:
+    """Have py_landlock find the C library, which fails once the root directory has changed."""
+    with contextlib.suppress(LandlockError):
+        landlock_sys.get_abi_version()
 
 
 def prepare_fences(plan: Plan, baseline_bytes: int) -> Fences:
-    """Make ready whatever the slots of a zygote have in common.
+    """Prepare what the slots of a zygote have in common.
 
     Args:
         baseline_bytes: what RLIMIT_DATA counts before a snippet allocates anything.
     """
     full, fenced = plan.level is Level.FULL, plan.level is not Level.NONE
     shared = full and not filesystem.occupied(plan)
-    dying = kernel.dying_with_parent(signal.SIGKILL)
-    before = [dying]
+    before = [kernel.dying_with_parent(signal.SIGKILL)]
     if plan.uid_base is not None:
+        # The change of user id hides this process in /proc from the watchdog.
         before.insert(0, kernel.allowing_inspection())
     if fenced:
         before += [kernel.dropping_capabilities(), kernel.forbidding_new_privileges()]
@@ -79,7 +83,7 @@ def prepare_fences(plan: Plan, baseline_bytes: int) -> Fences:
         before=before,
         landlock=_own_landlock(plan, None) if shared else [],
         after=[kernel.loading_seccomp(base64.b64decode(plan.seccomp))] if fenced else [],
-        place=harness.Place(
+        place=program.Place(
             home=home,
             baseline_bytes=baseline_bytes,
             alone=full or plan.uid_base is not None,
@@ -100,8 +104,7 @@ def make_folder(plan: Plan, name: str) -> str | None:
 
 
 def remove_folder(folder: str | None) -> None:
-    """Remove what a dead slot left. rmtree does not follow links and the slot's processes are
-    dead."""
+    """Remove what a slot left, whose processes must be dead. rmtree does not follow links."""
     if folder is not None:
         import shutil  # maps three compressors: at level full every fork would pay for them
 
@@ -116,7 +119,7 @@ def sweep(uid: int) -> None:
             os.setgroups([])
             os.setresgid(uid, uid, uid)
             os.setresuid(uid, uid, uid)
-            if 0 not in os.getresuid():  # as root this call would empty the machine
+            if 0 not in os.getresuid():  # as root this call would kill the whole machine
                 os.kill(-1, signal.SIGKILL)
         finally:
             os._exit(0)
@@ -130,8 +133,8 @@ def enter(
     folder: str | None,
     cgroup: list[int],
 ) -> NoReturn:
-    """Become a slot: fence this process, say so on the job socket, run what arrives there. Never
-    returns.
+    """Become a slot: fence this process, say so on the job socket, run the job that arrives there.
+    Never returns.
 
     Args:
         descriptors: stdin, stdout, stderr and the job socket, none of them 0 to 2 and the last
@@ -141,42 +144,81 @@ def enter(
     place, job_fd = fences.place, descriptors[JOB_FD]
     try:
         if fences.plan.cgroup:
-            os.write(cgroup[0], b"0")  # first: what is charged later is charged there
+            os.write(cgroup[0], b"0")  # first: only memory touched from here on counts there
         if folder is not None:
             place = replace(place, home=f"{folder}/{WORK}")
             _set_home(place.home)
         _fence(fences, uid, folder)
         os.chdir(place.home)
+        # The descriptors are all above their targets, so none is overwritten before it is moved.
         for target, descriptor in enumerate(descriptors):
             os.dup2(descriptor, target, target != JOB_FD)
+        # Everything else that the zygote had open, such as other slots' pipes and ways into rooms.
         os.closerange(JOB_FD + 1, _MAX_FD)
         job_fd = JOB_FD
         if fences.plan.level is Level.FULL:
-            _hire_undertaker()
-        # Last: the slots of an ordinary user share the count.
+            _start_memory_helper()
+        # Last, after the helper: the slots of an ordinary user share the count.
         limit = fences.plan.max_processes
         resource.setrlimit(resource.RLIMIT_NPROC, (limit, limit))
     except BaseException as error:
         wire.send(job_fd, {"failed": f"{type(error).__name__}: {error}"})
         os._exit(_SETUP_FAILED)
-    jobs.serve(JOB_FD, place)
+    _take_job(place)
 
 
-def _hire_undertaker() -> None:
-    """Start a process that shares this one's memory, so that this one dies at once, whatever it
-    held: the last user takes memory apart, and that one is killed with the room, after the verdict.
+def _take_job(place: program.Place) -> NoReturn:
+    """Say that the slot is ready, wait for a job and run it. Never returns.
 
-    A program that makes it run something gains no more than a thread, and one that cannot fork.
+    A job has: mode (run or session), code, files {path: base64}, fetch [path], fetch_bytes,
+    memory_bytes, cpu_s, seed.
     """
-    resource.prlimit(kernel.clone_idle(0, _UNDERTAKER), resource.RLIMIT_NPROC, (0, 0))
+    program.reseed(None)
+    program.rehearse()
+    os.write(JOB_FD, _READY)
+    try:
+        job = wire.receive(JOB_FD)
+    except EOFError:
+        os._exit(0)  # the slot was not needed
+    gc.enable()  # off in the zygote, where a collection would touch every page
+    # Here and not with the other fences: the limit comes with the job.
+    data = place.baseline_bytes + job["memory_bytes"]
+    resource.setrlimit(resource.RLIMIT_DATA, (data, data))
+    if job["seed"] is not None:
+        program.reseed(job["seed"])
+    sys.path.insert(0, place.home)
+    try:
+        program.write_files(place.home, job["files"])
+    except OSError as error:
+        wire.send(JOB_FD, {"refused": f"files: {error.strerror or error}"})
+        os._exit(1)
+    if job["mode"] == "session":
+        supervisor.serve_session(JOB_FD, place)
+    # From here on untrusted code may write on this socket as well: a refusal no longer counts.
+    os.write(JOB_FD, _STARTED)
+    if job["fetch"]:
+        supervisor.run_and_fetch(JOB_FD, job, place)
+    program.run_program(job, place, lambda report: wire.send(JOB_FD, report))
+
+
+def _start_memory_helper() -> None:
+    """Start an idle process that shares this one's memory, so that this one ends at once, however
+    much it holds.
+
+    Memory is freed by the last process that uses it. That is the helper, which is killed with the
+    room after the result is sent. A program that takes it over gains no more than a thread, and one
+    that cannot fork.
+    """
+    resource.prlimit(kernel.clone_idle(0, _HELPER_STACK), resource.RLIMIT_NPROC, (0, 0))
 
 
 def _fence(fences: Fences, uid: int | None, folder: str | None) -> None:
+    # Built before the user id changes, while all of its paths can be opened.
     landlock = fences.landlock or _own_landlock(fences.plan, folder)
     for name, value in fences.limits:
         resource.setrlimit(name, value)
     if uid is not None:
-        os.setresgid(uid, uid, uid)
+        os.setresgid(uid, uid, uid)  # before the user id, which gives up the right to do this
         os.setresuid(uid, uid, uid)
     kernel.run(fences.before)
     kernel.run(landlock)
@@ -184,15 +226,12 @@ def _fence(fences: Fences, uid: int | None, folder: str | None) -> None:
 
 
 def _own_landlock(plan: Plan, folder: str | None) -> list[kernel.Step]:
+    if plan.level is Level.NONE:
+        return []
+    read, write = ["/"], filesystem.writable_paths(plan)  # at level full the mounts limit reading
     if folder is not None:
-        fenced = plan.level is not Level.NONE
-        return _landlock(_build_ruleset(plan.read_paths, [folder])) if fenced else []
-    # Landlock looks past a mount point at what is mounted, which exists only in the room.
-    return _landlock(_build_ruleset(["/"], filesystem.writable_paths(plan)))
-
-
-def _landlock(ruleset: int) -> list[kernel.Step]:
-    return [kernel.restricting_by_landlock(ruleset)]
+        read, write = plan.read_paths, [folder]
+    return [kernel.restricting_by_landlock(_build_ruleset(read, write))]
 
 
 def _set_home(home: str) -> None:
@@ -214,11 +253,8 @@ def _limits(plan: Plan) -> list[tuple[int, tuple[int, int]]]:
 
 
 def _build_ruleset(read: list[str], write: list[str]) -> int:
-    """Landlock: nothing but reading below `read` and full use of files below `write`; no TCP, no
-    outside signals."""
-    from py_landlock import AccessFs, landlock_sys
-    from py_landlock.abi import get_supported_fs, get_supported_net, get_supported_scope
-
+    """Landlock: reading below `read`, full use of files below `write`, no TCP, no signals to the
+    outside. Returns the descriptor of the ruleset."""
     abi = landlock_sys.get_abi_version()
     handled = get_supported_fs(abi)
     attributes = landlock_sys.RulesetAttr(
@@ -226,9 +262,8 @@ def _build_ruleset(read: list[str], write: list[str]) -> int:
     )
     ruleset = landlock_sys.create_ruleset(attributes)
     reading = AccessFs.READ_FILE | AccessFs.READ_DIR
-    refused = (
-        AccessFs.EXECUTE | AccessFs.MAKE_CHAR | AccessFs.MAKE_BLOCK | AccessFs.MAKE_SOCK
-    ) | AccessFs.IOCTL_DEV
+    special = AccessFs.MAKE_CHAR | AccessFs.MAKE_BLOCK | AccessFs.MAKE_SOCK
+    refused = special | AccessFs.EXECUTE | AccessFs.IOCTL_DEV
     devices = [f"/dev/{name}" for name in filesystem.DEVICES]
     rules = [(path, reading) for path in read]
     rules += [(path, handled & ~refused) for path in write]
@@ -239,12 +274,10 @@ def _build_ruleset(read: list[str], write: list[str]) -> int:
 
 
 def _add_rule(ruleset: int, path: str, access: int) -> None:
-    from py_landlock import AccessFs, landlock_sys
-
     try:
         descriptor = os.open(path, os.O_PATH | os.O_CLOEXEC)
     except (FileNotFoundError, PermissionError):
-        return  # not there or not reachable: less access, never more
+        return  # without a rule the path is refused: less access, never more
     try:
         if not os.path.isdir(path):
             access &= AccessFs.READ_FILE | AccessFs.WRITE_FILE | AccessFs.TRUNCATE

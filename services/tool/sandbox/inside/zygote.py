@@ -1,14 +1,14 @@
-"""A zygote: an interpreter with its libraries loaded and warmed, that forks isolated slots and
-reaps them.
+"""A zygote: an interpreter with its libraries loaded and warmed, which forks slots and reaps them.
 
 It never sees a request: code reaches a slot on the slot's own socket, after the slot is fenced.
 What the zygote tells the API process about a slot is what the kernel told it: wait status, resource
 usage, the sum of memory (channel.py).
 
 After each fork, every memory page that the zygote touches has to be copied, because the child
-shares it. So it does little: rooms are built elsewhere and messages are fixed records.
+shares it. So it does little: the factory builds the rooms, and messages are fixed records.
 """
 
+import contextlib
 import gc
 import os
 import select
@@ -18,16 +18,12 @@ from dataclasses import dataclass, field
 from typing import NoReturn
 
 from services.tool.sandbox import channel
-from services.tool.sandbox.inside import harness, jobs, kernel, preload, rooms, slot, watchdog
+from services.tool.sandbox.channel import Event
+from services.tool.sandbox.inside import filesystem, kernel, preload, program, slot, watchdog
 from services.tool.sandbox.plan import Level, Plan
 
 _WATCH_INTERVAL_MS = 50
 _REHEARSALS = 20  # CPython 3.11 specialises a function from its eighth call on
-
-
-def load_before_root_changes() -> None:
-    """Import what needs the machine's own files: after the root changes they are gone."""
-    slot.load_landlock()
 
 
 @dataclass(slots=True, kw_only=True)
@@ -56,7 +52,7 @@ class _Zygote:
     factory: socket.socket
     proc: int | None
     outside: int
-    """Pid descriptor that leads out of the rooms; -1 below level full."""
+    """Pid descriptor that leads out of every room; -1 below level full."""
     fences: slot.Fences
     slots: dict[int, _Slot] = field(default_factory=dict)
     """Live slots by their pid descriptor."""
@@ -66,14 +62,14 @@ class _Zygote:
 
 
 def run(plan: Plan, factories: list[socket.socket], proc: int | None, outside: int) -> NoReturn:
-    """Load preset after preset; fork a child for the next one and serve the current one. Never
-    returns."""
+    """Load a preset, fork a child for the next one and serve this one. Never returns."""
     index = 0
     while True:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         signal.signal(signal.SIGINT, signal.default_int_handler)
         kernel.die_with_parent(signal.SIGKILL)
         preload.load(plan.presets[index])
+        # The child loads the next preset on top of this one, so both share its memory.
         if index + 1 == len(plan.presets) or os.fork() != 0:
             break
         index += 1
@@ -97,18 +93,18 @@ def run(plan: Plan, factories: list[socket.socket], proc: int | None, outside: i
 
 
 def _serve(zygote: _Zygote) -> None:
-    harness.open_streams()
-    harness.prepare()
+    program.prepare()
     for _ in range(_REHEARSALS):
-        harness.after_fork()
-        harness.reseed(None)
-        jobs.rehearse()
+        program.rehearse_fork()
+        program.rehearse()
     collapsed = preload.collapse_heap(zygote.proc)
+    # A collection writes into the header of every object, so it would copy every page that is
+    # shared with the slots.
     gc.collect()
     gc.freeze()
     gc.disable()
     _request_room(zygote)
-    zygote.channel.send(channel.EVENT.pack(channel.READY, collapsed, 0, 0.0, 0, False))
+    zygote.channel.send(Event(channel.READY, collapsed).encode())
     zygote.poller.register(zygote.channel.fileno(), select.POLLIN)
     while True:
         for descriptor, _ in zygote.poller.poll(_WATCH_INTERVAL_MS if zygote.watched else None):
@@ -142,7 +138,7 @@ def _request_room(zygote: _Zygote) -> None:
 
 
 def _receive_room(zygote: _Zygote) -> int:
-    """Take the room that was requested after the last one."""
+    """Take the room that was requested after the last fork."""
     data, descriptors, _, _ = socket.recv_fds(zygote.factory, 1, 1)
     if not data or not descriptors:
         raise ConnectionError("the factory of rooms is gone")
@@ -150,7 +146,7 @@ def _receive_room(zygote: _Zygote) -> int:
 
 
 def _spawn(zygote: _Zygote, number: int, cgroup: list[int]) -> None:
-    """Fork a slot. `cgroup` holds the way into its cgroup, or nothing."""
+    """Fork a slot. `cgroup` holds the descriptor that leads into its cgroup, or nothing."""
     plan = zygote.plan
     full = plan.level is Level.FULL
     folder = slot.make_folder(plan, f"{os.getpid()}-{number}")
@@ -159,29 +155,29 @@ def _spawn(zygote: _Zygote, number: int, cgroup: list[int]) -> None:
     ours, theirs = (sock.detach() for sock in socket.socketpair())
     room = _receive_room(zygote) if full else -1
     if full:
-        rooms.step_into(room)
+        filesystem.enter_room(room)
+    # The slot starts in the room that its parent stands in; only a fork enters a pid namespace.
     pid = os.fork()
     if pid == 0:
         slot.enter(zygote.fences, (stdin[0], stdout[1], stderr[1], theirs), uid, folder, cgroup)
     pid_fd = os.pidfd_open(pid)
     if full:
-        rooms.step_into(zygote.outside)
-        _request_room(zygote)
-    kill_fd = room if full else pid_fd
+        filesystem.enter_room(zygote.outside)
+        _request_room(zygote)  # the factory builds the next one while this slot runs
+    kill_fd = room if full else pid_fd  # the death of a room's first process kills all inside
     zygote.slots[pid_fd] = _Slot(
         number=number, pid=pid, pid_fd=pid_fd, kill_fd=kill_fd, uid=uid, folder=folder
     )
     zygote.poller.register(pid_fd, select.POLLIN)
     handed = (ours, stdin[1], stdout[0], stderr[0])
-    event = channel.EVENT.pack(channel.SLOT, number, 0, 0.0, 0, False)
+    event = Event(channel.SLOT, number).encode()
     socket.send_fds(zygote.channel, [event], (*handed, kill_fd))
     for descriptor in (*handed, theirs, stdin[0], stdout[1], stderr[1], *cgroup):
         os.close(descriptor)
 
 
 def _free_uid(zygote: _Zygote, number: int) -> int | None:
-    """An id of the range that no live slot of this zygote has. Id 0 is the zygote's own at level
-    full."""
+    """A user id that no live slot of this zygote has. At level full, 0 is the zygote's own."""
     plan = zygote.plan
     if plan.uid_base is None:
         return None
@@ -202,23 +198,25 @@ def _reap(zygote: _Zygote, child: _Slot) -> None:
     del zygote.slots[child.pid_fd]
     zygote.poller.unregister(child.pid_fd)
     zygote.watched -= bool(child.limit_bytes)
+    # At level full the slot's other processes die with the room.
     if child.kill_fd != child.pid_fd:
         _kill(child)
         os.close(child.kill_fd)
     os.close(child.pid_fd)
+    # At level uid they are found by their user id, which the next slot may get after this.
     if child.uid is not None and zygote.plan.level is not Level.FULL:
         slot.sweep(child.uid)
+    # Nobody is left who could write into the folder while it is removed.
     slot.remove_folder(child.folder)
     cpu_s, peak_bytes = usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024
-    ended = (channel.EXIT, child.number, status, cpu_s, peak_bytes, child.too_large)
-    zygote.channel.send(channel.EVENT.pack(*ended))
+    # Last: on this event the caller gets its answer, and its next program must meet no leftovers.
+    ended = Event(channel.EXIT, child.number, status, cpu_s, peak_bytes, child.too_large)
+    zygote.channel.send(ended.encode())
 
 
 def _kill(child: _Slot) -> None:
-    try:
+    with contextlib.suppress(ProcessLookupError):
         signal.pidfd_send_signal(child.kill_fd, signal.SIGKILL)
-    except ProcessLookupError:
-        return  # already dead: the goal is reached
 
 
 def _watch(zygote: _Zygote) -> None:

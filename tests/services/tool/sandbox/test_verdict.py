@@ -6,8 +6,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from services.tool.sandbox.host.handles import ExitFacts
-from services.tool.sandbox.host.verdict import Status, judge
+from services.tool.sandbox.host.verdict import ExitFacts, Status, judge
 
 ERROR = {"type": "ValueError", "message": "no", "line": 3}
 

@@ -10,7 +10,7 @@ import pytest
 from tool_privileges import command, environment, unavailable
 
 ROOM = Path(__file__).parent
-REPOSITORY = ROOM.parents[2]
+REPOSITORY = ROOM.parents[3]
 
 
 @pytest.mark.e2e

@@ -10,7 +10,7 @@ from prometheus_client import REGISTRY
 
 from services.tool.rules import Admission, OverloadedError
 from services.tool.sandbox.host.pool import preset_for
-from services.tool.sandbox.inside.preload import PRESETS
+from services.tool.sandbox.plan import PRESETS
 from services.tool.service import ToolService
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -36,7 +36,7 @@ async def test_an_exception_is_a_200_with_type_message_and_line(client: httpx.As
     assert body["status"] == "error"
     assert body["error"] == {"type": "ValueError", "message": "no", "line": 2}
     assert str(body["stderr"]).endswith("ValueError: no\n")
-    assert "harness" not in str(body["stderr"])
+    assert "sandbox/inside" not in str(body["stderr"])
 
 
 async def test_a_syntax_error_names_its_line(client: httpx.AsyncClient) -> None:

@@ -1,14 +1,16 @@
-"""Inside a slot: take one job from the socket and behave like `python main.py` would.
+"""Runs a snippet inside its slot as `python main.py` would: files, streams, traceback, exit code.
 
-Everything here runs in the same process as the snippet, so nothing here is trusted by anybody: the
-API process judges by wait status, by clock and by the kernel's counters. The report written at the
-end only adds a description.
+All of this runs in the same process as the snippet, so nobody trusts it: the API process judges by
+wait status, by clock and by the kernel's counters. The report that is written at the end only adds
+a description.
 """
 
 import ast
 import atexit
 import base64
+import contextlib
 import io
+import json
 import linecache
 import os
 import random
@@ -29,8 +31,10 @@ from services.tool.sandbox.inside import kernel
 MAIN = "main.py"
 """File name of the snippet in tracebacks."""
 
+_EMPTY_JOB = json.dumps({"mode": "run", "code": "0", "files": {}, "fetch": [], "seed": None})
 _MESSAGE_CHARS = 2000
-_CPU_GRACE_S = 2
+_CPU_GRACE_S = 2  # between SIGXCPU, which a program may handle, and SIGKILL
+_BESIDE_HOME = ("/mnt/", "/tmp/")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,8 +46,7 @@ class Place:
     baseline_bytes: int
     """What RLIMIT_DATA counts before the snippet allocates anything."""
     alone: bool
-    """Whether every process that this one may signal belongs to the slot: its own pid namespace or
-    its own user id. Nothing may be swept otherwise."""
+    """Whether this process can signal the slot's processes only (own pid namespace or user id)."""
     can_fork: bool
     """False at level basic: the snippet runs behind a second filter that refuses new processes."""
     no_fork_filter: bytes
@@ -52,30 +55,32 @@ class Place:
 def run_program(
     job: wire.Message, place: Place, report: Callable[[wire.Message], None]
 ) -> NoReturn:
-    """Run the job's code as a program and end this process with the exit code CPython would
-    give."""
+    """Run the job's code as a program and end this process with CPython's exit code for it."""
     cpu = job["cpu_s"]
     resource.setrlimit(resource.RLIMIT_CPU, (cpu, cpu + _CPU_GRACE_S))
-    close_last_door(place)
+    forbid_processes(place)
     owner = os.getpid()
     execution = execute(job["code"], new_main(), MAIN)
+    # A child that the snippet forked returns here as well. It has none of the parent's threads to
+    # wait for, and the report is the parent's.
     if os.getpid() == owner:
         threading._shutdown()  # type: ignore[attr-defined]
     atexit._run_exitfuncs()
     flush_streams()
     if os.getpid() == owner and execution.error is not None:
         report({"error": execution.error})
+    # Not sys.exit: the zygote's own frames are below this one.
     os._exit(execution.exit_code)
 
 
-def close_last_door(place: Place) -> None:
+def forbid_processes(place: Place) -> None:
     """At level basic, refuse new processes from here on."""
     if not place.can_fork:
         kernel.run([kernel.loading_seccomp(place.no_fork_filter)])
 
 
 def new_main() -> dict[str, Any]:
-    """Make a fresh `__main__` and return its namespace."""
+    """Make a new `__main__` and return its namespace."""
     module = types.ModuleType("__main__")
     sys.modules["__main__"] = module
     module.__dict__["__builtins__"] = __builtins__
@@ -98,38 +103,36 @@ def execute(
 ) -> Execution:
     """Compile and run `code` in `namespace`, printing the traceback of an uncaught exception."""
     code = code.removeprefix("\ufeff")
+    # Tracebacks show the lines of a file that does not exist.
     linecache.cache[name] = (len(code), None, code.splitlines(keepends=True), name)
     try:
         body, last = _compile_cell(code, name) if interactive else (_compile(code, name), None)
         exec(body, namespace)
         return Execution(value=eval(last, namespace) if last is not None else None)
     except SystemExit as error:
-        return Execution(exit_code=exit_code_of(error))
+        return Execution(exit_code=_exit_code_of(error))
     except BaseException as error:
         code_of_interrupt = 130 if isinstance(error, KeyboardInterrupt) else 1
         return Execution(error=_describe(error, name), exit_code=code_of_interrupt)
 
 
-def exit_code_of(error: SystemExit) -> int:
-    """The exit code CPython gives: None 0, an int modulo 256, -1 when it does not fit, anything
-    else 1 and a line."""
+def _exit_code_of(error: SystemExit) -> int:
+    """CPython's exit code: None is 0, an int counts modulo 256, anything else is printed and 1."""
     value = error.code
     if value is None:
         return 0
     if isinstance(value, int):
         return value & 0xFF if -(2**63) <= value < 2**63 else 255
-    try:
+    with contextlib.suppress(BaseException):  # the value's own __str__ may raise anything
         print(value, file=sys.stderr)
-    except BaseException:
-        return 1
     return 1
 
 
-def open_streams() -> None:
-    """Bind sys.std* to descriptors 0..2, line-buffered, so that a kill loses at most one line.
-
-    Called once by the zygote: its forks put other files behind the same numbers.
-    """
+def prepare() -> None:
+    """Set up what every program finds alike. The zygote calls it once: sys.std* use descriptors 0
+    to 2, behind which each fork puts its own pipes."""
+    sys.argv = [MAIN]
+    site.setquit()
     sys.stdin = sys.__stdin__ = io.TextIOWrapper(  # type: ignore[misc]
         io.BufferedReader(io.FileIO(0, "r", closefd=False)), "utf-8", "surrogateescape"
     )
@@ -137,14 +140,9 @@ def open_streams() -> None:
     sys.stderr = sys.__stderr__ = _writer(2, "backslashreplace")  # type: ignore[misc]
 
 
-def prepare() -> None:
-    """Set up what every program finds alike."""
-    sys.argv = [MAIN]
-    site.setquit()
-
-
 def _writer(descriptor: int, errors: str) -> io.TextIOWrapper:
     raw = io.FileIO(descriptor, "w", closefd=False)
+    # Line-buffered, so that a program that is killed loses at most one line.
     return io.TextIOWrapper(io.BufferedWriter(raw), "utf-8", errors, line_buffering=True)
 
 
@@ -156,53 +154,62 @@ def flush_streams() -> None:
             continue  # the snippet closed or replaced it
 
 
-def after_fork() -> None:
-    """What CPython's own hooks do in every fork, for rehearsal in a process without threads."""
+def rehearse() -> None:
+    """Read and run an empty job, except for its end.
+
+    Many times in a zygote: the interpreter's caches settle, of which a child would otherwise copy
+    every page that it changes. Once in a waiting slot: it then has its own copies of the memory
+    that every program touches.
+    """
+    job = wire.decode(_EMPTY_JOB.encode())
+    write_files("/", job["files"])
+    execute(job["code"], new_main(), MAIN)
+    flush_streams()
+
+
+def rehearse_fork() -> None:
+    """Do what CPython's own hooks do in every fork; for a process without threads."""
     threading._after_fork()  # type: ignore[attr-defined]
     random.seed()
+    reseed(None)
 
 
 def reseed(seed: int | None) -> None:
-    """Forks share the state of random generators; give this one its own, or the one the request
-    asks for."""
+    """Seed the random generators, whose state forks share, by the request's seed or at random."""
     if seed is not None:
-        random.seed(seed)  # without one, CPython's own fork hook has reseeded it
+        random.seed(seed)  # without a seed, CPython's own fork hook has done this
     numpy = sys.modules.get("numpy")
     if numpy is not None:
         numpy.random.seed(seed if seed is not None else int.from_bytes(os.urandom(4), "little"))
 
 
-_ANCHORS = ("/mnt/", "/tmp/")
-
-
-def _anchor(home: str, path: str) -> tuple[str, str]:
-    """Split a job's path into (folder it counts from, relative path): /mnt and /tmp lie beside the
-    working folder."""
-    for prefix in _ANCHORS:
+def _split(home: str, path: str) -> tuple[str, str]:
+    """Split a job's path into its top folder and the rest; /mnt and /tmp lie beside `home`."""
+    for prefix in _BESIDE_HOME:
         if path.startswith(prefix):
             return os.path.dirname(home) + prefix.rstrip("/"), path.removeprefix(prefix)
     return home, path
 
 
 def write_files(home: str, files: dict[str, str]) -> None:
-    """Write the request's files below `home`. Paths were checked by the API process. Raises
-    OSError."""
+    """Write the request's files, whose paths the API process has checked. Raises OSError."""
     for path, content in files.items():
-        target = os.path.join(*_anchor(home, path))
+        target = os.path.join(*_split(home, path))
         os.makedirs(os.path.dirname(target), exist_ok=True)
         with open(target, "wb") as file:
             file.write(base64.b64decode(content))
 
 
 def read_file(home: str, path: str, max_bytes: int) -> bytes:
-    """Read a regular file without following links or blocking on a pipe. Raises OSError,
-    ValueError."""
-    folder, path = _anchor(home, path)
+    """Read a regular file. Raises OSError, and ValueError for another kind or too large a file."""
+    folder, path = _split(home, path)
     descriptor = os.open(folder, os.O_PATH | os.O_DIRECTORY)
     try:
         parts = path.split("/")
+        # Step by step and never through a link, which the snippet may have pointed anywhere.
         for index, part in enumerate(parts):
             last = index + 1 == len(parts)
+            # Without O_NONBLOCK, opening a named pipe would wait for a writer.
             flags = os.O_RDONLY | os.O_NONBLOCK if last else os.O_PATH | os.O_DIRECTORY
             inner = os.open(part, flags | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=descriptor)
             os.close(descriptor)
@@ -230,7 +237,7 @@ def _compile(code: str | ast.Module, name: str) -> types.CodeType:
 
 def _compile_cell(code: str, name: str) -> tuple[types.CodeType, types.CodeType | None]:
     """Compile to (statements, last expression or None)."""
-    _compile(code, name)  # for its errors
+    _compile(code, name)  # for its errors: ast.parse finds fewer
     tree = ast.parse(code, name)
     last = None
     if tree.body and isinstance(tree.body[-1], ast.Expr):
@@ -241,6 +248,7 @@ def _compile_cell(code: str, name: str) -> tuple[types.CodeType, types.CodeType 
 
 def _describe(error: BaseException, name: str) -> dict[str, Any]:
     """Print the traceback as CPython would and return type, message and line of the snippet."""
+    # All of this may run methods of the snippet's own exception class, which may raise in turn.
     try:
         steps = traceback.extract_tb(error.__traceback__)
         lines = [step.lineno for step in steps if step.filename == name]

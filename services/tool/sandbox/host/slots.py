@@ -1,11 +1,10 @@
-"""The API process's end of the sandbox: one handle per launcher, zygote and slot.
+"""The API process's ends of zygotes and slots: order a slot, hand it out, hear how it ended.
 
-    LauncherHandle  the process; its death ends every zygote below it (launcher_handle.py)
-      ZygoteHandle  a channel, a pool of slots that are fenced and waiting
-        SlotHandle  descriptors of one slot and the facts of its end
+    LauncherHandle    the process; its death ends every zygote below it (pool.py)
+      ZygoteHandle    a channel, the slots that it forked, the queue of those that wait
+        SlotHandle    descriptors of one slot and the facts of its end
 
-All of it lives on one event loop and blocks nowhere: channels are non-blocking and read by
-callbacks.
+All of it lives on one event loop and never blocks: channels are non-blocking and read by callbacks.
 """
 
 import asyncio
@@ -20,6 +19,7 @@ from dataclasses import dataclass, field
 
 from services.tool.sandbox import channel, wire
 from services.tool.sandbox.host.cgroups import Cgroups, SlotCgroup
+from services.tool.sandbox.host.verdict import ExitFacts
 
 logger = logging.getLogger(__name__)
 
@@ -27,25 +27,11 @@ _DESCRIPTORS_PER_SLOT = 5
 
 
 class ZygoteLostError(ConnectionError):
-    """The zygote died before it could hand out a slot: nothing ran, another one may be asked."""
+    """The zygote died before it could hand out a slot. Nothing ran; another zygote can be asked."""
 
 
 class SlotFailedError(RuntimeError):
     """A fence could not be put up. The snippet never ran and is not run behind fewer fences."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ExitFacts:
-    """What the kernel says about the end of a slot's first process."""
-
-    status: int = 0
-    """Wait status as of wait4."""
-    cpu_s: float = 0.0
-    peak_bytes: int = 0
-    memory: bool = False
-    """Whether the watchdog or its cgroup killed it for its memory."""
-    lost: bool = False
-    """The zygote died first, so nobody knows how the slot ended (the kernel killed it)."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -65,20 +51,25 @@ class SlotHandle:
     fenced: bool = False
     """Whether its first frame said that every fence stands."""
     failure: str = "a slot died before it was fenced"
-    """Why it never will be."""
+    """Why a slot that is not fenced failed."""
     taken: bool = False
-    """Whether somebody outside of the pool has it and will close it."""
+    """Whether a caller has it and will close it."""
 
     def kill(self) -> None:
-        """Kill every process of the slot (level full), or its first one and, when that is reaped,
-        the rest."""
+        """Kill every process of the slot (level full), or its first one; the zygote then kills the
+        rest."""
         with contextlib.suppress(ProcessLookupError):
             signal.pidfd_send_signal(self.kill_fd, signal.SIGKILL)
 
     def limit_memory(self, limit_bytes: int) -> None:
-        """Tell the kernel, where it counts, before the program starts. Raises OSError."""
+        """Set the cgroup's limit, if there is one, before the program starts. Raises OSError."""
         if self.cgroup is not None and not self.exited.done():
             self.cgroup.limit_memory(limit_bytes)
+
+    def watch(self, limit_bytes: int) -> None:
+        """Have the zygote watch the slot's memory, unless a cgroup does; 0 ends the watch."""
+        if self.cgroup is None:
+            self.zygote.order(channel.WATCH, self.number, limit_bytes)
 
     def close_stdin(self) -> None:
         if self.stdin >= 0:
@@ -93,9 +84,53 @@ class SlotHandle:
             os.close(descriptor)
 
 
+class _Queue:
+    """Fenced slots that wait for a caller, and callers that wait for a slot: never both."""
+
+    def __init__(self) -> None:
+        self.slots: deque[SlotHandle] = deque()
+        self.callers: deque[asyncio.Future[SlotHandle]] = deque()
+
+    def join(self) -> asyncio.Future[SlotHandle]:
+        """Add a caller; its future gets the next slot."""
+        caller: asyncio.Future[SlotHandle] = asyncio.get_running_loop().create_future()
+        self.callers.append(caller)
+        return caller
+
+    def leave(self, caller: asyncio.Future[SlotHandle]) -> None:
+        """Remove a caller that was cancelled, and pass on the slot that it may have got already."""
+        if caller in self.callers:
+            self.callers.remove(caller)
+        elif not caller.cancelled() and caller.exception() is None:
+            self.offer(caller.result())
+
+    def offer(self, slot: SlotHandle) -> None:
+        """Give the slot to the next caller, or keep it waiting."""
+        caller = self._next_caller()
+        slot.taken = caller is not None
+        if caller is not None:
+            caller.set_result(slot)
+        else:
+            self.slots.append(slot)
+
+    def fail_next(self, error: Exception) -> bool:
+        """Raise `error` in the next caller. False: there was none."""
+        caller = self._next_caller()
+        if caller is not None:
+            caller.set_exception(error)
+        return caller is not None
+
+    def _next_caller(self) -> asyncio.Future[SlotHandle] | None:
+        while self.callers:
+            caller = self.callers.popleft()
+            if not caller.done():  # a cancelled one leaves only when its task runs again
+                return caller
+        return None
+
+
 @dataclass(slots=True, kw_only=True)
 class ZygoteHandle:
-    """One zygote as the API process sees it."""
+    """One zygote: orders slots ahead, hands them out, hears of their end."""
 
     preset: str
     link: socket.socket
@@ -103,62 +138,70 @@ class ZygoteHandle:
     """Slots to keep waiting."""
     cgroups: Cgroups | None
     on_lost: Callable[[], None]
-    ready: asyncio.Future[int]
+    ready: asyncio.Future[int] = field(init=False)
     """Done when it forks; the ranges of its memory that huge pages back."""
-    ordered: int = 0
-    """Slots asked for and not there yet."""
+    queue: _Queue = field(default_factory=_Queue)
     slots: dict[int, SlotHandle] = field(default_factory=dict)
     """Live slots by number, whether waiting, running or serving a session."""
-    warm: deque[SlotHandle] = field(default_factory=deque)
-    waiters: deque[asyncio.Future[SlotHandle]] = field(default_factory=deque)
+    pending: int = 0
+    """Slots that were ordered and are not fenced yet."""
     joining: dict[int, SlotCgroup] = field(default_factory=dict)
-    """Cgroups of the slots that were asked for and are not there yet, by number."""
+    """Cgroups of the slots that were ordered and have not arrived yet, by number."""
     num_ordered: int = 0
-    """Slots ever asked for, which numbers the next one."""
+    """Slots ever ordered, which numbers the next one."""
     alive: bool = True
 
-    def listen(self) -> None:
-        asyncio.get_running_loop().add_reader(self.link.fileno(), self._on_packet)
+    def __post_init__(self) -> None:
+        loop = asyncio.get_running_loop()
+        self.ready = loop.create_future()
+        self.link.setblocking(False)
+        loop.add_reader(self.link.fileno(), self._on_packet)
+
+    @property
+    def load(self) -> tuple[int, int]:
+        """What orders zygotes by how soon they have a slot: callers ahead, then live slots."""
+        return len(self.queue.callers) - len(self.queue.slots), len(self.slots)
 
     def refill(self) -> None:
         """Order the slots that are missing. Not called when one is handed out but when its program
-        has ended or its session is open: a fork would delay what just started."""
-        while self.alive and len(self.warm) + self.ordered < self.target + len(self.waiters):
-            self.ordered += 1
+        has ended or its session is open: a fork would delay what has just started."""
+        queue = self.queue
+        while self.alive and len(queue.slots) + self.pending < self.target + len(queue.callers):
+            self.pending += 1
             try:
                 self._order_slot()
             except OSError as error:
                 logger.error("no slot can be made: %s", error)
-                self.ordered -= 1
-                self._fail_waiter(SlotFailedError(f"the sandbox could not make a slot: {error}"))
+                self.pending -= 1
+                queue.fail_next(SlotFailedError(f"the sandbox could not make a slot: {error}"))
                 return
 
-    def watch(self, slot: SlotHandle, limit_bytes: int) -> None:
-        """Ask the zygote to watch the memory of a slot that has been running for a while, unless
-        its cgroup does; 0 ends it.
-        """
-        if self.alive and slot.cgroup is None:
-            self._order(channel.WATCH, slot.number, limit_bytes)
-
     async def take(self) -> SlotHandle:
-        """Take a waiting slot, or the next to come. Raises ZygoteLostError."""
+        """Take a waiting slot, or the next to come. Raises ZygoteLostError, SlotFailedError."""
         if not self.alive:
             raise ZygoteLostError(f"zygote {self.preset} is gone")
-        if self.warm:
-            slot = self.warm.popleft()
+        if self.queue.slots:
+            slot = self.queue.slots.popleft()
             slot.taken = True
             return slot
-        waiter: asyncio.Future[SlotHandle] = asyncio.get_running_loop().create_future()
-        self.waiters.append(waiter)
+        caller = self.queue.join()
         self.refill()
         try:
-            return await waiter
+            return await caller
         except asyncio.CancelledError:
-            if waiter in self.waiters:
-                self.waiters.remove(waiter)
-            elif not waiter.cancelled() and waiter.exception() is None:
-                self._offer(waiter.result())
+            self.queue.leave(caller)
             raise
+
+    def order(
+        self, kind: bytes, slot: int, limit_bytes: int = 0, descriptors: Sequence[int] = ()
+    ) -> None:
+        """Send an order, unless the zygote is gone."""
+        if not self.alive:
+            return
+        try:
+            socket.send_fds(self.link, [channel.ORDER.pack(kind, slot, limit_bytes)], descriptors)
+        except OSError:
+            self.on_lost()
 
     def close(self) -> None:
         """Forget the zygote: fail what waits, report every live slot as lost."""
@@ -168,9 +211,8 @@ class ZygoteHandle:
         asyncio.get_running_loop().remove_reader(self.link.fileno())
         self.link.close()
         error = ZygoteLostError(f"zygote {self.preset} is gone")
-        for waiter in self.waiters:
-            if not waiter.done():
-                waiter.set_exception(error)
+        while self.queue.fail_next(error):
+            pass
         for slot in list(self.slots.values()):
             self._finish(slot, ExitFacts(lost=True))
         for cgroup in self.joining.values():
@@ -184,7 +226,7 @@ class ZygoteHandle:
         number = self.num_ordered
         self.num_ordered += 1
         if self.cgroups is None:
-            self._order(channel.SPAWN, number)
+            self.order(channel.SPAWN, number)
             return
         self.joining[number] = cgroup = self.cgroups.take()
         try:
@@ -192,16 +234,8 @@ class ZygoteHandle:
         except OSError:
             self._give_back(self.joining.pop(number))
             raise
-        self._order(channel.SPAWN, number, descriptors=[way_in])
+        self.order(channel.SPAWN, number, descriptors=[way_in])
         os.close(way_in)
-
-    def _order(
-        self, kind: bytes, slot: int = 0, limit_bytes: int = 0, descriptors: Sequence[int] = ()
-    ) -> None:
-        try:
-            socket.send_fds(self.link, [channel.ORDER.pack(kind, slot, limit_bytes)], descriptors)
-        except OSError:
-            self.on_lost()
 
     def _give_back(self, cgroup: SlotCgroup | None) -> None:
         if self.cgroups is not None and cgroup is not None:
@@ -217,7 +251,8 @@ class ZygoteHandle:
                 return
             except OSError:
                 data, descriptors = b"", []
-            # Where this process has none left, descriptors do not arrive and cannot be asked again.
+            # When this process may open no more, descriptors are dropped and cannot be asked again:
+            # that slot could never be killed, so the whole launcher is replaced.
             missed = data[:1] == channel.SLOT and len(descriptors) < _DESCRIPTORS_PER_SLOT
             if not data or missed:
                 for descriptor in descriptors:
@@ -236,6 +271,7 @@ class ZygoteHandle:
             self._finish(slot, _exit_facts(event, slot.cgroup))
 
     def _adopt(self, number: int, descriptors: list[int]) -> None:
+        """Keep the descriptors of a new slot and wait until it is fenced."""
         loop = asyncio.get_running_loop()
         job_fd, stdin, stdout, stderr, kill_fd = descriptors
         job = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM, fileno=job_fd)
@@ -265,8 +301,8 @@ class ZygoteHandle:
         asyncio.get_running_loop().remove_reader(slot.job.fileno())
         if messages and messages[0].get("ready") is True:
             slot.fenced = True
-            self.ordered -= 1
-            self._offer(slot)
+            self.pending -= 1
+            self.queue.offer(slot)
             return
         if not messages:
             return  # it died: the zygote will say so, or is dead itself
@@ -274,44 +310,30 @@ class ZygoteHandle:
         logger.error("%s", slot.failure)
         slot.kill()
 
-    def _offer(self, slot: SlotHandle) -> None:
-        slot.taken = True
-        while self.waiters:
-            waiter = self.waiters.popleft()
-            if not waiter.done():
-                waiter.set_result(slot)
-                return
-        slot.taken = False
-        self.warm.append(slot)
-
-    def _fail_waiter(self, error: Exception) -> None:
-        while self.waiters:
-            waiter = self.waiters.popleft()
-            if not waiter.done():
-                waiter.set_exception(error)
-                return
-
     def _finish(self, slot: SlotHandle, facts: ExitFacts) -> None:
         if self.slots.pop(slot.number, None) is not None:
             self._give_back(slot.cgroup)
         if not slot.exited.done():
             slot.exited.set_result(facts)
+        # Whoever took the slot still reads from it and closes it; nobody closes the others.
         if not slot.taken:
             asyncio.get_running_loop().remove_reader(slot.job.fileno())
             slot.close()
-            if slot in self.warm:
-                self.warm.remove(slot)
+            if slot in self.queue.slots:
+                self.queue.slots.remove(slot)
         if facts.lost:
             return
         if slot.fenced:
             self.refill()
             return
-        self.ordered -= 1
-        self._fail_waiter(SlotFailedError(slot.failure))
+        # No new order for a slot that could not be fenced: the next one would fail the same way,
+        # in a loop. One caller learns of it, and the next caller orders again.
+        self.pending -= 1
+        self.queue.fail_next(SlotFailedError(slot.failure))
 
 
 def _exit_facts(event: channel.Event, cgroup: SlotCgroup | None) -> ExitFacts:
-    """What the zygote was told by wait4, and what the cgroup knows of all processes together."""
+    """What wait4 told the zygote, and what the cgroup knows of all processes together."""
     memory, peak_bytes = event.memory, event.peak_bytes
     if cgroup is not None:
         try:

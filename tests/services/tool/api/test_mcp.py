@@ -17,7 +17,7 @@ from tool_server import KEY, served
 from services.tool.service import ToolService
 from services.tool.wire.schemas import SessionRequest
 
-README = Path(__file__).resolve().parents[3] / "services" / "tool" / "README.md"
+README = Path(__file__).resolve().parents[4] / "services" / "tool" / "README.md"
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 

@@ -15,7 +15,7 @@ from tool_privileges import command, environment, unavailable
 from tool_threats import THREATS, Threat
 
 ROOM = Path(__file__).parent
-REPOSITORY = ROOM.parents[2]
+REPOSITORY = ROOM.parents[3]
 SETUPS = [("root", "full"), ("root", "uid"), ("ordinary", "full"), ("ordinary", "basic")]
 RUN_S = 280
 

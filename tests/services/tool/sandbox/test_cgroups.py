@@ -16,7 +16,7 @@ from services.tool.sandbox.host.execution import Job, Limits
 from services.tool.sandbox.host.pool import Sandbox, SandboxConfig
 from services.tool.sandbox.host.session import SandboxSession
 
-REPOSITORY = Path(__file__).parents[3]
+REPOSITORY = Path(__file__).parents[4]
 LIMITS = Limits(
     wall_s=30, cpu_s=30, memory_bytes=128 << 20, output_bytes=1 << 16, fetch_bytes=1 << 16
 )
