@@ -48,10 +48,8 @@ _LONGEST_SOCKETS_FOLDER = 107 - len("/00000000-0000-0000-0000-000000000000")
 _PROBE_TIMEOUT_S = 10.0
 _CLOSE_TIMEOUT_S = 10.0
 _FINISH_REASONS: dict[str | None, FinishReason] = {
-    "stop": "stop",
-    "length": "length",
-    "abort": "abort",
-}
+    "stop": "stop", "length": "length", "abort": "abort"
+}  # fmt: skip
 
 
 def prepare_environment(settings: RolloutSettings) -> None:

@@ -73,8 +73,7 @@ class WeightStore:
         version = Version(number=request.version, digest=request.digest)
         async with self.state.exclusive():
             known = [self._versions.current, self._staged.version if self._staged else None]
-            # After a failed roll-back the serving version is known by name only, so the same
-            # update has to be staged again.
+            # After a failed roll-back the engine may hold neither, so nothing counts as done.
             if version not in known or self.state.name == "failed":
                 self._check_order(request)
                 self._drop_staged()

@@ -4,7 +4,7 @@
 
 A CPU has no NCCL: in learner and worker the communicator is vLLM's own broadcast over TCP. Started
 by test_vllm_transfer.py, which reads the last line. In a process of its own, because vLLM and the
-stand-in change it for good.
+replacement change it for good.
 """
 
 from __future__ import annotations
@@ -143,7 +143,7 @@ async def run(settings: RolloutSettings, folder: Path) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    # Only to send the stand-in to the workers; the service itself never needs it.
+    # Only to send the replacement to the workers; the service itself never needs it.
     os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"
     chosen = RolloutSettings(
         model=Path(sys.argv[1]), kv_cache_gb=0.1, num_threads=1, max_model_len=128
