@@ -14,8 +14,6 @@ from openrlhf_alp.clients.control import ControlClient
 from openrlhf_alp.clients.errors import WeightUpdateFailed
 from openrlhf_alp.clients.weights.carry import Bucket, Carrier
 
-BUCKET_BYTES = 512 * 2**20
-
 
 class FileCarrier(Carrier):
     """Writes into the servers' shared folder; a server that has staged a file keeps its own link.
@@ -23,13 +21,11 @@ class FileCarrier(Carrier):
     Args:
         weights_dir: the contract's weights_dir.
         name: folder of this update, new for each.
-        bucket_bytes: of one file.
     """
 
     on_device = False
 
-    def __init__(self, weights_dir: Path, name: str, *, bucket_bytes: int = BUCKET_BYTES) -> None:
-        self.bucket_bytes = bucket_bytes
+    def __init__(self, weights_dir: Path, name: str) -> None:
         self._weights_dir = weights_dir
         self._name = name
 
@@ -39,6 +35,7 @@ class FileCarrier(Carrier):
         return self
 
     async def __aexit__(self, *_: object) -> None:
+        # After prepare each server has its own hard links to the files, so these can go.
         shutil.rmtree(self._weights_dir / self._name, ignore_errors=True)
 
     async def carry(self, index: int, bucket: Bucket) -> str:
@@ -54,20 +51,18 @@ class HttpCarrier(Carrier):
     Args:
         client: of all servers.
         name: begins the name of each file, new for each update.
-        bucket_bytes: of one file; as much is written to the temporary folder at a time.
     """
 
     on_device = False
 
-    def __init__(
-        self, client: ControlClient, name: str, *, bucket_bytes: int = BUCKET_BYTES
-    ) -> None:
-        self.bucket_bytes = bucket_bytes
+    def __init__(self, client: ControlClient, name: str) -> None:
         self._client = client
         self._name = name
         self._folder = Path()
 
     async def __aenter__(self) -> Self:
+        # A file on disk and not a buffer: every server reads it at its own pace, and an upload that
+        # was cut short continues at any offset.
         self._folder = Path(tempfile.mkdtemp(prefix="openrlhf-alp-push-"))
         return self
 
@@ -82,7 +77,7 @@ class HttpCarrier(Carrier):
         try:
             return await self._client.upload(path, name)
         finally:
-            path.unlink()
+            path.unlink()  # the folder never holds more than one bucket
 
 
 @contextlib.contextmanager
