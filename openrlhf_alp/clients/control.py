@@ -94,10 +94,7 @@ class ControlClient(AbstractAsyncContextManager["ControlClient"]):
         return (await self.contracts())[0]
 
     async def contracts(self) -> list[Contract]:
-        """The contract of each server; they differ at most in version and weights_dir.
-
-        Raises: as `contract`.
-        """
+        """The contract of each server; they differ at most in version and weights_dir."""
         contracts = await self._on_all(lambda s: s.channel.get("/v1/contract", Contract))
         first_url = self.fleet.servers[0].channel.url
         for server, contract in zip(self.fleet.servers, contracts, strict=True):
@@ -122,7 +119,6 @@ class ControlClient(AbstractAsyncContextManager["ControlClient"]):
         Raises:
             WeightUpdateFailed: no server answers.
         """
-        # A server that missed the last update gets its chance in this one.
         self._missed.clear()
         return await self._update(_weights)
 
@@ -159,9 +155,9 @@ class ControlClient(AbstractAsyncContextManager["ControlClient"]):
         return await self._update(lambda s: s.channel.post(path, request, WeightsStatus))
 
     async def commit_weights(self, request: CommitRequest) -> list[CommitResponse]:
-        """Swap the weights of every server that staged the update; the others become stale.
+        """End the update: swap the weights of every server that staged it; the others become stale.
 
-        Ends the update. Afterwards replies below this version are refused.
+        Afterwards replies below this version are refused.
 
         Raises:
             WeightUpdateFailed: no server serves the new version.
@@ -185,7 +181,6 @@ class ControlClient(AbstractAsyncContextManager["ControlClient"]):
         self._missed.clear()
 
         async def abort(server: Server) -> None:
-            # What a server keeps because it did not hear this is replaced by the next prepare.
             with contextlib.suppress(ServiceError):
                 await server.channel.post("/v1/weights/abort", None, WeightsStatus)
 
@@ -197,8 +192,7 @@ class ControlClient(AbstractAsyncContextManager["ControlClient"]):
         Raises:
             ServiceUnavailable: names a server that is not ready after `timeout_s`.
         """
-        # A server that loads its model says so for minutes; the usual back-off would add seconds of
-        # waiting after it is ready.
+        # A model may load for minutes; the usual back-off would add seconds after it is ready.
         steady = Backoff(first_s=self.fleet.backoff.first_s, largest_s=self.fleet.backoff.first_s)
 
         async def until_ready(server: Server) -> None:
@@ -223,8 +217,7 @@ class ControlClient(AbstractAsyncContextManager["ControlClient"]):
     ) -> list[Result]:
         """Run one phase of an update; a server that does not follow becomes stale.
 
-        It is left out of the other phases as well: a server that comes back in mid-update lacks
-        what was sent before, and would refuse the rest.
+        It is left out of the later phases, because it lacks what this one brought and would refuse.
         """
 
         async def outcome_of(server: Server) -> Result | ServiceError:

@@ -60,6 +60,13 @@ async def test_both_sides_compute_the_same_digest(tmp_path: Path) -> None:
     assert written.digest == weights_digest({name: file.digest for name, file in found.items()})
 
 
+def test_buckets_keep_the_order_and_the_limit_and_a_large_parameter_stands_alone() -> None:
+    sizes = {"a": 2, "b": 2, "c": 9, "d": 1, "e": 2}  # float32: 4 bytes each
+    named = [(name, torch.nn.Parameter(torch.zeros(size))) for name, size in sizes.items()]
+    buckets = [[name for name, _ in bucket] for bucket in in_buckets(named, 16)]
+    assert buckets == [["a", "b"], ["c"], ["d", "e"]]
+
+
 async def test_tensors_are_cast_to_the_serving_dtype(tmp_path: Path) -> None:
     master = torch.tensor([1.0 + 2**-10])
     expected = {"w": spec(torch.zeros(1, dtype=torch.bfloat16))}

@@ -118,8 +118,7 @@ async def carry_weights(
     num_bytes = num_unchanged = 0
     for bucket in buckets:
         tensors = dict(_serving(bucket, expected, on_device=carrier.on_device))
-        # Digests are taken of every tensor, also of the unchanged: prepare verifies the merged
-        # result and not only what travels.
+        # Also of unchanged tensors: prepare verifies the merged result, not only what travels.
         found = {name: digest_tensor(tensor.cpu()) for name, tensor in tensors.items()}
         digests |= found
         fresh = {
@@ -129,7 +128,6 @@ async def carry_weights(
         }
         num_unchanged += len(tensors) - len(fresh)
         if fresh:
-            # Numbered by what was sent: a bucket without news takes no name.
             files.append(await carrier.carry(len(files), fresh))
             num_bytes += sum(tensor.nbytes for tensor in fresh.values())
         # The loop gathers the next bucket before it rebinds these names. Without this line a rank

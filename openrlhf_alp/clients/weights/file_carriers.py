@@ -77,7 +77,7 @@ class HttpCarrier(Carrier):
         try:
             return await self._client.upload(path, name)
         finally:
-            path.unlink()  # the folder never holds more than one bucket
+            path.unlink()
 
 
 @contextlib.contextmanager

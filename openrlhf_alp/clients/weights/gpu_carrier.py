@@ -16,7 +16,7 @@ import asyncio
 import contextlib
 import socket
 from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Self, TypeVar
 from urllib.parse import urlsplit
 
@@ -49,7 +49,6 @@ _WHOLE_BUCKET_BYTES = 2**40
 """
 
 Result = TypeVar("Result")
-_Post = Callable[[dict[str, Any]], Coroutine[Any, Any, None]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -134,14 +133,13 @@ class GpuCarrier(Carrier):
         if self._engine is None:
             loop = asyncio.get_running_loop()
             self._engine = await self._within_limit(lambda: self._open(loop))
-        # Returns when every server has kept the bucket.
         await self._within_limit(self._engine.send_weights)
         return f"uploads/{self._file}"
 
     def _open(self, loop: asyncio.AbstractEventLoop) -> Any:
         """Have the group meet. Blocks, in a thread, while `loop` runs `_join` in another."""
         try:
-            # Here and not above: with the other transports the learner needs no vLLM.
+            # With the other transports the learner needs no vLLM.
             from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactory
             from vllm.distributed.weight_transfer.ipc_engine import IPCTrainerInitInfo
             from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
@@ -226,16 +224,13 @@ class GpuCarrier(Carrier):
         # A call that waits inside NCCL may never return; no executor could be shut down then.
         running = asyncio.wrap_future(in_daemon(on_device))
         waited_for: set[asyncio.Future[Any]] = {running, self._refusal}
-        await asyncio.wait(
-            waited_for,
-            timeout=self._limit_s + _GRACE_S,
-            return_when=asyncio.FIRST_COMPLETED,
-        )
+        limit_s = self._limit_s + _GRACE_S
+        await asyncio.wait(waited_for, timeout=limit_s, return_when=asyncio.FIRST_COMPLETED)
         try:
             if self._refusal.done():
                 raise self._refusal.result()
             if not running.done():
-                raise TimeoutError(f"nobody answered within {self._limit_s + _GRACE_S:g} s")
+                raise TimeoutError(f"nobody answered within {limit_s:g} s")
             return running.result()
         except WeightUpdateFailed:
             raise
@@ -249,11 +244,11 @@ class GpuCarrier(Carrier):
             running.cancel()
 
 
+@dataclass(slots=True)
 class _BucketSource:
     """vLLM's `WeightSource`, as far as its engines use it: one bucket instead of a whole model."""
 
-    def __init__(self) -> None:
-        self.bucket: Bucket = {}
+    bucket: Bucket = field(default_factory=dict)
 
     def metadata(self) -> list[Any]:
         from vllm.distributed.weight_transfer.base import ParamMeta
@@ -264,6 +259,7 @@ class _BucketSource:
         return iter(self.bucket.items())
 
 
+@dataclass(frozen=True, slots=True)
 class _ControlPlane:
     """vLLM's `VLLMWeightSyncClient`: the four calls by which its engines reach the servers.
 
@@ -271,28 +267,26 @@ class _ControlPlane:
     an update do nothing: they would rebuild the live model, and here a transfer is only staged.
     """
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, join: _Post, receive: _Post) -> None:
-        self._loop = loop
-        self._join = join
-        self._receive = receive
+    loop: asyncio.AbstractEventLoop
+    join: Callable[[dict[str, Any]], Coroutine[Any, Any, None]]
+    receive: Callable[[dict[str, Any]], Coroutine[Any, Any, None]]
 
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
-        asyncio.run_coroutine_threadsafe(self._join(init_info), self._loop).result()
+        asyncio.run_coroutine_threadsafe(self.join(init_info), self.loop).result()
 
     def start_weight_update(self) -> None:
         pass
 
     def update_weights(self, update_info: dict[str, Any]) -> None:
-        asyncio.run_coroutine_threadsafe(self._receive(update_info), self._loop).result()
+        asyncio.run_coroutine_threadsafe(self.receive(update_info), self.loop).result()
 
     def finish_weight_update(self, weight_version: str | None = None) -> None:
         pass
 
 
 def _described(update_info: dict[str, Any]) -> list[SentTensor]:
-    """The tensors of vLLM's update info, in the words of our wire."""
+    """The tensors of vLLM's update info, as our wire names them; over nccl without handles."""
     names = update_info["names"]
-    # Over nccl there is no handle; the bytes themselves follow by broadcast.
     handles = update_info.get("ipc_handles") or [{None: None}] * len(names)
     tensors = []
     for name, dtype_name, shape, handle in zip(

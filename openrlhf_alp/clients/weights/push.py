@@ -105,8 +105,7 @@ class WeightPusher:
             started_s = time.perf_counter()
             try:
                 async with await self._carrier(client, name) as carrier:
-                    # Gathering shards may block on other ranks. Nothing else runs in this loop, so
-                    # nothing is held up.
+                    # Gathering shards may block this loop, in which nothing else runs.
                     carried = await carry_weights(
                         carrier,
                         buckets,
@@ -125,7 +124,6 @@ class WeightPusher:
                         )
                     )
             except Exception:
-                # Nothing is committed yet, so every server can drop what it has staged.
                 await client.abort_weights()
                 raise
             prepared_s = time.perf_counter()
@@ -150,7 +148,6 @@ class WeightPusher:
         if self._transport == "http":
             return HttpCarrier(client, name)
         if self._transport == "file":
-            # Asked once: the folder of a running server does not change.
             if self._shared is None:
                 self._shared = _shared_folder(await client.contracts())
             _remove_leftovers(self._shared)
