@@ -6,6 +6,7 @@ as one task, so its turns and its code share one trace, whichever servers they w
 """
 
 import asyncio
+import math
 import secrets
 import time
 from collections.abc import AsyncIterator
@@ -119,15 +120,15 @@ class Channel:
         path: str,
         content: bytes | AsyncIterator[bytes] | None = None,
         *,
-        give_up_s: float | None,
+        give_up_s: float | None = None,
         params: dict[str, int] | None = None,
     ) -> httpx.Response:
         """Make one attempt and return its reply, whatever the status.
 
         Args:
             content: an encoded model, or the pieces of a file.
-            give_up_s: monotonic time after which the attempt counts as failed; None: only
-                `timeouts.read_s` bounds it, for files of any size.
+            give_up_s: monotonic time after which the attempt counts as failed; None: `control_s`
+                from now; infinite: only `read_s` bounds it.
             params: the query of the URL.
 
         Raises:
@@ -137,9 +138,11 @@ class Channel:
         headers = {"authorization": f"Bearer {key}", **trace_headers()}
         if isinstance(content, bytes):
             headers["content-type"] = self._media_type
-        limit_s = None if give_up_s is None else max(0.001, give_up_s - time.monotonic())
+        limit_s = self.timeouts.control_s
+        if give_up_s is not None:
+            limit_s = max(0.001, give_up_s - time.monotonic())
         try:
-            async with asyncio.timeout(limit_s):
+            async with asyncio.timeout(limit_s if math.isfinite(limit_s) else None):
                 return await self._http.request(
                     method, path, content=content, params=params, headers=headers
                 )
@@ -177,8 +180,7 @@ class Channel:
 
     async def get(self, path: str, model: type[Reply]) -> Reply:
         """GET within `control_s`."""
-        give_up_s = time.monotonic() + self.timeouts.control_s
-        return self.parse(await self.send("GET", path, give_up_s=give_up_s), model)
+        return self.parse(await self.send("GET", path), model)
 
     async def post(
         self,
@@ -188,9 +190,7 @@ class Channel:
         *,
         give_up_s: float | None = None,
     ) -> Reply:
-        """POST; without `give_up_s` (monotonic) within `control_s`."""
-        if give_up_s is None:
-            give_up_s = time.monotonic() + self.timeouts.control_s
+        """POST; `give_up_s` as for `send`."""
         content = None if body is None else encode(body, self._media_type)
         return self.parse(await self.send("POST", path, content, give_up_s=give_up_s), model)
 

@@ -80,9 +80,9 @@ class ControlClient(AbstractAsyncContextManager["ControlClient"]):
         """Close every connection."""
         await self.fleet.aclose()
 
-    def reachable(self) -> list[Channel]:
+    def reachable(self) -> list[Server]:
         """The servers that have followed the update in progress so far."""
-        return [server.channel for server in self._following()]
+        return [s for s in self.fleet.servers if s.channel.url not in self._missed]
 
     async def contract(self) -> Contract:
         """The contract of the first server, after checking that all servers have the same one.
@@ -134,7 +134,7 @@ class ControlClient(AbstractAsyncContextManager["ControlClient"]):
 
         async def to(server: Server) -> None:
             await self.fleet.call(
-                lambda server, _: _continue_upload(server.channel, path, name),
+                lambda server, give_up_s: _continue_upload(server, path, name, give_up_s),
                 what=f"upload of {name}",
                 # A file may take any time as long as bytes flow, so attempts are counted instead.
                 within_s=math.inf,
@@ -169,7 +169,7 @@ class ControlClient(AbstractAsyncContextManager["ControlClient"]):
             responses = await self._update(
                 lambda s: s.channel.post(path, request, CommitResponse), refusal_is_fatal=False
             )
-            for server in self._following():
+            for server in self.reachable():
                 self.fleet.readmit(server)
         finally:
             self._missed.clear()
@@ -209,9 +209,6 @@ class ControlClient(AbstractAsyncContextManager["ControlClient"]):
     async def _on_all(self, call: Callable[[Server], Awaitable[Result]]) -> list[Result]:
         return list(await asyncio.gather(*(call(server) for server in self.fleet.servers)))
 
-    def _following(self) -> list[Server]:
-        return [s for s in self.fleet.servers if s.channel.url not in self._missed]
-
     async def _update(
         self, call: Callable[[Server], Awaitable[Result]], *, refusal_is_fatal: bool = True
     ) -> list[Result]:
@@ -226,7 +223,7 @@ class ControlClient(AbstractAsyncContextManager["ControlClient"]):
             except ServiceError as error:
                 return error
 
-        servers = self._following()
+        servers = self.reachable()
         outcomes = await asyncio.gather(*(outcome_of(server) for server in servers))
         failures = [
             (server, outcome)
@@ -256,14 +253,15 @@ async def _require_ready(server: Server, give_up_s: float) -> None:
         raise ServiceUnavailable(str(error_of(response, server.channel.url)))
 
 
-async def _continue_upload(channel: Channel, path: Path, name: str) -> None:
+async def _continue_upload(server: Server, path: Path, name: str, give_up_s: float) -> None:
     """Send what the server does not have yet: a lost connection costs no byte that arrived."""
-    url = f"/v1/weights/files/{name}"
+    channel, url = server.channel, f"/v1/weights/files/{name}"
     arrived = (await channel.get(url, UploadStatus)).num_bytes
     if arrived == path.stat().st_size > 0:
         return
+    query = {"offset": arrived}
     pieces = _read_from(path, arrived)
-    response = await channel.send("PUT", url, pieces, give_up_s=None, params={"offset": arrived})
+    response = await channel.send("PUT", url, pieces, give_up_s=give_up_s, params=query)
     channel.parse(response, UploadStatus)
 
 

@@ -36,7 +36,7 @@ Result = TypeVar("Result")
 class Backoff:
     """Exponential waiting with full jitter between attempts."""
 
-    first_s: float = 0.1
+    first_s: float = 0.1  # longest first wait; it doubles with each attempt
     largest_s: float = 5.0
 
     def delay_s(self, attempt: int, retry_after_s: float) -> float:
@@ -215,7 +215,7 @@ class Fleet:
             if number >= max_attempts or time.monotonic() + delay_s >= give_up_s:
                 message = f"{what}: gave up after {number} attempts. {failure}"
                 raise ServiceUnavailable(message) from failure
-            level = logging.WARNING if self.may_warn(server) else logging.DEBUG
+            level = logging.WARNING if self._may_warn(server) else logging.DEBUG
             logger.log(level, "%s: attempt %d: %s", what, number, failure)
             # Another server would do from the beginning what this one may have nearly finished. It
             # gets one such chance; if the connection is lost again, the server itself is in doubt.
@@ -230,7 +230,7 @@ class Fleet:
             if following is None or following is server or following.state is ServerState.SUSPECT:
                 await asyncio.sleep(delay_s)
 
-    def may_warn(self, server: Server | None) -> bool:
+    def _may_warn(self, server: Server | None) -> bool:
         """Whether half a minute has passed since the last warning about this server (None: all).
 
         A full server answers 429 to every request of a burst; one line says as much as all.

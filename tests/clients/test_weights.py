@@ -368,9 +368,9 @@ async def test_a_server_back_in_traffic_stays_out_of_an_update_until_that_one_is
             server.avoid_until_s = 0.0
         await client.generate(request("probes"))
         assert states(client)["http://b"] is ServerState.HEALTHY
-        assert [channel.url for channel in client.control.reachable()] == ["http://a"]
+        assert [server.channel.url for server in client.control.reachable()] == ["http://a"]
         await client.control.abort_weights()
-        assert [channel.url for channel in client.control.reachable()] == urls
+        assert [server.channel.url for server in client.control.reachable()] == urls
 
 
 async def test_a_reply_kept_from_before_an_update_keeps_its_label(

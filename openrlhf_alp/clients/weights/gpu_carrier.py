@@ -16,7 +16,7 @@ import asyncio
 import contextlib
 import socket
 from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
 from typing import Any, Self, TypeVar
 from urllib.parse import urlsplit
 
@@ -62,39 +62,25 @@ class Meeting:
     """TCP port; None: a free one for each update."""
 
 
+@dataclass
 class GpuCarrier(Carrier):
     """Sends buckets that stay in GPU memory; the servers write what arrives into their uploads.
 
     Every server that answered when the update began takes part. If one of them fails then, the
-    update fails for all, because a broadcast needs every rank.
-
-    Args:
-        client: of all servers.
-        name: begins the name of each file, new for each update.
-        backend: nccl or ipc.
-        limit_s: seconds for the group to meet, and for each bucket.
-        meeting: where, for nccl.
-        buffer_bytes: of one broadcast.
+    update fails for all, because a broadcast needs every rank. Create it inside the event loop.
     """
+
+    client: ControlClient  # of all servers
+    name: str  # begins the name of each file, new for each update
+    backend: LinkBackend
+    _: KW_ONLY
+    limit_s: float  # for the group to meet, and for each bucket
+    meeting: Meeting = field(default_factory=Meeting)
+    buffer_bytes: int = _WHOLE_BUCKET_BYTES  # of one broadcast
 
     on_device = True
 
-    def __init__(
-        self,
-        client: ControlClient,
-        name: str,
-        backend: LinkBackend,
-        *,
-        limit_s: float,
-        meeting: Meeting | None = None,
-        buffer_bytes: int = _WHOLE_BUCKET_BYTES,
-    ) -> None:
-        self._buffer_bytes = buffer_bytes
-        self._client = client
-        self._name = name
-        self._backend = backend
-        self._limit_s = limit_s
-        self._meeting = meeting or Meeting()
+    def __post_init__(self) -> None:
         self._members: list[tuple[Channel, int]] = []  # with the rank of each server's first worker
         self._world_size = 1  # the learner is rank 0
         self._device = torch.device("cpu")
@@ -105,13 +91,13 @@ class GpuCarrier(Carrier):
 
     async def __aenter__(self) -> Self:
         """Count the group's ranks; it meets when there is something to send."""
-        channels = self._client.reachable()
+        channels = [server.channel for server in self.client.reachable()]
         contracts = await asyncio.gather(*(c.get("/v1/contract", Contract) for c in channels))
         for channel, contract in zip(channels, contracts, strict=True):
-            require_transport(contract, self._backend, channel.url)
+            require_transport(contract, self.backend, channel.url)
             self._members.append((channel, self._world_size))
             self._world_size += contract.num_workers
-        if self._backend == "ipc":
+        if self.backend == "ipc":
             _require_one_learner_and_one_worker(self._world_size)
         return self
 
@@ -127,7 +113,7 @@ class GpuCarrier(Carrier):
                 await self._on_each(lambda channel, _: channel.post(path, None, LinkStatus))
 
     async def carry(self, index: int, bucket: Bucket) -> str:
-        self._file = f"{self._name}-{index:05d}.safetensors"
+        self._file = f"{self.name}-{index:05d}.safetensors"
         self._device = next(iter(bucket.values())).device
         self._source.bucket = bucket
         if self._engine is None:
@@ -145,20 +131,20 @@ class GpuCarrier(Carrier):
             from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
         except ImportError as error:
             raise WeightUpdateFailed(
-                f"The transport {self._backend} needs vLLM beside the learner too ({error}). Fix: "
+                f"The transport {self.backend} needs vLLM beside the learner too ({error}). Fix: "
                 "install the version that the servers have, or use the transport http."
             ) from error
-        if self._backend == "ipc":
+        if self.backend == "ipc":
             # Each tensor travels with a handle of its own: packing would copy the model once more.
             info = IPCTrainerInitInfo(packed=False, rank=0)
         else:
-            host, port = _place(self._meeting, [channel.url for channel, _ in self._members])
+            host, port = _place(self.meeting, [channel.url for channel, _ in self._members])
             info = NCCLTrainerInitInfo(
                 master_address=host,
                 master_port=port,
                 world_size=self._world_size,
                 packed=True,
-                packed_buffer_size_bytes=self._buffer_bytes,
+                packed_buffer_size_bytes=self.buffer_bytes,
                 rank=0,
             )
         client = _ControlPlane(loop, self._join, self._receive)
@@ -172,9 +158,9 @@ class GpuCarrier(Carrier):
         """Have every server join the group that this side is opening, given vLLM's init info."""
 
         def request(rank_offset: int) -> OpenRequest:
-            if self._backend == "ipc":
+            if self.backend == "ipc":
                 gpu = torch.cuda.get_device_properties(self._device.index)
-                return OpenRequest(link=IpcLink(gpu_uuid=str(gpu.uuid)), timeout_s=self._limit_s)
+                return OpenRequest(link=IpcLink(gpu_uuid=str(gpu.uuid)), timeout_s=self.limit_s)
             link = NcclLink(
                 master_address=init_info["master_address"],
                 master_port=init_info["master_port"],
@@ -182,7 +168,7 @@ class GpuCarrier(Carrier):
                 world_size=init_info["world_size"],
                 buffer_bytes=init_info["packed_buffer_size_bytes"],
             )
-            return OpenRequest(link=link, timeout_s=self._limit_s)
+            return OpenRequest(link=link, timeout_s=self.limit_s)
 
         path = "/v1/weights/transfer/open"
         with self._noting_refusal():
@@ -202,7 +188,7 @@ class GpuCarrier(Carrier):
     def _noting_refusal(self) -> Iterator[None]:
         """Keep a server's refusal, so that `_within_limit` ends at once.
 
-        vLLM's sending thread hears of it only after a broadcast that nobody receives.
+        vLLM's sending thread learns of it only after a broadcast that no server receives.
         """
         try:
             yield
@@ -224,19 +210,19 @@ class GpuCarrier(Carrier):
         # A call that waits inside NCCL may never return; no executor could be shut down then.
         running = asyncio.wrap_future(in_daemon(on_device))
         waited_for: set[asyncio.Future[Any]] = {running, self._refusal}
-        limit_s = self._limit_s + _GRACE_S
+        limit_s = self.limit_s + _GRACE_S
         await asyncio.wait(waited_for, timeout=limit_s, return_when=asyncio.FIRST_COMPLETED)
         try:
             if self._refusal.done():
                 raise self._refusal.result()
             if not running.done():
-                raise TimeoutError(f"nobody answered within {limit_s:g} s")
+                raise TimeoutError(f"no answer within {limit_s:g} s")
             return running.result()
         except WeightUpdateFailed:
             raise
         except Exception as error:
             raise WeightUpdateFailed(
-                f"The transfer over {self._backend} broke off: {error or type(error).__name__}. "
+                f"The transfer over {self.backend} broke off: {error or type(error).__name__}. "
                 "The old version serves. Fix: see the logs of both sides; the transport http "
                 "needs no way from GPU to GPU."
             ) from error

@@ -12,6 +12,7 @@ from pathlib import Path
 from openrlhf_alp.clients.channel import Timeouts
 from openrlhf_alp.clients.control import ControlClient
 from openrlhf_alp.clients.errors import WeightUpdateFailed
+from openrlhf_alp.clients.fleet import Access
 from openrlhf_alp.clients.weights.carry import Carrier, NamedBuckets, carry_weights
 from openrlhf_alp.clients.weights.file_carriers import FileCarrier, HttpCarrier
 from openrlhf_alp.clients.weights.gpu_carrier import GpuCarrier, Meeting
@@ -68,13 +69,10 @@ class WeightPusher:
         make_client: Callable[[], ControlClient] | None = None,
     ) -> None:
         self._timeouts = timeouts or Timeouts()
-        self._make_client = make_client or (
-            lambda: ControlClient(
-                urls, api_key=api_key, admin_key=admin_key, timeouts=self._timeouts
-            )
-        )
+        access = Access(api_key=api_key, admin_key=admin_key, timeouts=self._timeouts)
+        self._make_client = make_client or (lambda: ControlClient(urls, **access))
         self._transport = transport
-        self._meeting = meeting
+        self._meeting = meeting or Meeting()
         self._shared: Path | None = None
 
     def push(self, buckets: NamedBuckets) -> PushResult:
@@ -152,13 +150,8 @@ class WeightPusher:
                 self._shared = _shared_folder(await client.contracts())
             _remove_leftovers(self._shared)
             return FileCarrier(self._shared, name)
-        return GpuCarrier(
-            client,
-            name,
-            self._transport,
-            limit_s=self._timeouts.transfer_s,
-            meeting=self._meeting,
-        )
+        limit_s = self._timeouts.transfer_s
+        return GpuCarrier(client, name, self._transport, limit_s=limit_s, meeting=self._meeting)
 
 
 def _remove_leftovers(weights_dir: Path) -> None:
