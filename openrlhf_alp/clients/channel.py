@@ -38,6 +38,7 @@ ServiceKind = Literal["rollout", "tool"]
 Reply = TypeVar("Reply", bound=BaseModel)
 
 _MEDIA_TYPES: dict[ServiceKind, str] = {"rollout": MSGPACK_TYPE, "tool": JSON_TYPE}
+# With the slash after weights: GET /v1/weights itself takes the data key.
 _CONTROL_PATHS = ("/v1/weights/", "/v1/pause", "/v1/resume", "/v1/sleep", "/v1/wake_up")
 
 # httpx polls every idle connection on each request; with 256 kept alive this took most of the
@@ -150,7 +151,8 @@ class Channel:
             raise ServiceUnavailable(
                 f"{self.url} does not answer ({type(error).__name__} {error}). Fix: check that "
                 f"the {self._kind} service runs there; its log says why it stopped.",
-                # A refused or timed-out connection leaves nothing behind that is worth joining.
+                # A refused connection leaves no run behind, and a server that has timed out is not
+                # worth another wait.
                 may_be_running=isinstance(error, httpx.ReadError | httpx.RemoteProtocolError),
             ) from error
 
