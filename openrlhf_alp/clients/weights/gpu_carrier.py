@@ -41,8 +41,10 @@ from services.rollout.wire.transfer import (
 from services.rollout.wire.vllm_group import lacks_nccl, leave_group
 
 _LEAVE_S = 5.0
+"""Wait for the servers to leave the group; their own time limits end it otherwise."""
+
 _GRACE_S = 10.0
-"""Beyond a link's own limit, so that a server can say what it waited for."""
+"""Wait beyond a link's own limit, so that a server can say what it waited for."""
 
 _WHOLE_BUCKET_BYTES = 2**40
 """vLLM cuts a bucket into chunks of this size. Ours is cut already; no buffer of this size is made.
@@ -120,6 +122,9 @@ class GpuCarrier(Carrier):
             loop = asyncio.get_running_loop()
             self._engine = await self._within_limit(lambda: self._open(loop))
         await self._within_limit(self._engine.send_weights)
+        # Every server has kept the bucket by now; holding it longer would keep full parameters in
+        # GPU memory while the next bucket is gathered.
+        self._source.bucket = {}
         return f"uploads/{self._file}"
 
     def _open(self, loop: asyncio.AbstractEventLoop) -> Any:
