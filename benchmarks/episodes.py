@@ -26,7 +26,7 @@ from common.serving import serving
 from policies.tiny_policy import EOS, save_tiny_policy
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from openrlhf_alp.clients.keys import ADMIN_KEY_VARIABLE, API_KEY_VARIABLE, TOOL_KEY_VARIABLE
+from openrlhf_alp.clients.channel import ADMIN_KEY_VARIABLE, API_KEY_VARIABLE, TOOL_KEY_VARIABLE
 from openrlhf_alp.clients.rollout import RolloutClient
 from openrlhf_alp.clients.tool import ToolClient
 from openrlhf_alp.episodes.code_blocks import CodeResult, CodeStatus

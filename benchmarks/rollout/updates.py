@@ -14,6 +14,7 @@ def bench_weights(model: Path) -> None:
     """A full push, every tensor changed, against a plain copy and vLLM's reload."""
     from safetensors.torch import load_file
 
+    from openrlhf_alp.clients.weights.carry import in_buckets
     from openrlhf_alp.clients.weights.push import WeightPusher
 
     tensors: dict[str, Any] = {}
@@ -34,7 +35,7 @@ def bench_weights(model: Path) -> None:
                 factor = 1.0 + 0.01 * (step + 1)
                 changed = {name: tensor * factor for name, tensor in tensors.items()}
                 started_s = time.perf_counter()
-                result = pusher.push(changed.items())
+                result = pusher.push(in_buckets(changed.items()))
                 pushes.append((time.perf_counter() - started_s, result))
                 print(result)
     finally:

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 
 from openrlhf_alp.cli.preflight_view import PreflightView, as_json
+from openrlhf_alp.clients.channel import ADMIN_KEY_VARIABLE, API_KEY_VARIABLE
 from openrlhf_alp.clients.errors import ServiceError
-from openrlhf_alp.clients.keys import ADMIN_KEY_VARIABLE, API_KEY_VARIABLE
 from openrlhf_alp.learner.mismatch.judge import LIMITS, Level
 
 if TYPE_CHECKING:  # the module behind it imports torch

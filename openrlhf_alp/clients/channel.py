@@ -1,34 +1,88 @@
-"""HTTP to one rollout service: key, wire format, time limits, errors of our tree."""
+"""HTTP to one server: keys, time limits, both wire formats, trace headers, typed replies.
+
+Every call carries a W3C `traceparent` header. Inside an OpenTelemetry span of the caller, the calls
+belong to that span. Elsewhere each asyncio task starts a trace with its first call. An episode runs
+as one task, so its turns and its code share one trace, whichever servers they went to.
+"""
 
 import asyncio
+import math
+import secrets
 import time
 from collections.abc import AsyncIterator
-from pathlib import Path
-from typing import TypeVar
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Literal, TypeVar
 
 import httpx
+from opentelemetry.context import Context
+from opentelemetry.trace import NonRecordingSpan, SpanContext, TraceFlags, set_span_in_context
+from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 from pydantic import BaseModel
 
-from openrlhf_alp.clients.errors import IncompleteReply, InvalidReply, ServiceUnavailable
-from openrlhf_alp.clients.http import LIMITS, Backoff, Timeouts, error_of
-from openrlhf_alp.clients.trace import trace_headers
-from services.common.wire import MSGPACK_TYPE, decode, encode, media_type_of
-from services.rollout.wire.schemas import UploadStatus
+from openrlhf_alp.clients.errors import (
+    IncompleteReply,
+    InvalidReply,
+    ServiceUnavailable,
+    error_of,
+)
+from services.common.wire import JSON_TYPE, MSGPACK_TYPE, decode, encode, media_type_of
 
-_UPLOAD_ATTEMPTS = 5
-_PIECE_BYTES = 4 * 2**20
+# Keys travel by environment only, because every user of a machine can read its command lines. The
+# services read the same names, so one export serves both sides.
+API_KEY_VARIABLE = "OPENRLHF_ALP_ROLLOUT_API_KEY"
+ADMIN_KEY_VARIABLE = "OPENRLHF_ALP_ROLLOUT_ADMIN_KEY"
+TOOL_KEY_VARIABLE = "OPENRLHF_ALP_TOOL_API_KEY"
+
+ServiceKind = Literal["rollout", "tool"]
+Reply = TypeVar("Reply", bound=BaseModel)
+
+_MEDIA_TYPES: dict[ServiceKind, str] = {"rollout": MSGPACK_TYPE, "tool": JSON_TYPE}
+# With the slash after weights: GET /v1/weights itself takes the data key.
 _CONTROL_PATHS = ("/v1/weights/", "/v1/pause", "/v1/resume", "/v1/sleep", "/v1/wake_up")
 
-Reply = TypeVar("Reply", bound=BaseModel)
+# httpx polls every idle connection on each request; with 256 kept alive this took most of the
+# learner's time at 64 concurrent episodes. Opening a new connection costs less.
+_LIMITS = httpx.Limits(max_connections=None, max_keepalive_connections=8)
+
+_propagator = TraceContextTextMapPropagator()
+_trace_of_this_task: ContextVar[Context | None] = ContextVar("trace_of_this_task", default=None)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Timeouts:
+    """Time limits in seconds. Every call is bounded by them; none can wait forever."""
+
+    connect_s: float = 5.0
+    """To open a connection."""
+
+    read_s: float = 600.0
+    """Without a byte from the server; at least the longest generation."""
+
+    total_s: float = 1800.0
+    """For one generate call or tool run with all its attempts."""
+
+    control_s: float = 600.0
+    """For one prepare, commit or status call."""
+
+    transfer_s: float = 60.0
+    """For a group of nccl or ipc to meet, and for each of its buckets. If the learner dies during a
+    bucket, the server pauses generation for this long."""
+
+    def httpx(self) -> httpx.Timeout:
+        return httpx.Timeout(
+            connect=self.connect_s, read=self.read_s, write=self.read_s, pool=self.total_s
+        )
 
 
 class Channel:
-    """Connections to one base URL.
+    """A pool of connections to one base URL.
 
     Args:
-        url: base URL of the service.
-        api_key: sent with data routes.
-        admin_key: sent with control routes; None: the api key is sent.
+        url: base URL of the server.
+        kind: which service runs there; it decides the wire format of requests.
+        api_key: bearer key of the data routes.
+        admin_key: bearer key of the control routes; None: the api key is sent.
         timeouts: limits of every call.
         transport: replaces the network, for tests.
     """
@@ -37,55 +91,76 @@ class Channel:
         self,
         url: str,
         *,
+        kind: ServiceKind,
         api_key: str,
         admin_key: str | None,
         timeouts: Timeouts,
         transport: httpx.AsyncBaseTransport | None,
     ) -> None:
         self.url = url.rstrip("/")
+        self.timeouts = timeouts
+        self._kind = kind
+        self._media_type = _MEDIA_TYPES[kind]
         self._data_key = api_key
         self._control_key = admin_key or api_key
-        self._timeouts = timeouts
         self._http = httpx.AsyncClient(
             base_url=self.url,
             timeout=timeouts.httpx(),
-            limits=LIMITS,
+            limits=_LIMITS,
             transport=transport,
-            headers={"accept": MSGPACK_TYPE},
+            headers={"accept": self._media_type},
         )
 
     async def aclose(self) -> None:
+        """Close every connection."""
         await self._http.aclose()
 
     async def send(
-        self, method: str, path: str, body: bytes | None, give_up_s: float
+        self,
+        method: str,
+        path: str,
+        content: bytes | AsyncIterator[bytes] | None = None,
+        *,
+        give_up_s: float | None = None,
+        params: dict[str, int] | None = None,
     ) -> httpx.Response:
-        """One attempt, whatever the status of its reply.
+        """Make one attempt and return its reply, whatever the status.
 
         Args:
-            give_up_s: monotonic time after which the attempt counts as failed.
+            content: an encoded model, or the pieces of a file.
+            give_up_s: monotonic time after which the attempt counts as failed; None: `control_s`
+                from now; infinite: only `read_s` bounds it.
+            params: the query of the URL.
 
         Raises:
-            ServiceUnavailable: no reply. Its cause tells a lost connection from a refused one.
+            ServiceUnavailable: no reply came.
         """
         key = self._control_key if path.startswith(_CONTROL_PATHS) else self._data_key
         headers = {"authorization": f"Bearer {key}", **trace_headers()}
-        if body is not None:
-            headers["content-type"] = MSGPACK_TYPE
+        if isinstance(content, bytes):
+            headers["content-type"] = self._media_type
+        limit_s = self.timeouts.control_s
+        if give_up_s is not None:
+            limit_s = max(0.001, give_up_s - time.monotonic())
         try:
-            async with asyncio.timeout(max(0.001, give_up_s - time.monotonic())):
-                return await self._http.request(method, path, content=body, headers=headers)
+            async with asyncio.timeout(limit_s if math.isfinite(limit_s) else None):
+                return await self._http.request(
+                    method, path, content=content, params=params, headers=headers
+                )
         except (httpx.TransportError, TimeoutError) as error:
             raise ServiceUnavailable(
                 f"{self.url} does not answer ({type(error).__name__} {error}). Fix: check that "
-                "the rollout service runs there; its log says why it stopped."
+                f"the {self._kind} service runs there; its log says why it stopped.",
+                # A refused connection leaves no run behind, and a server that has timed out is not
+                # worth another wait.
+                may_be_running=isinstance(error, httpx.ReadError | httpx.RemoteProtocolError),
             ) from error
 
     def parse(self, response: httpx.Response, model: type[Reply]) -> Reply:
-        """The reply as a model.
+        """The reply as a model, from JSON or msgpack as its content type says.
 
         Raises:
-            ServiceError: the one that the status and error body stand for.
+            ServiceError: the exception that the status and the error body stand for.
             InvalidReply: the body does not parse.
         """
         if response.status_code >= 400:
@@ -95,7 +170,7 @@ class Channel:
         except ValueError as error:
             raise IncompleteReply(
                 f"The reply of {self.url} was cut short or garbled ({error}). Fix: ask again; if "
-                "it stays, look for a proxy that changes bodies."
+                "it happens again, look for a proxy that changes bodies."
             ) from error
         try:
             return model.model_validate(content)
@@ -107,48 +182,37 @@ class Channel:
 
     async def get(self, path: str, model: type[Reply]) -> Reply:
         """GET within `control_s`."""
-        give_up_s = time.monotonic() + self._timeouts.control_s
-        return self.parse(await self.send("GET", path, None, give_up_s), model)
+        return self.parse(await self.send("GET", path), model)
 
-    async def post(self, path: str, body: BaseModel | None, model: type[Reply]) -> Reply:
-        """POST within `control_s`."""
-        give_up_s = time.monotonic() + self._timeouts.control_s
-        content = None if body is None else encode(body, MSGPACK_TYPE)
-        return self.parse(await self.send("POST", path, content, give_up_s), model)
-
-    async def upload(self, path: Path, name: str, backoff: Backoff) -> int:
-        """Send a file, going on where a lost connection left it. Returns its size in bytes.
-
-        Raises:
-            ServiceUnavailable: the connection was lost too often.
-            ServiceError: the server refused the file.
-        """
-        url = f"/v1/weights/files/{name}"
-        attempt = 0
-        while True:
-            try:
-                arrived = (await self.get(url, UploadStatus)).num_bytes
-                if arrived == path.stat().st_size > 0:
-                    return arrived
-                response = await self._http.put(
-                    url,
-                    params={"offset": arrived},
-                    content=_read_from(path, arrived),
-                    headers={"authorization": f"Bearer {self._control_key}", **trace_headers()},
-                )
-                return self.parse(response, UploadStatus).num_bytes
-            except (httpx.TransportError, ServiceUnavailable) as error:
-                attempt += 1
-                if attempt >= _UPLOAD_ATTEMPTS:
-                    raise ServiceUnavailable(
-                        f"{self.url} lost the upload of {name} {attempt} times ({error}). Fix: "
-                        "check the network and the service's log."
-                    ) from error
-                await asyncio.sleep(backoff.delay_s(attempt, None))
+    async def post(
+        self,
+        path: str,
+        body: BaseModel | None,
+        model: type[Reply],
+        *,
+        give_up_s: float | None = None,
+    ) -> Reply:
+        """POST; `give_up_s` as for `send`."""
+        content = None if body is None else encode(body, self._media_type)
+        return self.parse(await self.send("POST", path, content, give_up_s=give_up_s), model)
 
 
-async def _read_from(path: Path, offset: int) -> AsyncIterator[bytes]:
-    with path.open("rb") as file:
-        file.seek(offset)
-        while piece := await asyncio.to_thread(file.read, _PIECE_BYTES):
-            yield piece
+def trace_headers() -> dict[str, str]:
+    """The headers that put a call into the current trace; starts one where there is none."""
+    headers: dict[str, str] = {}
+    _propagator.inject(headers)
+    if not headers:
+        context = _trace_of_this_task.get() or _new_trace()
+        _trace_of_this_task.set(context)
+        _propagator.inject(headers, context)
+    return headers
+
+
+def _new_trace() -> Context:
+    span = SpanContext(
+        trace_id=int.from_bytes(secrets.token_bytes(16)),
+        span_id=int.from_bytes(secrets.token_bytes(8)),
+        is_remote=False,
+        trace_flags=TraceFlags(TraceFlags.SAMPLED),
+    )
+    return set_span_in_context(NonRecordingSpan(span), Context())

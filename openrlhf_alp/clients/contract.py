@@ -1,6 +1,6 @@
-"""The handshake before step 1: may this learner train on this server's tokens?"""
+"""The check before step 1: may this learner train on this server's tokens?"""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from openrlhf_alp.clients.errors import ContractMismatch
@@ -12,13 +12,16 @@ PROCESSED_LOGPROBS = "processed_logprobs"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LearnerExpectation:
-    """What the learner has, and so what the server must serve. None: not compared."""
+    """What the server must serve, by the contract's field names. None: not compared."""
+
+    api_version: str = API_VERSION
+    """Version of the wire format that this client speaks."""
 
     tokenizer_hash: str
     """`services.rollout.wire.fingerprint.tokenizer_hash` of the learner's tokenizer."""
 
     chat_template_hash: str | None = None
-    """Of the learner's template; None when the learner sends ids made elsewhere."""
+    """Hash of the learner's template; None when the learner sends ids made elsewhere."""
 
     vocab_size: int | None = None
     """Rows of the learner's embedding."""
@@ -26,14 +29,14 @@ class LearnerExpectation:
     architecture: str | None = None
     """First entry of the learner's `config.architectures`."""
 
-    min_model_len: int = 1
-    """Longest prompt plus answer that the learner will ask for."""
-
     dtype: str | None = None
     """Serving dtype, when the learner insists on one."""
 
     logprobs_mode: str = PROCESSED_LOGPROBS
-    """ALP's denominator is the distribution the tokens were really drawn from."""
+    """ALP's denominator is the distribution that the tokens were really sampled from."""
+
+    min_model_len: int = 1
+    """Longest prompt plus answer that the learner will ask for; the server may allow more."""
 
     @classmethod
     def from_tokenizer(cls, tokenizer: Any, **fields: Any) -> "LearnerExpectation":
@@ -77,25 +80,17 @@ def check_contract(contract: Contract, expected: LearnerExpectation) -> None:
     Raises:
         ContractMismatch: lists every field that differs, with both values and the fix.
     """
-    wanted = {
-        "api_version": API_VERSION,
-        "tokenizer_hash": expected.tokenizer_hash,
-        "chat_template_hash": expected.chat_template_hash,
-        "vocab_size": expected.vocab_size,
-        "architecture": expected.architecture,
-        "dtype": expected.dtype,
-        "logprobs_mode": expected.logprobs_mode,
-    }
-    problems = []
-    for field, learner in wanted.items():
-        server = getattr(contract, field)
-        if learner is not None and learner != server:
-            problems.append(f"{field}: learner {learner}, server {server}. Fix: {_FIXES[field]}")
+    learner = asdict(expected)
+    problems = [
+        f"{field}: learner {learner[field]}, server {getattr(contract, field)}. Fix: {fix}"
+        for field, fix in _FIXES.items()
+        if learner[field] is not None and learner[field] != getattr(contract, field)
+    ]
     if contract.max_model_len < expected.min_model_len:
         problems.append(
-            f"max_model_len: learner needs {expected.min_model_len}, "
-            f"server {contract.max_model_len}. "
-            "Fix: raise --max-model-len of the service or shorten prompts and answers."
+            f"max_model_len: learner needs {expected.min_model_len}, server "
+            f"{contract.max_model_len}. Fix: raise --max-model-len of the service or shorten "
+            "prompts and answers."
         )
     if problems:
         raise ContractMismatch(

@@ -20,7 +20,7 @@ from uuid import uuid4
 import msgspec
 from openrlhf.utils.agent import AgentExecutorBase
 
-from openrlhf_alp.clients.keys import TOOL_KEY_VARIABLE
+from openrlhf_alp.clients.channel import TOOL_KEY_VARIABLE
 from openrlhf_alp.episodes.records import Completion, SamplingConfig, VersionSpan
 from openrlhf_alp.learner.flags.tool import ToolConfig
 from openrlhf_alp.rewards.math import MathReward

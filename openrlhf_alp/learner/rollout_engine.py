@@ -18,8 +18,12 @@ from uuid import uuid4
 
 import ray
 
-from openrlhf_alp.clients.http import Timeouts
-from openrlhf_alp.clients.keys import ADMIN_KEY_VARIABLE, API_KEY_VARIABLE, TOOL_KEY_VARIABLE
+from openrlhf_alp.clients.channel import (
+    ADMIN_KEY_VARIABLE,
+    API_KEY_VARIABLE,
+    TOOL_KEY_VARIABLE,
+    Timeouts,
+)
 from openrlhf_alp.clients.rollout import RolloutClient
 from openrlhf_alp.episodes.records import Episode, SamplingConfig, ToolLostError
 from openrlhf_alp.learner.flags.config import ServiceConfig

@@ -6,17 +6,14 @@ every rank: gather a bucket of parameters (ZeRO-3) -> rank 0: WeightPusher carri
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 
 import deepspeed
 import torch
 from torch import nn
 
+from openrlhf_alp.clients.weights.carry import BUCKET_BYTES, in_buckets
 from openrlhf_alp.clients.weights.push import PushResult, WeightPusher
-
-BUCKET_BYTES = 256 * 2**20
-"""Full parameters that ZeRO-3 gathers at once: what a rank holds beside its shards during a push.
-One collective per bucket instead of one per parameter; a larger parameter is gathered alone."""
 
 
 def push_weights(
@@ -24,7 +21,7 @@ def push_weights(
 ) -> PushResult | None:
     """Make every server serve `model`. Collective: all ranks call it, rank 0 writes and pushes.
 
-    An error on rank 0 is raised on all ranks, so that none waits for ever in a collective.
+    An error on rank 0 is raised on all ranks, so that none waits forever in a collective.
 
     Args:
         pusher: on rank 0; None on the others.
@@ -37,15 +34,15 @@ def push_weights(
     Raises:
         ServiceError: the folder cannot be written, or a server refused, failed or is gone.
     """
-    parameters = gathered_parameters(model, zero_stage, keep=pusher is not None)
+    buckets = gathered_buckets(model, zero_stage, keep=pusher is not None)
     failure: list[Exception | None] = [None]
     pushed: PushResult | None = None
     if pusher is not None:
         try:
-            pushed = pusher.push(parameters)
+            pushed = pusher.push(buckets)
         except Exception as error:
             failure = [error]
-    for _ in parameters:  # what rank 0 did not take; every rank takes part in each gathering
+    for _ in buckets:  # what rank 0 did not take; every rank takes part in each gathering
         pass
     torch.distributed.broadcast_object_list(failure, src=0)
     if failure[0] is not None:
@@ -56,40 +53,27 @@ def push_weights(
 def gathered_parameters(
     model: nn.Module, zero_stage: int, *, keep: bool, bucket_bytes: int = BUCKET_BYTES
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """Name and full tensor of every parameter; under ZeRO-3 gathered bucket by bucket.
+    """Name and full tensor of every parameter, as `gathered_buckets` yields them."""
+    for bucket in gathered_buckets(model, zero_stage, keep=keep, bucket_bytes=bucket_bytes):
+        yield from bucket
+
+
+def gathered_buckets(
+    model: nn.Module, zero_stage: int, *, keep: bool, bucket_bytes: int = BUCKET_BYTES
+) -> Iterator[list[tuple[str, torch.Tensor]]]:
+    """Every parameter in full, bucket by bucket; under ZeRO-3 with one collective per bucket.
 
     Tied parameters (an lm_head that is the embedding) come once, under their first name, as they do
     in a Hugging Face checkpoint. Every rank must exhaust the iterator.
 
+    Args:
+        bucket_bytes: what a rank holds beside its shards; a larger parameter is gathered alone.
+
     Yields:
-        Hugging Face name, tensor in the model's dtype (an empty one unless `keep`). The tensor is
-        the parameter itself: read it before the next update.
+        (Hugging Face name, tensor in the model's dtype) pairs; the tensors are empty unless `keep`.
+        A tensor is the parameter itself: read it before the next bucket or update.
     """
-    named = model.named_parameters(remove_duplicate=True)
-    for bucket in _buckets(named, bucket_bytes) if zero_stage == 3 else [list(named)]:
+    for bucket in in_buckets(model.named_parameters(remove_duplicate=True), bucket_bytes):
         parameters = [parameter for _, parameter in bucket]
         with deepspeed.zero.GatheredParameters(parameters, enabled=zero_stage == 3):
-            for name, parameter in bucket:
-                yield name, parameter.detach() if keep else torch.empty(0)
-
-
-def _buckets(
-    named: Iterable[tuple[str, nn.Parameter]], bucket_bytes: int
-) -> Iterator[list[tuple[str, nn.Parameter]]]:
-    """Parameters in order, as many at a time as fit `bucket_bytes` when gathered; at least one.
-
-    Deterministic in the names and full sizes, which are the same on every rank: the ranks gather
-    the same buckets.
-    """
-    bucket: list[tuple[str, nn.Parameter]] = []
-    held_bytes = 0
-    for name, parameter in named:
-        # `ds_numel` is the full size of a parameter of which this rank holds a shard.
-        num_bytes = getattr(parameter, "ds_numel", parameter.numel()) * parameter.element_size()
-        if bucket and held_bytes + num_bytes > bucket_bytes:
-            yield bucket
-            bucket, held_bytes = [], 0
-        bucket.append((name, parameter))
-        held_bytes += num_bytes
-    if bucket:
-        yield bucket
+            yield [(name, p.detach() if keep else torch.empty(0)) for name, p in bucket]

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
 
-from openrlhf_alp.clients.http import Timeouts
+from openrlhf_alp.clients.channel import Timeouts
 from openrlhf_alp.clients.tool import ToolClient
 from openrlhf_alp.episodes.observation import (
     ObservationTemplate,

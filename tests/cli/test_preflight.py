@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from openrlhf_alp.cli.main import main
-from openrlhf_alp.clients.keys import ADMIN_KEY_VARIABLE, API_KEY_VARIABLE
+from openrlhf_alp.clients.channel import ADMIN_KEY_VARIABLE, API_KEY_VARIABLE
 from openrlhf_alp.learner.mismatch.judge import LIMITS
 
 

@@ -8,7 +8,8 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from openrlhf_alp.clients.http import Backoff, Timeouts
+from openrlhf_alp.clients.channel import Timeouts
+from openrlhf_alp.clients.fleet import Backoff
 from openrlhf_alp.clients.rollout import RolloutClient
 from services.rollout.api.app import create_app
 from services.rollout.engines.hf_engine import HfEngine

@@ -21,6 +21,7 @@ import torch
 from transformers import LlamaForCausalLM
 
 from openrlhf_alp.clients.errors import InvalidReply
+from openrlhf_alp.clients.weights.carry import in_buckets
 from openrlhf_alp.clients.weights.push import WeightPusher
 from services.rollout.settings import FaultPlan as EngineFaults
 from services.rollout.wire.schemas import GenerateRequest, GenerateResponse, Sampling
@@ -89,7 +90,9 @@ async def test_a_thousand_faults_lose_double_and_mislabel_nothing(
 ) -> None:
     services = {host: make_service() for host in "ab"}
     urls = [network.add(host, service) for host, service in services.items()]
-    pusher = WeightPusher(urls, api_key="x", admin_key="x", make_client=lambda: make_client(*urls))
+    pusher = WeightPusher(
+        urls, api_key="x", admin_key="x", make_client=lambda: make_client(*urls).control
+    )
     plan = FaultPlan(network, seed=0)
     model = LlamaForCausalLM.from_pretrained(model_folder)
     models = {services["a"].contract().digest: LlamaForCausalLM.from_pretrained(model_folder)}
@@ -110,7 +113,7 @@ async def test_a_thousand_faults_lose_double_and_mislabel_nothing(
                 for parameter in model.parameters():
                     parameter.mul_(1.1)
             tensors = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-            pushed = await pusher.push_async(tensors.items())
+            pushed = await pusher.push_async(in_buckets(tensors.items()))
             copy = LlamaForCausalLM.from_pretrained(model_folder)
             copy.load_state_dict(tensors)
             models[pushed.digest] = copy

@@ -29,7 +29,7 @@ async def test_a_request_comes_back_whole(
     make_service: Any, network: Any, make_client: Any
 ) -> None:
     async with make_client(network.add("a", make_service())) as client:
-        contract = await client.contract()
+        contract = await client.control.contract()
         reply = await client.generate(request(n=3))
     assert [len(s.token_ids) == len(s.logprobs) > 0 for s in reply.samples] == [True] * 3
     assert reply.contract_hash == contract.contract_hash
@@ -76,7 +76,7 @@ async def test_a_burst_that_is_told_to_come_back_later_is_one_warning_per_server
         return httpx.Response(429, headers={"retry-after": "0"}, request=sent)
 
     network.before = full_at_first
-    caplog.set_level(logging.DEBUG, "openrlhf_alp.clients.rollout")
+    caplog.set_level(logging.DEBUG, "openrlhf_alp.clients.fleet")
     async with make_client(*urls) as client:
         await asyncio.gather(*(client.generate(request(f"r{index}")) for index in range(8)))
     retries = [record for record in caplog.records if "attempt 1" in record.message]
@@ -150,7 +150,7 @@ async def test_no_server_is_service_unavailable_with_a_fix_and_in_time(
             with pytest.raises(ServiceUnavailable, match=r"http://a.*Fix:"):
                 await client.generate(request())
             with pytest.raises(ServiceUnavailable, match=r"Not ready.*http://a"):
-                await client.wait_ready(0.05)
+                await client.control.wait_ready(0.05)
     assert len(network.calls) > 2
 
 
@@ -238,7 +238,7 @@ async def test_servers_with_different_contracts_are_refused(
     ]
     async with make_client(*urls) as client:
         with pytest.raises(InvalidReply, match="http://b and http://a"):
-            await client.contract()
+            await client.control.contract()
 
 
 async def test_a_request_under_way_while_weights_are_pushed_may_bring_older_tokens(
@@ -249,7 +249,7 @@ async def test_a_request_under_way_while_weights_are_pushed_may_bring_older_toke
         network.after = lambda *_: client.require_version(1)
         reply = await client.generate(request())
         assert {span.version for span in reply.samples[0].spans} == {0}
-        assert client.states() == {"http://a": ServerState.HEALTHY}
+        assert states(client) == {"http://a": ServerState.HEALTHY}
         with pytest.raises(ServiceUnavailable, match="No server serves version 1"):
             await client.generate(request("r-2"))
 
@@ -257,6 +257,10 @@ async def test_a_request_under_way_while_weights_are_pushed_may_bring_older_toke
 def test_a_client_without_urls_is_refused_at_once() -> None:
     with pytest.raises(ValueError, match="service_urls"):
         RolloutClient([], api_key="x")
+
+
+def states(client: RolloutClient) -> dict[str, ServerState]:
+    return {server.channel.url: server.state for server in client.control.fleet.servers}
 
 
 def _decoded(sent: httpx.Request) -> Any:

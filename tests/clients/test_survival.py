@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from openrlhf_alp.clients.http import Backoff
+from openrlhf_alp.clients.fleet import Backoff
 from openrlhf_alp.clients.rollout import RolloutClient
 from services.rollout.wire.schemas import GenerateRequest, Sampling
 

@@ -7,14 +7,14 @@ import pytest
 import pytest_asyncio
 from fastapi import FastAPI
 
+from openrlhf_alp.clients.channel import Timeouts, trace_headers
 from openrlhf_alp.clients.errors import RequestRejected, ServiceUnavailable, Unauthorized
-from openrlhf_alp.clients.http import Backoff, Timeouts
+from openrlhf_alp.clients.fleet import Backoff
 from openrlhf_alp.clients.tool import ToolClient
-from openrlhf_alp.clients.trace import trace_headers
 from services.tool.api.app import create_app
 from services.tool.service import ToolService
 from services.tool.settings import ToolSettings
-from services.tool.wire.schemas import ExecuteRequest, SessionRequest
+from services.tool.wire.schemas import ExecuteRequest, IsolationReport, SessionRequest
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -30,22 +30,25 @@ async def app() -> AsyncIterator[FastAPI]:
 
 
 class Lossy(httpx.AsyncBaseTransport):
-    """Delivers every request and loses the first `losses` replies."""
+    """Delivers every request and loses the next `losses` replies."""
 
     def __init__(self, app: FastAPI, losses: int) -> None:
         self._inner = httpx.ASGITransport(app=app)
-        self._losses = losses
+        self.losses = losses
 
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
         response = await self._inner.handle_async_request(request)
-        if self._losses > 0:
-            self._losses -= 1
+        if self.losses > 0:
+            self.losses -= 1
             raise httpx.ReadError("the reply was lost", request=request)
         return response
 
 
-def connect(app: FastAPI, losses: int = 0, key: str = KEY) -> ToolClient:
-    return ToolClient(["http://tool"], api_key=key, backoff=FAST, transport=Lossy(app, losses))
+def connect(
+    app: FastAPI, key: str = KEY, network: httpx.AsyncBaseTransport | None = None
+) -> ToolClient:
+    network = network or Lossy(app, 0)
+    return ToolClient(["http://tool"], api_key=key, backoff=FAST, transport=network)
 
 
 async def test_a_program_is_run_and_a_failing_one_is_an_answer(app: FastAPI) -> None:
@@ -56,10 +59,11 @@ async def test_a_program_is_run_and_a_failing_one_is_an_answer(app: FastAPI) -> 
 
 
 async def test_a_cell_whose_reply_is_lost_runs_once(app: FastAPI) -> None:
-    async with connect(app) as client:
+    network = Lossy(app, 0)
+    async with connect(app, network=network) as client:
         session = await client.open_session(SessionRequest())
         await session.run("n = 1")
-        client._servers[0].http._transport = Lossy(app, 2)
+        network.losses = 2
         again = await session.run("n += 1\nn")
         assert (again.result, again.replayed) == ("2", True)
         assert (await session.run("n")).result == "2"
@@ -67,6 +71,22 @@ async def test_a_cell_whose_reply_is_lost_runs_once(app: FastAPI) -> None:
         await session.close()
         with pytest.raises(RequestRejected, match="ended by its owner"):
             await session.run("n")
+
+
+async def test_a_run_whose_reply_is_cut_short_is_repeated(app: FastAPI) -> None:
+    class Cutting(Lossy):
+        async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+            response = await self._inner.handle_async_request(request)
+            if self.losses == 0:
+                return response
+            self.losses -= 1
+            half = (await response.aread())[:-9]
+            return httpx.Response(200, headers={"content-type": "application/json"}, content=half)
+
+    network = Cutting(app, 1)
+    async with connect(app, network=network) as client:
+        assert (await client.execute(ExecuteRequest(code="print(2)"))).stdout == "2\n"
+    assert network.losses == 0
 
 
 async def test_a_request_above_the_limits_and_a_wrong_key_are_not_repeated(app: FastAPI) -> None:
@@ -113,13 +133,24 @@ async def test_another_service_runs_what_a_lost_one_cannot(app: FastAPI) -> None
         session = await client.open_session(SessionRequest())
         assert (await session.run("6 * 7")).result == "42"
         await session.close()
+    async with ToolClient(
+        urls[:1],
+        api_key=KEY,
+        timeouts=Timeouts(total_s=0.05),
+        backoff=FAST,
+        transport=OneDown(app),
+    ) as client:
         with pytest.raises(ServiceUnavailable, match="http://down does not answer"):
-            await client.isolation()
+            await client.execute(ExecuteRequest(code="1"))
 
 
-async def test_the_isolation_of_every_service_can_be_asked_for(app: FastAPI) -> None:
-    async with connect(app) as client:
-        (report,) = await client.isolation()
+async def test_the_isolation_of_a_service_can_be_asked_for(app: FastAPI) -> None:
+    transport = httpx.ASGITransport(app=app)
+    headers = {"authorization": f"Bearer {KEY}"}
+    async with httpx.AsyncClient(
+        transport=transport, base_url="http://tool", headers=headers
+    ) as http:
+        report = IsolationReport.model_validate((await http.get("/v1/isolation")).json())
     assert report.level in ("full", "uid", "basic")
 
 
@@ -136,8 +167,7 @@ async def test_code_belongs_to_the_trace_of_the_task_that_sends_it(app: FastAPI)
             replies.append(await super().handle_async_request(request))
             return replies[-1]
 
-    async with connect(app) as client:
-        client._servers[0].http._transport = Keeping(app, 0)
+    async with connect(app, network=Keeping(app, 0)) as client:
         session = await client.open_session(SessionRequest())
         await session.run("1")
         await session.close()

@@ -25,7 +25,8 @@ import pytest_asyncio
 import torch
 from transformers import AutoTokenizer
 
-from openrlhf_alp.clients.http import Backoff, Timeouts
+from openrlhf_alp.clients.channel import Timeouts
+from openrlhf_alp.clients.fleet import Backoff
 from openrlhf_alp.clients.rollout import RolloutClient
 from openrlhf_alp.clients.tool import ToolClient
 from openrlhf_alp.learner.flags.config import ServiceConfig

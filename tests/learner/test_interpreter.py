@@ -10,8 +10,9 @@ import pytest
 import pytest_asyncio
 from fastapi import FastAPI
 
+from openrlhf_alp.clients.channel import Timeouts
 from openrlhf_alp.clients.errors import RequestRejected
-from openrlhf_alp.clients.http import Backoff, Timeouts
+from openrlhf_alp.clients.fleet import Backoff
 from openrlhf_alp.clients.tool import ToolClient
 from openrlhf_alp.episodes.code_blocks import CodeStatus
 from openrlhf_alp.episodes.records import ToolLostError

@@ -15,18 +15,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import nn
-
-from openrlhf_alp.learner.weight_sync import _buckets
 
 RANK = Path(__file__).with_name("zero3_rank.py")
-
-
-def test_buckets_keep_the_order_and_the_limit_and_a_large_parameter_stands_alone() -> None:
-    sizes = {"a": 2, "b": 2, "c": 9, "d": 1, "e": 2}  # float32: 4 bytes each
-    named = [(name, nn.Parameter(torch.zeros(size))) for name, size in sizes.items()]
-    buckets = [[name for name, _ in bucket] for bucket in _buckets(named, 16)]
-    assert buckets == [["a", "b"], ["c"], ["d", "e"]]
 
 
 @pytest.mark.e2e

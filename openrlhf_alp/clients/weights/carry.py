@@ -1,15 +1,15 @@
 """One update, bucket by bucket: what is new is carried to the servers, all of it is digested.
 
-    checked -> buckets -> digest -> leave out what the servers have -> Carrier
+    in_buckets -> check and cast -> digest -> leave out what the servers have -> Carrier
 
-How a bucket travels is the Carrier's business; the digest is always that of the bytes in host
-memory, so that prepare proves what arrived, whichever way it came.
+How a bucket travels is the Carrier's business. The digest is always that of the bytes in host
+memory, so that prepare verifies what arrived, whichever way it came.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import torch
 
@@ -31,17 +31,20 @@ DTYPES: dict[DtypeCode, torch.dtype] = {
 DTYPE_CODES = {dtype: code for code, dtype in DTYPES.items()}
 TIED_HEAD = "lm_head.weight"
 
-NamedTensors = Iterable[tuple[str, torch.Tensor]]
+BUCKET_BYTES = 256 * 2**20
+"""What is on its way at a time: the full parameters that ZeRO-3 gathers at once, one file, or one
+buffer on each GPU. Larger buckets need more memory; smaller ones more collectives and requests."""
+
+Named = TypeVar("Named", bound=torch.Tensor)
+NamedBuckets = Iterable[Sequence[tuple[str, torch.Tensor]]]
+"""What the learner hands over: per bucket (name, tensor on any device)."""
 Bucket = dict[str, torch.Tensor]
-"""Name -> contiguous tensor in the serving dtype."""
+"""What a carrier takes: name -> contiguous tensor in the serving dtype."""
 
 
 class Carrier(AbstractAsyncContextManager["Carrier"], Protocol):
-    """A way for one update to reach the servers. Enter it before the first bucket, leave it after
-    prepare; what it set up for the update is gone then, also after an error."""
-
-    bucket_bytes: int
-    """A bucket is closed when it holds this much; a larger tensor travels alone."""
+    """A way for one update to reach the servers. Enter it before the first bucket and leave it
+    after prepare; what it set up for the update is gone then, also after an error."""
 
     on_device: bool
     """Buckets hold tensors where the learner has them; False: in host memory."""
@@ -67,9 +70,31 @@ class CarriedWeights:
     num_unchanged: int  # tensors left out because the servers have the same bytes
 
 
+def in_buckets(
+    named: Iterable[tuple[str, Named]], bucket_bytes: int = BUCKET_BYTES
+) -> Iterator[list[tuple[str, Named]]]:
+    """Tensors in their order, as many at a time as fit `bucket_bytes`; a larger one alone.
+
+    Deterministic in the names and full sizes. These are the same on every rank of a learner, so all
+    ranks gather the same buckets.
+    """
+    bucket: list[tuple[str, Named]] = []
+    held_bytes = 0
+    for name, tensor in named:
+        # `ds_numel` is the full size of a parameter of which this rank holds only a shard.
+        num_bytes = getattr(tensor, "ds_numel", tensor.numel()) * tensor.element_size()
+        if bucket and held_bytes + num_bytes > bucket_bytes:
+            yield bucket
+            bucket, held_bytes = [], 0
+        bucket.append((name, tensor))
+        held_bytes += num_bytes
+    if bucket:
+        yield bucket
+
+
 async def carry_weights(
     carrier: Carrier,
-    named_tensors: NamedTensors,
+    buckets: NamedBuckets,
     expected: Mapping[str, TensorSpec],
     *,
     skip_unchanged: bool = False,
@@ -78,8 +103,8 @@ async def carry_weights(
 
     Args:
         carrier: entered.
-        named_tensors: (name, tensor) on any device; taken one at a time and cast to the serving
-            dtype, so a generator that gathers shards on demand works.
+        buckets: of `in_buckets`; taken one at a time and cast to the serving dtype, so a generator
+            that gathers shards on demand works.
         expected: `tensors` of GET /v1/weights. A tied `lm_head.weight` that the server does not
             list is left out.
         skip_unchanged: leave out tensors whose bytes the server already has; then prepare needs
@@ -91,20 +116,29 @@ async def carry_weights(
     digests: dict[str, str] = {}
     files: list[str] = []
     num_bytes = num_unchanged = 0
-    tensors = _checked(named_tensors, expected, on_device=carrier.on_device)
-    for bucket in _buckets(tensors, carrier.bucket_bytes):
-        found = {name: digest_tensor(tensor.cpu()) for name, tensor in bucket.items()}
+    for bucket in buckets:
+        tensors = dict(_serving(bucket, expected, on_device=carrier.on_device))
+        # Also of unchanged tensors: prepare verifies the merged result, not only what travels.
+        found = {name: digest_tensor(tensor.cpu()) for name, tensor in tensors.items()}
         digests |= found
         fresh = {
             name: tensor
-            for name, tensor in bucket.items()
+            for name, tensor in tensors.items()
             if not (skip_unchanged and found[name] == expected[name].digest)
         }
-        num_unchanged += len(bucket) - len(fresh)
+        num_unchanged += len(tensors) - len(fresh)
         if fresh:
             files.append(await carrier.carry(len(files), fresh))
             num_bytes += sum(tensor.nbytes for tensor in fresh.values())
-    _require_all(digests.keys(), expected)
+        # The loop gathers the next bucket before it rebinds these names. Without this line a rank
+        # would hold two buckets of full parameters at once.
+        del bucket, tensors, fresh
+    missing = sorted(expected.keys() - digests.keys())
+    if missing:
+        raise WeightUpdateFailed(
+            f"{len(missing)} tensors that the server expects were not pushed, first {missing[0]}. "
+            "Fix: push every parameter of the model."
+        )
     return CarriedWeights(
         files=tuple(files),
         digest=weights_digest(digests),
@@ -119,12 +153,17 @@ def digest_tensor(tensor: torch.Tensor) -> str:
     return tensor_digest(DTYPE_CODES[tensor.dtype], tensor.shape, data)
 
 
-def _checked(
-    named_tensors: NamedTensors, expected: Mapping[str, TensorSpec], *, on_device: bool
+def _serving(
+    bucket: Iterable[tuple[str, torch.Tensor]],
+    expected: Mapping[str, TensorSpec],
+    *,
+    on_device: bool,
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    for name, tensor in named_tensors:
+    """Each tensor checked against what the server has, and cast to the serving dtype."""
+    for name, tensor in bucket:
         spec = expected.get(name)
         if spec is None:
+            # The server lists a tied head under the name of the embedding only.
             if name == TIED_HEAD:
                 continue
             raise WeightUpdateFailed(
@@ -138,25 +177,3 @@ def _checked(
             )
         device = tensor.device if on_device else "cpu"
         yield name, tensor.detach().to(device, DTYPES[spec.dtype]).contiguous()
-
-
-def _buckets(tensors: Iterator[tuple[str, torch.Tensor]], bucket_bytes: int) -> Iterator[Bucket]:
-    bucket: Bucket = {}
-    held_bytes = 0
-    for name, tensor in tensors:
-        if bucket and held_bytes + tensor.nbytes > bucket_bytes:
-            yield bucket
-            bucket, held_bytes = {}, 0
-        bucket[name] = tensor
-        held_bytes += tensor.nbytes
-    if bucket:
-        yield bucket
-
-
-def _require_all(names: Iterable[str], expected: Mapping[str, TensorSpec]) -> None:
-    missing = sorted(expected.keys() - set(names))
-    if missing:
-        raise WeightUpdateFailed(
-            f"{len(missing)} tensors that the server expects were not pushed, first {missing[0]}. "
-            "Fix: push every parameter of the model."
-        )

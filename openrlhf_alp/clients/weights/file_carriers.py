@@ -4,6 +4,7 @@ import contextlib
 import shutil
 import tempfile
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Self
 
@@ -14,60 +15,45 @@ from openrlhf_alp.clients.control import ControlClient
 from openrlhf_alp.clients.errors import WeightUpdateFailed
 from openrlhf_alp.clients.weights.carry import Bucket, Carrier
 
-BUCKET_BYTES = 512 * 2**20
 
-
+@dataclass(slots=True)
 class FileCarrier(Carrier):
-    """Writes into the servers' shared folder; a server that has staged a file keeps its own link.
+    """Writes into the servers' shared folder."""
 
-    Args:
-        weights_dir: the contract's weights_dir.
-        name: folder of this update, new for each.
-        bucket_bytes: of one file.
-    """
+    weights_dir: Path  # the contract's
+    name: str  # folder of this update, new for each
 
     on_device = False
 
-    def __init__(self, weights_dir: Path, name: str, *, bucket_bytes: int = BUCKET_BYTES) -> None:
-        self.bucket_bytes = bucket_bytes
-        self._weights_dir = weights_dir
-        self._name = name
-
     async def __aenter__(self) -> Self:
-        with _naming_the_folder(self._weights_dir):
-            (self._weights_dir / self._name).mkdir(parents=True)
+        with _naming_the_folder(self.weights_dir):
+            (self.weights_dir / self.name).mkdir(parents=True)
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        shutil.rmtree(self._weights_dir / self._name, ignore_errors=True)
+        # After prepare each server has its own hard links to the files, so these can go.
+        shutil.rmtree(self.weights_dir / self.name, ignore_errors=True)
 
     async def carry(self, index: int, bucket: Bucket) -> str:
-        file = f"{self._name}/{index:05d}.safetensors"
-        with _naming_the_folder(self._weights_dir):
-            save_file(bucket, self._weights_dir / file)
+        file = f"{self.name}/{index:05d}.safetensors"
+        with _naming_the_folder(self.weights_dir):
+            save_file(bucket, self.weights_dir / file)
         return file
 
 
+@dataclass(slots=True)
 class HttpCarrier(Carrier):
-    """Sends every file to every server; a server that does not answer becomes stale.
+    """Sends every file to every server; a server that does not answer becomes stale."""
 
-    Args:
-        client: of all servers.
-        name: begins the name of each file, new for each update.
-        bucket_bytes: of one file; as much is written to the temporary folder at a time.
-    """
+    client: ControlClient  # of all servers
+    name: str  # begins the name of each file, new for each update
+    _folder: Path = field(default_factory=Path, init=False)
 
     on_device = False
 
-    def __init__(
-        self, client: ControlClient, name: str, *, bucket_bytes: int = BUCKET_BYTES
-    ) -> None:
-        self.bucket_bytes = bucket_bytes
-        self._client = client
-        self._name = name
-        self._folder = Path()
-
     async def __aenter__(self) -> Self:
+        # A file on disk and not a buffer: every server reads it at its own pace, and an upload that
+        # was cut short continues at any offset.
         self._folder = Path(tempfile.mkdtemp(prefix="openrlhf-alp-push-"))
         return self
 
@@ -75,12 +61,12 @@ class HttpCarrier(Carrier):
         shutil.rmtree(self._folder, ignore_errors=True)
 
     async def carry(self, index: int, bucket: Bucket) -> str:
-        name = f"{self._name}-{index:05d}.safetensors"
+        name = f"{self.name}-{index:05d}.safetensors"
         path = self._folder / name
         with _naming_the_folder(self._folder):
             save_file(bucket, path)
         try:
-            return await self._client.upload(path, name)
+            return await self.client.upload(path, name)
         finally:
             path.unlink()
 

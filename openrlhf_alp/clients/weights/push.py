@@ -9,16 +9,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from openrlhf_alp.clients.channel import Timeouts
 from openrlhf_alp.clients.control import ControlClient
 from openrlhf_alp.clients.errors import WeightUpdateFailed
-from openrlhf_alp.clients.http import Timeouts
-from openrlhf_alp.clients.weights.carry import Carrier, NamedTensors, carry_weights
+from openrlhf_alp.clients.fleet import Access
+from openrlhf_alp.clients.weights.carry import Carrier, NamedBuckets, carry_weights
 from openrlhf_alp.clients.weights.file_carriers import FileCarrier, HttpCarrier
 from openrlhf_alp.clients.weights.gpu_carrier import GpuCarrier, Meeting
 from services.rollout.wire.schemas import (
     CommitRequest,
     Contract,
-    PauseMode,
     PrepareRequest,
     WeightsStatus,
     WeightTransport,
@@ -36,15 +36,15 @@ class PushResult:
     version: int
     digest: str
     num_bytes: int  # sent; unchanged tensors are not
-    write_s: float  # with everything that was sent
+    write_s: float  # until everything was sent, with the gathering of the parameters
     prepare_s: float
     commit_s: float
-    pause_s: float  # longest time that a server drew no token before its load began
+    pause_s: float  # longest time that a server generated no token before its load began
     load_s: float  # longest load
 
 
 class WeightPusher:
-    """Pushes the learner's weights to every rollout server, and proves them there.
+    """Pushes the learner's weights to every rollout server, and has each verify them by digest.
 
     Args:
         urls: base URLs of the servers.
@@ -69,48 +69,50 @@ class WeightPusher:
         make_client: Callable[[], ControlClient] | None = None,
     ) -> None:
         self._timeouts = timeouts or Timeouts()
-        self._make_client = make_client or (
-            lambda: ControlClient(
-                urls, api_key=api_key, admin_key=admin_key, timeouts=self._timeouts
-            )
-        )
+        access = Access(api_key=api_key, admin_key=admin_key, timeouts=self._timeouts)
+        self._make_client = make_client or (lambda: ControlClient(urls, **access))
         self._transport = transport
-        self._meeting = meeting
+        self._meeting = meeting or Meeting()
         self._shared: Path | None = None
 
-    def push(self, named_tensors: NamedTensors, *, pause: PauseMode = "keep") -> PushResult:
+    def push(self, buckets: NamedBuckets) -> PushResult:
         """Write, prepare everywhere, commit everywhere. Must be called outside an event loop.
 
         The new version is one above the highest that any server has. Tensors whose bytes all
-        servers have already are not written.
+        servers already have are not written.
+
+        Args:
+            buckets: of `carry.in_buckets`.
 
         Raises:
             WeightUpdateFailed: a server refused the update, and nothing changed anywhere; or no
                 server serves it. A server that did not answer misses the update and is stale.
             ServiceUnavailable: on the first push, a server does not answer.
         """
-        return asyncio.run(self.push_async(named_tensors, pause=pause))
+        return asyncio.run(self.push_async(buckets))
 
-    async def push_async(
-        self, named_tensors: NamedTensors, *, pause: PauseMode = "keep"
-    ) -> PushResult:
+    async def push_async(self, buckets: NamedBuckets) -> PushResult:
         """As `push`, inside an event loop. Taking the tensors blocks that loop."""
         async with self._make_client() as client:
             statuses = await client.reachable_weights()
             base_version = _common_version(statuses)
+            # Above every server, also above one that missed the last updates: within a fleet one
+            # version must not stand for two sets of weights.
             version = max(status.version for status in statuses) + 1
             name = f"{_UPDATE_PREFIX}{version}-{uuid.uuid4().hex[:8]}"
             started_s = time.perf_counter()
             try:
                 async with await self._carrier(client, name) as carrier:
-                    # Gathering shards may block on other ranks; this loop does nothing else then.
+                    # Gathering shards may block this loop, in which nothing else runs.
                     carried = await carry_weights(
                         carrier,
-                        named_tensors,
+                        buckets,
                         statuses[0].tensors,
+                        # Servers with different weights lack different tensors; all get everything.
                         skip_unchanged=base_version is not None,
                     )
                     carried_s = time.perf_counter()
+                    # Still inside the carrier: its files must exist until every server has them.
                     await client.prepare_weights(
                         PrepareRequest(
                             version=version,
@@ -123,8 +125,9 @@ class WeightPusher:
                 await client.abort_weights()
                 raise
             prepared_s = time.perf_counter()
+            # Only now, when every server has verified the digest, does any server pause.
             commits = await client.commit_weights(
-                CommitRequest(version=version, digest=carried.digest, pause=pause)
+                CommitRequest(version=version, digest=carried.digest)
             )
         result = PushResult(
             version=version,
@@ -147,17 +150,12 @@ class WeightPusher:
                 self._shared = _shared_folder(await client.contracts())
             _remove_leftovers(self._shared)
             return FileCarrier(self._shared, name)
-        return GpuCarrier(
-            client,
-            name,
-            self._transport,
-            limit_s=self._timeouts.transfer_s,
-            meeting=self._meeting,
-        )
+        limit_s = self._timeouts.transfer_s
+        return GpuCarrier(client, name, self._transport, limit_s=limit_s, meeting=self._meeting)
 
 
 def _remove_leftovers(weights_dir: Path) -> None:
-    """Remove what a learner wrote that was killed in mid-push; there is one learner at a time."""
+    """Remove what a learner left that was killed in mid-push; there is one learner at a time."""
     for folder in weights_dir.glob(f"{_UPDATE_PREFIX}*"):
         shutil.rmtree(folder, ignore_errors=True)
 

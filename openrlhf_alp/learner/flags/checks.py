@@ -13,10 +13,10 @@ from typing import Any
 
 from transformers import AutoConfig, AutoTokenizer
 
+from openrlhf_alp.clients.channel import ADMIN_KEY_VARIABLE, API_KEY_VARIABLE, TOOL_KEY_VARIABLE
 from openrlhf_alp.clients.contract import LearnerExpectation, check_contract, require_transport
+from openrlhf_alp.clients.control import ControlClient
 from openrlhf_alp.clients.errors import ServiceError
-from openrlhf_alp.clients.keys import ADMIN_KEY_VARIABLE, API_KEY_VARIABLE, TOOL_KEY_VARIABLE
-from openrlhf_alp.clients.rollout import RolloutClient
 from openrlhf_alp.episodes.observation import chat_template
 from openrlhf_alp.learner.flags.config import ServiceConfig
 from openrlhf_alp.learner.flags.tool import ToolConfig
@@ -112,7 +112,7 @@ def check_services(args: SimpleNamespace, tokenizer: Any) -> None:
 
 
 async def _check_service(url: str, service: ServiceConfig, expected: LearnerExpectation) -> None:
-    client = RolloutClient(
+    client = ControlClient(
         [url],
         api_key=os.environ[API_KEY_VARIABLE],
         admin_key=os.environ[ADMIN_KEY_VARIABLE],

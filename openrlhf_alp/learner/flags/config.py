@@ -14,7 +14,7 @@ from types import SimpleNamespace
 from typing import Literal
 
 from openrlhf_alp.alp import METHODS, PerturbationConfig, UnifiedRatioConfig
-from openrlhf_alp.clients.keys import ADMIN_KEY_VARIABLE, API_KEY_VARIABLE
+from openrlhf_alp.clients.channel import ADMIN_KEY_VARIABLE, API_KEY_VARIABLE
 from openrlhf_alp.learner.flags.tool import add_tool_arguments, check_tool, read_tool
 from openrlhf_alp.learner.flags.transport import (
     TransportConfig,

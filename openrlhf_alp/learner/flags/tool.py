@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Literal
 
-from openrlhf_alp.clients.keys import TOOL_KEY_VARIABLE
+from openrlhf_alp.clients.channel import TOOL_KEY_VARIABLE
 from openrlhf_alp.episodes.tool_integrated import ToolIntegratedConfig
 from openrlhf_alp.episodes.void import VoidPolicy
 

@@ -19,8 +19,8 @@ from openrlhf.models import Actor
 from openrlhf.trainer.ppo_utils.experience import make_experience_batch
 from openrlhf.utils import get_tokenizer
 
+from openrlhf_alp.clients.channel import Timeouts
 from openrlhf_alp.clients.contract import LearnerExpectation, check_contract
-from openrlhf_alp.clients.http import Timeouts
 from openrlhf_alp.clients.rollout import RolloutClient
 from openrlhf_alp.clients.weights.carry import DTYPES, digest_tensor
 from openrlhf_alp.clients.weights.push import WeightPusher
@@ -28,7 +28,7 @@ from openrlhf_alp.episodes.records import Episode, SamplingConfig
 from openrlhf_alp.learner.flags.checks import check_model
 from openrlhf_alp.learner.mismatch.judge import Verdict, judge
 from openrlhf_alp.learner.mismatch.measure import Mismatch, log_ratio, scorable
-from openrlhf_alp.learner.weight_sync import gathered_parameters
+from openrlhf_alp.learner.weight_sync import gathered_buckets, gathered_parameters
 from openrlhf_alp.rewards.protocol import RewardResult
 from openrlhf_alp.rollouts.generate import ServiceGenerate
 from openrlhf_alp.rollouts.runners import SingleTurnRunner, Task, to_response
@@ -109,7 +109,7 @@ def probe(config: ProbeConfig) -> ProbeReport:
     if config.push:
         admin_key = config.admin_key or config.api_key
         pusher = WeightPusher(config.urls, api_key=config.api_key, admin_key=admin_key)
-        pusher.push(gathered_parameters(actor.model, 0, keep=True))
+        pusher.push(gathered_buckets(actor.model, 0, keep=True))
     episodes, served = asyncio.run(_sample(config, tasks, tokenizer))
     mismatch = Mismatch.of(score(actor, episodes, config.micro_batch_size))
     return ProbeReport(
@@ -186,8 +186,8 @@ async def _check_services(
         min_model_len=max(len(task.prompt_ids) for task in tasks) + config.max_tokens,
     )
     async with _client(config) as client:
-        await client.wait_ready(config.timeout_s)
-        check_contract(await client.contract(), expected)
+        await client.control.wait_ready(config.timeout_s)
+        check_contract(await client.control.contract(), expected)
 
 
 async def _sample(
@@ -209,7 +209,7 @@ async def _sample(
                 for task in tasks
                 for _ in range(config.samples_per_prompt)
             ]
-        return [task.result() for task in running], (await client.weights())[0].tensors
+        return [task.result() for task in running], (await client.control.weights())[0].tensors
 
 
 class _NoReward:

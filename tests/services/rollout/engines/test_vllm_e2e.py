@@ -19,8 +19,8 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
-from openrlhf_alp.clients.errors import RequestRejected
 from openrlhf_alp.clients.rollout import RolloutClient
+from openrlhf_alp.clients.weights.carry import in_buckets
 from openrlhf_alp.clients.weights.push import WeightPusher
 from services.rollout.wire.schemas import GenerateRequest, GenerateResponse, Sampling
 
@@ -118,8 +118,8 @@ async def test_samples_carry_the_log_probs_of_the_served_model(
 ) -> None:
     model = LlamaForCausalLM.from_pretrained(model_folder)
     async with client(url) as rollout:
-        await rollout.wait_ready(30.0)
-        contract = await rollout.contract()
+        await rollout.control.wait_ready(30.0)
+        contract = await rollout.control.contract()
         assert (contract.engine, contract.dtype) == ("vllm", "bfloat16")
         reply = await rollout.generate(request("vllm-1", n=4))
     for sample in reply.samples:
@@ -129,7 +129,7 @@ async def test_samples_carry_the_log_probs_of_the_served_model(
 
 async def test_a_sampled_eos_is_in_the_reply_with_its_log_prob(url: str) -> None:
     async with client(url) as rollout:
-        eos = (await rollout.contract()).eos_token_ids
+        eos = (await rollout.control.contract()).eos_token_ids
         reply = await rollout.generate(request("vllm-eos", n=64, max_tokens=200))
     stopped = [s for s in reply.samples if s.finish_reason == "stop"]
     assert stopped, "with 256 equally odd tokens some of 64 samples end by themselves"
@@ -147,8 +147,9 @@ async def test_an_update_swaps_weights_and_splits_the_spans_of_running_requests(
             parameter.mul_(0.7)
     pusher = WeightPusher([url], api_key=API_KEY, admin_key=ADMIN_KEY)
     async with client(url) as rollout:
-        old = (await rollout.weights())[0]
-        pushing = asyncio.create_task(asyncio.to_thread(pusher.push, new.named_parameters()))
+        old = (await rollout.control.weights())[0]
+        buckets = in_buckets(new.named_parameters())
+        pushing = asyncio.create_task(asyncio.to_thread(pusher.push, buckets))
 
         async def ask_until_pushed(lane: int) -> list[GenerateResponse]:
             """One long request after the other: whenever the swap comes, some are running."""
@@ -161,7 +162,7 @@ async def test_an_update_swaps_weights_and_splits_the_spans_of_running_requests(
 
         lanes = await asyncio.gather(*(ask_until_pushed(lane) for lane in range(4)))
         pushed = await pushing
-        status = (await rollout.weights())[0]
+        status = (await rollout.control.weights())[0]
     assert (status.version, status.digest) == (old.version + 1, pushed.digest)
     versions = {old.digest: old.version, pushed.digest: status.version}
     samples = [reply.samples[0] for replies in lanes for reply in replies]
@@ -238,9 +239,11 @@ async def running_requests(http: httpx.AsyncClient) -> float:
 async def test_sleep_is_refused_on_a_cpu_and_costs_no_request(url: str) -> None:
     async with client(url) as rollout:
         running = asyncio.create_task(rollout.generate(request("awake", max_tokens=100)))
-        with pytest.raises(RequestRejected, match="no sleep mode on CPUs") as refused:
-            await rollout.sleep()
-        assert refused.value.status == 501
+        async with httpx.AsyncClient(base_url=url) as http:
+            headers = {"authorization": f"Bearer {ADMIN_KEY}"}
+            refused = await http.post("/v1/sleep", json={"level": 1}, headers=headers)
+        assert refused.status_code == 501
+        assert "no sleep mode on CPUs" in refused.json()["error"]["message"]
         assert {sample.finish_reason for sample in (await running).samples} <= {"stop", "length"}
 
 

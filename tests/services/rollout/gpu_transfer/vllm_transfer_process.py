@@ -23,6 +23,7 @@ from safetensors.torch import load_file
 
 from openrlhf_alp.clients.control import ControlClient
 from openrlhf_alp.clients.rollout import RolloutClient
+from openrlhf_alp.clients.weights.carry import in_buckets
 from openrlhf_alp.clients.weights.gpu_carrier import Meeting
 from openrlhf_alp.clients.weights.push import PushResult, WeightPusher
 from services.rollout.api.app import create_app
@@ -94,7 +95,7 @@ class Service:
             meeting=Meeting(host="127.0.0.1"),
             make_client=lambda: ControlClient(**self.access),
         )
-        return await pusher.push_async(tensors.items())
+        return await pusher.push_async(in_buckets(tensors.items()))
 
     async def answer(self, request_id: str) -> tuple[list[int], list[float], list[int]]:
         """Ids, log-probs and versions of twelve greedy tokens."""

@@ -1,4 +1,4 @@
-"""The receiving routes alone: what goes wrong is told apart, and holds nothing up for ever."""
+"""The receiving routes alone: what goes wrong is told apart, and holds nothing up forever."""
 
 from typing import Any
 
@@ -93,7 +93,7 @@ async def test_a_file_that_cannot_be_written_is_not_half_there(fleet: Any) -> No
     folder = service.uploads.reserve("x", 0).parent
     (folder / ".full-00000.safetensors").mkdir()
     async with (
-        fleet.make_client(*fleet.urls) as client,
+        fleet.make_client(*fleet.urls).control as client,
         fleet.carrier(client, "full") as carrier,
     ):
         with pytest.raises(WeightUpdateFailed, match=r"cannot be written.*Free space"):

@@ -1,7 +1,7 @@
 """What a CPU lacks, replaced; the rest is vLLM's own engines and, between them, the real app.
 
 NCCL: learner and workers meet over TCP as vLLM has them meet, and then exchange tensors between
-threads; like NCCL, they wait for each other for ever, unless the communicator is destroyed. CUDA
+threads; like NCCL, they wait for each other forever, unless the communicator is destroyed. CUDA
 IPC: a handle names a tensor of this process.
 """
 
@@ -25,7 +25,8 @@ import torch
 from torch.distributed import TCPStore
 from transformers import LlamaForCausalLM
 
-from openrlhf_alp.clients.http import Timeouts
+from openrlhf_alp.clients.channel import Timeouts
+from openrlhf_alp.clients.weights.carry import BUCKET_BYTES, in_buckets
 from openrlhf_alp.clients.weights.gpu_carrier import GpuCarrier, Meeting
 from openrlhf_alp.clients.weights.push import WeightPusher
 from services.rollout.engines.hf_engine import HfEngine
@@ -265,6 +266,7 @@ class Fleet:
         *,
         timeouts: Timeouts | None = None,
         meeting: Meeting | None = HERE,
+        bucket_bytes: int = BUCKET_BYTES,
     ) -> Any:
         pusher = WeightPusher(
             self.urls,
@@ -273,9 +275,9 @@ class Fleet:
             timeouts=timeouts,
             transport=transport,
             meeting=meeting,
-            make_client=lambda: self.make_client(*self.urls),
+            make_client=lambda: self.make_client(*self.urls).control,
         )
-        return await asyncio.to_thread(pusher.push, tensors)
+        return await asyncio.to_thread(pusher.push, in_buckets(tensors, bucket_bytes))
 
     def weights(self, factor: float) -> dict[str, torch.Tensor]:
         model = LlamaForCausalLM.from_pretrained(self.folder)

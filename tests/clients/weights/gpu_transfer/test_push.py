@@ -7,10 +7,9 @@ import httpx
 import pytest
 import torch
 
+from openrlhf_alp.clients.channel import Timeouts
 from openrlhf_alp.clients.errors import WeightUpdateFailed
-from openrlhf_alp.clients.http import Timeouts
-from openrlhf_alp.clients.weights.carry import carry_weights
-from openrlhf_alp.clients.weights.gpu_carrier import GpuCarrier
+from openrlhf_alp.clients.weights.carry import carry_weights, in_buckets
 from services.rollout.service import RolloutService
 from services.rollout.wire.schemas import CommitRequest, PrepareRequest
 
@@ -60,9 +59,9 @@ async def test_buckets_and_their_chunks_are_put_together_again(fleet: Any, meeti
     service = fleet.add()
     new = fleet.weights(0.5)
     expected = service.weights.status().tensors
-    async with fleet.make_client(*fleet.urls) as client:
-        async with fleet.carrier(client, "u", bucket_bytes=6000, buffer_bytes=2500) as carrier:
-            carried = await carry_weights(carrier, new.items(), expected)
+    async with fleet.make_client(*fleet.urls).control as client:
+        async with fleet.carrier(client, "u", buffer_bytes=2500) as carrier:
+            carried = await carry_weights(carrier, in_buckets(new.items(), 6000), expected)
             assert len(carried.files) > 1
             prepare = PrepareRequest(version=1, digest=carried.digest, files=list(carried.files))
             await client.prepare_weights(prepare)
@@ -111,13 +110,12 @@ def cut_after(tensors: dict[str, torch.Tensor], number: int) -> Iterator[tuple[s
 
 
 async def test_a_learner_that_fails_between_two_buckets_leaves_the_old_version_serving(
-    fleet: Any, monkeypatch: pytest.MonkeyPatch
+    fleet: Any,
 ) -> None:
     service = fleet.add()
     before = await fleet.answer(fleet.urls[0], "before")
-    monkeypatch.setitem(GpuCarrier.__init__.__kwdefaults__, "bucket_bytes", 1)
     with pytest.raises(RuntimeError, match="lost a shard"):
-        await fleet.push("nccl", cut_after(fleet.weights(0.5), 3))
+        await fleet.push("nccl", cut_after(fleet.weights(0.5), 3), bucket_bytes=1)
     assert await fleet.answer(fleet.urls[0], "after") == before
     assert service.weights.status().staged_version is None
     assert list(service.uploads.reserve("x", 0).parent.iterdir()) == [], "nothing half-sent is left"
@@ -146,7 +144,7 @@ async def test_a_server_that_is_lost_in_a_transfer_fails_it_for_all_and_the_next
     assert [service.contract().version for service in fleet.services] == [1, 1]
 
 
-async def test_what_a_transfer_brought_is_proved_before_it_is_served(fleet: Any) -> None:
+async def test_what_a_transfer_brought_is_verified_before_it_is_served(fleet: Any) -> None:
     service = fleet.add()
     norm = fleet.weights(0.5)["model.norm.weight"]
     wrong = {
@@ -156,7 +154,7 @@ async def test_what_a_transfer_brought_is_proved_before_it_is_served(fleet: Any)
         "digest_mismatch": {"model.norm.weight": norm},
     }
     for code, bucket in wrong.items():
-        async with fleet.make_client(*fleet.urls) as client:
+        async with fleet.make_client(*fleet.urls).control as client:
             async with fleet.carrier(client, code) as carrier:
                 file = await carrier.carry(0, bucket)
             prepare = PrepareRequest(version=1, digest="0" * 64, files=[file], base_version=0)

@@ -10,7 +10,12 @@ from transformers import LlamaForCausalLM
 from openrlhf_alp.clients.errors import WeightUpdateFailed
 from openrlhf_alp.clients.fleet import ServerState
 from openrlhf_alp.clients.rollout import RolloutClient
-from openrlhf_alp.clients.weights.carry import CarriedWeights, carry_weights, digest_tensor
+from openrlhf_alp.clients.weights.carry import (
+    CarriedWeights,
+    carry_weights,
+    digest_tensor,
+    in_buckets,
+)
 from openrlhf_alp.clients.weights.file_carriers import FileCarrier
 from openrlhf_alp.clients.weights.push import WeightPusher
 from services.rollout.service import RolloutService
@@ -37,7 +42,7 @@ async def write(
 ) -> CarriedWeights:
     """Write an update and remove it, as a push does."""
     async with FileCarrier(folder, "u") as carrier:
-        return await carry_weights(carrier, tensors.items(), expected, **options)
+        return await carry_weights(carrier, in_buckets(tensors.items()), expected, **options)
 
 
 async def test_both_sides_compute_the_same_digest(tmp_path: Path) -> None:
@@ -45,14 +50,21 @@ async def test_both_sides_compute_the_same_digest(tmp_path: Path) -> None:
 
     tensors = {"b": torch.randn(3, 5), "a": torch.randn(7).bfloat16(), "c": torch.zeros(())}
     expected = {name: spec(tensor) for name, tensor in tensors.items()}
-    async with FileCarrier(tmp_path, "u", bucket_bytes=16) as carrier:
-        written = await carry_weights(carrier, tensors.items(), expected)
+    async with FileCarrier(tmp_path, "u") as carrier:
+        written = await carry_weights(carrier, in_buckets(tensors.items(), 16), expected)
         assert len(written.files) == 3, "60, 14 and 4 bytes do not fit one bucket of 16"
         found = scan([tmp_path / file for file in written.files])
     assert {name: file.digest for name, file in found.items()} == {
         name: digest_tensor(tensor) for name, tensor in tensors.items()
     }
     assert written.digest == weights_digest({name: file.digest for name, file in found.items()})
+
+
+def test_buckets_keep_the_order_and_the_limit_and_a_large_parameter_stands_alone() -> None:
+    sizes = {"a": 2, "b": 2, "c": 9, "d": 1, "e": 2}  # float32: 4 bytes each
+    named = [(name, torch.nn.Parameter(torch.zeros(size))) for name, size in sizes.items()]
+    buckets = [[name for name, _ in bucket] for bucket in in_buckets(named, 16)]
+    assert buckets == [["a", "b"], ["c"], ["d", "e"]]
 
 
 async def test_tensors_are_cast_to_the_serving_dtype(tmp_path: Path) -> None:
@@ -63,7 +75,7 @@ async def test_tensors_are_cast_to_the_serving_dtype(tmp_path: Path) -> None:
     assert written.num_bytes == 2
 
 
-async def test_unchanged_tensors_are_left_out_and_still_proved(tmp_path: Path) -> None:
+async def test_unchanged_tensors_are_left_out_and_still_verified(tmp_path: Path) -> None:
     same, new = torch.ones(4), torch.zeros(2)
     expected = {"same": spec(same, digest_tensor(same)), "new": spec(new)}
     tensors = {"same": same, "new": new}
@@ -105,7 +117,7 @@ def new_model(folder: Path, factor: float) -> LlamaForCausalLM:
 
 async def push(pusher: WeightPusher, model: LlamaForCausalLM) -> Any:
     # state_dict lists the tied head too, as a learner's gather may.
-    return await asyncio.to_thread(pusher.push, model.state_dict().items())
+    return await asyncio.to_thread(pusher.push, in_buckets(model.state_dict().items()))
 
 
 def served_equal(service: RolloutService, model: LlamaForCausalLM) -> bool:
@@ -118,7 +130,9 @@ async def test_a_push_reaches_every_server_and_leaves_no_file(
 ) -> None:
     service = make_service()
     url = network.add("a", service)
-    pusher = WeightPusher([url], api_key="x", admin_key="x", make_client=lambda: make_client(url))
+    pusher = WeightPusher(
+        [url], api_key="x", admin_key="x", make_client=lambda: make_client(url).control
+    )
     model = new_model(model_folder, 0.5)
     first = await push(pusher, model)
     assert served_equal(service, model)
@@ -143,16 +157,18 @@ async def test_a_new_learner_takes_over_from_one_killed_in_mid_push(
     weights_dir = Path(service.contract().weights_dir)
     dead, new = new_model(model_folder, 0.25), new_model(model_folder, 0.5)
     async with make_client(url) as client:
-        expected = (await client.weights())[0].tensors
+        expected = (await client.control.weights())[0].tensors
         killed = await FileCarrier(weights_dir, "update-1-dead").__aenter__()
-        written = await carry_weights(killed, dead.state_dict().items(), expected)
-        await client.prepare_weights(
+        written = await carry_weights(killed, in_buckets(dead.state_dict().items()), expected)
+        await client.control.prepare_weights(
             PrepareRequest(version=1, digest=written.digest, files=list(written.files))
         )
         (weights_dir / "update-1-half").mkdir()
         reply = await client.generate(request("r"))
         assert {span.version for sample in reply.samples for span in sample.spans} == {0}
-    pusher = WeightPusher([url], api_key="x", admin_key="x", make_client=lambda: make_client(url))
+    pusher = WeightPusher(
+        [url], api_key="x", admin_key="x", make_client=lambda: make_client(url).control
+    )
     await push(pusher, new)
     assert served_equal(service, new)
     assert [path.name.split("-")[0] for path in weights_dir.iterdir()] == [".staging"]
@@ -178,7 +194,7 @@ async def test_a_push_over_http_needs_no_shared_folder_and_resumes(
         api_key="x",
         admin_key="x",
         transport="http",
-        make_client=lambda: make_client(*urls),
+        make_client=lambda: make_client(*urls).control,
     )
     model = new_model(model_folder, 0.5)
     assert (await push(pusher, model)).version == 1
@@ -206,7 +222,9 @@ async def test_servers_without_a_common_folder_are_told_apart(
 ) -> None:
     services = [make_service(own_folder=True), make_service(own_folder=True)]
     urls = [network.add(host, service) for host, service in zip("ab", services, strict=True)]
-    pusher = WeightPusher(urls, api_key="x", admin_key="x", make_client=lambda: make_client(*urls))
+    pusher = WeightPusher(
+        urls, api_key="x", admin_key="x", make_client=lambda: make_client(*urls).control
+    )
     with pytest.raises(WeightUpdateFailed, match=r"weights-0.*weights-1.*--weights-dir"):
         await push(pusher, new_model(model_folder, 0.5))
 
@@ -223,7 +241,9 @@ async def test_a_push_that_one_server_refuses_changes_no_server(
         return None
 
     network.before = refuse_on_b
-    pusher = WeightPusher(urls, api_key="x", admin_key="x", make_client=lambda: make_client(*urls))
+    pusher = WeightPusher(
+        urls, api_key="x", admin_key="x", make_client=lambda: make_client(*urls).control
+    )
     with pytest.raises(WeightUpdateFailed, match=r"1 of 2 servers.*http://b"):
         await push(pusher, new_model(model_folder, 0.5))
     for service in services:
@@ -243,7 +263,9 @@ async def test_a_server_that_dies_between_prepare_and_commit_gets_no_traffic_unt
             raise httpx.ConnectError("refused")
 
     network.before = lose_b_at_commit
-    pusher = WeightPusher(urls, api_key="x", admin_key="x", make_client=lambda: make_client(*urls))
+    pusher = WeightPusher(
+        urls, api_key="x", admin_key="x", make_client=lambda: make_client(*urls).control
+    )
     model = new_model(model_folder, 0.5)
     assert (await push(pusher, model)).version == 1
     assert (services["a"].contract().version, services["b"].contract().version) == (1, 0)
@@ -252,16 +274,16 @@ async def test_a_server_that_dies_between_prepare_and_commit_gets_no_traffic_unt
         calls = [client.generate(request(f"r{index}")) for index in range(4)]
         for reply in await asyncio.gather(*calls):
             assert {span.version for sample in reply.samples for span in sample.spans} == {1}
-        assert client.states() == {"http://a": ServerState.HEALTHY, "http://b": ServerState.STALE}
+        assert states(client) == {"http://a": ServerState.HEALTHY, "http://b": ServerState.STALE}
         dead = False
         again = await push(pusher, model)
         assert again.num_bytes > 0, "the servers differ, so everything is sent"
         assert served_equal(services["b"], model)
         client.require_version(again.version)
-        for server in client._fleet.servers:
+        for server in client.control.fleet.servers:
             server.avoid_until_s = 0.0
         await client.generate(request("after"))
-        assert client.states()["http://b"] is ServerState.HEALTHY
+        assert states(client)["http://b"] is ServerState.HEALTHY
 
 
 @pytest.mark.parametrize("transport", ["file", "http"])
@@ -281,7 +303,7 @@ async def test_a_server_that_comes_back_in_mid_push_waits_for_the_next_one(
         api_key="x",
         admin_key="x",
         transport=transport,
-        make_client=lambda: make_client(*urls),
+        make_client=lambda: make_client(*urls).control,
     )
     model = new_model(model_folder, 0.5)
     assert (await push(pusher, model)).version == 1
@@ -296,13 +318,14 @@ async def update(
     client: RolloutClient, weights_dir: str, version: int, model: LlamaForCausalLM
 ) -> None:
     """What a push does, with a client that lives on."""
-    statuses = await client.reachable_weights()
+    statuses = await client.control.reachable_weights()
+    buckets = in_buckets(model.state_dict().items())
     async with FileCarrier(Path(weights_dir), f"u{version}") as carrier:
-        carried = await carry_weights(carrier, model.state_dict().items(), statuses[0].tensors)
-        await client.prepare_weights(
+        carried = await carry_weights(carrier, buckets, statuses[0].tensors)
+        await client.control.prepare_weights(
             PrepareRequest(version=version, digest=carried.digest, files=list(carried.files))
         )
-    await client.commit_weights(CommitRequest(version=version, digest=carried.digest))
+    await client.control.commit_weights(CommitRequest(version=version, digest=carried.digest))
 
 
 @pytest.mark.parametrize("phase", ["", "/prepare", "/commit"])
@@ -322,11 +345,11 @@ async def test_every_update_of_a_client_asks_a_server_that_missed_the_one_before
     async with make_client(*urls) as client:
         await update(client, weights_dir, 1, new_model(model_folder, 0.5))
         assert [call for call in network.calls if call[0] == "b"][-1] == lost_call
-        assert client.states() == {"http://a": ServerState.HEALTHY, "http://b": ServerState.STALE}
+        assert states(client) == {"http://a": ServerState.HEALTHY, "http://b": ServerState.STALE}
         model = new_model(model_folder, 0.25)
         await update(client, weights_dir, 2, model)
         assert all(served_equal(service, model) for service in services.values())
-        assert set(client.states().values()) == {ServerState.HEALTHY}
+        assert set(states(client).values()) == {ServerState.HEALTHY}
 
 
 async def test_a_server_back_in_traffic_stays_out_of_an_update_until_that_one_is_given_up(
@@ -340,14 +363,14 @@ async def test_a_server_back_in_traffic_stays_out_of_an_update_until_that_one_is
 
     network.before = lose_b_once
     async with make_client(*urls) as client:
-        assert len(await client.reachable_weights()) == 1
-        for server in client._fleet.servers:
+        assert len(await client.control.reachable_weights()) == 1
+        for server in client.control.fleet.servers:
             server.avoid_until_s = 0.0
         await client.generate(request("probes"))
-        assert client.states()["http://b"] is ServerState.HEALTHY
-        assert [channel.url for channel in client.reachable()] == ["http://a"]
-        await client.abort_weights()
-        assert [channel.url for channel in client.reachable()] == urls
+        assert states(client)["http://b"] is ServerState.HEALTHY
+        assert [server.channel.url for server in client.control.reachable()] == ["http://a"]
+        await client.control.abort_weights()
+        assert [server.channel.url for server in client.control.reachable()] == urls
 
 
 async def test_a_reply_kept_from_before_an_update_keeps_its_label(
@@ -355,7 +378,9 @@ async def test_a_reply_kept_from_before_an_update_keeps_its_label(
 ) -> None:
     service = make_service()
     url = network.add("a", service)
-    pusher = WeightPusher([url], api_key="x", admin_key="x", make_client=lambda: make_client(url))
+    pusher = WeightPusher(
+        [url], api_key="x", admin_key="x", make_client=lambda: make_client(url).control
+    )
     async with make_client(url) as client:
         first = await client.generate(request("same"))
         pushed = await push(pusher, new_model(model_folder, 0.5))
@@ -363,7 +388,11 @@ async def test_a_reply_kept_from_before_an_update_keeps_its_label(
         again = await client.generate(request("same"))
         assert again == first
         assert {span.version for sample in again.samples for span in sample.spans} == {0}
-        assert client.states()[url] is ServerState.HEALTHY
+        assert states(client)[url] is ServerState.HEALTHY
+
+
+def states(client: RolloutClient) -> dict[str, ServerState]:
+    return {server.channel.url: server.state for server in client.control.fleet.servers}
 
 
 def request(request_id: str) -> GenerateRequest:
