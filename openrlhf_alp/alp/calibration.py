@@ -32,29 +32,6 @@ class Calibration:
     """`sigma_min` or `sigma_max` when the target lies beyond it and sigma0 was set to the bound."""
 
 
-def k3_kl(log_probs: Tensor, reference_log_probs: Tensor, mask: Tensor) -> float:
-    """k3 estimate of KL(reference || policy).
-
-    The mean of exp(d) - 1 - d with d = log_probs - reference_log_probs.
-
-    Unbiased for tokens drawn from the reference, never negative, and computed in float64: for the
-    small d of a mismatch the three terms cancel to d**2 / 2.
-
-    Args:
-        log_probs: (..) float, of the policy.
-        reference_log_probs: (..) float, of the distribution that drew the tokens.
-        mask: (..) bool or 0/1, tokens that count.
-
-    Raises:
-        ValueError: the mask selects nothing.
-    """
-    selected = mask.bool()
-    if not selected.any():
-        raise ValueError("the mask selects no token; a KL divergence needs at least one")
-    difference = (log_probs[selected].double() - reference_log_probs[selected].double()).detach()
-    return (torch.expm1(difference) - difference).mean().item()
-
-
 def calibrate_sigma0(
     perturbed_kl: Callable[[float], float],
     target_kl: float,

@@ -4,7 +4,6 @@ from pathlib import Path
 
 import pytest
 
-from openrlhf_alp.alp import METHODS as ALL_METHODS
 from openrlhf_alp.launch.recipe import (
     Recipe,
     service_command,
@@ -15,6 +14,7 @@ from openrlhf_alp.launch.recipe import (
 from openrlhf_alp.launch.task import METHODS
 from openrlhf_alp.learner.flags import config
 from openrlhf_alp.learner.flags import tool as tool_config
+from openrlhf_alp.objective.methods import METHODS as ALL_METHODS
 from services.rollout.settings import RolloutSettings
 
 
