@@ -13,9 +13,6 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Calibration:

@@ -21,7 +21,7 @@ class PerturbationConfig:
     noise. auto measures the mismatch of learner and rollout service before step 1 and matches its
     KL (Theorem 1); until then sigma is sigma_min. The authors' code uses 0.02 (single turn) and
     1e-6 (multi turn)."""
-    kind: SigmaKind = field(default="vector", metadata={"flag": "alp.sigma"})
+    kind: SigmaKind = field(default="vector", metadata={"name": "sigma"})
     """One sigma per hidden dimension of a layer (the paper, section 2.2), or a scalar per layer
     (the authors' code)."""
     sigma_min: float = 1e-6

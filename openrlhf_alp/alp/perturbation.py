@@ -233,7 +233,6 @@ def attach(model: nn.Module, config: PerturbationConfig) -> LayerwisePerturbatio
     for layer in perturbation.layers:
         hook = functools.partial(perturbation._before_layer, layer)
         decoder_layers[layer].register_forward_pre_hook(hook, with_kwargs=True)
-    # Last: a later submodule would shift the names and order that checkpoints rely on.
     model.add_module(_ATTRIBUTE, perturbation)
     return perturbation
 
@@ -268,8 +267,7 @@ def detached(model: nn.Module) -> Iterator[None]:
     """
     if _ATTRIBUTE not in model._modules:
         raise ValueError(f"{type(model).__name__} has no submodule `{_ATTRIBUTE}` to detach")
-    # The hooks hold a reference of their own, so the noise keeps working and only the walk over
-    # the module tree misses it.
+    # Popped from the module tree only: the optimizer and the hooks keep their references.
     perturbation = model._modules.pop(_ATTRIBUTE)
     try:
         yield

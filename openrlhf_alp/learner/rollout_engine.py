@@ -17,15 +17,16 @@ from typing import Any
 from uuid import uuid4
 
 import ray
+from openrlhf.utils.agent import SingleTurnAgentExecutor
 
 from openrlhf_alp.clients.http import Timeouts
 from openrlhf_alp.clients.keys import ADMIN_KEY_VARIABLE, API_KEY_VARIABLE, TOOL_KEY_VARIABLE
 from openrlhf_alp.clients.rollout import RolloutClient
 from openrlhf_alp.episodes.records import Episode, SamplingConfig, ToolLostError
-from openrlhf_alp.learner.flags.config import ServiceConfig
+from openrlhf_alp.learner.flags.config import MATH_VERIFY, ServiceConfig
 from openrlhf_alp.learner.flags.tool import ToolConfig
-from openrlhf_alp.learner.reward import build_reward
-from openrlhf_alp.rewards.protocol import RewardUnavailable
+from openrlhf_alp.rewards.math import MathReward
+from openrlhf_alp.rewards.protocol import Reward, RewardResult, RewardUnavailable
 from openrlhf_alp.rollouts.generate import ServiceGenerate
 from openrlhf_alp.rollouts.runners import Task, build_runner, to_response, tool_client
 
@@ -172,6 +173,44 @@ async def _all_or_first_error(episodes: list[Any]) -> list[Episode]:
         fatal = [e for e in errors.exceptions if not isinstance(e, lost)]
         raise (fatal or errors.exceptions)[0] from None
     return [task.result() for task in tasks]
+
+
+def build_reward(remote_urls: Sequence[str]) -> Reward:
+    """The reward named by `--reward.remote_url`.
+
+    Args:
+        remote_urls: `["math-verify"]`, one `*.py` with OpenRLHF's `reward_func`, or reward servers.
+    """
+    if list(remote_urls) == [MATH_VERIFY]:
+        return MathReward()
+    return UpstreamReward(remote_urls)
+
+
+class UpstreamReward:
+    """OpenRLHF's own reward protocols, a `reward_func` file or an HTTP server, as our Protocol."""
+
+    def __init__(self, remote_urls: Sequence[str]) -> None:
+        self._executor = SingleTurnAgentExecutor(list(remote_urls))
+
+    async def score(self, *, prompt: str, response: str, label: str) -> RewardResult:
+        """Ask for `rewards` of prompt + response.
+
+        Raises:
+            RewardUnavailable: the function or server failed, or gave no reward.
+        """
+        call = (
+            self._executor._fetch_rewards_via_func
+            if self._executor.reward_func
+            else self._executor._fetch_rewards_via_http
+        )
+        try:
+            answers = await call([prompt + response], [prompt], [label])
+            value = float(answers[0]["rewards"])
+        except Exception as error:
+            raise RewardUnavailable(
+                reason=type(error).__name__, detail=f"{error} (--reward.remote_url)"
+            ) from error
+        return RewardResult(value=value)
 
 
 # Another name than the class: Ray then ships the class by reference and workers import it from

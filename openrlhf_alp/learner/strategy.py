@@ -60,7 +60,7 @@ class AlpStrategy(DeepspeedStrategy):
                 model = entry[0].model
                 # DeepSpeed casts parameters to the model's dtype, but under ZeRO-3, where it wants
                 # one dtype just the same, only those that it has partitioned while loading.
-                attach(model, self.alp.perturbation_config()).to(model.dtype)
+                attach(model, self.alp.noise).to(model.dtype)
         return super().prepare(*models)
 
     def _get_model_parameters(self, model: nn.Module, **kwargs: Any) -> tuple[nn.Module, Any]:

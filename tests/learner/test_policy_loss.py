@@ -9,7 +9,7 @@ import pytest
 import torch
 from openrlhf.models import PolicyLoss, aggregate_loss
 
-from openrlhf_alp.learner.policy_loss import UnifiedPolicyLoss
+from openrlhf_alp.learner.actor import UnifiedPolicyLoss
 from openrlhf_alp.objective.methods import METHODS, UnifiedRatioConfig
 
 

@@ -20,8 +20,8 @@ from openrlhf.models import Actor
 from openrlhf.trainer.ppo_utils.experience import Experience, split_experience_batch
 from openrlhf.trainer.ppo_utils.samples_generator import SamplesGenerator
 
-from openrlhf_alp.alp import k3_kl
 from openrlhf_alp.learner.mismatch.judge import LEVELS, Verdict
+from openrlhf_alp.objective.ratio import k3_kl
 
 PERCENTS = (1, 5, 25, 50, 75, 95, 99)
 

@@ -25,7 +25,6 @@ from openrlhf_alp.clients.rollout import RolloutClient
 from openrlhf_alp.clients.weights.carry import DTYPES, digest_tensor
 from openrlhf_alp.clients.weights.push import WeightPusher
 from openrlhf_alp.episodes.records import Episode, SamplingConfig
-from openrlhf_alp.learner.flags.checks import check_model
 from openrlhf_alp.learner.mismatch.judge import Verdict, judge
 from openrlhf_alp.learner.mismatch.measure import Mismatch, log_ratio, scorable
 from openrlhf_alp.learner.weight_sync import gathered_parameters
@@ -101,7 +100,6 @@ def probe(config: ProbeConfig) -> ProbeReport:
         ValueError: the model folder or a prompt is not usable.
         ServiceError: a service is not ready, refuses, or has another contract than the model.
     """
-    check_model(config.model)
     tokenizer = get_tokenizer(config.model, None, "left")
     actor = load_actor(config)
     tasks = [_task(prompt, config, tokenizer) for prompt in config.prompts]

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from openrlhf_alp.clients.errors import ContractMismatch, ServiceError, Unauthorized
-from openrlhf_alp.learner.flags.checks import check_data, check_model, check_services
+from openrlhf_alp.learner.launch import check_data, check_model, check_services
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 Parse = Callable[..., SimpleNamespace]
