@@ -1,4 +1,4 @@
-"""A field with a docstring is a flag with name, type, default, choices and help; it is read back."""
+"""A field with a docstring is a flag with name, type, default and help, and it is read back."""
 
 from __future__ import annotations
 
