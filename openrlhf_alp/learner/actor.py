@@ -316,6 +316,6 @@ class AlpPolicyModelActor(undecorated(ppo_actor.PolicyModelActor)):  # type: ign
             self.trainer.needs_calibration = False
 
 
-# Another name than the class: Ray then ships the class by reference and workers import it from
-# here.
+# A name that differs from the class's, because Ray then pickles the class by reference and workers
+# import it from here.
 RemoteAlpPolicyModelActor = ray.remote(num_gpus=1)(AlpPolicyModelActor)

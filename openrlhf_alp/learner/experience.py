@@ -45,6 +45,7 @@ class AlpExperienceMaker(RemoteExperienceMaker):
     """
 
     def make_experience(self, samples_list: list[Experience]) -> list[Experience]:
+        # For `_dispatch_forward`, to which upstream passes only tensors of the samples.
         self._samples_list = samples_list
         try:
             experiences = super().make_experience(samples_list)
@@ -92,7 +93,7 @@ def leave_void_out_of_baseline(experiences: list[Experience], samples_per_prompt
     group, in which they now sit at the mean. A group of void samples only keeps its rewards.
 
     Args:
-        experiences: all samples of the step; `index` holds their places in the order of prompts.
+        experiences: all samples of the step; `index` gives their places in the order of prompts.
         samples_per_prompt: size of a group.
     """
     places = torch.tensor([place for e in experiences for place in e.index])
@@ -133,6 +134,7 @@ class AlpSamplesGenerator(SamplesGenerator):
         experiences: list[Experience] = []
         consumed = 0
         exhausted = False
+        # Upstream returns fewer groups than asked for when the engine dropped some.
         while not exhausted and len(experiences) < num_prompts * samples_per_prompt:
             missing = num_prompts - len(experiences) // samples_per_prompt
             new, new_consumed, exhausted = super()._generate_vllm(
@@ -144,16 +146,16 @@ class AlpSamplesGenerator(SamplesGenerator):
 
 
 class StalenessGate:
-    """Lets groups through whose oldest token is young enough, and keeps the size of a step.
+    """Drops groups whose oldest token is too old, and keeps the size of a step.
 
-    A group is dropped whole: a baseline over the rest would be biased. When groups are dropped, the
-    others wait for the next batch, while nothing is updated and so nothing ages; then as many as a
-    step takes go on and the rest waits again.
+    A group is dropped whole, because a baseline over the rest would be biased. When groups are
+    dropped, the others wait for the next batch; nothing is updated meanwhile, so nothing ages. Then
+    as many as a step takes are trained on, and the rest waits again.
 
     Args:
         samples_per_prompt: size of a group; the samples of a group follow each other.
         samples_per_step: how many samples a step trains on.
-        max_staleness: largest staleness of a token, in weight pushes; None lets everything through.
+        max_staleness: largest staleness of a token, in weight pushes; None keeps every group.
     """
 
     def __init__(
@@ -178,7 +180,7 @@ class StalenessGate:
         fresh = [group for group in groups if self._is_fresh(group, version)]
         self._num_dropped_groups += len(groups) - len(fresh)
         kept = [sample for group in fresh for sample in group]
-        # Upstream's last batch may be short, and is trained on when nothing of it was dropped.
+        # The last batch of the data may be short; it is trained on if nothing of it was dropped.
         untouched = len(kept) == len(samples) and not self.waiting
         is_step = untouched or len(kept) >= self.samples_per_step
         size = self.samples_per_step if is_step else 0
@@ -193,7 +195,8 @@ class StalenessGate:
         return dropped
 
     def take_metrics(self) -> dict[str, float]:
-        """Of the step just admitted; all names but the first of STALENESS_METRICS."""
+        """Metrics of the step just admitted: all of STALENESS_METRICS but the first."""
+        # Of everything that came, also what was dropped or waits: else the share would always be 0.
         arrived, self._arrived = np.concatenate(self._arrived), []
         bound = np.inf if self.max_staleness is None else self.max_staleness
         return {
@@ -225,8 +228,9 @@ def _staleness(sample: Experience, version: int) -> np.ndarray:
 
 
 def _settle(sample: Experience, version: int) -> np.ndarray:
-    """Put the sample's staleness where its versions were; upstream merges tensors only."""
+    """Replace the sample's versions by its staleness, and return that of each token."""
     staleness = _staleness(sample, version)
+    # Upstream merges the tensors of `info`; a list of spans would stop it.
     del sample.info[TOKEN_VERSIONS]
     sample.info[STALENESS] = torch.tensor([staleness.max()])
     return staleness

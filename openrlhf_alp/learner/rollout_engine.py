@@ -1,8 +1,8 @@
-"""Ray actors with the method names OpenRLHF calls on a vLLM engine; behind each stands a service.
+"""Ray actors with the methods that OpenRLHF calls on a vLLM engine, each in front of a service.
 
     SamplesGenerator --generate_responses--> RolloutEngine --episode--> RolloutClient --HTTP-->
 
-An actor runs episodes; it holds no model. Weights go to the services by `weight_sync`.
+An actor runs episodes and has no model. `weight_sync` brings the weights to the services.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ class RolloutEngine:
     """One per service URL. Upstream: the duck type of `RolloutRayActor`.
 
     Args:
-        urls: base URLs of all services; its own first, the others take over when that one is lost.
-        api_key, admin_key: its bearer keys.
+        urls: base URLs of all services, its own first; the others replace it when it is lost.
+        api_key, admin_key: bearer keys of the services.
         service: time limits.
         reward_urls: `--reward.remote_url`, already split.
-        tool, tool_key: of tool-integrated episodes; without URLs there is one answer to a prompt.
+        tool, tool_key: settings of tool-integrated episodes; without URLs episodes have one turn.
     """
 
     def __init__(
@@ -71,7 +71,7 @@ class RolloutEngine:
         self.unfinished = 0
 
     def get_num_unfinished_requests(self) -> int:
-        """Episodes running; OpenRLHF balances prompts over engines by it."""
+        """Number of running episodes, by which OpenRLHF balances prompts over engines."""
         return self.unfinished
 
     def take_dropped_groups(self) -> dict[str, int]:
@@ -89,9 +89,10 @@ class RolloutEngine:
         num_samples: int = 1,
         images: Any = None,
     ) -> list[dict[str, Any]]:
-        """Exactly `num_samples` responses for one prompt, or none when the group cannot be kept.
+        """Exactly `num_samples` responses for one prompt, or none when the group is dropped.
 
-        A group is dropped whole, counted and named: a baseline over the rest would be biased.
+        A group is dropped whole and counted under its reason: a baseline over the rest would be
+        biased.
 
         Raises:
             ServiceError: the service cannot be reached or refused the request.
@@ -115,8 +116,8 @@ class RolloutEngine:
             top_p=sampling_params.top_p,
             top_k=max(sampling_params.top_k, 0),
             max_tokens=max_tokens,
-            # OpenRLHF asks for one token at least; that would forbid an immediate end of sequence
-            # to the engine alone, and bend the ratio of the first token.
+            # OpenRLHF asks for at least one token. That would forbid an immediate end of sequence
+            # to the engine only, and so distort the ratio of the first token.
             min_tokens=0,
         )
         self.unfinished += num_samples
@@ -140,12 +141,12 @@ class RolloutEngine:
         logger.warning("group dropped (%s): %s", reason, detail)
 
     async def require_version(self, version: int) -> None:
-        """Refuse, from now on, a server that missed the push of `version`."""
+        """From now on, send no request to a server that missed the push of `version`."""
         self.version = version
         self.client.require_version(version)
 
     async def get_version(self) -> int:
-        """The version last pushed: the one that the next update starts from."""
+        """The version of the last push, which the next update starts from."""
         return self.version
 
     def keys(self) -> tuple[str, str]:
@@ -153,22 +154,23 @@ class RolloutEngine:
         return self._keys
 
     async def pause_generation(self) -> None:
-        """Nothing to do before a push: a server pauses itself for the swap alone.
+        """Do nothing: a server pauses itself, and only for the swap.
 
-        Upstream asks for it in partial rollouts. A pause from here would stop generation while the
-        weights are gathered and written too, and for ever if the learner died meanwhile.
+        Upstream calls this in partial rollouts. A pause from here would also stop generation while
+        the weights are gathered and written, and forever if the learner died meanwhile.
         """
 
     async def resume_generation(self) -> None:
-        """Nothing was paused, see `pause_generation`."""
+        """Do nothing, see `pause_generation`."""
 
 
 async def _all_or_first_error(episodes: list[Any]) -> list[Episode]:
-    """Wait for all; on the first error cancel the others: no work goes on for a lost group."""
+    """Wait for all; on the first error cancel the others, because the group is lost anyway."""
     try:
         async with asyncio.TaskGroup() as group:
             tasks = [group.create_task(episode) for episode in episodes]
     except ExceptionGroup as errors:
+        # A fatal error must not be hidden by a lost episode, which only drops the group.
         lost = (RewardUnavailable, ToolLostError)
         fatal = [e for e in errors.exceptions if not isinstance(e, lost)]
         raise (fatal or errors.exceptions)[0] from None
@@ -176,7 +178,7 @@ async def _all_or_first_error(episodes: list[Any]) -> list[Episode]:
 
 
 def build_reward(remote_urls: Sequence[str]) -> Reward:
-    """The reward named by `--reward.remote_url`.
+    """The reward that `--reward.remote_url` names: ours, a Python file, or an HTTP reward model.
 
     Args:
         remote_urls: `["math-verify"]`, one `*.py` with OpenRLHF's `reward_func`, or reward servers.
@@ -213,8 +215,8 @@ class UpstreamReward:
         return RewardResult(value=value)
 
 
-# Another name than the class: Ray then ships the class by reference and workers import it from
-# here.
+# A name that differs from the class's, because Ray then pickles the class by reference and workers
+# import it from here.
 RemoteRolloutEngine = ray.remote(num_cpus=0)(RolloutEngine)
 
 
@@ -222,6 +224,7 @@ def create_rollout_engines(args: SimpleNamespace) -> list[Any]:
     """One Ray actor per service URL of `args`; keys come from this process's environment."""
     urls = args.rollout_service.urls
     return [
+        # Many prompts are in flight in one actor; Ray's default would run 1000 at a time.
         RemoteRolloutEngine.options(max_concurrency=1024).remote(
             urls=(*urls[index:], *urls[:index]),
             api_key=os.environ[API_KEY_VARIABLE],

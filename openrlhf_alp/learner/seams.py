@@ -1,9 +1,9 @@
 """Every substitution into OpenRLHF 0.11.2, each with the upstream symbol and what it relies on.
 
-OpenRLHF looks its classes up as module globals by name, so a substitution is an assignment. It has
-no plug-in points and its command line builds its parser under `if __name__ == "__main__"`; so we
-set the globals below, hook the parser, and run that module as the main program. Not a line of it is
-copied.
+OpenRLHF has no plug-in points, but it looks its classes up as module globals by name, so that a
+substitution is an assignment. Its command line builds the parser under `if __name__ == "__main__"`.
+So we set the globals below, hook the parser, and run that module as the main program; no line of it
+is copied.
 
     openrlhf.cli.train_ppo_ray (run as __main__)
       ArgumentParser.parse_args   + our flags                      one shot
@@ -100,8 +100,8 @@ SEAMS = (
         "batch_num_tokens global_batch_size",
     ),
     *_methods(
-        "openrlhf.models:",
-        "actor:UnifiedPolicyLoss",  # called, not replaced
+        "openrlhf.models:",  # called, not replaced
+        "actor:UnifiedPolicyLoss",
         aggregate_loss="loss loss_mask token_level_loss dp_size batch_num_tokens global_batch_size",
     ),
     *_methods(
@@ -140,9 +140,7 @@ SEAMS = (
         fit="self",
     ),
     *_methods(
-        f"{_RAY}:",
-        "rollout_engine:create_rollout_engines",
-        create_vllm_engines="num_engines",
+        f"{_RAY}:", "rollout_engine:create_rollout_engines", create_vllm_engines="num_engines"
     ),
     *_methods(
         f"{_RAY}.vllm_engine:RolloutRayActor.",
@@ -151,8 +149,8 @@ SEAMS = (
         "images",
     ),
     *_methods(
-        "openrlhf.utils.agent:SingleTurnAgentExecutor.",
-        "rollout_engine:UpstreamReward",  # called, not replaced
+        "openrlhf.utils.agent:SingleTurnAgentExecutor.",  # called, not replaced
+        "rollout_engine:UpstreamReward",
         _fetch_rewards_via_http="self queries_list prompts_list labels_list",
     ),
     *_methods("openrlhf.utils.config:", "seams:run_upstream", hierarchize="args"),
@@ -193,7 +191,7 @@ def _resolve(symbol: str) -> Callable[..., Any]:
     module_name, _, path = symbol.partition(":")
     found: Any = importlib.import_module(module_name)
     for name in path.split("."):
-        if hasattr(found, "__ray_metadata__"):
+        if hasattr(found, "__ray_metadata__"):  # a remote class hides its methods' signatures
             from openrlhf_alp.learner.compat import undecorated
 
             found = undecorated(found)
@@ -203,7 +201,7 @@ def _resolve(symbol: str) -> Callable[..., Any]:
 
 @contextlib.contextmanager
 def installed() -> Iterator[None]:
-    """Put our classes where OpenRLHF looks its own up, for the length of the block."""
+    """Put our classes where OpenRLHF looks up its own, for the length of the block."""
     import openrlhf.trainer.ppo_trainer
     import openrlhf.trainer.ppo_trainer_async
     import openrlhf.trainer.ray.ppo_actor
@@ -247,6 +245,7 @@ def run_upstream(add_arguments: AddArguments, settle: Settle, ray_options: RayOp
     start_ray = ray.init
     settled: list[SimpleNamespace] = []
 
+    # Upstream passes no args to some of what is replaced, so the settled ones are kept here.
     def settle_and_keep(args: SimpleNamespace) -> SimpleNamespace:
         settled.append(settle(args))
         return settled[0]
@@ -306,6 +305,7 @@ def _hooked_parser(add_arguments: AddArguments, settle: Settle) -> Iterator[None
     parse_args = argparse.ArgumentParser.parse_args
 
     def parse_args_with_ours(parser: argparse.ArgumentParser, *args: Any, **kwargs: Any) -> Any:
+        # Once is enough: later parsers of the run, such as DeepSpeed's, are not ours to extend.
         argparse.ArgumentParser.parse_args = parse_args  # type: ignore[method-assign]
         # argparse prints the usage above an error, and 165 lines of flags would hide the error.
         parser.usage = USAGE

@@ -1,6 +1,4 @@
-"""DeepSpeed strategy that carries the perturbation through OpenRLHF's own set-up, saving and CPU
-runs.
-"""
+"""DeepSpeed strategy that attaches the perturbation, keeps it out of exports, and runs on CPUs."""
 
 from __future__ import annotations
 
@@ -58,8 +56,8 @@ class AlpStrategy(DeepspeedStrategy):
         for entry in models:
             if self.alp.perturbed and isinstance(entry, tuple) and isinstance(entry[0], Actor):
                 model = entry[0].model
-                # DeepSpeed casts parameters to the model's dtype, but under ZeRO-3, where it wants
-                # one dtype just the same, only those that it has partitioned while loading.
+                # DeepSpeed wants one dtype. It casts the parameters itself, but under ZeRO-3 only
+                # those that it partitioned while the model was loaded, and sigma came later.
                 attach(model, self.alp.noise).to(model.dtype)
         return super().prepare(*models)
 
@@ -68,6 +66,7 @@ class AlpStrategy(DeepspeedStrategy):
         perturbation = perturbation_of(raw_model)
         if perturbation is None:
             return raw_model, groups
+        # A group of its own, because sigma has another learning rate and no weight decay.
         deltas = list(perturbation.parameters())
         ours = {id(delta) for delta in deltas}
         for group in groups:
@@ -86,7 +85,7 @@ class AlpStrategy(DeepspeedStrategy):
     def moving_average(
         self, model: nn.Module, model_ema: nn.Module, beta: float = 0.992, device: str = "cpu"
     ) -> None:
-        # The EMA copy has no sigma, so the pairwise walk over both parameter lists must not see it.
+        # Upstream walks both parameter lists in pairs, and the EMA copy has no sigma.
         with without_sigma(model):
             device = device if torch.cuda.is_available() else "cpu"
             super().moving_average(model, model_ema, beta, device)

@@ -1,8 +1,8 @@
-"""`openrlhf-alp preflight`: sample from running services, score with the learner, change nothing.
+"""`openrlhf-alp preflight`: sample from running services and score with the learner; no update.
 
     prompts -> SingleTurnRunner -> Episode -> upstream's Experience -> OpenRLHF's Actor -> log-ratio
 
-Every part but the DeepSpeed engine around the actor is the one that a training run uses.
+Every part is the one that a training run uses, except that no DeepSpeed engine wraps the actor.
 """
 
 from __future__ import annotations
@@ -83,14 +83,14 @@ class WeightComparison:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ProbeReport:
-    """What was found."""
+    """Result of a preflight."""
 
     mismatch: Mismatch
     verdict: Verdict
     weights: WeightComparison
     num_samples: int
     versions: tuple[int, ...]
-    """Policy versions that sampled; more than one when somebody pushed meanwhile."""
+    """Policy versions that sampled; more than one when another process pushed meanwhile."""
 
 
 def probe(config: ProbeConfig) -> ProbeReport:
@@ -211,7 +211,7 @@ async def _sample(
 
 
 class _NoReward:
-    """A preflight looks at log-probs; what the answers are worth does not matter to it."""
+    """0 for every answer: a preflight looks at log-probs only."""
 
     async def score(self, *, prompt: str, response: str, label: str) -> RewardResult:
         return RewardResult(value=0.0)
