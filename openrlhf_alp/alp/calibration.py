@@ -70,6 +70,7 @@ def calibrate_sigma0(
     while True:
         search.record(sigma, perturbed_kl(sigma))
         best_sigma, best_kl = search.best()
+        # Each evaluation is a forward pass of the model, so stop as soon as it is close enough.
         close = abs(best_kl / target_kl - 1) <= tolerance
         bound = search.stuck_at()
         if close or bound or len(search.points) >= max_evaluations:
@@ -127,6 +128,7 @@ class _Search:
         above = [s for s, k in self.points if k >= self.target_kl]
         low = max(below, default=self.low)
         high = min(above, default=self.high)
+        # A secant step out of the bracket would repeat what is known: halve it in log sigma.
         if below and above and not low < guess < high:
             guess = math.sqrt(low * high)
         return min(max(guess, self.low), self.high)
@@ -138,6 +140,7 @@ class _Search:
             return 2.0
         (sigma_a, kl_a), (sigma_b, kl_b) = usable
         slope = math.log(kl_b / kl_a) / math.log(sigma_b / sigma_a)
+        # Two measurements close together may give any slope by rounding; the theory says 2.
         return min(max(slope, 0.5), 4.0)
 
     def _excess(self, kl: float) -> float:

@@ -28,24 +28,24 @@ _LIMIT_LINES = "\n".join(
 )
 
 DESCRIPTION = f"""\
-Do learner and rollout service mean the same by a log-probability? The single ratio of ALP divides
-the learner's probability of a token by the service's. Where the two differ at equal weights, every
-ratio is wrong by as much, and nothing in a training curve says so.
+Compare the log-probabilities of the learner and of a rollout service. The single ratio of ALP
+divides the learner's probability of a token by the service's. If the two differ at equal weights,
+every ratio is wrong by that much, and no training curve shows it.
 
 This samples a few answers from the service, computes their log-probs with the learner's own forward
-pass (model, dtype and attention as in training; no update is made) and prints the distribution of
+pass (model, dtype and attention as in training, without an update) and prints the distribution of
 
   log-ratio = log p(token) by the learner - log p(token) as served
 
-figure      suspicious    broken      from these values on
+figure      suspicious    broken      from these absolute values
 {_LIMIT_LINES}
 
-Two bfloat16 engines of one model differ by a k3 KL near 0.001: rounding. Suspicious is worth a look
-and does not fail; broken means that the two sides do not compute the same thing. The table names
-what usually causes it, and which tensors differ from the model's: a service that another run has
-pushed to holds other weights, which --push makes the model's again.
+Two bfloat16 engines of one model differ by a k3 KL near 0.001, which is rounding. Suspicious is
+worth a look and does not fail; broken means that the two sides do not compute the same thing. The
+report names the usual causes and the tensors that differ from the model's: after a push of another
+run the service serves other weights, and --push restores the model's.
 
-exit status: 0 ok or suspicious, 1 broken, 2 it could not be measured.
+exit status: 0 ok or suspicious, 1 broken, 2 nothing could be measured.
 
   export {API_KEY_VARIABLE}=...
   openrlhf-alp preflight --model /models/policy --url http://127.0.0.1:8000
@@ -67,7 +67,7 @@ PROMPTS = (
     "Continue the story: The lighthouse keeper had not seen a ship for weeks.",
     "If 3x + 5 = 20, what is x?",
 )
-"""Asked when no file is given: sums, prose, code and another language."""
+"""Used when no file is given: sums, prose, code and another language."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -94,7 +94,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--push",
         action="store_true",
         help=f"first push the model's weights, as training does; needs ${ADMIN_KEY_VARIABLE}. The "
-        "service keeps them: not while another run uses it",
+        "service keeps them, so do not use it while another run does",
     )
     add("--timeout-s", type=float, default=300.0, help="wait for service and answer (default: 300)")
     add("--json", action="store_true", help="print one JSON object and nothing else")

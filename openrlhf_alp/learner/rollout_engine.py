@@ -224,7 +224,6 @@ def create_rollout_engines(args: SimpleNamespace) -> list[Any]:
     """One Ray actor per service URL of `args`; keys come from this process's environment."""
     urls = args.rollout_service.urls
     return [
-        # Many prompts are in flight in one actor; Ray's default would run 1000 at a time.
         RemoteRolloutEngine.options(max_concurrency=1024).remote(
             urls=(*urls[index:], *urls[:index]),
             api_key=os.environ[API_KEY_VARIABLE],

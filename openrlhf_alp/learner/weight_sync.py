@@ -24,7 +24,7 @@ def push_weights(
 ) -> PushResult | None:
     """Make every server serve `model`. Collective: all ranks call it, rank 0 writes and pushes.
 
-    An error on rank 0 is raised on all ranks, so that none waits for ever in a collective.
+    An error on rank 0 is raised on all ranks, so that none waits forever in a collective.
 
     Args:
         pusher: on rank 0; None on the others.
