@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
@@ -173,19 +173,16 @@ class AlpActorPPOTrainer(ppo_actor.ActorPPOTrainer):
             return None
         return {name: count if count > 0 else 1.0 for name, count in loss_batch_info.items()}
 
-    @contextmanager
-    def _perturbed(self, experience: Experience, sample_ids: Any) -> Iterator[None]:
+    def _perturbed(self, experience: Experience, sample_ids: Any) -> AbstractContextManager[None]:
         """Noise for this batch; without a perturbation the clean model."""
         if self.perturbation is None:
-            yield
-            return
+            return nullcontext()
         mask = experience.attention_mask
         # Upstream's batching makes a list of 0-dimensional tensors of what was one tensor.
         ids = torch.as_tensor([int(i) for i in sample_ids], device=mask.device)
-        with self.perturbation.enabled(
+        return self.perturbation.enabled(
             update=self.update_number, sample_ids=ids, attention_mask=mask
-        ):
-            yield
+        )
 
     def _record_ratios(self, experience: Experience, result: dict[str, Any]) -> None:
         output = self.actor_loss_fn.last_output

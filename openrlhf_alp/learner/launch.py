@@ -205,18 +205,12 @@ def check_services(args: SimpleNamespace, tokenizer: Any) -> None:
 
 
 async def _check_service(url: str, service: ServiceConfig, expected: LearnerExpectation) -> None:
-    client = RolloutClient(
-        [url],
-        api_key=os.environ[API_KEY_VARIABLE],
-        admin_key=os.environ[ADMIN_KEY_VARIABLE],
-    )
-    try:
+    api_key, admin_key = os.environ[API_KEY_VARIABLE], os.environ[ADMIN_KEY_VARIABLE]
+    async with RolloutClient([url], api_key=api_key, admin_key=admin_key) as client:
         await client.wait_ready(service.ready_timeout_s)
         contract = await client.contract()
-        check_contract(contract, expected)
-        require_transport(contract, service.weight_transport, url)
-    finally:
-        await client.aclose()
+    check_contract(contract, expected)
+    require_transport(contract, service.weight_transport, url)
 
 
 def check_tools(args: SimpleNamespace, tokenizer: Any) -> None:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 from typing import Any
 
@@ -96,12 +95,6 @@ class AlpStrategy(DeepspeedStrategy):
             super().save_model(model, tokenizer, output_dir, **kwargs)
 
 
-@contextmanager
-def without_sigma(model: nn.Module) -> Iterator[None]:
+def without_sigma(model: nn.Module) -> AbstractContextManager[None]:
     """Hide sigma from everything that walks the model's modules (export, weight push, EMA)."""
-    hf_model = unwrap(model)
-    if perturbation_of(hf_model) is None:
-        yield
-        return
-    with detached(hf_model):
-        yield
+    return nullcontext() if perturbation_of(model) is None else detached(unwrap(model))
