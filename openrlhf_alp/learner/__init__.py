@@ -12,10 +12,10 @@
     weight_sync.py                        theta to the service, never sigma
     mismatch/                             clean learner against rollouts, at equal weights
 
-Importing OpenRLHF after this package installs the shims of `compat` first, without which it does
-not import on a machine that lacks flash-attn.
+Once this package is imported, an import of OpenRLHF or DeepSpeed installs the shims of `compat`
+first, without which OpenRLHF does not import on a machine that lacks flash-attn.
 """
 
 from openrlhf_alp.learner import compat
 
-compat.install_before_openrlhf()
+compat.install_before_use()

@@ -1,7 +1,7 @@
 """Shims that let OpenRLHF 0.11.2 import and run where flash-attn or CUDA is missing.
 
 Each shim is installed only when what it stands for is absent, so on a GPU machine with the full
-requirements `install()` does nothing. It is idempotent, and it runs before anything of OpenRLHF is
+requirements `install()` does nothing. It is idempotent, and it runs before OpenRLHF or DeepSpeed is
 imported: through the import hook that `openrlhf_alp/learner/__init__.py` sets, and in every Ray
 worker as `worker_process_setup_hook`. The module imports no torch, so that flags and limits can be
 shown without waiting for it.
@@ -27,18 +27,22 @@ if TYPE_CHECKING:
     import torch
 
 
+_USERS = {"openrlhf", "deepspeed"}
+"""Packages that need the shims when they are imported."""
+
+
 class _InstallFirst(importlib.abc.MetaPathFinder):
-    """Finds no module; calls `install()` when OpenRLHF is about to be imported."""
+    """Finds no module; calls `install()` when one of _USERS is about to be imported."""
 
     def find_spec(self, name: str, path: object, target: object = None) -> None:
-        if name == "openrlhf":
+        if name in _USERS:
             sys.meta_path.remove(self)
             install()
 
 
-def install_before_openrlhf() -> None:
-    """Let the first import of OpenRLHF call `install()`."""
-    if "openrlhf" in sys.modules:  # OpenRLHF itself imports `agent.py`
+def install_before_use() -> None:
+    """Let the first import of one of _USERS call `install()`."""
+    if _USERS & sys.modules.keys():  # OpenRLHF itself may import `agent.py`
         install()
     else:
         sys.meta_path.insert(0, _InstallFirst())
