@@ -24,6 +24,7 @@ LEARNER = [
     "ray[default]==2.55.0",
     "math-verify[antlr4_13_2]>=0.8",
     "matplotlib>=3.8",
+    "msgspec>=0.18",
     "pebble>=5.1",
     "psutil>=5.9",
     "rich>=13",

@@ -26,7 +26,6 @@ from common.serving import serving
 from policies.tiny_policy import EOS, save_tiny_policy
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from openrlhf_alp.clients.channel import ADMIN_KEY_VARIABLE, API_KEY_VARIABLE, TOOL_KEY_VARIABLE
 from openrlhf_alp.clients.rollout import RolloutClient
 from openrlhf_alp.clients.tool import ToolClient
 from openrlhf_alp.episodes.code_blocks import CodeResult, CodeStatus
@@ -37,6 +36,7 @@ from openrlhf_alp.episodes.tool_integrated import ToolIntegratedConfig, run_tool
 from openrlhf_alp.rewards.protocol import RewardResult
 from openrlhf_alp.rollouts.generate import ServiceGenerate
 from openrlhf_alp.rollouts.interpreter import StatelessInterpreter
+from services.common.wire import ADMIN_KEY_VARIABLE, API_KEY_VARIABLE, TOOL_KEY_VARIABLE
 
 KEY = "benchmark-key"
 GOAL = 1.15

@@ -27,7 +27,7 @@ from openrlhf.utils import get_strategy
 from openrlhf_alp.data.smollm2 import unpack_smollm2
 from openrlhf_alp.learner import seams
 from openrlhf_alp.learner.experience import SAMPLE_ID
-from openrlhf_alp.learner.flags import config
+from openrlhf_alp.learner.flags.settle import add_arguments, settle
 
 GOAL = 0.85
 NUM_SAMPLES = 64
@@ -61,7 +61,7 @@ def upstream_args(model: Path, folder: str, *flags: str) -> SimpleNamespace:
         "--ckpt.path": folder,
     }
     argv = [str(word) for pair in base.items() for word in pair]
-    return seams.parsed_args([*argv, *flags], config.add_arguments, config.settle)
+    return seams.parsed_args([*argv, *flags], add_arguments, settle)
 
 
 def build_actor(args: SimpleNamespace) -> Any:

@@ -2,7 +2,8 @@
 
 A model samples answers to a prompt (the rollout policy mu), another copy is updated with the
 perturbed forward and the single ratio. The task is made up: prefer answers with many even token
-ids. It shows every call of `openrlhf_alp.alp` that the real learner makes.
+ids. It shows every call of `openrlhf_alp.alp` and `openrlhf_alp.objective` that the real
+learner makes.
 
     python examples/alp_in_plain_pytorch.py [--model DIR] [--steps 20]
 """
@@ -12,7 +13,10 @@ import argparse
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from openrlhf_alp.alp import METHODS, PerturbationConfig, attach, k3_kl, unified_ratio_loss
+from openrlhf_alp.alp import PerturbationConfig, attach
+from openrlhf_alp.objective.loss import unified_ratio_loss
+from openrlhf_alp.objective.methods import METHODS
+from openrlhf_alp.objective.ratio import k3_kl
 
 NUM_SAMPLES = 16
 PROMPT_TOKENS = 4

@@ -13,9 +13,6 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Calibration:
@@ -30,29 +27,6 @@ class Calibration:
     """Perturbed forward measurements made."""
     at_bound: str | None
     """`sigma_min` or `sigma_max` when the target lies beyond it and sigma0 was set to the bound."""
-
-
-def k3_kl(log_probs: Tensor, reference_log_probs: Tensor, mask: Tensor) -> float:
-    """k3 estimate of KL(reference || policy).
-
-    The mean of exp(d) - 1 - d with d = log_probs - reference_log_probs.
-
-    Unbiased for tokens drawn from the reference, never negative, and computed in float64: for the
-    small d of a mismatch the three terms cancel to d**2 / 2.
-
-    Args:
-        log_probs: (..) float, of the policy.
-        reference_log_probs: (..) float, of the distribution that drew the tokens.
-        mask: (..) bool or 0/1, tokens that count.
-
-    Raises:
-        ValueError: the mask selects nothing.
-    """
-    selected = mask.bool()
-    if not selected.any():
-        raise ValueError("the mask selects no token; a KL divergence needs at least one")
-    difference = (log_probs[selected].double() - reference_log_probs[selected].double()).detach()
-    return (torch.expm1(difference) - difference).mean().item()
 
 
 def calibrate_sigma0(
@@ -96,6 +70,7 @@ def calibrate_sigma0(
     while True:
         search.record(sigma, perturbed_kl(sigma))
         best_sigma, best_kl = search.best()
+        # Each evaluation is a forward pass of the model, so stop as soon as it is close enough.
         close = abs(best_kl / target_kl - 1) <= tolerance
         bound = search.stuck_at()
         if close or bound or len(search.points) >= max_evaluations:
@@ -153,6 +128,7 @@ class _Search:
         above = [s for s, k in self.points if k >= self.target_kl]
         low = max(below, default=self.low)
         high = min(above, default=self.high)
+        # A secant step out of the bracket would repeat what is known: halve it in log sigma.
         if below and above and not low < guess < high:
             guess = math.sqrt(low * high)
         return min(max(guess, self.low), self.high)
@@ -164,6 +140,7 @@ class _Search:
             return 2.0
         (sigma_a, kl_a), (sigma_b, kl_b) = usable
         slope = math.log(kl_b / kl_a) / math.log(sigma_b / sigma_a)
+        # Two measurements close together may give any slope by rounding; the theory says 2.
         return min(max(slope, 0.5), 4.0)
 
     def _excess(self, kl: float) -> float:

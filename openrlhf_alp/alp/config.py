@@ -1,8 +1,8 @@
-"""What the perturbation looks like: checked once, here, before any model is touched."""
+"""Settings of the perturbation, checked before any model is touched."""
 
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 SigmaKind = Literal["vector", "scalar"]
@@ -10,28 +10,29 @@ SigmaKind = Literal["vector", "scalar"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PerturbationConfig:
-    """Settings of `LayerwisePerturbation`.
+    """Settings of `LayerwisePerturbation`; each is the training flag `--alp.<field>` as well.
 
     Raises:
         ValueError: a value is out of range; the message names the flag that sets it.
     """
 
-    sigma0: float
-    """Standard deviation before training, in units of the hidden states; `--alp.sigma0`. The
-    authors' code uses 0.02 (single turn) and 1e-6 (multi turn); calibrate it to the model instead
-    (`calibrate_sigma0`). 0 means no noise at all."""
-    kind: SigmaKind
-    """`vector`: one sigma per hidden dimension of a layer (the paper, section 2.2). `scalar`: one
-    per layer (the authors' code). `--alp.sigma`."""
-    sigma_min: float
-    """Lower bound of every sigma, >= 0; `--alp.sigma_min`."""
-    sigma_max: float
-    """Upper bound of every sigma; `--alp.sigma_max`."""
-    layers: str
-    """Decoder layers to perturb: `all`, `0-4`, `12,13`, `0-1,5`; `--alp.layers`. The paper's
-    ablation finds all layers best."""
-    seed: int
-    """Seed of the noise, independent of every other seed of the run; `--alp.seed`."""
+    sigma0: float | None = field(default=None, metadata={"none": "auto", "metavar": "SIGMA|auto"})
+    """Standard deviation of the noise at the start, in units of the hidden states; 0 means no
+    noise. auto measures the mismatch of learner and rollout service before step 1 and matches its
+    KL (Theorem 1); until then sigma is sigma_min. The authors' code uses 0.02 (single turn) and
+    1e-6 (multi turn)."""
+    kind: SigmaKind = field(default="vector", metadata={"name": "sigma"})
+    """One sigma per hidden dimension of a layer (the paper, section 2.2), or a scalar per layer
+    (the authors' code)."""
+    sigma_min: float = 1e-6
+    """Lower bound of every sigma, at least 0."""
+    sigma_max: float = 0.1
+    """Upper bound of every sigma."""
+    layers: str = "all"
+    """Decoder layers to perturb: all, 0-4, 12,13 or 0-1,5. The paper's ablation (section 4.3) finds
+    all layers best."""
+    seed: int = 42
+    """Seed of the noise, independent of every other seed of the run."""
 
     def __post_init__(self) -> None:
         if self.kind not in ("vector", "scalar"):
@@ -41,7 +42,9 @@ class PerturbationConfig:
                 f"--alp.sigma_min is {self.sigma_min} and --alp.sigma_max is {self.sigma_max}; "
                 "they must be finite with 0 <= sigma_min < sigma_max"
             )
-        check_sigma0(self.sigma0, self.sigma_min, self.sigma_max)
+        if self.sigma0 is not None:
+            check_sigma0(self.sigma0, self.sigma_min, self.sigma_max)
+        # bool is a subclass of int, but a seed of True is a mistake.
         if isinstance(self.seed, bool) or not isinstance(self.seed, int):
             raise ValueError(f"--alp.seed is {self.seed!r}; it must be an integer")
 

@@ -1,4 +1,4 @@
-"""Gaussian noise on the input of each decoder layer, on only inside `enabled()`.
+"""Gaussian noise on the input of each decoder layer, added only inside `enabled()`.
 
 The paper (arXiv 2603.19470, section 2.2) perturbs the input h_l of decoder layer l:
 
@@ -70,8 +70,9 @@ class LayerwisePerturbation(nn.Module):
         self.seed = config.seed
         self.sigma_min = config.sigma_min
         self.sigma_max = config.sigma_max
-        self._sigma0 = config.sigma0
+        self._sigma0 = config.sigma_min if config.sigma0 is None else config.sigma0
         self._draw: _Draw | None = None
+        # Zeros: the first update starts at exactly sigma0, whatever dtype DeepSpeed casts delta to.
         width = hidden_size if config.kind == "vector" else 1
         self.delta = nn.ParameterDict({str(layer): torch.zeros(width) for layer in layers})
 
@@ -140,6 +141,7 @@ class LayerwisePerturbation(nn.Module):
                 f"{tuple(sample_ids.shape)}; they must be (B, T) and (B,)"
             )
         valid_BT = attention_mask.bool()
+        # Counted over real tokens, so that left or right padding gives a token the same key.
         positions_BT = valid_BT.long().cumsum(dim=1) - 1
         samples_BT = sample_ids.to(valid_BT.device)[:, None].expand_as(positions_BT)
         keys = token_keys(
@@ -149,6 +151,7 @@ class LayerwisePerturbation(nn.Module):
             positions=positions_BT[valid_BT],
         )
         num_samples, num_tokens = attention_mask.shape
+        # Without padding, whole slices are added to; indexing by `rows` costs a gather and a copy.
         all_valid = keys.numel() == num_samples * num_tokens
         return _Draw(
             batch_shape=(num_samples, num_tokens),
@@ -162,6 +165,7 @@ class LayerwisePerturbation(nn.Module):
         """Forward pre-hook of a decoder layer. None, i.e. nothing at all, while switched off."""
         if self._draw is None:
             return None
+        # Models differ in whether they pass the hidden states by position or by name.
         if args:
             return (self._perturb(layer, args[0], self._draw), *args[1:]), kwargs
         hidden_states = self._perturb(layer, kwargs["hidden_states"], self._draw)
@@ -172,6 +176,7 @@ class LayerwisePerturbation(nn.Module):
         leading = tuple(hidden_states.shape[:-1])
         if leading == draw.batch_shape:
             rows = draw.rows
+        # Packed: OpenRLHF removes the padding and joins the samples into one row, in this order.
         elif leading == (1, draw.keys.numel()):
             rows = None
         else:
@@ -181,6 +186,7 @@ class LayerwisePerturbation(nn.Module):
                 f"{draw.keys.numel()} real tokens, so they must be ({num_samples}, {num_tokens}, D)"
                 f" or, packed, (1, {draw.keys.numel()}, D)"
             )
+        # A model that is spread over GPUs has layers on other devices than the mask.
         device = hidden_states.device
         return _AddNoise.apply(
             hidden_states,
@@ -261,6 +267,7 @@ def detached(model: nn.Module) -> Iterator[None]:
     """
     if _ATTRIBUTE not in model._modules:
         raise ValueError(f"{type(model).__name__} has no submodule `{_ATTRIBUTE}` to detach")
+    # Popped from the module tree only: the optimizer and the hooks keep their references.
     perturbation = model._modules.pop(_ATTRIBUTE)
     try:
         yield
@@ -271,7 +278,7 @@ def detached(model: nn.Module) -> Iterator[None]:
 class _BoundedSigma(torch.autograd.Function):
     """sigma = clamp(sigma0 * exp(delta), low, high), with a one-sided gradient at the bounds.
 
-    A plain clamp has gradient zero beyond a bound: a delta that overshot would stay there for ever.
+    A plain clamp has gradient zero beyond a bound: a delta that overshot would stay there forever.
     Here a descent step that leads back inside still passes; only one that leads further out is cut.
     """
 
@@ -308,10 +315,13 @@ class _AddNoise(torch.autograd.Function):
         width = hidden.shape[-1]
         wide = torch.promote_types(hidden.dtype, torch.float32)
         before = hidden.reshape(-1, width)
+        # Padding rows have no key and keep their value, hence a copy where there are any.
         after = torch.empty_like(before) if rows is None else before.clone()
         sigma = sigma.to(wide)
         for start, stop, noise in normal_chunks(keys, width):
             place = slice(start, stop) if rows is None else rows[start:stop]
+            # bfloat16 has 8 bits: a small sigma added in it would vanish in the rounding of both
+            # the product and the sum.
             noisy = before[place].to(wide, copy=True).addcmul_(noise.to(wide), sigma)
             after[place] = noisy.to(hidden.dtype)
         return after.view(hidden.shape)
@@ -328,6 +338,7 @@ class _AddNoise(torch.autograd.Function):
         sigma_grad = torch.zeros(ctx.sigma_shape, dtype=wide, device=grad.device)
         for start, stop, noise in normal_chunks(keys, flat.shape[1]):
             place = slice(start, stop) if rows is None else rows[start:stop]
+            # The same keys give the same noise again, in chunks, so nothing of size (N, D) is kept.
             product = flat[place].to(wide, copy=True).mul_(noise)
             sigma_grad += product.sum(dim=0).sum_to_size(ctx.sigma_shape)
         return grad, sigma_grad, None, None

@@ -1,4 +1,8 @@
-"""`openrlhf-alp preflight`: its options. `learner/probe.py` measures, `preflight_view.py` shows."""
+"""`openrlhf-alp preflight`: its options and its report; `learner/mismatch/probe.py` measures.
+
+Torch and OpenRLHF take seconds to import, so only `run` does it: `--help` and wrong options do not
+wait for them.
+"""
 
 import argparse
 import contextlib
@@ -6,17 +10,18 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
 
-from openrlhf_alp.cli.preflight_view import PreflightView, as_json
-from openrlhf_alp.clients.channel import ADMIN_KEY_VARIABLE, API_KEY_VARIABLE
 from openrlhf_alp.clients.errors import ServiceError
 from openrlhf_alp.learner.mismatch.judge import LIMITS, Level
+from services.common.wire import ADMIN_KEY_VARIABLE, API_KEY_VARIABLE
 
-if TYPE_CHECKING:  # the module behind it imports torch
-    from openrlhf_alp.learner.mismatch.probe import ProbeConfig
+if TYPE_CHECKING:
+    from openrlhf_alp.learner.mismatch.probe import ProbeConfig, ProbeReport
 
 _LIMIT_LINES = "\n".join(
     f"  |{limit.figure}|".ljust(12) + f"{limit.suspicious:<14g}{limit.broken:g}" for limit in LIMITS
@@ -25,24 +30,24 @@ _LIMIT_LINES = "\n".join(
 HELP = "compare the log-probs of a running rollout service with the learner's own"
 
 DESCRIPTION = f"""\
-Do learner and rollout service mean the same by a log-probability? The single ratio of ALP divides
-the learner's probability of a token by the service's. Where the two differ at equal weights, every
-ratio is wrong by as much, and nothing in a training curve says so.
+Compare the log-probabilities of the learner and of a rollout service. The single ratio of ALP
+divides the learner's probability of a token by the service's. If the two differ at equal weights,
+every ratio is wrong by that much, and no training curve shows it.
 
 This samples a few answers from the service, computes their log-probs with the learner's own forward
-pass (model, dtype and attention as in training; no update is made) and prints the distribution of
+pass (model, dtype and attention as in training, without an update) and prints the distribution of
 
   log-ratio = log p(token) by the learner - log p(token) as served
 
-figure      suspicious    broken      from these values on
+figure      suspicious    broken      from these absolute values
 {_LIMIT_LINES}
 
-Two bfloat16 engines of one model differ by a k3 KL near 0.001: rounding. Suspicious is worth a look
-and does not fail; broken means that the two sides do not compute the same thing. The table names
-what usually causes it, and which tensors differ from the model's: a service that another run has
-pushed to holds other weights, which --push makes the model's again.
+Two bfloat16 engines of one model differ by a k3 KL near 0.001, which is rounding. Suspicious is
+worth a look and does not fail; broken means that the two sides do not compute the same thing. The
+report names the usual causes and the tensors that differ from the model's: after a push of another
+run the service serves other weights, and --push restores the model's.
 
-exit status: 0 ok or suspicious, 1 broken, 2 it could not be measured.
+exit status: 0 ok or suspicious, 1 broken, 2 nothing could be measured.
 
   export {API_KEY_VARIABLE}=...
   openrlhf-alp preflight --model /models/policy --url http://127.0.0.1:8000
@@ -64,7 +69,7 @@ PROMPTS = (
     "Continue the story: The lighthouse keeper had not seen a ship for weeks.",
     "If 3x + 5 = 20, what is x?",
 )
-"""Asked when no file is given: sums, prose, code and another language."""
+"""Used when no file is given: sums, prose, code and another language."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -91,7 +96,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--push",
         action="store_true",
         help=f"first push the model's weights, as training does; needs ${ADMIN_KEY_VARIABLE}. The "
-        "service keeps them: not while another run uses it",
+        "service keeps them, so do not use it while another run does",
     )
     add("--timeout-s", type=float, default=300.0, help="wait for service and answer (default: 300)")
     add("--json", action="store_true", help="print one JSON object and nothing else")
@@ -104,11 +109,12 @@ def run(arguments: argparse.Namespace) -> int:
         prompts = read_prompts(arguments)
         keys = _keys(arguments)
         view.say("loading", f"{arguments.model} as the learner does")
-        # Upstream prints while it loads a model; our output alone goes to stdout.
+        # Upstream prints while it loads a model; --json promises nothing but JSON on stdout.
         with contextlib.redirect_stdout(sys.stderr):
-            # Here and not above: it imports torch and OpenRLHF, which takes seconds.
+            from openrlhf_alp.learner.launch import check_model
             from openrlhf_alp.learner.mismatch.probe import probe
 
+            check_model(arguments.model)
             report = probe(_config(arguments, prompts, keys))
     except (ValueError, OSError, ServiceError) as error:
         view.error(str(error))
@@ -179,4 +185,91 @@ def _config(
         micro_batch_size=arguments.micro_batch,
         push=arguments.push,
         timeout_s=arguments.timeout_s,
+    )
+
+
+_COLORS = {Level.OK: "green", Level.SUSPICIOUS: "yellow", Level.BROKEN: "red"}
+_MEANING = {
+    Level.OK: "learner and service agree as far as their precision goes",
+    Level.SUSPICIOUS: "they differ more than rounding explains",
+    Level.BROKEN: "they do not compute the same thing: a run would train on wrong ratios",
+}
+
+
+class PreflightView:
+    """Prints to `console`."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+
+    def say(self, stage: str, text: str) -> None:
+        """One line: the stage's name, and what happens."""
+        self._console.print(f"[bold cyan]{stage:<9}[/] {escape(text)}", soft_wrap=True)
+
+    def error(self, text: str) -> None:
+        self._console.print(f"[bold red]Nothing was measured.[/] {escape(text)}", soft_wrap=True)
+
+    def report(self, report: "ProbeReport") -> None:
+        """Table, weights and verdict."""
+        self.say("measured", "log-ratio of the sampled tokens, learner over rollout")
+        self._console.print(_table(report))
+        self.say("versions", ", ".join(map(str, report.versions)))
+        self.say("weights", _weights_line(report))
+        verdict = report.verdict
+        color = _COLORS[verdict.level]
+        self._console.print(
+            f"[bold cyan]{'verdict':<9}[/] [bold {color}]{verdict.level}[/]: "
+            f"{_MEANING[verdict.level]}",
+            soft_wrap=True,
+        )
+        for finding in verdict.findings:
+            self.say("", finding)
+        for cause in verdict.causes:
+            self.say("cause?", cause)
+
+
+def as_json(report: "ProbeReport") -> dict[str, Any]:
+    """The same for machines."""
+    return {
+        "verdict": str(report.verdict.level),
+        "findings": list(report.verdict.findings),
+        "causes": list(report.verdict.causes),
+        "figures": report.mismatch.figures(),
+        "limits": {
+            limit.figure: {"suspicious": limit.suspicious, "broken": limit.broken}
+            for limit in LIMITS
+        },
+        "num_samples": report.num_samples,
+        "versions": list(report.versions),
+        "weights": {
+            "num_tensors": report.weights.num_tensors,
+            "different": list(report.weights.different),
+        },
+    }
+
+
+def _table(report: "ProbeReport") -> Table:
+    limits = {limit.figure: limit for limit in LIMITS}
+    table = Table()
+    for column in ("figure", "value", "suspicious", "broken"):
+        table.add_column(column, justify="left" if column == "figure" else "right")
+    table.add_row("samples", str(report.num_samples), "", "")
+    table.add_row("tokens", str(report.mismatch.num_tokens), "", "")
+    for name, value in report.mismatch.figures().items():
+        if name == "num_tokens":
+            continue
+        limit = limits.get(name)
+        bounds = (f"{limit.suspicious:g}", f"{limit.broken:g}") if limit else ("", "")
+        table.add_row(name, f"{value:+.5f}", *bounds)
+    return table
+
+
+def _weights_line(report: "ProbeReport") -> str:
+    weights = report.weights
+    if not weights.different:
+        return f"all {weights.num_tensors} tensors are served as the model folder has them"
+    return (
+        f"{len(weights.different)} of {weights.num_tensors} tensors are not those of the model "
+        f"folder, first {weights.different[0]}: another run has pushed, or it is another folder. "
+        "--push makes them the folder's"
     )

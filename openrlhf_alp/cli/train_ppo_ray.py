@@ -1,6 +1,6 @@
 """`python -m openrlhf_alp.cli.train_ppo_ray`: OpenRLHF's PPO trainer with ALP and rollout services.
 
-Takes every flag of `openrlhf.cli.train_ppo_ray` and adds `--alp.*` and `--rollout.service_urls`.
+Takes every flag of `openrlhf.cli.train_ppo_ray` and adds those of `openrlhf_alp.learner.flags`.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from openrlhf_alp.learner.launch import launch
 
 
 def main() -> int:
-    """Train; returns the exit status (0 done, 1 failed while running, 2 wrong flags or set-up)."""
+    """Train; returns the exit status: 0 done, 1 failed while running, 2 wrong flags or set-up."""
     return launch()
 
 

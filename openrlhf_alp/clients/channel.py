@@ -28,12 +28,6 @@ from openrlhf_alp.clients.errors import (
 )
 from services.common.wire import JSON_TYPE, MSGPACK_TYPE, decode, encode, media_type_of
 
-# Keys travel by environment only, because every user of a machine can read its command lines. The
-# services read the same names, so one export serves both sides.
-API_KEY_VARIABLE = "OPENRLHF_ALP_ROLLOUT_API_KEY"
-ADMIN_KEY_VARIABLE = "OPENRLHF_ALP_ROLLOUT_ADMIN_KEY"
-TOOL_KEY_VARIABLE = "OPENRLHF_ALP_TOOL_API_KEY"
-
 ServiceKind = Literal["rollout", "tool"]
 Reply = TypeVar("Reply", bound=BaseModel)
 

@@ -10,7 +10,6 @@ from uuid import uuid4
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from openrlhf_alp.clients.keys import API_KEY_VARIABLE, TOOL_KEY_VARIABLE
 from openrlhf_alp.clients.rollout import RolloutClient
 from openrlhf_alp.data.questions import Question
 from openrlhf_alp.episodes.records import Episode, SamplingConfig, ToolLostError
@@ -20,6 +19,7 @@ from openrlhf_alp.rewards.math import MathReward
 from openrlhf_alp.rewards.protocol import RewardUnavailable
 from openrlhf_alp.rollouts.generate import ServiceGenerate
 from openrlhf_alp.rollouts.runners import EpisodeRunner, Task, build_runner, tool_client
+from services.common.wire import API_KEY_VARIABLE, TOOL_KEY_VARIABLE
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

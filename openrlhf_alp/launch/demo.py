@@ -14,7 +14,6 @@ from functools import partial
 from pathlib import Path
 
 from openrlhf_alp.clients.errors import ServiceError
-from openrlhf_alp.clients.keys import ADMIN_KEY_VARIABLE, API_KEY_VARIABLE, TOOL_KEY_VARIABLE
 from openrlhf_alp.data.questions import repeat_rows, write_rows
 from openrlhf_alp.data.smollm2 import ModelPackageMissingError
 from openrlhf_alp.launch import recipe
@@ -29,6 +28,7 @@ from openrlhf_alp.report.metrics import (
     reward_at_edges,
 )
 from openrlhf_alp.report.plots import write_plots
+from services.common.wire import ADMIN_KEY_VARIABLE, API_KEY_VARIABLE, TOOL_KEY_VARIABLE
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

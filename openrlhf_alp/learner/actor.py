@@ -2,30 +2,32 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
 import ray
 import torch
 from openrlhf.models import aggregate_loss
-from openrlhf.trainer.ppo_utils.experience import Experience
+from openrlhf.trainer.ppo_utils.experience import Experience, make_experience_batch
 from openrlhf.trainer.ray import ppo_actor
+from torch import Tensor, nn
 
-from openrlhf_alp.alp import LayerwisePerturbation, RatioTelemetry
+from openrlhf_alp.alp import LayerwisePerturbation
 from openrlhf_alp.clients.weights.push import WeightPusher
+from openrlhf_alp.learner.compat import undecorated
 from openrlhf_alp.learner.experience import SAMPLE_ID
 from openrlhf_alp.learner.flags.config import AlpConfig
-from openrlhf_alp.learner.mismatch.calibrate import calibrate
-from openrlhf_alp.learner.mismatch.recheck import recheck
-from openrlhf_alp.learner.policy_loss import UnifiedPolicyLoss
-from openrlhf_alp.learner.remote import undecorated
+from openrlhf_alp.learner.mismatch import training as mismatch
+from openrlhf_alp.learner.mismatch.measure import learner_log_probs, log_ratio, scorable
 from openrlhf_alp.learner.strategy import perturbation_of, without_sigma
 from openrlhf_alp.learner.weight_sync import push_weights
-
-logger = logging.getLogger(__name__)
+from openrlhf_alp.objective.loss import LossOutput, unified_ratio_loss
+from openrlhf_alp.objective.methods import UnifiedRatioConfig
+from openrlhf_alp.objective.telemetry import RatioTelemetry
 
 LOSS_FRACTIONS = (
     "clip_fraction",
@@ -38,7 +40,65 @@ LOSS_FRACTIONS = (
 """Fields of LossOutput that are metrics, each a mean over action tokens."""
 
 _NO_WEIGHT = 1e-6
-"""In place of a token count of 0, which upstream divides by: no weight beside any real count."""
+"""Replaces a token count of 0, by which upstream would divide; too small to affect a weighted
+mean."""
+
+
+class UnifiedPolicyLoss(nn.Module):
+    """The unified ratio in the shape of OpenRLHF 0.11.2's `PolicyLoss`: its call and its 5-tuple.
+
+    `old_log_probs` is not read: the rollout log-probs are the only denominator.
+
+    Args:
+        config: level, clip window and dual clip of the ratio.
+        aggregate: OpenRLHF's `aggregate_loss`; it knows the global token and sample counts.
+        token_level_loss: mean over all tokens of the optimizer step, or over samples.
+    """
+
+    def __init__(
+        self,
+        config: UnifiedRatioConfig,
+        *,
+        aggregate: Callable[..., Tensor],
+        token_level_loss: bool,
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.aggregate = partial(aggregate, token_level_loss=token_level_loss)
+        self.last_output: LossOutput | None = None
+
+    def forward(
+        self,
+        log_probs: Tensor,
+        old_log_probs: Tensor,
+        advantages: Tensor,
+        action_mask: Tensor,
+        rollout_log_probs: Tensor | None = None,
+        **global_counts: float,
+    ) -> tuple[Tensor, Tensor, Tensor, None, None]:
+        """All tensors (B, T-1); returns (loss, clip fraction, approx KL, None, None).
+
+        Raises:
+            ValueError: no rollout log-probs.
+            FloatingPointError: a log-prob on an action token is not finite.
+        """
+        if rollout_log_probs is None:
+            raise ValueError(
+                "the batch has no rollout log-probs, the denominator of the single ratio. Generate "
+                "through --rollout.service_urls, or with OpenRLHF's engines and --alp.enable."
+            )
+        output = unified_ratio_loss(
+            log_probs=log_probs,
+            rollout_log_probs=rollout_log_probs,
+            advantages=advantages,
+            action_mask=action_mask,
+            config=self.config,
+            aggregate=partial(self.aggregate, **global_counts),
+        )
+        self.last_output = output
+        # Upstream detaches what it logs, so numbers go back as tensors.
+        clip_fraction, approx_kl = torch.tensor([output.clip_fraction, output.approx_kl])
+        return output.loss, clip_fraction, approx_kl, None, None
 
 
 class AlpActorPPOTrainer(ppo_actor.ActorPPOTrainer):
@@ -71,11 +131,12 @@ class AlpActorPPOTrainer(ppo_actor.ActorPPOTrainer):
         return self.actor.model.global_steps
 
     def ppo_train(self, kl_ctl: float) -> dict[str, float]:
+        # Both measurements need equal weights on both sides, so they come before the first update.
         if self.needs_calibration:
-            self.calibration_metrics = calibrate(self)
+            self.calibration_metrics = self._calibrate()
             self.needs_calibration = False
         every = self.args.rollout_service.preflight_every
-        preflight = recheck(self) if every and self.num_trainings % every == 0 else {}
+        preflight = self._recheck() if every and self.num_trainings % every == 0 else {}
         self.num_trainings += 1
         self.telemetry = RatioTelemetry()
         status = super().ppo_train(kl_ctl)
@@ -90,10 +151,9 @@ class AlpActorPPOTrainer(ppo_actor.ActorPPOTrainer):
         self, experience: Experience, kl_ctl: float, step: int, loss_batch_info: dict | None = None
     ) -> dict[str, Any]:
         # The samples' numbers key the noise; they are no metric, so upstream must not average them.
-        info = dict(experience.info)
-        sample_ids = info.pop(SAMPLE_ID, None)
-        experience.info = info
+        sample_ids = experience.info.pop(SAMPLE_ID, None)
         loss_batch_info = self._countable(loss_batch_info, step)
+        # Around the backward pass too: gradient checkpointing runs the layers again there.
         with self._perturbed(experience, sample_ids):
             result = super().training_step(experience, kl_ctl, step, loss_batch_info)
         if self.alp.enable:
@@ -113,18 +173,16 @@ class AlpActorPPOTrainer(ppo_actor.ActorPPOTrainer):
             return None
         return {name: count if count > 0 else 1.0 for name, count in loss_batch_info.items()}
 
-    @contextmanager
-    def _perturbed(self, experience: Experience, sample_ids: Any) -> Iterator[None]:
-        """Noise for this micro-batch, through its forward, recomputation and backward."""
+    def _perturbed(self, experience: Experience, sample_ids: Any) -> AbstractContextManager[None]:
+        """Noise for this batch; without a perturbation the clean model."""
         if self.perturbation is None:
-            yield
-            return
+            return nullcontext()
         mask = experience.attention_mask
+        # Upstream's batching makes a list of 0-dimensional tensors of what was one tensor.
         ids = torch.as_tensor([int(i) for i in sample_ids], device=mask.device)
-        with self.perturbation.enabled(
+        return self.perturbation.enabled(
             update=self.update_number, sample_ids=ids, attention_mask=mask
-        ):
-            yield
+        )
 
     def _record_ratios(self, experience: Experience, result: dict[str, Any]) -> None:
         output = self.actor_loss_fn.last_output
@@ -136,10 +194,8 @@ class AlpActorPPOTrainer(ppo_actor.ActorPPOTrainer):
 
     def _ratio_metrics(self) -> dict[str, float]:
         """Quantiles over all tokens of the step on all ranks; the same numbers on every rank."""
-        ranks: list[Any] = [None] * torch.distributed.get_world_size()
-        torch.distributed.all_gather_object(ranks, self.telemetry.arrays())
         step = RatioTelemetry()
-        for arrays in ranks:
+        for arrays in mismatch.of_all_ranks(self.telemetry.arrays()):
             step.merge(arrays)
         return step.summary()
 
@@ -154,31 +210,88 @@ class AlpActorPPOTrainer(ppo_actor.ActorPPOTrainer):
             **self.calibration_metrics,
         }
 
+    def _calibrate(self) -> dict[str, float]:
+        """Set sigma0 from the first samples of the step; the metrics of `mismatch.calibrate`."""
+        assert self.perturbation is not None, "calibration without a perturbation"
+        batch = self._batch(self.replay_buffer.items[: mismatch.NUM_SAMPLES])
+        return mismatch.calibrate(
+            self.perturbation,
+            batch,
+            log_probs=lambda: learner_log_probs(self.actor, batch),
+            perturbed=lambda: self._perturbed(batch, batch.info[SAMPLE_ID]),
+            factor=self.alp.calibration_factor,
+        )
+
+    def _recheck(self) -> dict[str, float]:
+        """`preflight/*` of this step: the learner's clean log-probs against the rollouts'."""
+        own, size = self.replay_buffer.items, self.micro_train_batch_size
+        # An asynchronous step's own samples are older than the weights that are compared.
+        samples = self._new_samples(own) if self.args.train.async_enable else own
+        ratios = mismatch.log_ratios(
+            samples,
+            own,
+            micro_batch_size=size,
+            measure=lambda rows: log_ratio(self.actor, self._batch(rows)),
+        )
+        return mismatch.recheck(ratios, stop=self.args.rollout_service.preflight_stop)
+
+    def _batch(self, items: list[Experience]) -> Experience:
+        batch = make_experience_batch(items, self.args.ds.packing_samples)
+        return batch.to_device(torch.cuda.current_device())
+
+    def _new_samples(self, own: list[Experience]) -> list[Experience]:
+        """On rank 0, answers of the serving weights to prompts of this step; none on the others."""
+        if torch.distributed.get_rank() != 0:
+            return []
+        args = self.args
+        prompts = list(dict.fromkeys((item.prompts[0], item.labels[0]) for item in own))
+        group = args.rollout.n_samples_per_prompt
+        num_groups = max(1, mismatch.NUM_FORWARDS * self.micro_train_batch_size // group)
+        sampling = SimpleNamespace(
+            temperature=args.rollout.temperature,
+            top_p=args.rollout.top_p,
+            top_k=-1,
+            max_tokens=args.rollout.max_new_tokens,
+        )
+        groups = [
+            self.vllm_engines[0].generate_responses.remote(
+                prompt=prompt,
+                label=label,
+                sampling_params=sampling,
+                max_length=args.data.max_len,
+                hf_tokenizer=self.tokenizer,
+                num_samples=group,
+            )
+            for prompt, label in prompts[:num_groups]
+        ]
+        return scorable([response for answered in ray.get(groups) for response in answered])
+
     def _init_vllm_sync_group(self, backend: str) -> None:
         """Called on rank 0 only. A service needs no process group, but a pusher."""
-        if not self.args.rollout_service.urls:
+        service = self.args.rollout_service
+        if not service.urls:
             super()._init_vllm_sync_group(backend)
             return
+        # From an engine actor, because the driver's environment may not reach this worker.
         api_key, admin_key = ray.get(self.vllm_engines[0].keys.remote())
-        service = self.args.rollout_service
         self.weight_pusher = WeightPusher(
             service.urls,
             api_key=api_key,
             admin_key=admin_key,
-            transport=service.weights.kind,
-            meeting=service.weights.meeting,
+            transport=service.weight_transport,
+            meeting=service.meeting,
         )
 
     def broadcast_to_vllm(self) -> None:
         with without_sigma(self.actor):
-            if self.args.rollout_service.urls:
-                model = self.actor.model.module
-                pushed = push_weights(self.weight_pusher, model, self.args.ds.zero_stage)
-                if pushed is not None:
-                    engines = self.vllm_engines
-                    ray.get([e.require_version.remote(pushed.version) for e in engines])
-            else:
+            if not self.args.rollout_service.urls:
                 super().broadcast_to_vllm()
+                return
+            model = self.actor.model.module
+            pushed = push_weights(self.weight_pusher, model, self.args.ds.zero_stage)
+        if pushed is not None:
+            # Only now: a server that missed the push must not be asked for the next step's tokens.
+            ray.get([e.require_version.remote(pushed.version) for e in self.vllm_engines])
 
 
 def _weigh_nothing(result: dict[str, Any]) -> None:
@@ -200,6 +313,6 @@ class AlpPolicyModelActor(undecorated(ppo_actor.PolicyModelActor)):  # type: ign
             self.trainer.needs_calibration = False
 
 
-# Another name than the class: Ray then ships the class by reference and workers import it from
-# here.
+# A name that differs from the class's, because Ray then pickles the class by reference and workers
+# import it from here.
 RemoteAlpPolicyModelActor = ray.remote(num_gpus=1)(AlpPolicyModelActor)

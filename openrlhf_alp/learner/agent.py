@@ -5,8 +5,8 @@
 
 OpenRLHF builds the agent without arguments, so its settings come from the environment;
 OPENRLHF_ALP_TIR may hold a JSON object with fields of `ToolConfig`. Two things need our own
-command line: leaving void turns out of the loss, and dropping a group whose tool or reward was
-lost. Here such a loss stops the run by name.
+command line: removing void turns from the loss, and dropping a group whose tool or reward was lost.
+Here such a loss stops the run with an error.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from uuid import uuid4
 import msgspec
 from openrlhf.utils.agent import AgentExecutorBase
 
-from openrlhf_alp.clients.channel import TOOL_KEY_VARIABLE
 from openrlhf_alp.episodes.records import Completion, SamplingConfig, VersionSpan
 from openrlhf_alp.learner.flags.tool import ToolConfig
 from openrlhf_alp.rewards.math import MathReward
 from openrlhf_alp.rollouts.runners import Task, build_runner, to_response, tool_client
+from services.common.wire import TOOL_KEY_VARIABLE
 
 URLS_VARIABLE = "OPENRLHF_ALP_TOOL_URLS"
 SETTINGS_VARIABLE = "OPENRLHF_ALP_TIR"
@@ -79,7 +79,8 @@ class AgentExecutor(AgentExecutorBase):
             request_id=uuid4().hex, task=task, sampling=SamplingConfig(max_tokens=max_tokens)
         )
         response = to_response(episode, tool=self._tool)
-        if sampling_params.logprobs is None:  # no correction was asked for, so none is processed
+        if sampling_params.logprobs is None:
+            # No correction was asked for, so the engine gave raw log-probs, not processed ones.
             response["rollout_log_probs"] = None
         return response
 
@@ -89,7 +90,7 @@ class EngineGenerate:
 
     Args:
         llm_engine: upstream's `RolloutRayActor`.
-        sampling_params: vLLM's, as the run set them; length and stop strings are the episode's.
+        sampling_params: vLLM's, as the run set them; the episode sets length and stop strings.
     """
 
     def __init__(self, llm_engine: Any, sampling_params: Any) -> None:
@@ -99,6 +100,7 @@ class EngineGenerate:
     async def __call__(
         self, *, request_id: str, prompt_ids: Sequence[int], sampling: SamplingConfig
     ) -> Completion:
+        # A copy: OpenRLHF passes the same object to every episode. vLLM's is a msgspec struct.
         params = msgspec.structs.replace(
             self._params,
             max_tokens=sampling.max_tokens,
@@ -128,7 +130,7 @@ def read_environment(environment: Mapping[str, str]) -> ToolConfig:
     urls = environment.get(URLS_VARIABLE, "").split()
     if not urls or not environment.get(TOOL_KEY_VARIABLE):
         raise ValueError(
-            f"set {URLS_VARIABLE} to the URLs of the tool services, with a space between two, and "
+            f"set {URLS_VARIABLE} to the URLs of the tool services, separated by spaces, and "
             f"{TOOL_KEY_VARIABLE} to their key"
         )
     try:

@@ -1,9 +1,10 @@
 """Shims that let OpenRLHF 0.11.2 import and run where flash-attn or CUDA is missing.
 
-Each shim steps aside by itself: it is installed only when the thing it stands for is absent, so on
-a GPU machine with the full requirements `install()` does nothing. It is idempotent, and it runs
-before anything of OpenRLHF is imported: from `openrlhf_alp.learner/__init__.py`, and in every Ray
-worker as `worker_process_setup_hook`.
+Each shim is installed only when what it stands for is absent, so on a GPU machine with the full
+requirements `install()` does nothing. It is idempotent, and it runs before OpenRLHF or DeepSpeed is
+imported: through the import hook that `openrlhf_alp/learner/__init__.py` sets, and in every Ray
+worker as `worker_process_setup_hook`. The module imports no torch, so that flags and limits can be
+shown without waiting for it.
 
     shim                                      why                                     upstream
     flash_attn.bert_padding, .utils           imported by openrlhf.models             PR #1302
@@ -13,18 +14,44 @@ worker as `worker_process_setup_hook`.
 
 from __future__ import annotations
 
+import importlib.abc
 import importlib.machinery
 import importlib.util
 import os
 import sys
 import types
 from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
-import torch
+if TYPE_CHECKING:
+    import torch
+
+
+_USERS = {"openrlhf", "deepspeed"}
+"""Packages that need the shims when they are imported."""
+
+
+class _InstallFirst(importlib.abc.MetaPathFinder):
+    """Finds no module; calls `install()` when one of _USERS is about to be imported."""
+
+    def find_spec(self, name: str, path: object, target: object = None) -> None:
+        if name in _USERS:
+            sys.meta_path.remove(self)
+            install()
+
+
+def install_before_use() -> None:
+    """Let the first import of one of _USERS call `install()`."""
+    if _USERS & sys.modules.keys():  # OpenRLHF itself may import `agent.py`
+        install()
+    else:
+        sys.meta_path.insert(0, _InstallFirst())
 
 
 def install() -> None:
     """Install every shim this machine needs. Safe to call any number of times."""
+    import torch
+
     if importlib.util.find_spec("flash_attn") is None:
         _install_flash_attn()
     if not torch.cuda.is_available():
@@ -36,6 +63,20 @@ def disable_shm_collectives() -> None:
     import deepspeed.ops
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+def undecorated(actor_class: Any) -> type:
+    """The plain class under a `@ray.remote` one, which Ray does not allow to be subclassed.
+
+    Raises:
+        RuntimeError: Ray keeps it elsewhere than in 2.55; the message names the pin.
+    """
+    try:
+        return actor_class.__ray_metadata__.modified_class.__ray_actor_class__
+    except AttributeError as error:
+        raise RuntimeError(
+            f"cannot find the class under {actor_class!r}; Ray moved it. Install ray==2.55.0."
+        ) from error
 
 
 class _CpuDevice(str):
@@ -52,6 +93,8 @@ class _CpuDevice(str):
 
 
 def _install_cpu_device() -> None:
+    import torch
+
     # DeepSpeed picks its accelerator by what is installed; a CUDA-less machine must say CPU.
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     device = _CpuDevice("cpu")
@@ -97,6 +140,8 @@ def _unpad_input(
     """Drop the padding of x (B, T, ...): valid rows (N, ...), their flat indices, cumulative
     lengths.
     """
+    import torch
+
     lengths = attention_mask.sum(dim=-1, dtype=torch.int32)  # (B,)
     indices = attention_mask.flatten().nonzero().flatten()  # (N,)
     boundaries = torch.nn.functional.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))  # (B + 1,)

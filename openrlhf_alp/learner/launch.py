@@ -1,24 +1,40 @@
 """Start a run: check what can be checked before Ray starts, then hand over to OpenRLHF.
 
-Everything that a user can get wrong (flags, model folder, service) is found here, in seconds, in
-the driver. What goes wrong later comes back as one sentence and a non-zero exit.
+Flags, model folder, data and services are checked here, in the driver, within seconds. What goes
+wrong later is reported as one sentence and a non-zero exit status.
 """
 
 from __future__ import annotations
 
+import asyncio
+import dataclasses
+import json
+import logging
 import os
 import sys
 import traceback
+from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import ray
 import torch
+from transformers import AutoConfig, AutoTokenizer
 
+from openrlhf_alp.clients.contract import LearnerExpectation, check_contract, require_transport
+from openrlhf_alp.clients.control import ControlClient
 from openrlhf_alp.clients.errors import ServiceError
+from openrlhf_alp.episodes.observation import chat_template
 from openrlhf_alp.episodes.records import EpisodeError
 from openrlhf_alp.learner import seams
-from openrlhf_alp.learner.flags import config
-from openrlhf_alp.learner.flags.checks import check_data, check_model, check_services, check_tools
+from openrlhf_alp.learner.flags.config import MATH_VERIFY, ServiceConfig
+from openrlhf_alp.learner.flags.settle import add_arguments, settle
+from openrlhf_alp.learner.flags.tool import ToolConfig
+from openrlhf_alp.rollouts.runners import tool_client
+from services.common.wire import ADMIN_KEY_VARIABLE, API_KEY_VARIABLE, TOOL_KEY_VARIABLE
+from services.tool.wire.schemas import ExecuteRequest
+
+logger = logging.getLogger(__name__)
 
 LOGICAL_DEVICES = 8
 """Slots that a local Ray offers on a machine without GPUs; OpenRLHF asks for one per model."""
@@ -37,9 +53,9 @@ class LaunchError(Exception):
 
 
 def launch() -> int:
-    """Run OpenRLHF's main program with ours in place. Returns the exit status."""
+    """Run OpenRLHF's main program with our classes in it. Returns the exit status."""
     try:
-        seams.run_upstream(config.add_arguments, _settle_and_start_ray)
+        seams.run_upstream(add_arguments, _settle_and_check, ray_options)
     except (LaunchError, seams.UpstreamDriftError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -51,9 +67,9 @@ def launch() -> int:
     return 0
 
 
-def _settle_and_start_ray(args: SimpleNamespace) -> SimpleNamespace:
+def _settle_and_check(args: SimpleNamespace) -> SimpleNamespace:
     try:
-        config.settle(args)
+        settle(args)
         check_data(args)
         tokenizer = check_model(args.actor.model_name_or_path)
         check_tools(args, tokenizer)  # first: it takes seconds, a model may take minutes to load
@@ -61,20 +77,17 @@ def _settle_and_start_ray(args: SimpleNamespace) -> SimpleNamespace:
             check_services(args, tokenizer)
     except (ValueError, OSError, ServiceError) as error:
         raise LaunchError(str(error)) from error
-    _start_ray(args)
     return args
 
 
-def _start_ray(args: SimpleNamespace) -> None:
-    """Ray with our shims in every worker; on a CPU machine with logical GPUs to schedule on."""
-    env = {
-        # The three that OpenRLHF sets when it starts Ray itself.
-        "TOKENIZERS_PARALLELISM": os.environ.get("TOKENIZERS_PARALLELISM", "true"),
-        "NCCL_DEBUG": os.environ.get("NCCL_DEBUG", "WARN"),
-        "RAY_ENABLE_ZERO_COPY_TORCH_TENSORS": os.environ.get(
-            "RAY_ENABLE_ZERO_COPY_TORCH_TENSORS", "1"
-        ),
-    }
+def ray_options(args: SimpleNamespace, upstream_env: dict[str, str]) -> dict[str, Any]:
+    """Arguments of `ray.init`: our shims in every worker, and logical GPUs where there are none.
+
+    Args:
+        args: settled.
+        upstream_env: what OpenRLHF sets in its workers' environment; ours is added.
+    """
+    env = dict(upstream_env)
     devices = {}
     if not torch.cuda.is_available():
         # Ray gives a worker one OpenMP thread per logical CPU it asked for, that is one; the
@@ -84,18 +97,18 @@ def _start_ray(args: SimpleNamespace) -> None:
         env["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", str(threads))
         env["TORCHDYNAMO_DISABLE"] = "1"
         env |= {k: os.environ.get(k, v) for k, v in KEEP_MEMORY.items()}
-        # Ray runs its workers at nice 15; on a CPU machine they are the job.
+        # Ray runs its workers at nice 15; on a CPU machine they do all the work.
         os.environ.setdefault("RAY_worker_niceness", "0")
         if "RAY_ADDRESS" not in os.environ:
             devices = {"num_cpus": LOGICAL_DEVICES, "num_gpus": LOGICAL_DEVICES}
-    ray.init(
+    return {
         **devices,
-        include_dashboard=False,
-        runtime_env={
+        "include_dashboard": False,
+        "runtime_env": {
             "env_vars": env,
             "worker_process_setup_hook": "openrlhf_alp.learner.compat.install",
         },
-    )
+    }
 
 
 def _explain(error: Exception) -> None:
@@ -105,3 +118,124 @@ def _explain(error: Exception) -> None:
     while isinstance(cause, ray.exceptions.RayTaskError) and cause.cause is not None:
         cause = cause.cause
     print(f"\nerror: training stopped: {type(cause).__name__}: {cause}", file=sys.stderr)
+
+
+def check_model(name_or_path: str | None) -> Any:
+    """The tokenizer of the policy.
+
+    Raises:
+        ValueError: no model given, or neither a model folder nor a loadable Hugging Face id.
+    """
+    if not name_or_path:
+        raise ValueError(
+            "--actor.model_name_or_path is missing: give a folder or a Hugging Face id."
+        )
+    path = Path(name_or_path)
+    if (path.is_absolute() or path.exists()) and not (path / "config.json").is_file():
+        raise ValueError(
+            f"--actor.model_name_or_path {name_or_path}: no config.json there, so it is not a "
+            "Hugging Face model folder. Check the path; tokenizer and weights lie beside it."
+        )
+    try:
+        return AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=True)
+    except Exception as error:
+        raise ValueError(
+            f"--actor.model_name_or_path {name_or_path}: cannot load its tokenizer ({error}). Give "
+            "a model folder, or an id that the Hugging Face hub or its local cache knows."
+        ) from error
+
+
+def check_data(args: SimpleNamespace) -> None:
+    """The prompts are named, and have labels where the reward needs them.
+
+    Raises:
+        ValueError: a flag is missing, or names a file or a field that is not there.
+    """
+    dataset = args.data.prompt_dataset
+    if not dataset:
+        raise ValueError(
+            "--data.prompt_dataset is missing: give a .jsonl file, a dataset folder or a Hugging "
+            "Face id, with --data.input_key and --data.label_key naming its fields."
+        )
+    if Path(dataset).suffix in {".json", ".jsonl", ".parquet"} and not Path(dataset).is_file():
+        raise ValueError(f"--data.prompt_dataset {dataset}: there is no such file.")
+    if args.reward.remote_url == MATH_VERIFY and not args.data.label_key:
+        raise ValueError(
+            "--reward.remote_url math-verify compares answers with a label: name its field with "
+            "--data.label_key."
+        )
+    if Path(dataset).suffix == ".jsonl":
+        _check_first_row(args, Path(dataset))
+
+
+def _check_first_row(args: SimpleNamespace, path: Path) -> None:
+    """The named fields are there, and a conversation meets a chat template."""
+    with path.open(encoding="utf-8") as lines:
+        row = json.loads(next(lines, "{}"))
+    for flag, key in (("input_key", args.data.input_key), ("label_key", args.data.label_key)):
+        if key and key not in row:
+            raise ValueError(
+                f"--data.{flag} {key}: the first row of {path} has no such field, but "
+                f"{', '.join(row) or 'none at all'}."
+            )
+    if isinstance(row.get(args.data.input_key), list) and not args.data.apply_chat_template:
+        raise ValueError(
+            f"the prompts of {path} are conversations: add --data.apply_chat_template, without "
+            "which the policy would read them as Python lists."
+        )
+
+
+def check_services(args: SimpleNamespace, tokenizer: Any) -> None:
+    """Wait for every service of `--rollout.service_urls` and compare its contract with the learner.
+
+    Raises:
+        ServiceError: not reachable within `--rollout.ready_timeout_s`, wrong key, or a
+            ContractMismatch that lists each field with both values and the fix, or the transports
+            that the service has.
+    """
+    model = AutoConfig.from_pretrained(args.actor.model_name_or_path, trust_remote_code=True)
+    expected = LearnerExpectation.from_tokenizer(
+        tokenizer,
+        vocab_size=model.get_text_config().vocab_size,
+        architecture=(model.architectures or [None])[0],
+        min_model_len=args.data.max_len,
+    )
+    for url in args.rollout_service.urls:
+        asyncio.run(_check_service(url, args.rollout_service, expected))
+
+
+async def _check_service(url: str, service: ServiceConfig, expected: LearnerExpectation) -> None:
+    api_key, admin_key = os.environ[API_KEY_VARIABLE], os.environ[ADMIN_KEY_VARIABLE]
+    async with ControlClient([url], api_key=api_key, admin_key=admin_key) as client:
+        await client.wait_ready(service.ready_timeout_s)
+        contract = await client.contract()
+    check_contract(contract, expected)
+    require_transport(contract, service.weight_transport, url)
+
+
+def check_tools(args: SimpleNamespace, tokenizer: Any) -> None:
+    """Run a program on every service of `--tool.service_urls`; build the observations' template.
+
+    Raises:
+        ServiceError: not reachable within `--rollout.ready_timeout_s`, wrong key, or
+            `--tool.timeout_s` above what it allows.
+        ValueError: the tokenizer's chat template cannot show a tool's output.
+    """
+    tool: ToolConfig = args.tool_service
+    if tool.template == "chat":
+        chat_template(tokenizer)
+    for url in tool.urls:
+        asyncio.run(_check_tool(url, tool, args.rollout_service.ready_timeout_s))
+
+
+async def _check_tool(url: str, tool: ToolConfig, ready_timeout_s: float) -> None:
+    one = dataclasses.replace(tool, urls=(url,), request_timeout_s=ready_timeout_s)
+    async with tool_client(one, os.environ[TOOL_KEY_VARIABLE]) as client:
+        answer = await client.execute(ExecuteRequest(code="print(6 * 7)", timeout_s=tool.timeout_s))
+    if (answer.status, answer.stdout) != ("ok", "42\n"):
+        reason = answer.message or answer.stderr
+        raise ServiceError(
+            f"{url} ran `print(6 * 7)` and answered {answer.status}: {reason}. Fix: its log and "
+            "its GET /v1/isolation say what is wrong with the sandbox."
+        )
+    logger.info("%s runs code at isolation level %s", url, answer.isolation)

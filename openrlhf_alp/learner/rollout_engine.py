@@ -1,8 +1,8 @@
-"""Ray actors with the method names OpenRLHF calls on a vLLM engine; behind each stands a service.
+"""Ray actors with the methods that OpenRLHF calls on a vLLM engine, each in front of a service.
 
     SamplesGenerator --generate_responses--> RolloutEngine --episode--> RolloutClient --HTTP-->
 
-An actor runs episodes; it holds no model. Weights go to the services by `weight_sync`.
+An actor runs episodes and has no model. `weight_sync` brings the weights to the services.
 """
 
 from __future__ import annotations
@@ -17,21 +17,18 @@ from typing import Any
 from uuid import uuid4
 
 import ray
+from openrlhf.utils.agent import SingleTurnAgentExecutor
 
-from openrlhf_alp.clients.channel import (
-    ADMIN_KEY_VARIABLE,
-    API_KEY_VARIABLE,
-    TOOL_KEY_VARIABLE,
-    Timeouts,
-)
+from openrlhf_alp.clients.channel import Timeouts
 from openrlhf_alp.clients.rollout import RolloutClient
 from openrlhf_alp.episodes.records import Episode, SamplingConfig, ToolLostError
-from openrlhf_alp.learner.flags.config import ServiceConfig
+from openrlhf_alp.learner.flags.config import MATH_VERIFY, ServiceConfig
 from openrlhf_alp.learner.flags.tool import ToolConfig
-from openrlhf_alp.learner.reward import build_reward
-from openrlhf_alp.rewards.protocol import RewardUnavailable
+from openrlhf_alp.rewards.math import MathReward
+from openrlhf_alp.rewards.protocol import Reward, RewardResult, RewardUnavailable
 from openrlhf_alp.rollouts.generate import ServiceGenerate
 from openrlhf_alp.rollouts.runners import Task, build_runner, to_response, tool_client
+from services.common.wire import ADMIN_KEY_VARIABLE, API_KEY_VARIABLE, TOOL_KEY_VARIABLE
 
 logger = logging.getLogger(__name__)
 
@@ -40,11 +37,11 @@ class RolloutEngine:
     """One per service URL. Upstream: the duck type of `RolloutRayActor`.
 
     Args:
-        urls: base URLs of all services; its own first, the others take over when that one is lost.
-        api_key, admin_key: its bearer keys.
+        urls: base URLs of all services, its own first; the others replace it when it is lost.
+        api_key, admin_key: bearer keys of the services.
         service: time limits.
         reward_urls: `--reward.remote_url`, already split.
-        tool, tool_key: of tool-integrated episodes; without URLs there is one answer to a prompt.
+        tool, tool_key: settings of tool-integrated episodes; without URLs episodes have one turn.
     """
 
     def __init__(
@@ -74,7 +71,7 @@ class RolloutEngine:
         self.unfinished = 0
 
     def get_num_unfinished_requests(self) -> int:
-        """Episodes running; OpenRLHF balances prompts over engines by it."""
+        """Number of running episodes, by which OpenRLHF balances prompts over engines."""
         return self.unfinished
 
     def take_dropped_groups(self) -> dict[str, int]:
@@ -92,9 +89,10 @@ class RolloutEngine:
         num_samples: int = 1,
         images: Any = None,
     ) -> list[dict[str, Any]]:
-        """Exactly `num_samples` responses for one prompt, or none when the group cannot be kept.
+        """Exactly `num_samples` responses for one prompt, or none when the group is dropped.
 
-        A group is dropped whole, counted and named: a baseline over the rest would be biased.
+        A group is dropped whole and counted under its reason: a baseline over the rest would be
+        biased.
 
         Raises:
             ServiceError: the service cannot be reached or refused the request.
@@ -118,8 +116,8 @@ class RolloutEngine:
             top_p=sampling_params.top_p,
             top_k=max(sampling_params.top_k, 0),
             max_tokens=max_tokens,
-            # OpenRLHF asks for one token at least; that would forbid an immediate end of sequence
-            # to the engine alone, and bend the ratio of the first token.
+            # OpenRLHF asks for at least one token. That would forbid an immediate end of sequence
+            # to the engine only, and so distort the ratio of the first token.
             min_tokens=0,
         )
         self.unfinished += num_samples
@@ -143,12 +141,12 @@ class RolloutEngine:
         logger.warning("group dropped (%s): %s", reason, detail)
 
     async def require_version(self, version: int) -> None:
-        """Refuse, from now on, a server that missed the push of `version`."""
+        """From now on, send no request to a server that missed the push of `version`."""
         self.version = version
         self.client.require_version(version)
 
     async def get_version(self) -> int:
-        """The version last pushed: the one that the next update starts from."""
+        """The version of the last push, which the next update starts from."""
         return self.version
 
     def keys(self) -> tuple[str, str]:
@@ -156,30 +154,69 @@ class RolloutEngine:
         return self._keys
 
     async def pause_generation(self) -> None:
-        """Nothing to do before a push: a server pauses itself for the swap alone.
+        """Do nothing: a server pauses itself, and only for the swap.
 
-        Upstream asks for it in partial rollouts. A pause from here would stop generation while the
-        weights are gathered and written too, and for ever if the learner died meanwhile.
+        Upstream calls this in partial rollouts. A pause from here would also stop generation while
+        the weights are gathered and written, and forever if the learner died meanwhile.
         """
 
     async def resume_generation(self) -> None:
-        """Nothing was paused, see `pause_generation`."""
+        """Do nothing, see `pause_generation`."""
 
 
 async def _all_or_first_error(episodes: list[Any]) -> list[Episode]:
-    """Wait for all; on the first error cancel the others: no work goes on for a lost group."""
+    """Wait for all; on the first error cancel the others, because the group is lost anyway."""
     try:
         async with asyncio.TaskGroup() as group:
             tasks = [group.create_task(episode) for episode in episodes]
     except ExceptionGroup as errors:
+        # A fatal error must not be hidden by a lost episode, which only drops the group.
         lost = (RewardUnavailable, ToolLostError)
         fatal = [e for e in errors.exceptions if not isinstance(e, lost)]
         raise (fatal or errors.exceptions)[0] from None
     return [task.result() for task in tasks]
 
 
-# Another name than the class: Ray then ships the class by reference and workers import it from
-# here.
+def build_reward(remote_urls: Sequence[str]) -> Reward:
+    """The reward that `--reward.remote_url` names: ours, a Python file, or an HTTP reward model.
+
+    Args:
+        remote_urls: `["math-verify"]`, one `*.py` with OpenRLHF's `reward_func`, or reward servers.
+    """
+    if list(remote_urls) == [MATH_VERIFY]:
+        return MathReward()
+    return UpstreamReward(remote_urls)
+
+
+class UpstreamReward:
+    """OpenRLHF's own reward protocols, a `reward_func` file or an HTTP server, as our Protocol."""
+
+    def __init__(self, remote_urls: Sequence[str]) -> None:
+        self._executor = SingleTurnAgentExecutor(list(remote_urls))
+
+    async def score(self, *, prompt: str, response: str, label: str) -> RewardResult:
+        """Ask for `rewards` of prompt + response.
+
+        Raises:
+            RewardUnavailable: the function or server failed, or gave no reward.
+        """
+        call = (
+            self._executor._fetch_rewards_via_func
+            if self._executor.reward_func
+            else self._executor._fetch_rewards_via_http
+        )
+        try:
+            answers = await call([prompt + response], [prompt], [label])
+            value = float(answers[0]["rewards"])
+        except Exception as error:
+            raise RewardUnavailable(
+                reason=type(error).__name__, detail=f"{error} (--reward.remote_url)"
+            ) from error
+        return RewardResult(value=value)
+
+
+# A name that differs from the class's, because Ray then pickles the class by reference and workers
+# import it from here.
 RemoteRolloutEngine = ray.remote(num_cpus=0)(RolloutEngine)
 
 

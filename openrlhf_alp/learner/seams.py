@@ -1,14 +1,15 @@
 """Every substitution into OpenRLHF 0.11.2, each with the upstream symbol and what it relies on.
 
-OpenRLHF looks its classes up as module globals by name, so a substitution is an assignment. It has
-no plug-in points and its command line builds its parser under `if __name__ == "__main__"`; so we
-set the globals below, hook the parser, and run that module as the main program. Not a line of it is
-copied.
+OpenRLHF has no plug-in points, but it looks its classes up as module globals by name, so that a
+substitution is an assignment. Its command line builds the parser under `if __name__ == "__main__"`.
+So we set the globals below, hook the parser, and run that module as the main program; no line of it
+is copied.
 
     openrlhf.cli.train_ppo_ray (run as __main__)
       ArgumentParser.parse_args   + our flags                      one shot
       hierarchize(args)           + settle(args), contract check   before upstream's own validation
       get_strategy                -> AlpStrategy
+      ray.init                    + our shims in every worker
       create_vllm_engines         -> one RolloutEngine per service URL
       PolicyModelActor            -> AlpPolicyModelActor -> AlpActorPPOTrainer -> UnifiedPolicyLoss
       PPOTrainer                  -> AlpPPOTrainer -> AlpExperienceMaker, AlpSamplesGenerator
@@ -33,6 +34,7 @@ from unittest import mock
 
 AddArguments = Callable[[argparse.ArgumentParser], None]
 Settle = Callable[[SimpleNamespace], SimpleNamespace]
+RayOptions = Callable[[SimpleNamespace, dict[str, str]], dict[str, Any]]
 
 OPENRLHF_VERSION = "0.11.2"
 UPSTREAM_MAIN = "openrlhf.cli.train_ppo_ray"
@@ -52,144 +54,107 @@ class Seam:
     parameters: tuple[str, ...]
     """Parameters, in order, that our override or call passes on."""
     replaced_by: str
-    """`module:name` of ours, or what we do with the symbol."""
+    """`module:name` of ours that takes its place, or that calls or wraps it."""
 
 
-_MAKER = "openrlhf.trainer.ppo_utils.experience_maker:RemoteExperienceMaker"
+def _methods(of: str, replaced_by: str, **parameters: str) -> tuple[Seam, ...]:
+    """Seams of one upstream class or module: `name="its parameters"`."""
+    return tuple(
+        Seam(
+            symbol=f"{of}{name}",
+            parameters=tuple(names.split()),
+            replaced_by=f"openrlhf_alp.learner.{replaced_by}",
+        )
+        for name, names in parameters.items()
+    )
+
+
+_RAY = "openrlhf.trainer.ray"
+_PPO_UTILS = "openrlhf.trainer.ppo_utils"
 _ASYNC = "openrlhf.trainer.ppo_trainer_async"
-_GENERATOR = "openrlhf.trainer.ppo_utils.samples_generator:SamplesGenerator"
 
 SEAMS = (
-    Seam(
-        symbol="openrlhf.utils.deepspeed:DeepspeedStrategy.prepare",
-        parameters=("self", "args"),
-        replaced_by="openrlhf_alp.learner.strategy:AlpStrategy",
+    *_methods(
+        "openrlhf.utils.deepspeed:DeepspeedStrategy.",
+        "strategy:AlpStrategy",
+        prepare="self args",
+        _get_model_parameters="self model optim weight_decay",
+        moving_average="self model model_ema beta device",
+        save_model="self model tokenizer output_dir kwargs",
     ),
-    Seam(
-        symbol="openrlhf.utils.deepspeed:DeepspeedStrategy._get_model_parameters",
-        parameters=("self", "model", "optim", "weight_decay"),
-        replaced_by="openrlhf_alp.learner.strategy:AlpStrategy",
+    *_methods(
+        f"{_RAY}.ppo_actor:ActorPPOTrainer.",
+        "actor:AlpActorPPOTrainer",
+        training_step="self experience kl_ctl step loss_batch_info",
+        _init_vllm_sync_group="self backend",
     ),
-    Seam(
-        symbol="openrlhf.utils.deepspeed:DeepspeedStrategy.moving_average",
-        parameters=("self", "model", "model_ema", "beta", "device"),
-        replaced_by="openrlhf_alp.learner.strategy:AlpStrategy",
+    *_methods(
+        f"{_RAY}.ppo_actor:PolicyModelActor.",
+        "actor:RemoteAlpPolicyModelActor",
+        init_model_from_pretrained="self strategy pretrain max_steps vllm_engines",
     ),
-    Seam(
-        symbol="openrlhf.utils.deepspeed:DeepspeedStrategy.save_model",
-        parameters=("self", "model", "tokenizer", "output_dir", "kwargs"),
-        replaced_by="openrlhf_alp.learner.strategy:AlpStrategy",
+    *_methods(
+        "openrlhf.models:PolicyLoss.",
+        "actor:UnifiedPolicyLoss",
+        forward="self log_probs old_log_probs advantages action_mask rollout_log_probs dp_size "
+        "batch_num_tokens global_batch_size",
     ),
-    Seam(
-        symbol="openrlhf.trainer.ray.ppo_actor:ActorPPOTrainer.training_step",
-        parameters=("self", "experience", "kl_ctl", "step", "loss_batch_info"),
-        replaced_by="openrlhf_alp.learner.actor:AlpActorPPOTrainer",
+    *_methods(
+        "openrlhf.models:",  # called, not replaced
+        "actor:UnifiedPolicyLoss",
+        aggregate_loss="loss loss_mask token_level_loss dp_size batch_num_tokens global_batch_size",
     ),
-    Seam(
-        symbol="openrlhf.trainer.ray.ppo_actor:ActorPPOTrainer._init_vllm_sync_group",
-        parameters=("self", "backend"),
-        replaced_by="openrlhf_alp.learner.actor:AlpActorPPOTrainer",
+    *_methods(
+        f"{_PPO_UTILS}.experience_maker:RemoteExperienceMaker.",
+        "experience:AlpExperienceMaker",
+        _dispatch_forward="self group sync_condition kwargs",
     ),
-    Seam(
-        symbol="openrlhf.trainer.ray.ppo_actor:PolicyModelActor.init_model_from_pretrained",
-        parameters=("self", "strategy", "pretrain", "max_steps", "vllm_engines"),
-        replaced_by="openrlhf_alp.learner.actor:RemoteAlpPolicyModelActor",
+    *_methods(
+        f"{_PPO_UTILS}.samples_generator:SamplesGenerator.",
+        "experience:AlpSamplesGenerator",
+        _generate_vllm="self dataloader_iter num_prompts dynamic_filtering",
     ),
-    Seam(
-        symbol="openrlhf.models:PolicyLoss.forward",
-        parameters=(
-            "self", "log_probs", "old_log_probs", "advantages", "action_mask", "rollout_log_probs",
-            "dp_size", "batch_num_tokens", "global_batch_size",
-        ),
-        replaced_by="openrlhf_alp.learner.policy_loss:UnifiedPolicyLoss",
+    *_methods(
+        "openrlhf.trainer.ppo_trainer:PPOTrainer.",
+        "trainer:RemoteAlpPPOTrainer",
+        save_logs_and_checkpoints="self global_step logs_dict client_states",
+        train_step="self rollout_samples global_step",
     ),
-    Seam(
-        symbol="openrlhf.models:aggregate_loss",
-        parameters=(
-            "loss", "loss_mask", "token_level_loss", "dp_size", "batch_num_tokens",
-            "global_batch_size",
-        ),
-        replaced_by="called by openrlhf_alp.learner.policy_loss:UnifiedPolicyLoss",
+    *_methods(
+        f"{_ASYNC}:TrainingActor.",
+        "trainer:RemoteAlpTrainingActor",
+        train_step="self rollout_samples global_step",
+        save_logs_and_checkpoints="self global_step logs_dict client_states",
+        broadcast_to_vllm="self",
+        fit="self global_step",
     ),
-    Seam(
-        symbol=f"{_MAKER}._dispatch_forward",
-        parameters=("self", "group", "sync_condition", "kwargs"),
-        replaced_by="openrlhf_alp.learner.experience:AlpExperienceMaker",
+    *_methods(
+        f"{_ASYNC}:GenerateSamplesActor.",
+        "trainer:RemoteAlpGenerateSamplesActor",
+        fit="self episode total_consumed_prompts",
     ),
-    Seam(
-        symbol=f"{_GENERATOR}._generate_vllm",
-        parameters=("self", "dataloader_iter", "num_prompts", "dynamic_filtering"),
-        replaced_by="openrlhf_alp.learner.experience:AlpSamplesGenerator",
+    *_methods(
+        f"{_ASYNC}:PPOTrainerAsync.",
+        "trainer:RemoteAlpPPOTrainerAsync",
+        __init__="self pretrain strategy",
+        fit="self",
     ),
-    Seam(
-        symbol="openrlhf.trainer.ppo_trainer:PPOTrainer.save_logs_and_checkpoints",
-        parameters=("self", "global_step", "logs_dict", "client_states"),
-        replaced_by="openrlhf_alp.learner.trainer:RemoteAlpPPOTrainer",
+    *_methods(
+        f"{_RAY}:", "rollout_engine:create_rollout_engines", create_vllm_engines="num_engines"
     ),
-    Seam(
-        symbol="openrlhf.trainer.ppo_trainer:PPOTrainer.train_step",
-        parameters=("self", "rollout_samples", "global_step"),
-        replaced_by="openrlhf_alp.learner.trainer:RemoteAlpPPOTrainer",
+    *_methods(
+        f"{_RAY}.vllm_engine:RolloutRayActor.",
+        "rollout_engine:RolloutEngine",
+        generate_responses="self prompt label sampling_params max_length hf_tokenizer num_samples "
+        "images",
     ),
-    Seam(
-        symbol=f"{_ASYNC}:TrainingActor.train_step",
-        parameters=("self", "rollout_samples", "global_step"),
-        replaced_by="openrlhf_alp.learner.trainer:RemoteAlpTrainingActor",
+    *_methods(
+        "openrlhf.utils.agent:SingleTurnAgentExecutor.",  # called, not replaced
+        "rollout_engine:UpstreamReward",
+        _fetch_rewards_via_http="self queries_list prompts_list labels_list",
     ),
-    Seam(
-        symbol=f"{_ASYNC}:TrainingActor.save_logs_and_checkpoints",
-        parameters=("self", "global_step", "logs_dict", "client_states"),
-        replaced_by="openrlhf_alp.learner.trainer:RemoteAlpTrainingActor",
-    ),
-    Seam(
-        symbol=f"{_ASYNC}:TrainingActor.broadcast_to_vllm",
-        parameters=("self",),
-        replaced_by="openrlhf_alp.learner.trainer:RemoteAlpTrainingActor",
-    ),
-    Seam(
-        symbol=f"{_ASYNC}:TrainingActor.fit",
-        parameters=("self", "global_step"),
-        replaced_by="openrlhf_alp.learner.trainer:RemoteAlpTrainingActor",
-    ),
-    Seam(
-        symbol=f"{_ASYNC}:GenerateSamplesActor.fit",
-        parameters=("self", "episode", "total_consumed_prompts"),
-        replaced_by="openrlhf_alp.learner.trainer:RemoteAlpGenerateSamplesActor",
-    ),
-    Seam(
-        symbol=f"{_ASYNC}:PPOTrainerAsync.__init__",
-        parameters=("self", "pretrain", "strategy"),
-        replaced_by="openrlhf_alp.learner.trainer:RemoteAlpPPOTrainerAsync",
-    ),
-    Seam(
-        symbol=f"{_ASYNC}:PPOTrainerAsync.fit",
-        parameters=("self",),
-        replaced_by="openrlhf_alp.learner.trainer:RemoteAlpPPOTrainerAsync",
-    ),
-    Seam(
-        symbol="openrlhf.trainer.ray:create_vllm_engines",
-        parameters=("num_engines",),
-        replaced_by="openrlhf_alp.learner.rollout_engine:create_rollout_engines",
-    ),
-    Seam(
-        symbol="openrlhf.trainer.ray.vllm_engine:RolloutRayActor.generate_responses",
-        parameters=(
-            "self", "prompt", "label", "sampling_params", "max_length", "hf_tokenizer",
-            "num_samples", "images",
-        ),
-        replaced_by="openrlhf_alp.learner.rollout_engine:RolloutEngine",
-    ),
-    Seam(
-        symbol="openrlhf.utils.agent:SingleTurnAgentExecutor._fetch_rewards_via_http",
-        parameters=("self", "queries_list", "prompts_list", "labels_list"),
-        replaced_by="called by openrlhf_alp.learner.reward:UpstreamReward",
-    ),
-    Seam(
-        symbol="openrlhf.utils.config:hierarchize",
-        parameters=("args",),
-        replaced_by="wrapped in openrlhf_alp.learner.seams:run_upstream",
-    ),
-)  # fmt: skip
+    *_methods("openrlhf.utils.config:", "seams:run_upstream", hierarchize="args"),
+)
 
 
 def check_upstream() -> None:
@@ -218,8 +183,7 @@ def _check_seam(seam: Seam) -> None:
     found = tuple(inspect.signature(function).parameters)[: len(seam.parameters)]
     if found != seam.parameters:
         raise UpstreamDriftError(
-            f"{seam.symbol} takes {found}, the seam expects {seam.parameters}; it is "
-            f"{seam.replaced_by}"
+            f"{seam.symbol} takes {found}, but {seam.replaced_by} expects {seam.parameters}"
         )
 
 
@@ -227,8 +191,8 @@ def _resolve(symbol: str) -> Callable[..., Any]:
     module_name, _, path = symbol.partition(":")
     found: Any = importlib.import_module(module_name)
     for name in path.split("."):
-        if hasattr(found, "__ray_metadata__"):
-            from openrlhf_alp.learner.remote import undecorated
+        if hasattr(found, "__ray_metadata__"):  # a remote class hides its methods' signatures
+            from openrlhf_alp.learner.compat import undecorated
 
             found = undecorated(found)
         found = getattr(found, name)
@@ -237,7 +201,7 @@ def _resolve(symbol: str) -> Callable[..., Any]:
 
 @contextlib.contextmanager
 def installed() -> Iterator[None]:
-    """Put our classes where OpenRLHF looks its own up, for the length of the block."""
+    """Put our classes where OpenRLHF looks up its own, for the length of the block."""
     import openrlhf.trainer.ppo_trainer
     import openrlhf.trainer.ppo_trainer_async
     import openrlhf.trainer.ray.ppo_actor
@@ -260,24 +224,28 @@ def installed() -> Iterator[None]:
         yield
 
 
-def run_upstream(add_arguments: AddArguments, settle: Settle) -> None:
+def run_upstream(add_arguments: AddArguments, settle: Settle, ray_options: RayOptions) -> None:
     """Run OpenRLHF's own command line with our flags and our classes.
 
     Args:
         add_arguments: adds our flags to OpenRLHF's parser.
         settle: called with the nested args before OpenRLHF validates them; returns them.
+        ray_options: settled args, environment of the workers by OpenRLHF -> `ray.init`'s arguments.
 
     Raises:
         UpstreamDriftError: OpenRLHF is not what the seams were written for.
     """
     import openrlhf.trainer.ray
+    import ray
 
     from openrlhf_alp.learner.rollout_engine import create_rollout_engines
 
     check_upstream()
     upstream_engines = openrlhf.trainer.ray.create_vllm_engines
+    start_ray = ray.init
     settled: list[SimpleNamespace] = []
 
+    # Upstream passes no args to some of what is replaced, so the settled ones are kept here.
     def settle_and_keep(args: SimpleNamespace) -> SimpleNamespace:
         settled.append(settle(args))
         return settled[0]
@@ -287,8 +255,13 @@ def run_upstream(add_arguments: AddArguments, settle: Settle) -> None:
             return create_rollout_engines(settled[0])
         return upstream_engines(*args, **kwargs)
 
+    def init_ray(*, runtime_env: dict[str, Any]) -> None:
+        # OpenRLHF's variables are taken from its own call, so that they follow it.
+        start_ray(**ray_options(settled[0], runtime_env["env_vars"]))
+
     with (
         installed(),
+        mock.patch.object(ray, "init", init_ray),
         mock.patch.object(openrlhf.trainer.ray, "create_vllm_engines", create_engines),
         _hooked_parser(add_arguments, settle_and_keep),
     ):
@@ -332,8 +305,9 @@ def _hooked_parser(add_arguments: AddArguments, settle: Settle) -> Iterator[None
     parse_args = argparse.ArgumentParser.parse_args
 
     def parse_args_with_ours(parser: argparse.ArgumentParser, *args: Any, **kwargs: Any) -> Any:
+        # Once is enough: later parsers of the run, such as DeepSpeed's, are not ours to extend.
         argparse.ArgumentParser.parse_args = parse_args  # type: ignore[method-assign]
-        # 165 lines of flags would bury the error that they stand above.
+        # argparse prints the usage above an error, and 165 lines of flags would hide the error.
         parser.usage = USAGE
         add_arguments(parser)
         return parse_args(parser, *args, **kwargs)

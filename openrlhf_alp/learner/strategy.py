@@ -1,11 +1,8 @@
-"""DeepSpeed strategy that carries the perturbation through OpenRLHF's own set-up, saving and CPU
-runs.
-"""
+"""DeepSpeed strategy that attaches the perturbation, keeps it out of exports, and runs on CPUs."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 from typing import Any
 
@@ -58,9 +55,9 @@ class AlpStrategy(DeepspeedStrategy):
         for entry in models:
             if self.alp.perturbed and isinstance(entry, tuple) and isinstance(entry[0], Actor):
                 model = entry[0].model
-                # DeepSpeed casts parameters to the model's dtype, but under ZeRO-3, where it wants
-                # one dtype just the same, only those that it has partitioned while loading.
-                attach(model, self.alp.perturbation_config()).to(model.dtype)
+                # DeepSpeed wants one dtype. It casts the parameters itself, but under ZeRO-3 only
+                # those that it partitioned while the model was loaded, and sigma came later.
+                attach(model, self.alp.noise).to(model.dtype)
         return super().prepare(*models)
 
     def _get_model_parameters(self, model: nn.Module, **kwargs: Any) -> tuple[nn.Module, Any]:
@@ -68,6 +65,7 @@ class AlpStrategy(DeepspeedStrategy):
         perturbation = perturbation_of(raw_model)
         if perturbation is None:
             return raw_model, groups
+        # A group of its own, because sigma has another learning rate and no weight decay.
         deltas = list(perturbation.parameters())
         ours = {id(delta) for delta in deltas}
         for group in groups:
@@ -86,7 +84,7 @@ class AlpStrategy(DeepspeedStrategy):
     def moving_average(
         self, model: nn.Module, model_ema: nn.Module, beta: float = 0.992, device: str = "cpu"
     ) -> None:
-        # The EMA copy has no sigma, so the pairwise walk over both parameter lists must not see it.
+        # Upstream walks both parameter lists in pairs, and the EMA copy has no sigma.
         with without_sigma(model):
             device = device if torch.cuda.is_available() else "cpu"
             super().moving_average(model, model_ema, beta, device)
@@ -97,12 +95,6 @@ class AlpStrategy(DeepspeedStrategy):
             super().save_model(model, tokenizer, output_dir, **kwargs)
 
 
-@contextmanager
-def without_sigma(model: nn.Module) -> Iterator[None]:
+def without_sigma(model: nn.Module) -> AbstractContextManager[None]:
     """Hide sigma from everything that walks the model's modules (export, weight push, EMA)."""
-    hf_model = unwrap(model)
-    if perturbation_of(hf_model) is None:
-        yield
-        return
-    with detached(hf_model):
-        yield
+    return nullcontext() if perturbation_of(model) is None else detached(unwrap(model))

@@ -9,8 +9,6 @@ from __future__ import annotations
 import json
 import logging
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -18,24 +16,18 @@ from unittest import mock
 import ray
 from openrlhf.trainer import ppo_trainer, ppo_trainer_async
 
-from openrlhf_alp.learner.experience import AlpExperienceMaker, AlpSamplesGenerator
-from openrlhf_alp.learner.remote import undecorated
-from openrlhf_alp.learner.staleness import StalenessGate
+from openrlhf_alp.learner.compat import undecorated
+from openrlhf_alp.learner.experience import (
+    AlpExperienceMaker,
+    AlpSamplesGenerator,
+    StalenessGate,
+)
 from openrlhf_alp.rollouts.metrics import with_ratios
 
 logger = logging.getLogger(__name__)
 
 _UpstreamTraining = undecorated(ppo_trainer_async.TrainingActor)
 _UpstreamGenerate = undecorated(ppo_trainer_async.GenerateSamplesActor)
-
-
-@contextmanager
-def _replaced(module: Any, **ours: Any) -> Iterator[None]:
-    """Let OpenRLHF's constructors, which look classes up in their module, build ours."""
-    with ExitStack() as stack:
-        for name, replacement in ours.items():
-            stack.enter_context(mock.patch.object(module, name, replacement))
-        yield
 
 
 class _ServiceTraining:
@@ -45,6 +37,7 @@ class _ServiceTraining:
     vllm_engines: Any
 
     def _start_counting(self) -> None:
+        """Set the step counter and the gate, once upstream's constructor has set `args`."""
         self.num_steps = 0
         rollout = self.args.rollout
         self.gate = StalenessGate(
@@ -61,6 +54,7 @@ class _ServiceTraining:
         """One update, or none (no status, the same step) while fresh samples are missing."""
         if not self.uses_service:
             return super().train_step(rollout_samples, global_step)  # type: ignore[misc]
+        # What is updated is the version of the last push; samples from a queue may be older.
         version = ray.get(self.vllm_engines[0].get_version.remote())
         admitted = self.gate.admit(rollout_samples, version)
         if not admitted:
@@ -73,7 +67,7 @@ class _ServiceTraining:
     ) -> None:
         logs_dict = logs_dict if logs_dict is not None else {}
         if "rollout/num_samples" not in logs_dict:
-            return  # no update was made: the samples wait for others
+            return  # no update was made, so there is nothing to log: the samples wait for others
         self.num_steps += 1
         if self.uses_service:
             dropped = sum(self._take_dropped_groups().values())
@@ -85,7 +79,7 @@ class _ServiceTraining:
         )
 
     def _require_some_groups(self) -> None:
-        """A run that lost every group has trained nothing and must not look like a success."""
+        """Fail a run that lost every group: it has trained nothing and must not look successful."""
         if self.gate.waiting:
             logger.warning(
                 "%d samples were not trained on: too few were fresh for another step",
@@ -115,7 +109,8 @@ class AlpPPOTrainer(_ServiceTraining, undecorated(ppo_trainer.PPOTrainer)):  # t
     """Upstream: `openrlhf.trainer.ppo_trainer.PPOTrainer`."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        with _replaced(
+        # OpenRLHF's constructors look up in their module the classes that they build.
+        with mock.patch.multiple(
             ppo_trainer,
             RemoteExperienceMaker=AlpExperienceMaker,
             SamplesGenerator=AlpSamplesGenerator,
@@ -124,7 +119,7 @@ class AlpPPOTrainer(_ServiceTraining, undecorated(ppo_trainer.PPOTrainer)):  # t
         self._start_counting()
 
     def fit(self, global_step: int = 0) -> None:
-        # A long-lived service may hold the weights of another run: make it ours before step 1.
+        # A long-lived service may still hold the weights of another run.
         if self.uses_service:
             self.broadcast_to_vllm()
         super().fit(global_step)
@@ -135,13 +130,14 @@ class AlpTrainingActor(_ServiceTraining, _UpstreamTraining):  # type: ignore[mis
     """Upstream: `openrlhf.trainer.ppo_trainer_async.TrainingActor`."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        with _replaced(ppo_trainer, RemoteExperienceMaker=AlpExperienceMaker):
+        with mock.patch.multiple(ppo_trainer, RemoteExperienceMaker=AlpExperienceMaker):
             super().__init__(*args, **kwargs)
         self._start_counting()
 
     def broadcast_to_vllm(self) -> None:
-        # Ray pickles an inherited method by value, with a copy of its class, and `super()` in it
-        # then refuses our instance; a method of our own goes by reference.
+        # Needed although it only calls upstream: Ray pickles an inherited method by value, with a
+        # copy of its class, and `super()` in it then refuses our instance. Our own is pickled by
+        # reference.
         super().broadcast_to_vllm()
 
     def fit(self, global_step: int = 0) -> None:
@@ -153,7 +149,7 @@ class AlpGenerateSamplesActor(_UpstreamGenerate):  # type: ignore[misc,valid-typ
     """Upstream: `openrlhf.trainer.ppo_trainer_async.GenerateSamplesActor`."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        with _replaced(ppo_trainer_async, SamplesGenerator=AlpSamplesGenerator):
+        with mock.patch.multiple(ppo_trainer_async, SamplesGenerator=AlpSamplesGenerator):
             super().__init__(*args, **kwargs)
 
 
@@ -162,7 +158,7 @@ class AlpPPOTrainerAsync(undecorated(ppo_trainer_async.PPOTrainerAsync)):  # typ
 
     def __init__(self, pretrain: str, strategy: Any, *args: Any, **kwargs: Any) -> None:
         self.uses_service = bool(strategy.args.rollout_service.urls)
-        with _replaced(
+        with mock.patch.multiple(
             ppo_trainer_async,
             GenerateSamplesActor=RemoteAlpGenerateSamplesActor,
             TrainingActor=RemoteAlpTrainingActor,
@@ -170,7 +166,7 @@ class AlpPPOTrainerAsync(undecorated(ppo_trainer_async.PPOTrainerAsync)):  # typ
             super().__init__(pretrain, strategy, *args, **kwargs)
 
     def fit(self) -> None:
-        # Before a single token is drawn, as in `AlpPPOTrainer.fit`.
+        # Before a single token is sampled, as in `AlpPPOTrainer.fit`.
         if self.uses_service:
             ray.get(self.trainer_actor.broadcast_to_vllm.remote())
         super().fit()
@@ -184,7 +180,8 @@ def _append_json_line(path: str, global_step: int, logs: dict[str, Any]) -> None
         lines.write(json.dumps({"global_step": global_step, **numbers}) + "\n")
 
 
-# Other names than the classes: Ray then ships a class by reference and workers import it from here.
+# Names that differ from the classes', because Ray then pickles a class by reference and workers
+# import it from here.
 RemoteAlpPPOTrainer = ray.remote(AlpPPOTrainer)
 RemoteAlpTrainingActor = ray.remote(AlpTrainingActor)
 RemoteAlpGenerateSamplesActor = ray.remote(AlpGenerateSamplesActor)

@@ -1,4 +1,4 @@
-"""The policy loss with one ratio, perturbed learner over rollout engine, and its presets.
+"""The policy loss with one ratio, perturbed learner over rollout engine.
 
 Letters: B samples, A positions of the action axis.
 """
@@ -10,42 +10,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from openrlhf_alp.objective.ratio import RatioLevel, per_token_log_ratio, token_log_ratio
+from openrlhf_alp.objective.methods import UnifiedRatioConfig
+from openrlhf_alp.objective.ratio import per_token_log_ratio, token_log_ratio
 
 MAX_LOG_RATIO = 20.0
 """|log r| above this is cut before exp: e**20 = 5e8 is far outside every clip window, and the
 gradient there is meant to vanish, while exp of a sequence's summed log-ratio could overflow."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class UnifiedRatioConfig:
-    """Level and clip window of the unified ratio.
-
-    Raises:
-        ValueError: a value is out of range; the message names the flag that sets it.
-    """
-
-    level: RatioLevel
-    """`token` (paper, eq. 2), `sequence` (product over the response, eq. 3), or `geometric` (the
-    product's per-token mean, GSPO); follows from `--alp.method`."""
-    clip_low: float
-    """r is clipped from below at 1 - clip_low, in (0, 1]; `--alp.clip_low_high`."""
-    clip_high: float
-    """r is clipped from above at 1 + clip_high, > 0; `--alp.clip_low_high`."""
-    dual_clip: float | None
-    """c > 1: with a negative advantage the loss of a token is at most c * |A| (arXiv 1912.09729).
-    None switches it off. `--alp.dual_clip`; the paper uses 10."""
-
-    def __post_init__(self) -> None:
-        if self.level not in ("token", "sequence", "geometric"):
-            raise ValueError(f"ratio level is {self.level!r}; see --alp.method")
-        if not (0 < self.clip_low <= 1 and 0 < self.clip_high < math.inf):
-            raise ValueError(
-                f"--alp.clip_low_high is {self.clip_low} {self.clip_high}; it must hold "
-                "0 < low <= 1 and a finite high > 0"
-            )
-        if self.dual_clip is not None and not self.dual_clip > 1:
-            raise ValueError(f"--alp.dual_clip is {self.dual_clip}; it must be above 1")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -117,36 +87,45 @@ def unified_ratio_loss(
     _require_finite("log_probs", log_probs, mask)
     _require_finite("rollout_log_probs", rollout_log_probs, mask)
     _require_finite("advantages", advantages, mask)
+    # A nan off the mask would survive the multiplication by 0 in the mean.
     advantages = torch.where(mask, advantages, 0.0)
 
     log_ratio = per_token_log_ratio(log_probs, rollout_log_probs, mask, config.level)
     ratio = log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
-    low, high = 1 - config.clip_low, 1 + config.clip_high
-    per_token = torch.maximum(-advantages * ratio, -advantages * ratio.clamp(low, high))
-    dual_clip = math.inf if config.dual_clip is None else config.dual_clip
+    window = (1 - config.clip_low, 1 + config.clip_high)
+    per_token = torch.maximum(-advantages * ratio, -advantages * ratio.clamp(*window))
     if config.dual_clip is not None:
-        ceiling = torch.where(advantages < 0, -advantages * dual_clip, math.inf)
+        ceiling = torch.where(advantages < 0, -advantages * config.dual_clip, math.inf)
         per_token = torch.minimum(per_token, ceiling)
 
-    with torch.no_grad():
-        cut_low = (advantages < 0) & (ratio < low)
-        cut_high = (advantages > 0) & (ratio > high)
-        cut_dual = (advantages < 0) & (ratio > dual_clip)
-        guarded = log_ratio.abs() > MAX_LOG_RATIO
-        token = token_log_ratio(log_probs, rollout_log_probs, mask).detach()
-        columns = torch.stack([cut_low | cut_high, cut_low, cut_high, cut_dual, guarded]).double()
-        fractions = torch.stack([masked_mean(column, mask) for column in columns])
-        clipped, clipped_low, clipped_high, clipped_dual, guard = fractions.tolist()
+    token = token_log_ratio(log_probs, rollout_log_probs, mask).detach()
     return LossOutput(
         loss=aggregate(per_token, mask),
         log_ratio=token,
-        clip_fraction=clipped,
-        clip_low_fraction=clipped_low,
-        clip_high_fraction=clipped_high,
-        dual_clip_fraction=clipped_dual,
-        guard_fraction=guard,
+        **_cut_fractions(log_ratio.detach(), ratio.detach(), advantages, mask, config),
+        # In float64: the mean of many small differences would lose digits in bfloat16.
         approx_kl=-masked_mean(token.double(), mask).item(),
     )
+
+
+def _cut_fractions(
+    log_ratio: Tensor, ratio: Tensor, advantages: Tensor, mask: Tensor, config: UnifiedRatioConfig
+) -> dict[str, float]:
+    """The fields of LossOutput that say how many tokens a clip or the guard cut."""
+    # A clip cuts the gradient only on the side to which the advantage pushes the ratio.
+    low = (advantages < 0) & (ratio < 1 - config.clip_low)
+    high = (advantages > 0) & (ratio > 1 + config.clip_high)
+    dual = (advantages < 0) & (ratio > (config.dual_clip or math.inf))
+    cuts = {
+        "clip_fraction": low | high,
+        "clip_low_fraction": low,
+        "clip_high_fraction": high,
+        "dual_clip_fraction": dual,
+        "guard_fraction": log_ratio.abs() > MAX_LOG_RATIO,
+    }
+    # One transfer from the device for all of them instead of one each.
+    fractions = torch.stack([masked_mean(cut.double(), mask) for cut in cuts.values()])
+    return dict(zip(cuts, fractions.tolist(), strict=True))
 
 
 def _require_finite(name: str, values: Tensor, mask: Tensor) -> None:
@@ -159,25 +138,3 @@ def _require_finite(name: str, values: Tensor, mask: Tensor) -> None:
             "weights. Look for an overflow in the learner (lower its learning rate or "
             "--alp.sigma_max) or, for rollout_log_probs, in the rollout service"
         )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class MethodPreset:
-    """One row of `--alp.method`."""
-
-    ratio: UnifiedRatioConfig
-    perturbed: bool
-    """Whether the numerator's forward pass is perturbed."""
-
-
-# The clip windows of the authors' scripts; the paper's appendix E has dual clip 10 throughout.
-_TOKEN = UnifiedRatioConfig(level="token", clip_low=0.2, clip_high=0.28, dual_clip=10.0)
-_SEQUENCE = UnifiedRatioConfig(level="sequence", clip_low=0.5, clip_high=3.0, dual_clip=10.0)
-
-METHODS: dict[str, MethodPreset] = {
-    "token-alp": MethodPreset(ratio=_TOKEN, perturbed=True),
-    "seq-alp": MethodPreset(ratio=_SEQUENCE, perturbed=True),
-    "token-bypass": MethodPreset(ratio=_TOKEN, perturbed=False),
-    "seq-bypass": MethodPreset(ratio=_SEQUENCE, perturbed=False),
-}
-"""`--alp.method`. ALP and Bypass share their clip window: the noise is the only difference."""

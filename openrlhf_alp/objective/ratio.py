@@ -1,4 +1,4 @@
-"""Log-ratios of the perturbed policy to the rollout policy.
+"""Log-ratios of the perturbed policy to the rollout policy, and the KL estimated from them.
 
 With l_t = log pi_theta,sigma(y_t) of the learner and rho_t = log mu(y_t) of the rollout engine:
 
@@ -13,12 +13,10 @@ of its own log-probability (arXiv 2603.19470, eq. 3; carrying it token by token 
 Letters: B samples, A positions of the action axis.
 """
 
-from typing import Literal
-
 import torch
 from torch import Tensor
 
-RatioLevel = Literal["token", "sequence", "geometric"]
+from openrlhf_alp.objective.methods import RatioLevel
 
 
 def token_log_ratio(log_probs: Tensor, rollout_log_probs: Tensor, action_mask: Tensor) -> Tensor:
@@ -46,9 +44,33 @@ def per_token_log_ratio(
     token = token_log_ratio(log_probs, rollout_log_probs, mask)
     if level == "token":
         return token
+    # Detached, so that a token's gradient is that of its own log-probability alone.
     sequence = token.detach().sum(dim=-1, keepdim=True)
     if level == "geometric":
         sequence = sequence / mask.sum(dim=-1, keepdim=True).clamp(min=1)
     elif level != "sequence":
         raise ValueError(f"level is {level!r}; it must be 'token', 'sequence' or 'geometric'")
     return torch.where(mask, sequence + (token - token.detach()), 0.0)
+
+
+def k3_kl(log_probs: Tensor, reference_log_probs: Tensor, mask: Tensor) -> float:
+    """k3 estimate of KL(reference || policy).
+
+    The mean of exp(d) - 1 - d with d = log_probs - reference_log_probs.
+
+    Unbiased for tokens drawn from the reference, never negative, and computed in float64: for the
+    small d of a mismatch the three terms cancel to d**2 / 2.
+
+    Args:
+        log_probs: (..) float, of the policy.
+        reference_log_probs: (..) float, of the distribution that drew the tokens.
+        mask: (..) bool or 0/1, tokens that count.
+
+    Raises:
+        ValueError: the mask selects nothing.
+    """
+    selected = mask.bool()
+    if not selected.any():
+        raise ValueError("the mask selects no token; a KL divergence needs at least one")
+    difference = (log_probs[selected].double() - reference_log_probs[selected].double()).detach()
+    return (torch.expm1(difference) - difference).mean().item()

@@ -14,7 +14,7 @@ METRICS: dict[str, str] = {
     "alp/log_ratio_p25": "25 % quantile of the tokens' log-ratio",
     "alp/log_ratio_p50": "median of the tokens' log-ratio",
     "alp/log_ratio_p75": "75 % quantile of the tokens' log-ratio",
-    "alp/log_ratio_p99": "99 % quantile of the tokens' log-ratio: the tail ALP is meant to hold",
+    "alp/log_ratio_p99": "99 % quantile of the tokens' log-ratio, the tail that ALP keeps short",
     "alp/log_ratio_mean": "mean of the tokens' log-ratio, the negative k1 KL",
     "alp/log_ratio_max": "largest log-ratio of a token",
     "alp/sequence_log_ratio_mean": "mean over samples of the summed log-ratio",
@@ -49,9 +49,9 @@ _QUANTILES: dict[str, _Statistic] = {
 class RatioTelemetry:
     """Collects the log-ratios of all micro-batches of a step.
 
-    Quantiles of a step are not means of its micro-batches' quantiles, so the values themselves are
-    kept (4 bytes per action token) and, with several ranks, gathered: `arrays()` on each rank,
-    `merge()` on one.
+    A step's quantiles are not the means of its micro-batches' quantiles, so the values are kept (4
+    bytes per action token) and, with several ranks, gathered: `arrays()` on each rank, `merge()` on
+    one.
     """
 
     def __init__(self) -> None:
@@ -97,6 +97,7 @@ def _concatenate(parts: list[np.ndarray]) -> np.ndarray:
 
 
 def _reduce(statistic: _Statistic, values: np.ndarray) -> float:
+    # A step of void episodes has no token; its metrics must have the same names all the same.
     return float(statistic(values)) if values.size else 0.0
 
 

@@ -9,36 +9,10 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from openrlhf_alp.alp import attach, calibrate_sigma0, k3_kl
+from openrlhf_alp.alp import attach, calibrate_sigma0
+from openrlhf_alp.objective.ratio import k3_kl
 
 BOUNDS = {"sigma_min": 1e-6, "sigma_max": 1.0}
-
-
-def test_k3_by_hand():
-    """d = ln 2, -ln 2, masked: (2 - 1 - ln 2 + 1/2 - 1 + ln 2) / 2 = 1/4."""
-    policy = torch.tensor([math.log(2), 0.0, 99.0])
-    reference = torch.tensor([0.0, math.log(2), 0.0])
-    assert k3_kl(policy, reference, torch.tensor([1, 1, 0])) == pytest.approx(0.25)
-
-
-def test_k3_estimates_the_kl_of_reference_against_policy():
-    """Exact expectation over the reference's own draws: sum_y q(y) k3(y) = KL(q || p)."""
-    q = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64)
-    p = torch.tensor([0.2, 0.2, 0.6], dtype=torch.float64)
-    expected = (q * (q / p).log()).sum().item()
-    per_token = [k3_kl(p.log()[[y]], q.log()[[y]], torch.ones(1)) for y in range(3)]
-    assert sum(w * k for w, k in zip(q.tolist(), per_token, strict=True)) == pytest.approx(expected)
-
-
-def test_k3_of_a_tiny_difference_keeps_its_digits():
-    """exp(d) - 1 - d = d**2 / 2 for d = 2**-12; float32 arithmetic would lose half the digits."""
-    value = k3_kl(torch.tensor([2.0**-12]), torch.zeros(1), torch.ones(1))
-    assert value == pytest.approx(2.0**-25, rel=1e-3)
-
-
-def test_k3_of_nothing_is_an_error():
-    with pytest.raises(ValueError, match="selects no token"):
-        k3_kl(torch.zeros(2), torch.zeros(2), torch.zeros(2))
 
 
 @hypothesis_settings(deadline=None)

@@ -4,7 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from openrlhf_alp.alp import UnifiedRatioConfig, attach, unified_ratio_loss
+from openrlhf_alp.alp import attach
+from openrlhf_alp.objective.loss import unified_ratio_loss
+from openrlhf_alp.objective.methods import UnifiedRatioConfig
 
 TOKENS = torch.arange(14).reshape(2, 7) * 4
 MASK = torch.tensor([[1, 1, 1, 1, 1, 1, 1], [0, 0, 0, 1, 1, 1, 1]])

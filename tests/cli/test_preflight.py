@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from openrlhf_alp.cli.main import main
-from openrlhf_alp.clients.channel import ADMIN_KEY_VARIABLE, API_KEY_VARIABLE
 from openrlhf_alp.learner.mismatch.judge import LIMITS
+from services.common.wire import ADMIN_KEY_VARIABLE, API_KEY_VARIABLE
 
 
 @pytest.fixture

@@ -20,7 +20,7 @@ import pytest
 import openrlhf_alp.learner  # noqa: F401  (installs the shims that OpenRLHF needs to import)
 from openrlhf_alp.data.templates import TEMPLATES
 from openrlhf_alp.learner import seams
-from openrlhf_alp.learner.flags import config
+from openrlhf_alp.learner.flags.settle import add_arguments, settle
 
 pytestmark = pytest.mark.e2e
 
@@ -97,7 +97,7 @@ def train_args(train_flags, monkeypatch) -> Callable[..., SimpleNamespace]:
         monkeypatch.setenv(name, key)
 
     def parse(name: str, *more: str) -> SimpleNamespace:
-        return seams.parsed_args(train_flags(name, *more), config.add_arguments, config.settle)
+        return seams.parsed_args(train_flags(name, *more), add_arguments, settle)
 
     return parse
 
@@ -167,7 +167,7 @@ def test_single_turn_training_is_the_papers(train_args):
     ratio = args.alp.ratio_config()
     assert args.alp.perturbed and ratio.level == "token"
     assert (ratio.clip_low, ratio.clip_high, ratio.dual_clip) == (0.2, 0.28, 10.0)
-    assert (args.alp.sigma_kind, args.alp.layers) == ("vector", "all")
+    assert (args.alp.noise.kind, args.alp.noise.layers) == ("vector", "all")
     assert args.algo.kl.use_loss and args.algo.kl.init_coef == 0.001
     assert args.actor.adam.lr == 1e-6 and args.actor.lr_scheduler == "constant"
     assert args.rollout_service.urls == ("http://127.0.0.1:8000", "http://127.0.0.1:8001")

@@ -1,10 +1,9 @@
+import argparse
 import importlib.util
-import inspect
 from pathlib import Path
 
 import pytest
 
-from openrlhf_alp.alp import METHODS as ALL_METHODS
 from openrlhf_alp.launch.recipe import (
     METHODS,
     DemoConfig,
@@ -13,8 +12,8 @@ from openrlhf_alp.launch.recipe import (
     train_command,
     warm_up_command,
 )
-from openrlhf_alp.learner.flags import config
-from openrlhf_alp.learner.flags import tool as tool_config
+from openrlhf_alp.learner.flags.settle import add_arguments
+from openrlhf_alp.objective.methods import METHODS as ALL_METHODS
 from services.rollout.settings import RolloutSettings
 
 
@@ -51,8 +50,10 @@ def test_every_flag_is_one_that_training_takes(command):
     spec = importlib.util.find_spec("openrlhf")
     assert spec is not None and spec.submodule_search_locations
     upstream = Path(spec.submodule_search_locations[0]) / "cli" / "train_ppo_ray.py"
-    ours = inspect.getsource(config) + inspect.getsource(tool_config)
-    known = upstream.read_text().replace("{prefix}", "actor") + ours
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    ours = [f'"{option}"' for action in parser._actions for option in action.option_strings]
+    known = upstream.read_text().replace("{prefix}", "actor") + " ".join(ours)
     flags = [argument for argument in command if argument.startswith("--")]
     assert len(flags) > 25
     assert [flag for flag in flags if f'"{flag}"' not in known] == []

@@ -17,8 +17,10 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-import openrlhf_alp.learner  # noqa: F401  (installs the shims that OpenRLHF needs to import)
 from benchmarks.policies.tiny_policy import CHAT_TEMPLATE, save_tiny_policy, tiny_config
+from openrlhf_alp.learner import compat
+
+compat.install()  # some tests use a shim without importing OpenRLHF
 
 
 def save_tiny_model(folder: Path, *, seed: int = 0) -> Path:
@@ -56,7 +58,7 @@ def service_keys(monkeypatch: pytest.MonkeyPatch) -> None:
 def parse(tiny_model: Path, tmp_path: Path) -> Callable[..., SimpleNamespace]:
     """Args as OpenRLHF itself parses and validates them, for a run on one CPU rank."""
     from openrlhf_alp.learner import seams
-    from openrlhf_alp.learner.flags import config
+    from openrlhf_alp.learner.flags.settle import add_arguments, settle
 
     def parse_flags(*flags: str) -> SimpleNamespace:
         base = [
@@ -77,7 +79,7 @@ def parse(tiny_model: Path, tmp_path: Path) -> Callable[..., SimpleNamespace]:
             *("--ckpt.path", str(tmp_path / "checkpoints")),
             *("--ckpt.output_dir", str(tmp_path / "export")),
         ]
-        return seams.parsed_args([*base, *flags], config.add_arguments, config.settle)
+        return seams.parsed_args([*base, *flags], add_arguments, settle)
 
     return parse_flags
 

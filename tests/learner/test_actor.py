@@ -120,7 +120,7 @@ def test_bypass_has_no_sigma(parse: Parse) -> None:
 def test_with_alp_off_the_update_is_upstreams_bit_for_bit(parse: Parse) -> None:
     from openrlhf.trainer.ray import ppo_actor
 
-    from openrlhf_alp.learner.remote import undecorated
+    from openrlhf_alp.learner.compat import undecorated
 
     ours = build_actor(parse())
     upstream = build_actor(parse(), undecorated(ppo_actor.PolicyModelActor))

@@ -1,5 +1,9 @@
 """The shims behave like what they stand for."""
 
+import subprocess
+import sys
+
+import pytest
 import torch
 from flash_attn.bert_padding import index_first_axis, pad_input, unpad_input
 
@@ -45,3 +49,22 @@ def test_transformers_does_not_take_the_shim_for_flash_attention() -> None:
     from transformers.utils import is_flash_attn_2_available
 
     assert not is_flash_attn_2_available()
+
+
+@pytest.mark.parametrize("package", ["openrlhf", "deepspeed"])
+def test_the_shims_are_there_before_their_users_and_torch_is_not_loaded_for_flags(
+    package: str,
+) -> None:
+    script = (
+        "import sys\n"
+        "import openrlhf_alp.learner.flags.spec, openrlhf_alp.learner.mismatch.judge\n"
+        "assert 'torch' not in sys.modules\n"
+        f"import {package}\n"
+        "import torch\n"
+        "assert torch.zeros(1, device=torch.cuda.current_device()).numel() == 1\n"
+        "import flash_attn.bert_padding\n"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert result.returncode == 0, result.stderr[-2000:]

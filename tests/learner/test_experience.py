@@ -13,10 +13,10 @@ from openrlhf.trainer.ppo_utils.samples_generator import SamplesGenerator
 
 from openrlhf_alp.learner.experience import (
     SAMPLE_ID,
+    TOKEN_VERSIONS,
     AlpSamplesGenerator,
     _masked_rollout_log_probs,
 )
-from openrlhf_alp.learner.staleness import TOKEN_VERSIONS
 
 
 def response(prompt: str) -> dict[str, Any]:

@@ -9,8 +9,8 @@ import pytest
 import torch
 from openrlhf.models import PolicyLoss, aggregate_loss
 
-from openrlhf_alp.alp import METHODS, UnifiedRatioConfig
-from openrlhf_alp.learner.policy_loss import UnifiedPolicyLoss
+from openrlhf_alp.learner.actor import UnifiedPolicyLoss
+from openrlhf_alp.objective.methods import METHODS, UnifiedRatioConfig
 
 
 def batch(seed: int = 0) -> dict[str, torch.Tensor]:

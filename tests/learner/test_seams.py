@@ -46,7 +46,7 @@ def test_our_flags_and_upstreams_are_parsed_together(
     parse: Callable[..., SimpleNamespace],
 ) -> None:
     args = parse("--alp.enable", "--alp.method", "seq-alp", "--alp.sigma0", "0.003")
-    assert args.alp.method == "seq-alp" and args.alp.sigma0 == 0.003
+    assert args.alp.method == "seq-alp" and args.alp.noise.sigma0 == 0.003
     assert args.actor.adam.lr == 1e-3
     assert args.actor.eps_clip_low_high == (0.2, 0.2)  # set by upstream's validation
 

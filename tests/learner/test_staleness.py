@@ -6,7 +6,12 @@ import pytest
 import torch
 from openrlhf.trainer.ppo_utils.experience import Experience
 
-from openrlhf_alp.learner.staleness import METRICS, STALENESS, TOKEN_VERSIONS, StalenessGate
+from openrlhf_alp.learner.experience import (
+    STALENESS,
+    STALENESS_METRICS,
+    TOKEN_VERSIONS,
+    StalenessGate,
+)
 
 GROUP, STEP = 2, 4
 
@@ -82,4 +87,4 @@ def test_a_token_from_the_future_means_another_learner_and_is_refused() -> None:
 def test_every_metric_is_explained() -> None:
     ours = gate(None)
     ours.admit(group("a", (1, 2)), version=1)
-    assert {STALENESS, *ours.take_metrics()} == METRICS.keys()
+    assert {STALENESS, *ours.take_metrics()} == STALENESS_METRICS.keys()

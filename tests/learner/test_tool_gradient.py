@@ -8,7 +8,6 @@ import pytest
 import torch
 from openrlhf.models import aggregate_loss
 
-from openrlhf_alp.alp import METHODS
 from openrlhf_alp.episodes.records import (
     Episode,
     StopReason,
@@ -17,9 +16,10 @@ from openrlhf_alp.episodes.records import (
     TurnKind,
     VersionSpan,
 )
+from openrlhf_alp.learner.actor import UnifiedPolicyLoss
 from openrlhf_alp.learner.experience import AlpSamplesGenerator
 from openrlhf_alp.learner.flags.tool import ToolConfig
-from openrlhf_alp.learner.policy_loss import UnifiedPolicyLoss
+from openrlhf_alp.objective.methods import METHODS
 from openrlhf_alp.rollouts.runners import to_response
 
 VOCABULARY = 11

@@ -2,43 +2,47 @@
 
 from __future__ import annotations
 
-import argparse
-import os
-from dataclasses import dataclass, replace
-from types import SimpleNamespace
+from dataclasses import dataclass, field
 from typing import Literal
 
-from openrlhf_alp.clients.channel import TOOL_KEY_VARIABLE
 from openrlhf_alp.episodes.tool_integrated import ToolIntegratedConfig
 from openrlhf_alp.episodes.void import VoidPolicy
 
-TemplateName = Literal["auto", "chat", "plain"]
+_TIR = {"prefix": "tir"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ToolConfig:
     """Where code runs, and the limits of an episode. The key comes from the environment."""
 
-    urls: tuple[str, ...] = ()
-    """Base URLs of tool services; empty means single-turn episodes without code."""
+    urls: tuple[str, ...] = field(default=(), metadata={"name": "service_urls", "metavar": "URL"})
+    """Tool services (python -m services.tool): episodes become tool-integrated, code that the
+    policy writes in ```python blocks runs there. The key comes from $OPENRLHF_ALP_TOOL_API_KEY."""
     session: bool = False
-    """One interpreter for a whole episode instead of a fresh one for every program."""
+    """Keep one interpreter with its state for a whole episode instead of a new one per program."""
     timeout_s: float = 5.0
-    """Wall time of one program."""
+    """Time limit of one program, in seconds."""
     request_timeout_s: float = 120.0
-    """Longest wait for one program's result, queueing and retries included."""
-    max_tool_turns: int = 5
-    max_tokens_per_turn: int | None = None
-    max_output_chars: int = 512
-    """See `ToolIntegratedConfig`."""
-    void: VoidPolicy = "trajectory"
-    """What a void turn leaves out of the loss."""
-    void_baseline: Literal["keep", "drop"] = "keep"
+    """Longest wait for one program's result in seconds, queueing and retries included."""
+    max_tool_turns: int = field(default=5, metadata=_TIR)
+    """Most programs that an episode may run."""
+    max_tokens_per_turn: int | None = field(default=None, metadata={**_TIR, "metavar": "N"})
+    """Most sampled tokens of one turn; default: what is left of --rollout.max_new_tokens, the
+    budget of the whole episode after its prompt."""
+    max_output_chars: int = field(default=512, metadata=_TIR)
+    """Characters that are kept of each output stream of a program."""
+    void: VoidPolicy = field(default="trajectory", metadata=_TIR)
+    """What a turn with neither code nor \\boxed{} answer removes from the loss: its whole episode
+    (trajectory), itself (turn), or nothing (off)."""
+    void_baseline: Literal["keep", "drop"] = field(default="keep", metadata=_TIR)
     """Whether a void episode's reward counts in its group's baseline."""
-    template: TemplateName = "auto"
-    """How an observation stands between turns; auto is `chat` with --data.apply_chat_template."""
+    template: Literal["auto", "chat", "plain"] = field(default="auto", metadata=_TIR)
+    """Show a program's output as a user message of the chat template or as a plain fence; auto is
+    chat with --data.apply_chat_template."""
 
     def __post_init__(self) -> None:
+        # Clients join the path of a route to it.
+        object.__setattr__(self, "urls", tuple(url.rstrip("/") for url in self.urls))
         self.limits(max_tokens=1)
         for flag, seconds in (
             ("--tool.timeout_s", self.timeout_s),
@@ -59,112 +63,3 @@ class ToolConfig:
             max_tool_turns=self.max_tool_turns,
             max_output_chars=self.max_output_chars,
         )
-
-
-def add_tool_arguments(group: argparse._ArgumentGroup) -> None:
-    """The flags of `ToolConfig`."""
-    add = group.add_argument
-    add(
-        "--tool.service_urls",
-        nargs="+",
-        default=[],
-        metavar="URL",
-        help="tool services (python -m services.tool): episodes become tool-integrated, code that "
-        f"the policy writes in ```python blocks is run there; key from ${TOOL_KEY_VARIABLE}",
-    )
-    add("--tool.session", action="store_true", help="one interpreter per episode, state is kept")
-    add("--tool.timeout_s", type=float, default=5.0, help="wall time of one program")
-    add(
-        "--tool.request_timeout_s",
-        type=float,
-        default=120.0,
-        help="longest wait for one result, queueing and retries included",
-    )
-    add("--tir.max_tool_turns", type=int, default=5, help="programs per episode at most")
-    add(
-        "--tir.max_tokens_per_turn",
-        type=int,
-        default=None,
-        metavar="N",
-        help="sampled tokens of one turn; default: what --rollout.max_new_tokens, the budget of "
-        "the whole episode after its prompt, leaves",
-    )
-    add("--tir.max_output_chars", type=int, default=512, help="of each stream of a program")
-    add(
-        "--tir.void",
-        choices=["trajectory", "turn", "off"],
-        default="trajectory",
-        help="a turn with neither code nor \\boxed{} answer leaves its whole episode, itself, or "
-        "nothing out of the loss",
-    )
-    add(
-        "--tir.void_baseline",
-        choices=["keep", "drop"],
-        default="keep",
-        help="whether a void episode's reward counts in its group's baseline",
-    )
-    add(
-        "--tir.template",
-        choices=["auto", "chat", "plain"],
-        default="auto",
-        help="a program's output as a user message of the chat template, or as a plain fence; "
-        "auto is chat with --data.apply_chat_template",
-    )
-
-
-def read_tool(args: SimpleNamespace) -> ToolConfig:
-    """ToolConfig from the parsed `args`."""
-    template = args.tir.template
-    if template == "auto":
-        template = "chat" if args.data.apply_chat_template else "plain"
-    return ToolConfig(
-        urls=tuple(url.rstrip("/") for url in args.tool.service_urls),
-        session=args.tool.session,
-        timeout_s=args.tool.timeout_s,
-        request_timeout_s=args.tool.request_timeout_s,
-        max_tool_turns=args.tir.max_tool_turns,
-        max_tokens_per_turn=args.tir.max_tokens_per_turn,
-        max_output_chars=args.tir.max_output_chars,
-        void=args.tir.void,
-        void_baseline=args.tir.void_baseline,
-        template=template,
-    )
-
-
-def check_tool(args: SimpleNamespace) -> None:
-    """Compare `args.tool_service` with the other flags.
-
-    Raises:
-        ValueError: flags that contradict each other; the message names them and the fix.
-    """
-    tool: ToolConfig = args.tool_service
-    if not tool.urls:
-        if replace(tool, template="plain") != ToolConfig(template="plain"):
-            raise ValueError(
-                "--tool.* and --tir.* flags are given, but no --tool.service_urls: episodes would "
-                "have one turn and no tool. Add the URLs, or drop the flags."
-            )
-        return
-    for url in tool.urls:
-        if not url.startswith(("http://", "https://")):
-            raise ValueError(f"--tool.service_urls {url}: must begin with http:// or https://")
-    if not args.rollout_service.urls:
-        raise ValueError(
-            "--tool.service_urls needs --rollout.service_urls: the learner drives the episode over "
-            "both services. On OpenRLHF's own engines drop it, export OPENRLHF_ALP_TOOL_URLS, and "
-            "give --train.agent_func_path the path of openrlhf_alp/learner/agent.py."
-        )
-    if not os.environ.get(TOOL_KEY_VARIABLE):
-        raise ValueError(
-            f"{TOOL_KEY_VARIABLE} is not set: the tool service prints its key when it starts; "
-            "export it, or start the service with a key of your own."
-        )
-    if tool.void_baseline == "drop" and args.algo.advantage.estimator not in _MEAN_BASELINES:
-        raise ValueError(
-            "--tir.void_baseline drop takes void episodes out of a group's mean, but "
-            f"--algo.advantage.estimator {args.algo.advantage.estimator} has no such mean. Use one "
-            f"of {', '.join(sorted(_MEAN_BASELINES))}, or --tir.void_baseline keep."
-        )
-
-
-_MEAN_BASELINES = frozenset({"group_norm", "reinforce_baseline", "dr_grpo"})

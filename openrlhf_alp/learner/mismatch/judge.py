@@ -1,8 +1,8 @@
-"""From where on a mismatch of learner and rollout log-probs is suspicious or broken, and why.
+"""Limits above which a mismatch of learner and rollout log-probs is suspicious or broken, and why.
 
-Both sides hold the same weights, so the log-ratio of a sampled token, learner over rollout, is what
-their numerics differ by. When they disagree on weights, tokenizer or temperature it is larger by an
-order of magnitude. `learner/mismatch.py` measures the figures.
+At equal weights the log-ratio of a sampled token, learner over rollout, is the difference of their
+numerics. When they disagree on weights, tokenizer or temperature it is larger by an order of
+magnitude. `measure.py` computes the figures. No torch here: `--help` shows the limits.
 """
 
 from collections.abc import Mapping
@@ -20,7 +20,7 @@ class Level(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limit:
-    """From where on a figure is suspicious or broken."""
+    """Absolute values from which a figure is suspicious or broken."""
 
     figure: str
     suspicious: float
@@ -55,12 +55,12 @@ CAUSES = {
         "NaN or overflow in half precision: look at the last update's gradient norm",
     ),
 }
-"""What usually is behind it, likeliest first."""
+"""Usual causes, the most likely first."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Verdict:
-    """What the limits say."""
+    """Level of a mismatch, and the figures that led to it."""
 
     level: Level
     findings: tuple[str, ...]
@@ -77,7 +77,7 @@ def judge(figures: Mapping[str, float]) -> Verdict:
     for limit in LIMITS:
         value = figures[limit.figure]
         for level, bound in ((Level.BROKEN, limit.broken), (Level.SUSPICIOUS, limit.suspicious)):
-            if not abs(value) < bound:  # so that NaN is broken
+            if not abs(value) < bound:  # written this way so that NaN is broken
                 found[level].append(f"|{limit.figure}| is {abs(value):.2g}, the limit {bound:g}")
                 break
     level = next((level for level, findings in found.items() if findings), Level.OK)

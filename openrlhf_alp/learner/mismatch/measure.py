@@ -1,10 +1,8 @@
-"""How far the learner's log-probs are from the served ones at equal weights, and what it means.
+"""How far the learner's log-probs are from the served ones at equal weights.
 
-    d_t = log pi_learner(y_t | y_<t) - log mu(y_t | y_<t)      y drawn by the service from mu
+    d_t = log pi_learner(y_t | y_<t) - log mu(y_t | y_<t)      y sampled by the service from mu
 
-Both sides hold the same weights, so d is what their numerics differ by, if all is well. It is the
-mismatch that ALP's noise is measured against; when the sides disagree on weights, tokenizer,
-temperature or log-prob mode, it is an order of magnitude larger.
+This is the mismatch that ALP's noise is measured against; `judge.py` says what is normal.
 """
 
 from __future__ import annotations
@@ -20,8 +18,8 @@ from openrlhf.models import Actor
 from openrlhf.trainer.ppo_utils.experience import Experience, split_experience_batch
 from openrlhf.trainer.ppo_utils.samples_generator import SamplesGenerator
 
-from openrlhf_alp.alp import k3_kl
 from openrlhf_alp.learner.mismatch.judge import LEVELS, Verdict
+from openrlhf_alp.objective.ratio import k3_kl
 
 PERCENTS = (1, 5, 25, 50, 75, 95, 99)
 
@@ -58,6 +56,7 @@ class Mismatch:
         """
         if log_ratio.size == 0:
             raise ValueError("no token was sampled, so there is no log-ratio to look at")
+        # float64, because the three terms of k3 cancel to half the square of a small difference.
         wide = torch.from_numpy(log_ratio.astype(np.float64))
         return cls(
             num_tokens=log_ratio.size,
@@ -69,7 +68,7 @@ class Mismatch:
         )
 
     def figures(self) -> dict[str, float]:
-        """All of them by name, in the order of METRICS."""
+        """All figures by name, in the order of METRICS."""
         return {
             "num_tokens": float(self.num_tokens),
             "mean": self.mean,
@@ -96,10 +95,11 @@ def learner_log_probs(actor: Actor, batch: Experience) -> torch.Tensor:
 
 
 def scorable(responses: Sequence[dict[str, Any]]) -> list[Experience]:
-    """Single samples, as a replay buffer holds them, of what an engine returned.
+    """Single samples, as in a replay buffer, of what an engine returned.
 
-    The conversion, which shifts to predictions, is upstream's; it uses nothing of its generator.
+    Upstream's own conversion makes them, so that tokens are shifted to predictions as in training.
     """
+    # The conversion is a method that uses nothing of its generator, so an empty one will do.
     generator = SamplesGenerator(SimpleNamespace(args=None), None, None, None, [])
     convert = generator._process_response_into_experience
     samples = [convert(r, max_len=len(r["observation_tokens"])) for r in responses]

@@ -1,8 +1,8 @@
-"""`openrlhf-alp preflight`: sample from running services, score with the learner, change nothing.
+"""`openrlhf-alp preflight`: sample from running services and score with the learner; no update.
 
     prompts -> SingleTurnRunner -> Episode -> upstream's Experience -> OpenRLHF's Actor -> log-ratio
 
-Every part but the DeepSpeed engine around the actor is the one that a training run uses.
+Every part is the one that a training run uses, except that no DeepSpeed engine wraps the actor.
 """
 
 from __future__ import annotations
@@ -25,7 +25,6 @@ from openrlhf_alp.clients.rollout import RolloutClient
 from openrlhf_alp.clients.weights.carry import DTYPES, digest_tensor
 from openrlhf_alp.clients.weights.push import WeightPusher
 from openrlhf_alp.episodes.records import Episode, SamplingConfig
-from openrlhf_alp.learner.flags.checks import check_model
 from openrlhf_alp.learner.mismatch.judge import Verdict, judge
 from openrlhf_alp.learner.mismatch.measure import Mismatch, log_ratio, scorable
 from openrlhf_alp.learner.weight_sync import gathered_buckets, gathered_parameters
@@ -84,14 +83,14 @@ class WeightComparison:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ProbeReport:
-    """What was found."""
+    """Result of a preflight."""
 
     mismatch: Mismatch
     verdict: Verdict
     weights: WeightComparison
     num_samples: int
     versions: tuple[int, ...]
-    """Policy versions that sampled; more than one when somebody pushed meanwhile."""
+    """Policy versions that sampled; more than one when another process pushed meanwhile."""
 
 
 def probe(config: ProbeConfig) -> ProbeReport:
@@ -101,7 +100,6 @@ def probe(config: ProbeConfig) -> ProbeReport:
         ValueError: the model folder or a prompt is not usable.
         ServiceError: a service is not ready, refuses, or has another contract than the model.
     """
-    check_model(config.model)
     tokenizer = get_tokenizer(config.model, None, "left")
     actor = load_actor(config)
     tasks = [_task(prompt, config, tokenizer) for prompt in config.prompts]
@@ -213,7 +211,7 @@ async def _sample(
 
 
 class _NoReward:
-    """A preflight looks at log-probs; what the answers are worth does not matter to it."""
+    """0 for every answer: a preflight looks at log-probs only."""
 
     async def score(self, *, prompt: str, response: str, label: str) -> RewardResult:
         return RewardResult(value=0.0)

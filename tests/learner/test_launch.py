@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -10,9 +11,16 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from openrlhf_alp.clients.errors import ContractMismatch, ServiceError, Unauthorized
-from openrlhf_alp.learner.flags.checks import check_data, check_model, check_services
+from openrlhf_alp.learner.launch import (
+    LOGICAL_DEVICES,
+    check_data,
+    check_model,
+    check_services,
+    ray_options,
+)
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 Parse = Callable[..., SimpleNamespace]
@@ -129,3 +137,17 @@ def test_the_first_row_is_read_before_anything_starts(
         return
     with pytest.raises(ValueError, match=message):
         check_data(args)
+
+
+def test_ray_starts_with_openrlhfs_variables_and_our_shims(parse: Parse) -> None:
+    upstream = {"NCCL_DEBUG": "INFO"}
+    options = ray_options(parse(), upstream)
+    environment = options["runtime_env"]["env_vars"]
+    assert environment["NCCL_DEBUG"] == "INFO" and upstream == {"NCCL_DEBUG": "INFO"}
+    assert options["runtime_env"]["worker_process_setup_hook"].endswith("compat.install")
+    if not torch.cuda.is_available():
+        # One CPU rank gets every core, and Ray logical GPUs to schedule it on.
+        assert environment["OMP_NUM_THREADS"] == os.environ.get(
+            "OMP_NUM_THREADS", str(os.cpu_count())
+        )
+        assert "RAY_ADDRESS" in os.environ or options["num_gpus"] == LOGICAL_DEVICES

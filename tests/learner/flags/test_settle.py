@@ -7,6 +7,8 @@ from types import SimpleNamespace
 
 import pytest
 
+from openrlhf_alp.alp import LayerwisePerturbation
+
 Parse = Callable[..., SimpleNamespace]
 
 
@@ -18,8 +20,9 @@ def test_alp_is_off_by_default_and_then_nothing_of_upstream_changes(parse: Parse
 
 def test_sigma0_is_measured_by_default(parse: Parse) -> None:
     alp = parse("--alp.enable").alp
-    assert alp.sigma0 is None and alp.calibrates
-    assert alp.perturbation_config().sigma0 == alp.sigma_min
+    assert alp.noise.sigma0 is None and alp.calibrates
+    unmeasured = LayerwisePerturbation(alp.noise, layers=(0,), hidden_size=4)
+    assert unmeasured.sigma0 == alp.noise.sigma_min
 
 
 def test_a_bypass_method_does_not_perturb(parse: Parse) -> None:

@@ -26,7 +26,7 @@ EVERY_2 = ("--alp.enable", "--alp.sigma0", "0.01", "--rollout.preflight_every", 
 def actors() -> Any:
     """The helpers of test_actor.py: a real actor and samples of a known mismatch."""
     spec = importlib.util.spec_from_file_location(
-        "actors", Path(__file__).with_name("test_actor.py")
+        "actors", Path(__file__).parents[1] / "test_actor.py"
     )
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)

@@ -8,14 +8,13 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from openrlhf_alp.alp import (
+from openrlhf_alp.objective.loss import (
     MAX_LOG_RATIO,
-    METHODS,
     NonFiniteLogProbError,
-    UnifiedRatioConfig,
     masked_mean,
     unified_ratio_loss,
 )
+from openrlhf_alp.objective.methods import METHODS, UnifiedRatioConfig
 
 
 def config(**changes):

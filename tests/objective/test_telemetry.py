@@ -10,7 +10,7 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 
-from openrlhf_alp.alp import METRICS, RatioTelemetry
+from openrlhf_alp.objective.telemetry import METRICS, RatioTelemetry
 
 
 def summary_of(log_ratio, actions):

@@ -10,8 +10,7 @@ import pytest
 
 from openrlhf_alp.clients.errors import ContractMismatch
 from openrlhf_alp.clients.weights.gpu_carrier import Meeting
-from openrlhf_alp.learner.flags.checks import check_model, check_services
-from openrlhf_alp.learner.flags.transport import TransportConfig
+from openrlhf_alp.learner.launch import check_model, check_services
 
 Parse = Callable[..., SimpleNamespace]
 URL = ("--rollout.service_urls", "http://127.0.0.1:1")
@@ -19,13 +18,15 @@ TRANSPORT = "--rollout.weight_transport"
 
 
 def test_weights_go_through_a_shared_folder_by_default(parse: Parse, service_keys: None) -> None:
-    assert parse(*URL).rollout_service.weights == TransportConfig(kind="file", meeting=Meeting())
+    service = parse(*URL).rollout_service
+    assert (service.weight_transport, service.meeting) == ("file", Meeting())
 
 
 def test_a_transport_and_its_meeting_place_are_read(parse: Parse, service_keys: None) -> None:
     place = ("--rollout.weight_sync_host", "10.0.0.7", "--rollout.weight_sync_port", "29600")
-    weights = parse(*URL, TRANSPORT, "nccl", *place).rollout_service.weights
-    assert weights == TransportConfig(kind="nccl", meeting=Meeting(host="10.0.0.7", port=29600))
+    service = parse(*URL, TRANSPORT, "nccl", *place).rollout_service
+    assert service.weight_transport == "nccl"
+    assert service.meeting == Meeting(host="10.0.0.7", port=29600)
 
 
 @pytest.mark.parametrize(

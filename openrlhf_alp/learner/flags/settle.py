@@ -1,0 +1,214 @@
+"""Our flags beside OpenRLHF's: added to its parser, read once, and checked against each other."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from dataclasses import replace
+from types import SimpleNamespace
+
+from openrlhf_alp.clients.weights.gpu_carrier import Meeting
+from openrlhf_alp.learner.flags.config import MATH_VERIFY, AlpConfig, ServiceConfig
+from openrlhf_alp.learner.flags.spec import add_flags, read_flags
+from openrlhf_alp.learner.flags.tool import ToolConfig
+from services.common.wire import ADMIN_KEY_VARIABLE, API_KEY_VARIABLE, TOOL_KEY_VARIABLE
+
+_MEAN_BASELINES = frozenset({"group_norm", "reinforce_baseline", "dr_grpo"})
+"""Estimators whose baseline is a group's mean, from which an episode can be left out."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add our flags to OpenRLHF's parser; one `--help` then shows both."""
+    for title, config, prefix in (
+        ("Adaptive Layerwise Perturbation", AlpConfig, "alp"),
+        ("rollout service and run folder", ServiceConfig, "rollout"),
+        ("tool-integrated episodes", ToolConfig, "tool"),
+    ):
+        add_flags(parser.add_argument_group(title), config, prefix)
+
+
+def settle(args: SimpleNamespace) -> SimpleNamespace:
+    """Check our flags against OpenRLHF's and set what follows from them.
+
+    Runs between OpenRLHF's parsing and its own validation.
+
+    Raises:
+        ValueError: flags that contradict each other; the message names them and the fix.
+    """
+    args.rollout_service = read_flags(args, ServiceConfig, "rollout")
+    tool = read_flags(args, ToolConfig, "tool")
+    if tool.template == "auto":
+        tool = replace(tool, template="chat" if args.data.apply_chat_template else "plain")
+    args.tool_service = tool
+    # Last, because it takes the place of the namespace that its flags are read from.
+    args.alp = read_flags(args, AlpConfig, "alp")
+    if args.alp.enable:
+        _settle_alp(args)
+    if args.rollout_service.urls:
+        _settle_service(args)
+    _check_transport(args)
+    _check_staleness(args.rollout_service)
+    _check_preflight(args)
+    _check_tool(args)
+    return args
+
+
+def _settle_alp(args: SimpleNamespace) -> None:
+    if args.rollout.top_p != 1.0:
+        raise ValueError(
+            f"--rollout.top_p is {args.rollout.top_p}, but the single ratio needs 1.0: the service "
+            "reports log-probs of the truncated distribution, the learner those of the full one. "
+            "Set --rollout.top_p 1.0."
+        )
+    if args.actor.policy_loss_type != "ppo":
+        raise ValueError(
+            f"--actor.policy_loss_type {args.actor.policy_loss_type} and --alp.enable exclude each "
+            "other. Drop the former; --alp.method chooses the loss."
+        )
+    if args.algo.advantage.is_correction_level != "off":
+        raise ValueError(
+            "--algo.advantage.is_correction_level corrects with a second ratio, but --alp.enable "
+            "has only one. Drop one of the two."
+        )
+    if args.ds.ring_attn_size > 1 or args.ds.tensor_parallel_size > 1:
+        raise ValueError(
+            "--alp.enable does not support ring attention or DeepSpeed tensor parallelism: they "
+            "split tokens and hidden dimensions, which key the noise. Set --ds.ring_attn_size 1 "
+            "and --ds.tensor_parallel_size 1."
+        )
+    if args.actor.optim == "muon" and args.alp.perturbed:
+        raise ValueError(
+            "--actor.optim muon has no parameter group for sigma in DeepSpeed. Use "
+            "--actor.optim adam with --alp.method *-alp."
+        )
+    if not args.rollout_service.urls:
+        # OpenRLHF's engines return log-probs only when some correction is on. This one has no
+        # effect, because the loss that would read it is replaced.
+        args.algo.advantage.is_correction_level = "token"
+
+
+def _settle_service(args: SimpleNamespace) -> None:
+    if args.train.agent_func_path:
+        raise ValueError(
+            "--train.agent_func_path runs inside OpenRLHF's own vLLM engines, which "
+            "--rollout.service_urls replaces. Drop one of the two."
+        )
+    if args.data.max_images_per_prompt > 0:
+        raise ValueError(
+            "--rollout.service_urls serves text only. Drop --data.max_images_per_prompt."
+        )
+    if args.ds.lora.rank > 0:
+        raise ValueError(
+            "--rollout.service_urls pushes full weights, and LoRA adapters are not merged. Set "
+            "--ds.lora.rank 0."
+        )
+    if args.algo.dynamic_filtering_enable:
+        raise ValueError(
+            "--algo.dynamic_filtering_enable divides by zero in OpenRLHF 0.11.2 when a group is "
+            "dropped, as --rollout.service_urls does when a reward cannot be computed. Drop one "
+            "of the two."
+        )
+    missing = [name for name in (API_KEY_VARIABLE, ADMIN_KEY_VARIABLE) if not os.environ.get(name)]
+    if missing:
+        raise ValueError(
+            f"{' and '.join(missing)} not set. The rollout service prints its keys when it starts: "
+            "export them, or start it with keys of your own."
+        )
+    # Upstream creates, counts and addresses our actors as if they were its engines.
+    args.vllm.num_engines = len(args.rollout_service.urls)
+    # With "nccl" upstream would share memory with colocated engines, and ask vLLM for its version.
+    args.vllm.sync_backend = "service"
+    args.reward.remote_url = args.reward.remote_url or MATH_VERIFY
+
+
+def _check_transport(args: SimpleNamespace) -> None:
+    service: ServiceConfig = args.rollout_service
+    transport = service.weight_transport
+    if transport != "file" and not service.urls:
+        raise ValueError(
+            f"--rollout.weight_transport {transport} needs --rollout.service_urls: OpenRLHF's own "
+            "engines are synchronised by --vllm.sync_backend."
+        )
+    if service.meeting != Meeting() and transport != "nccl":
+        raise ValueError(
+            "--rollout.weight_sync_host and --rollout.weight_sync_port say where an NCCL group "
+            f"meets, but --rollout.weight_transport is {transport}. Set it to nccl, or drop them."
+        )
+    port = service.weight_sync_port
+    if port is not None and not 0 < port < 65_536:
+        raise ValueError(f"--rollout.weight_sync_port is {port}; it must be 1 to 65535.")
+    num_ranks = args.actor.num_nodes * args.actor.num_gpus_per_node
+    if transport == "ipc" and (num_ranks, len(service.urls)) != (1, 1):
+        raise ValueError(
+            "--rollout.weight_transport ipc maps the memory of one GPU: it takes one learner "
+            f"process and one service on that GPU, not {num_ranks} and {len(service.urls)}. Use "
+            "nccl or http."
+        )
+
+
+def _check_staleness(service: ServiceConfig) -> None:
+    if service.max_staleness is None:
+        return
+    if service.max_staleness < 0:
+        raise ValueError(
+            f"--rollout.max_staleness is {service.max_staleness}; it must be 0 (only tokens of the "
+            "version that is updated) or above. Leave it out to keep every group."
+        )
+    if not service.urls:
+        raise ValueError(
+            "--rollout.max_staleness needs --rollout.service_urls: OpenRLHF's own engines do not "
+            "say which version sampled a token."
+        )
+
+
+def _check_preflight(args: SimpleNamespace) -> None:
+    service = args.rollout_service
+    if service.preflight_every < 0 or (service.preflight_stop and not service.preflight_every):
+        raise ValueError(
+            f"--rollout.preflight_every is {service.preflight_every}; give the number of steps "
+            "from one measurement to the next. 0 means never, and then --rollout.preflight_stop "
+            "has no effect."
+        )
+    if service.preflight_every and args.train.async_enable and not service.urls:
+        raise ValueError(
+            "--rollout.preflight_every with --train.async_enable needs --rollout.service_urls: the "
+            "samples of a step are older than its weights, so the service is asked for new ones."
+        )
+    has_log_probs = service.urls or args.algo.advantage.is_correction_level != "off"
+    if service.preflight_every and not has_log_probs:
+        raise ValueError(
+            "--rollout.preflight_every needs the log-probs of the rollouts. Set "
+            "--rollout.service_urls or --alp.enable."
+        )
+
+
+def _check_tool(args: SimpleNamespace) -> None:
+    tool: ToolConfig = args.tool_service
+    if not tool.urls:
+        if replace(tool, template="plain") != ToolConfig(template="plain"):
+            raise ValueError(
+                "--tool.* and --tir.* flags are given, but no --tool.service_urls: episodes would "
+                "have one turn and no tool. Add the URLs, or drop the flags."
+            )
+        return
+    for url in tool.urls:
+        if not url.startswith(("http://", "https://")):
+            raise ValueError(f"--tool.service_urls {url}: must begin with http:// or https://")
+    if not args.rollout_service.urls:
+        raise ValueError(
+            "--tool.service_urls needs --rollout.service_urls: the learner drives the episode over "
+            "both services. On OpenRLHF's own engines, export OPENRLHF_ALP_TOOL_URLS instead and "
+            "give --train.agent_func_path the path of openrlhf_alp/learner/agent.py."
+        )
+    if not os.environ.get(TOOL_KEY_VARIABLE):
+        raise ValueError(
+            f"{TOOL_KEY_VARIABLE} is not set. The tool service prints its key when it starts: "
+            "export it, or start the service with a key of your own."
+        )
+    estimator = args.algo.advantage.estimator
+    if tool.void_baseline == "drop" and estimator not in _MEAN_BASELINES:
+        raise ValueError(
+            "--tir.void_baseline drop takes void episodes out of a group's mean, but "
+            f"--algo.advantage.estimator {estimator} has no such mean. Use one of "
+            f"{', '.join(sorted(_MEAN_BASELINES))}, or --tir.void_baseline keep."
+        )
