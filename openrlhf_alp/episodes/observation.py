@@ -1,4 +1,4 @@
-"""From the output of a tool to the ids that the policy reads next.
+"""From the result of a program to the ids that the policy reads next.
 
 The policy's own ids are never touched: an observation is what a person would have typed in between,
 encoded by itself and appended. What stands around it comes from the model's chat template, or is a
@@ -8,14 +8,88 @@ plain fence for a base model:
     chat    [the policy's turn] END_OF_TURN USER ```output NEWLINE 42 NEWLINE ``` END ASSISTANT
 """
 
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from enum import StrEnum
 from typing import Any, Protocol
 
-from openrlhf_alp.episodes.protocols import Encode
+Encode = Callable[[str], Sequence[int]]
+"""Turns text into ids; it adds no special token."""
 
 _OPEN, _CLOSE = "```output\n", "\n```"
 _ANSWER, _OUTPUT = "THE-ANSWER-STANDS-HERE", "THE-OUTPUT-STANDS-HERE"
+
+_TRACEBACK = "Traceback (most recent call last):"
+_FRAME = re.compile(r'^  File "', re.MULTILINE)
+
+
+class CodeStatus(StrEnum):
+    """How a program ended. The policy sees all of these; faults of the sandbox never reach it."""
+
+    OK = "ok"
+    ERROR = "error"
+    """An uncaught exception."""
+    EXIT = "exit"
+    """A non-zero exit code."""
+    TIMEOUT = "timeout"
+    CPU_LIMIT = "cpu_limit"
+    MEMORY_LIMIT = "memory_limit"
+    OUTPUT_LIMIT = "output_limit"
+    CRASHED = "crashed"
+    REJECTED = "rejected"
+    """Not runnable as it is."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CodeResult:
+    """What a program printed and how it ended."""
+
+    status: CodeStatus
+    stdout: str = ""
+    stderr: str = ""
+    result: str | None = None
+    """repr of a cell's last expression, in sessions."""
+    message: str = ""
+    """Cause, for limits and for code that was rejected."""
+    run_s: float = 0.0
+    """Wall time of the program itself."""
+
+
+def render_result(result: CodeResult, *, max_chars: int) -> str:
+    """What the policy reads: output, the cause of a failure, each cut in its middle.
+
+    stderr is shown when the program failed or printed nothing else: warnings of a library do not
+    push out a result. Of a traceback the last frame and the exception stay.
+    """
+    parts = [cut_middle(result.stdout.rstrip(), max_chars)]
+    if result.result is not None:
+        parts.append(cut_middle(result.result, max_chars))
+    failed = result.status is not CodeStatus.OK
+    if failed or not any(parts):
+        parts.append(cut_middle(last_frame(result.stderr).rstrip(), max_chars))
+    if failed and result.status is not CodeStatus.ERROR:
+        parts.append(f"[{result.message or result.status}]")
+    shown = "\n".join(part for part in parts if part)
+    return shown or "[nothing was printed]"
+
+
+def cut_middle(text: str, max_chars: int) -> str:
+    """`text` with its middle replaced by a marker that says how much is missing."""
+    if len(text) <= max_chars:
+        return text
+    head, tail = max_chars - max_chars // 2, max_chars // 2
+    missing = len(text) - head - tail
+    return f"{text[:head]}\n[... {missing} characters left out ...]\n{text[-tail:]}"
+
+
+def last_frame(stderr: str) -> str:
+    """The last traceback with its innermost frame only; other text before it is kept."""
+    before, found, traceback = stderr.rpartition(_TRACEBACK)
+    frames = list(_FRAME.finditer(traceback))
+    if not found or len(frames) < 2:
+        return stderr
+    return f"{before}{_TRACEBACK}\n  ...\n{traceback[frames[-1].start() :]}"
 
 
 class ChatTokenizer(Protocol):

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from openrlhf_alp.data.questions import INPUT_KEY, LABEL_KEY
-from openrlhf_alp.learner.flags.tool import ToolConfig
+from openrlhf_alp.rollouts.runners import ToolConfig
 
 PROMPTS_PER_STEP = 8
 SAMPLES_PER_PROMPT = 8

@@ -21,13 +21,13 @@ import ray
 from openrlhf_alp.clients.http import Timeouts
 from openrlhf_alp.clients.keys import ADMIN_KEY_VARIABLE, API_KEY_VARIABLE, TOOL_KEY_VARIABLE
 from openrlhf_alp.clients.rollout import RolloutClient
+from openrlhf_alp.episodes.protocols import Task
 from openrlhf_alp.episodes.records import Episode, SamplingConfig, ToolLostError
 from openrlhf_alp.learner.flags.config import ServiceConfig
-from openrlhf_alp.learner.flags.tool import ToolConfig
 from openrlhf_alp.learner.reward import build_reward
 from openrlhf_alp.rewards.protocol import RewardUnavailable
-from openrlhf_alp.rollouts.generate import ServiceGenerate
-from openrlhf_alp.rollouts.runners import Task, build_runner, to_response, tool_client
+from openrlhf_alp.rollouts.response import to_response
+from openrlhf_alp.rollouts.runners import ServiceGenerate, ToolConfig, build_runner, tool_client
 
 logger = logging.getLogger(__name__)
 

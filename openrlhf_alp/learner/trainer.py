@@ -21,7 +21,7 @@ from openrlhf.trainer import ppo_trainer, ppo_trainer_async
 from openrlhf_alp.learner.experience import AlpExperienceMaker, AlpSamplesGenerator
 from openrlhf_alp.learner.remote import undecorated
 from openrlhf_alp.learner.staleness import StalenessGate
-from openrlhf_alp.rollouts.metrics import with_ratios
+from openrlhf_alp.rollouts.response import with_ratios
 
 logger = logging.getLogger(__name__)
 

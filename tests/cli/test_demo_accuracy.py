@@ -8,7 +8,7 @@ from openrlhf_alp.data.questions import Question
 from openrlhf_alp.episodes.records import Completion, SamplingConfig, VersionSpan
 from openrlhf_alp.launch.accuracy import Examiner
 from openrlhf_alp.rewards.protocol import RewardResult, RewardUnavailable
-from openrlhf_alp.rollouts.runners import SingleTurnRunner
+from openrlhf_alp.rollouts.runners import build_runner
 
 ROWS = [Question(question=f"What is 1 + {n}?", label=str(1 + n)) for n in (1, 2, 3, 4)]
 
@@ -51,7 +51,7 @@ def generate() -> Generate:
 
 def examiner(generate, character_model, reward) -> Examiner:
     tokenizer = AutoTokenizer.from_pretrained(character_model)
-    runner = SingleTurnRunner(generate=generate, reward=reward, tokenizer=tokenizer)
+    runner = build_runner(generate=generate, reward=reward, tokenizer=tokenizer)
     return Examiner(runner, tokenizer, max_tokens=20, seed=100)
 
 

@@ -2,14 +2,16 @@ import pytest
 
 from openrlhf_alp.episodes.code_blocks import (
     STOP_AT_FENCE,
+    find_code,
+    has_boxed_answer,
+    without_code,
+)
+from openrlhf_alp.episodes.observation import (
     CodeResult,
     CodeStatus,
     cut_middle,
-    find_code,
-    has_boxed_answer,
     last_frame,
     render_result,
-    without_code,
 )
 
 TRACEBACK = """\

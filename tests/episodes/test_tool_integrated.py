@@ -6,8 +6,13 @@ from functools import partial
 import pytest
 from scripted_policy import ScriptedPolicy
 
-from openrlhf_alp.episodes.code_blocks import CodeResult, CodeStatus
-from openrlhf_alp.episodes.observation import chat_template, plain_template
+from openrlhf_alp.episodes.observation import (
+    CodeResult,
+    CodeStatus,
+    chat_template,
+    plain_template,
+)
+from openrlhf_alp.episodes.protocols import Task
 from openrlhf_alp.episodes.records import (
     BadCompletionError,
     Episode,
@@ -16,13 +21,12 @@ from openrlhf_alp.episodes.records import (
     ToolLostError,
     TurnKind,
 )
-from openrlhf_alp.episodes.tool_integrated import ToolIntegratedConfig, run_tool_integrated
-from openrlhf_alp.episodes.void import trained_ranges
+from openrlhf_alp.episodes.runners import ToolIntegrated, ToolIntegratedConfig
 from openrlhf_alp.rewards.protocol import RewardResult, RewardUnavailable
 
 CALL = "```python\nprint(6 * 7)\n```\n"
 ANSWER = "So \\boxed{42}.<eos>"
-CONFIG = ToolIntegratedConfig(max_tokens=500)
+CONFIG = ToolIntegratedConfig(max_tokens_per_turn=None, max_tool_turns=5, max_output_chars=512)
 
 
 class Interpreter:
@@ -65,24 +69,26 @@ async def play(
     interpreter=None,
     reward=None,
     config=CONFIG,
+    max_tokens=500,
     template="plain",
 ) -> tuple[Episode, ScriptedPolicy, Interpreter, RewardOfText]:
     policy = policy_class(tokenizer, *turns)
     interpreter = interpreter or Interpreter()
     reward = reward or RewardOfText()
-    episode = await run_tool_integrated(
-        request_id="r",
-        prompt="6 * 7?",
-        label="42",
-        prompt_ids=tokenizer.encode("6 * 7?\n", add_special_tokens=False),
+    prompt_ids = tokenizer.encode("6 * 7?\n", add_special_tokens=False)
+    runner = ToolIntegrated(
         generate=policy,
-        interpreter=interpreter,
+        open_interpreter=lambda: interpreter,
         encode=partial(tokenizer.encode, add_special_tokens=False, split_special_tokens=True),
         decode=partial(tokenizer.decode, skip_special_tokens=True),
         template={"plain": plain_template, "chat": chat_template}[template](tokenizer),
         reward=reward,
-        sampling=SamplingConfig(max_tokens=1),
         config=config,
+    )
+    episode = await runner(
+        request_id="r",
+        task=Task(prompt="6 * 7?", label="42", prompt_ids=prompt_ids),
+        sampling=SamplingConfig(max_tokens=max_tokens),
     )
     return episode, policy, interpreter, reward
 
@@ -186,10 +192,9 @@ async def test_the_budget_of_a_turn_counts_all_its_requests(tokenizer):
 async def test_the_budget_of_the_episode_counts_observations(tokenizer):
     observed = len("```output\n42\n```\n")
     enough = len(CALL) + observed + 1
-    episode, *_ = await play(tokenizer, CALL, ANSWER, config=replace(CONFIG, max_tokens=enough))
+    episode, *_ = await play(tokenizer, CALL, ANSWER, max_tokens=enough)
     assert (episode.stop_reason, len(episode.turns)) == (StopReason.LENGTH, 4)
-    less = replace(CONFIG, max_tokens=enough - 1)
-    episode, _, interpreter, _ = await play(tokenizer, CALL, config=less)
+    episode, _, interpreter, _ = await play(tokenizer, CALL, max_tokens=enough - 1)
     assert (episode.stop_reason, len(episode.turns)) == (StopReason.NO_ROOM, 2)
     assert episode.truncated and len(interpreter.codes) == 1
 
@@ -203,9 +208,9 @@ async def test_a_turn_without_call_and_answer_is_void(tokenizer, last, void):
     assert episode.void is void
     first, second = (turn for turn in episode.turns if turn.kind is TurnKind.ACTION)
     both = [(first.start, first.end), (second.start, second.end)]
-    assert trained_ranges(episode, "off") == both
-    assert trained_ranges(episode, "turn") == (both[:1] if void else both)
-    assert trained_ranges(episode, "trajectory") == ([] if void else both)
+    assert episode.trained_ranges("off") == both
+    assert episode.trained_ranges("turn") == (both[:1] if void else both)
+    assert episode.trained_ranges("trajectory") == ([] if void else both)
 
 
 async def test_an_answer_in_a_tools_output_or_in_code_is_no_answer(tokenizer):
@@ -259,7 +264,6 @@ async def test_a_log_prob_that_is_not_finite_names_the_turns_request(tokenizer):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"max_tokens": 0}, "max_tokens=0"),
         ({"max_tokens_per_turn": -1}, "max_tokens_per_turn=-1"),
         ({"max_tool_turns": -1}, "max_tool_turns=-1"),
         ({"max_output_chars": 1}, "max_output_chars=1"),
@@ -268,6 +272,11 @@ async def test_a_log_prob_that_is_not_finite_names_the_turns_request(tokenizer):
 def test_a_limit_out_of_range_is_refused_by_name(changes, message):
     with pytest.raises(ValueError, match=message):
         replace(CONFIG, **changes)
+
+
+async def test_an_episode_without_a_budget_is_refused_by_name(tokenizer):
+    with pytest.raises(ValueError, match="max_tokens=0"):
+        await play(tokenizer, ANSWER, max_tokens=0)
 
 
 async def test_an_engine_that_keeps_the_stop_string_to_itself_is_found_out(tokenizer):

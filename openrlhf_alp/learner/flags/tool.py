@@ -4,61 +4,11 @@ from __future__ import annotations
 
 import argparse
 import os
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from types import SimpleNamespace
-from typing import Literal
 
 from openrlhf_alp.clients.keys import TOOL_KEY_VARIABLE
-from openrlhf_alp.episodes.tool_integrated import ToolIntegratedConfig
-from openrlhf_alp.episodes.void import VoidPolicy
-
-TemplateName = Literal["auto", "chat", "plain"]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ToolConfig:
-    """Where code runs, and the limits of an episode. The key comes from the environment."""
-
-    urls: tuple[str, ...] = ()
-    """Base URLs of tool services; empty means single-turn episodes without code."""
-    session: bool = False
-    """One interpreter for a whole episode instead of a fresh one for every program."""
-    timeout_s: float = 5.0
-    """Wall time of one program."""
-    request_timeout_s: float = 120.0
-    """Longest wait for one program's result, queueing and retries included."""
-    max_tool_turns: int = 5
-    max_tokens_per_turn: int | None = None
-    max_output_chars: int = 512
-    """See `ToolIntegratedConfig`."""
-    void: VoidPolicy = "trajectory"
-    """What a void turn leaves out of the loss."""
-    void_baseline: Literal["keep", "drop"] = "keep"
-    """Whether a void episode's reward counts in its group's baseline."""
-    template: TemplateName = "auto"
-    """How an observation stands between turns; auto is `chat` with --data.apply_chat_template."""
-
-    def __post_init__(self) -> None:
-        self.limits(max_tokens=1)
-        for flag, seconds in (
-            ("--tool.timeout_s", self.timeout_s),
-            ("--tool.request_timeout_s", self.request_timeout_s),
-        ):
-            if seconds <= 0:
-                raise ValueError(f"{flag} is {seconds}; it must be above 0")
-
-    def limits(self, *, max_tokens: int) -> ToolIntegratedConfig:
-        """The limits of an episode that has `max_tokens` after its prompt.
-
-        Raises:
-            ValueError: a limit is out of range.
-        """
-        return ToolIntegratedConfig(
-            max_tokens=max_tokens,
-            max_tokens_per_turn=self.max_tokens_per_turn,
-            max_tool_turns=self.max_tool_turns,
-            max_output_chars=self.max_output_chars,
-        )
+from openrlhf_alp.rollouts.runners import ToolConfig
 
 
 def add_tool_arguments(group: argparse._ArgumentGroup) -> None:
