@@ -1,37 +1,188 @@
-"""Finds the code in the policy's text, and the prose around it.
+"""Finds the code in the policy's text, as CommonMark reads it, and the prose around it.
 
 The policy writes a fenced block, and its result comes back as one:
 
     ```python                       ```output
     print(6 * 7)                    42
     ```                             ```
+
+A fence has three or more backticks or tildes, may be indented, for example in a list, and its lines
+may end in CR LF; its first word names the language in any case. Only closed Python blocks are run.
+A block that was never closed is code too.
 """
 
 import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
 
-STOP_AT_FENCE = "\n```\n"
-"""Ends a turn right after a closing fence. An opening ```python cannot match it; a bare opening
-fence can, and then the turn goes on."""
+from markdown_it import MarkdownIt
+from markdown_it.rules_block import StateBlock, fence
 
-_PYTHON_BLOCK = re.compile(
-    r"^[ \t]*```(?:python3?|py)[ \t]*\r?\n(?P<code>.*?)^[ \t]*```[ \t]*$", re.DOTALL | re.MULTILINE
-)
+FENCE_STOPS = tuple(mark * 3 + end for mark in "`~" for end in ("\n", "\r", " ", "\t"))
+"""End a request after a closing fence of any length and indentation. They also match a bare opening
+fence and a fence inside a line; `ends_in_code` tells whether the turn is over."""
+
+LINE_STOPS = ("\n", "\r")
+"""End a request that only completes a line, for example the blanks after a closing fence."""
+
+_PYTHON = re.compile(r"[{.\s]*(?:python3?|py3?|ipython3?)(?![\w-])", re.IGNORECASE)
+"""The info string of a block that is run, also with attributes: `{.python .numberLines}`."""
+
+_TYPESET = re.compile(r"\s*(?:math|latex|tex)(?![\w-])", re.IGNORECASE)
+"""The info string of a block that holds formulas, and so may hold the answer."""
+
+_BOXED = re.compile(r"\\(?:boxed|fbox)\s*\{\s*[^\s}]")
+_CODE_INDENT = 4  # CommonMark: a line indented this far opens and closes no fence
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Block:
+    """A fenced block on the half-open lines start..end of a text."""
+
+    start: int
+    end: int
+    code: str
+    is_python: bool
+    is_closed: bool
 
 
 def find_code(text: str) -> str | None:
-    """The code of a turn: its closed Python blocks, in order; None when there is none.
+    """Return the code of a turn: its closed Python blocks, in order; None when there is none.
 
     An empty block is a call too: the policy is told that nothing was printed.
     """
-    blocks = [match["code"] for match in _PYTHON_BLOCK.finditer(text)]
-    return "\n".join(blocks) if blocks else None
+    codes = [block.code for block in _blocks(text) if block.is_python and block.is_closed]
+    return "\n".join(codes) if codes else None
+
+
+def ends_in_code(text: str) -> bool:
+    """Return whether a Python block is closed and the line of its closing fence is complete."""
+    # In "``` x" the fence closes nothing, so the verdict waits for the end of the line.
+    complete = text[: max(map(text.rfind, LINE_STOPS)) + 1]
+    return find_code(complete) is not None
 
 
 def without_code(text: str) -> str:
-    """The policy's prose: what a final answer may be read from."""
-    return _PYTHON_BLOCK.sub("", text)
+    """Return the policy's prose, with a blank line in place of each block of code."""
+    lines = _lines(text)
+    for block in reversed(_blocks(text)):
+        lines[block.start : block.end] = [""]
+    return "\n".join(lines)
+
+
+def answer_text(turns: Sequence[str]) -> str:
+    """Return what a final answer may be read from: the prose of all turns, in order.
+
+    A turn with a block that was never closed gives no answer: it was cut before it reached one.
+    """
+    # Code becomes a blank line, so that boxes around it stay in separate paragraphs: otherwise
+    # a corrected answer would be read together with the first one, as a set.
+    return "\n".join(without_code(turn) for turn in turns if not _is_cut(turn))
 
 
 def has_boxed_answer(text: str) -> bool:
-    """Whether the policy's prose holds a \\boxed{...} with something in it."""
-    return re.search(r"\\boxed\s*\{\s*[^\s}]", without_code(text)) is not None
+    """Return whether a turn's prose holds a \\boxed{...} or \\fbox{...} that is not empty."""
+    return _BOXED.search(answer_text([text])) is not None
+
+
+def _is_cut(text: str) -> bool:
+    return not all(block.is_closed for block in _blocks(text))
+
+
+def _lines(text: str) -> list[str]:
+    # The parser counts lines after the same replacement.
+    return text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
+
+
+@lru_cache(maxsize=64)  # each turn is asked several questions
+def _blocks(text: str) -> tuple[_Block, ...]:
+    """Return the fenced blocks of `text` that hold code, in order."""
+    found = []
+    for token in _PARSER.parse(text):
+        if token.type != "fence" or _TYPESET.match(token.info):
+            continue
+        closed = token.meta["closed"]
+        if not closed and not token.info.strip() and not token.content.strip():
+            continue  # a stray fence at the end of the text has opened nothing
+        start, end = token.map or (0, 0)
+        found.append(
+            _Block(
+                start=start,
+                end=end,
+                code=token.content,
+                is_python=_PYTHON.match(token.info) is not None,
+                is_closed=closed,
+            )
+        )
+    return tuple(found)
+
+
+class _FromContainer:
+    """The indentation of lines, in columns, measured from the container of a fence."""
+
+    def __init__(self, columns: Sequence[int], base: int) -> None:
+        self._columns = columns
+        self._base = base
+
+    def __getitem__(self, line: int) -> int:
+        # The parser marks a line that only continues a paragraph by -1.
+        columns = self._columns[line]
+        return columns if columns < 0 else max(columns - self._base, 0)
+
+
+def _fence(state: StateBlock, start: int, end: int, silent: bool) -> bool:
+    """CommonMark's rule for fences, more tolerant of how models indent.
+
+    A fence opens at any indentation, and the lines of a block may stand to the left of the list
+    item that holds it. Adds `closed` to the token's metadata.
+    """
+    columns, container = state.sCount, state.blkIndent
+    indent = columns[start]
+    base = container if indent - container < _CODE_INDENT else indent
+    state.sCount, state.blkIndent = _FromContainer(columns, base), 0  # type: ignore[assignment]
+    try:
+        found = fence(state, start, end, silent)
+    finally:
+        state.sCount, state.blkIndent = columns, container
+    if not found or silent:
+        return found
+    token, last = state.tokens[-1], state.line - 1
+    tail = state.src[state.bMarks[last] + state.tShift[last] : state.eMarks[last]].strip()
+    closed = (
+        last > start
+        and columns[last] - base < _CODE_INDENT
+        and len(tail) >= len(token.markup)
+        and not tail.strip(token.markup[0])
+    )
+    token.meta["closed"] = closed
+    after_code = last if closed else last + 1
+    # Code that does not follow the indentation of its fence keeps all of its own: its first line
+    # says which of the two it is.
+    first = next((columns[i] for i in range(start + 1, after_code) if not state.isEmpty(i)), 0)
+    token.content = state.getLines(start + 1, after_code, min(indent, first), True)
+    return True
+
+
+def _one_line(state: StateBlock, start: int, end: int, silent: bool) -> bool:
+    """Take one line of prose, so that a fence may open on the next one at any indentation.
+
+    CommonMark's paragraphs would take indented lines too, and lines after a quote into the quote.
+    """
+    state.line = start + 1
+    return True
+
+
+def _parser() -> MarkdownIt:
+    # Containers and fences are all that decides what is code. Without HTML blocks, a fence right
+    # after a tag such as <think> is found too.
+    parser = MarkdownIt("zero").enable(["code", "blockquote", "list"])
+    parser.core.ruler.enableOnly(["normalize", "block"])
+    alternatives = {"alt": ["paragraph", "blockquote", "list"]}
+    # Before `code`, which takes every line that is indented by four columns.
+    parser.block.ruler.before("code", "indented_fence", _fence, alternatives)  # type: ignore[arg-type]
+    parser.block.ruler.at("paragraph", _one_line, {"alt": ["blockquote"]})
+    return parser
+
+
+_PARSER = _parser()

@@ -13,10 +13,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 from openrlhf_alp.episodes.code_blocks import (
-    STOP_AT_FENCE,
+    FENCE_STOPS,
+    LINE_STOPS,
+    answer_text,
+    ends_in_code,
     find_code,
     has_boxed_answer,
-    without_code,
 )
 from openrlhf_alp.episodes.observation import Encode, ObservationTemplate, render_result
 from openrlhf_alp.episodes.protocols import Decode, Generate, Interpreter, Task
@@ -130,7 +132,7 @@ class ToolIntegrated:
         asked_s = time.monotonic()
         transcript = dialogue.transcript
         own_words = [turn.text for turn in transcript.turns if turn.kind is TurnKind.ACTION]
-        response = "\n".join(without_code(text) for text in own_words)
+        response = answer_text(own_words)
         result = await self.reward.score(prompt=task.prompt, response=response, label=task.label)
         return transcript.episode(
             stop_reason=stop_reason,
@@ -179,16 +181,20 @@ class _Dialogue:
 
     async def _policy_turn(self) -> StopReason:
         """Sample one turn; a fence that closes no Python block does not end it."""
+        text = ""
         while True:
-            stop_reason, stopped_at_fence = await self._sample()
+            # An engine stops on strings alone, also after "``` " in "``` output": the rest of the
+            # line is sampled first, since it says whether the fence closes a block.
+            at_line_start = text[-1:] in ("", *LINE_STOPS)
+            stop_reason, stop = await self._sample(FENCE_STOPS if at_line_start else LINE_STOPS)
             text = self.runner.decode(self.transcript.open_ids)
-            if stopped_at_fence and STOP_AT_FENCE not in text:
+            if stop not in text:
                 raise BadCompletionError(
-                    f"request {self.transcript.request_id}: stopped at a closing fence that its "
-                    "token ids do not hold. `Generate` must return every sampled id, those of the "
-                    "stop string too"
+                    f"request {self.transcript.request_id}: stopped at {stop!r}, which its token "
+                    "ids do not hold. `Generate` must return every sampled id, those of the stop "
+                    "string too"
                 )
-            continues = stopped_at_fence and find_code(text) is None
+            continues = stop != "" and not ends_in_code(text)
             if continues and self._turn_room() < 1:
                 stop_reason, continues = StopReason.LENGTH, False
             if not continues:
@@ -196,7 +202,8 @@ class _Dialogue:
                 self.transcript.close_turn(text, void=void)
                 return stop_reason
 
-    async def _sample(self) -> tuple[StopReason, bool]:
+    async def _sample(self, stops: tuple[str, ...]) -> tuple[StopReason, str]:
+        """Sample until a stop; return also the one of `stops` that was hit, or an empty string."""
         # Each request has its own id: the service answers a repeated id with the stored reply.
         request_id = f"{self.transcript.request_id}-{self.num_requests}"
         self.num_requests += 1
@@ -207,12 +214,15 @@ class _Dialogue:
             sampling=replace(
                 self.sampling,
                 max_tokens=self._turn_room(),
-                stop=(*self.sampling.stop, STOP_AT_FENCE),
+                stop=(*self.sampling.stop, *stops),
             ),
         )
         self.generate_s += time.monotonic() - started_s
         stop_reason = self.transcript.add_sampled(completion, request_id=request_id)
-        return stop_reason, completion.stop_reason == STOP_AT_FENCE
+        stop = completion.stop_reason
+        if isinstance(stop, str) and stop in stops and stop not in self.sampling.stop:
+            return stop_reason, stop
+        return stop_reason, ""
 
     async def _run_code(self, code: str) -> str:
         started_s = time.monotonic()

@@ -14,7 +14,7 @@ CHAT_TEMPLATE = (
 
 
 def make_tokenizer(chat_template: str | None = CHAT_TEMPLATE) -> PreTrainedTokenizerFast:
-    characters = [chr(code) for code in range(32, 127)] + ["\n"]
+    characters = [chr(code) for code in range(32, 127)] + ["\n", "\r", "\t"]
     vocabulary = {character: index for index, character in enumerate(characters)}
     backend = Tokenizer(models.WordLevel(vocab=vocabulary, unk_token="?"))
     backend.pre_tokenizer = pre_tokenizers.Split(Regex("[\\s\\S]"), "isolated")

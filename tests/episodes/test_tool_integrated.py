@@ -71,6 +71,7 @@ async def play(
     config=CONFIG,
     max_tokens=500,
     template="plain",
+    sampling=None,
 ) -> tuple[Episode, ScriptedPolicy, Interpreter, RewardOfText]:
     policy = policy_class(tokenizer, *turns)
     interpreter = interpreter or Interpreter()
@@ -88,7 +89,7 @@ async def play(
     episode = await runner(
         request_id="r",
         task=Task(prompt="6 * 7?", label="42", prompt_ids=prompt_ids),
-        sampling=SamplingConfig(max_tokens=max_tokens),
+        sampling=sampling or SamplingConfig(max_tokens=max_tokens),
     )
     return episode, policy, interpreter, reward
 
@@ -144,6 +145,52 @@ async def test_tool_tokens_are_masked_with_log_prob_zero_and_a_sampled_eos_is_an
 async def test_no_token_is_sampled_after_the_closing_fence(tokenizer):
     _, policy, *_ = await play(tokenizer, CALL + "wasted words", ANSWER)
     assert tokenizer.decode(policy.sampled[0]) == CALL
+
+
+@pytest.mark.parametrize(
+    ("call", "num_requests"),
+    [
+        ("Try:\r\n```python\r\nprint(6 * 7)\r\n```\r", 1),
+        ("```Python\nprint(6 * 7)\n```\n", 1),
+        ("~~~python\nprint(6 * 7)\n~~~\n", 1),
+        ("````python\nprint(6 * 7)\n````\n", 1),
+        ("1. Compute:\n   ```python\n   print(6 * 7)\n   ```\n", 1),
+        ("- ```python\n  print(6 * 7)\n  ```\n", 1),
+        # Blanks after the fence: a second request reads them to the end of the line.
+        ("```python\nprint(6 * 7)\n```  \n", 2),
+        ("```python\nprint(6 * 7)\n~~~ \n```\t\n", 4),
+    ],
+)
+async def test_a_closed_block_ends_the_turn_in_every_form(tokenizer, call, num_requests):
+    episode, policy, interpreter, _ = await play(tokenizer, call + "wasted words", ANSWER)
+    assert episode.turns[1].text == call and len(policy.asked) == num_requests + 1
+    assert interpreter.codes[0].startswith("print(6 * 7)\n")
+    assert episode.stop_reason is StopReason.EOS and not episode.void
+
+
+async def test_a_fence_with_more_in_its_line_is_sampled_past(tokenizer):
+    turn = "``` python\nprint(1)\n``` no\n```\n"
+    episode, _, interpreter, _ = await play(tokenizer, turn, ANSWER)
+    assert interpreter.codes == ["print(1)\n``` no\n"] and episode.turns[1].text == turn
+
+
+async def test_a_stop_string_of_the_caller_ends_the_episode_also_where_it_is_ours(tokenizer):
+    sampling = SamplingConfig(max_tokens=500, stop=("```\n",))
+    episode, policy, *_ = await play(tokenizer, "See\n```\nno", sampling=sampling)
+    assert (episode.stop_reason, len(policy.asked)) == (StopReason.STOP, 1)
+
+
+@pytest.mark.parametrize("before", ["Check.\n", "It is \\boxed{5}.\n"])
+async def test_a_block_cut_by_the_budget_is_void_and_holds_no_answer(tokenizer, before):
+    cut = before + "```python\n# answer \\boxed{5}\nprint(1)"
+    episode, _, _, reward = await play(tokenizer, cut, max_tokens=len(cut))
+    assert episode.stop_reason is StopReason.LENGTH and episode.void
+    assert "boxed" not in reward.seen[0]
+
+
+async def test_the_reward_reads_the_boxes_of_two_turns_in_two_paragraphs(tokenizer):
+    _, _, _, reward = await play(tokenizer, "\\boxed{4}\n" + CALL, "\\boxed{5}<eos>")
+    assert reward.seen == ["\\boxed{4}\n\n\n\\boxed{5}"]
 
 
 async def test_a_fence_that_closes_no_python_block_does_not_end_the_turn(tokenizer):
