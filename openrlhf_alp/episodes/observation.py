@@ -21,6 +21,7 @@ Encode = Callable[[str], Sequence[int]]
 _OPEN, _CLOSE = "```output\n", "\n```"
 _ANSWER, _OUTPUT = "THE-ANSWER-STANDS-HERE", "THE-OUTPUT-STANDS-HERE"
 _LEADS = ("", "\n", ".", "x")
+_BLANKS = " \t\r\n\u2581"  # the last one is SentencePiece's space
 
 _TRACEBACK = "Traceback (most recent call last):"
 _FRAME = re.compile(r'^  File "', re.MULTILINE)
@@ -227,7 +228,13 @@ def _around_output(
 
 def _control_pattern(tokenizer: ChatTokenizer, text: str) -> re.Pattern[str]:
     """Match the control tokens that occur in `text`, each with the blanks that it absorbs."""
-    found = [token for token in tokenizer.added_tokens_decoder.values() if token.content in text]
+    # Gemma's table also holds runs of new lines and spaces. They are no borders: a longer run is
+    # another token.
+    found = [
+        token
+        for token in tokenizer.added_tokens_decoder.values()
+        if token.content in text and token.content.strip(_BLANKS)
+    ]
     patterns = (
         r"\s*" * token.lstrip + re.escape(token.content) + r"\s*" * token.rstrip
         # The longest first, as tokenizers match: one token's text may begin with another's.

@@ -33,6 +33,8 @@ class Family:
     end: str
     """What the policy samples to end its turn."""
     controls: tuple[str, ...]
+    plain: tuple[str, ...] = ()
+    """Text that the table of tokens holds beside them, and that is not special."""
     kind: str = "bytes"
     rstrip: bool = False
     """Whether control tokens absorb the blanks after them."""
@@ -77,6 +79,7 @@ FAMILIES = {
         + "<start_of_turn>model\n{% endif %}",
         end="<end_of_turn>",
         controls=("<bos>", "<start_of_turn>", "<end_of_turn>"),
+        plain=("\n", "\n\n", "\n\n\n", "\u2581\u2581"),
         kind="spaces",
     ),
     "Mistral": Family(
@@ -199,6 +202,7 @@ def make_tokenizer(name: str, family: Family) -> PreTrainedTokenizerFast:
     tokenizer.add_special_tokens(
         [AddedToken(text, special=True, rstrip=family.rstrip) for text in family.controls]
     )
+    tokenizer.add_tokens([AddedToken(text, normalized=False) for text in family.plain])
     # No end-of-sequence and no additional special tokens: the template alone says what ends a turn.
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, chat_template=family.template)
     fast.name_or_path = name
