@@ -29,10 +29,7 @@ LINE_STOPS = ("\n", "\r")
 _PYTHON = re.compile(r"[{.\s]*(?:python3?|py3?|ipython3?)(?![\w-])", re.IGNORECASE)
 """The info string of a block that is run, also with attributes: `{.python .numberLines}`."""
 
-_TYPESET = re.compile(r"\s*(?:math|latex|tex)(?![\w-])", re.IGNORECASE)
-"""The info string of a block that holds formulas, and so may hold the answer."""
-
-_BOXED = re.compile(r"\\(?:boxed|fbox)\s*\{\s*[^\s}]")
+_BOXED = re.compile(r"\\(?:boxed|fbox|framebox)(?![A-Za-z])\s*(?:\{\s*[^\s}]|[-+\\\w])")
 _CODE_INDENT = 4  # CommonMark: a line indented this far opens and closes no fence
 
 
@@ -100,7 +97,7 @@ def _blocks(text: str) -> tuple[_Block, ...]:
     """Return the fenced blocks of `text` that hold code, in order."""
     found = []
     for token in _PARSER.parse(text):
-        if token.type != "fence" or _TYPESET.match(token.info):
+        if token.type != "fence":
             continue
         closed = token.meta["closed"]
         if not closed and not token.info.strip() and not token.content.strip():

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal
 
@@ -22,46 +22,51 @@ from openrlhf_alp.rewards.protocol import Reward
 from openrlhf_alp.rollouts.interpreter import SessionInterpreter, StatelessInterpreter
 from services.rollout.wire.schemas import GenerateRequest, Sampling
 
-TemplateName = Literal["auto", "chat", "plain"]
+# The learner makes a flag of each field; this is the prefix of those that are not --tool.FIELD.
+_TIR = {"prefix": "tir"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ToolConfig:
     """Where code runs, and the limits of an episode. The key comes from the environment."""
 
-    urls: tuple[str, ...] = ()
-    """Base URLs of tool services; empty means single-turn episodes without code."""
+    urls: tuple[str, ...] = field(default=(), metadata={"name": "service_urls", "metavar": "URL"})
+    """Tool services (python -m services.tool): episodes become tool-integrated, code that the
+    policy writes in ```python blocks runs there. The key comes from $OPENRLHF_ALP_TOOL_API_KEY."""
 
     session: bool = False
-    """Keep one interpreter for a whole episode instead of a fresh one for every program."""
+    """Keep one interpreter with its state for a whole episode instead of a new one per program."""
 
     timeout_s: float = 5.0
-    """Wall time of one program, in seconds."""
+    """Time limit of one program, in seconds."""
 
     request_timeout_s: float = 120.0
-    """Longest wait for one program's result, queueing and retries included, in seconds."""
+    """Longest wait for one program's result in seconds, queueing and retries included."""
 
-    max_tool_turns: int = 5
-    """Number of programs that one episode may run; one more turn may follow."""
+    max_tool_turns: int = field(default=5, metadata=_TIR)
+    """Most programs that an episode may run."""
 
-    max_tokens_per_turn: int | None = None
-    """Sampled tokens of one turn; None leaves the turn the rest of the episode's budget."""
+    max_tokens_per_turn: int | None = field(default=None, metadata={**_TIR, "metavar": "N"})
+    """Most sampled tokens of one turn; default: what is left of --rollout.max_new_tokens, the
+    budget of the whole episode after its prompt."""
 
-    max_output_chars: int = 512
-    """Characters of each stream of a program's output; the middle of a longer one is cut out."""
+    max_output_chars: int = field(default=512, metadata=_TIR)
+    """Characters that are kept of each output stream of a program."""
 
-    void: VoidPolicy = "trajectory"
-    """What a turn with neither code nor a boxed answer removes from the loss: its whole episode,
-    the turn, or nothing (`off`)."""
+    void: VoidPolicy = field(default="trajectory", metadata=_TIR)
+    """What a turn with neither code nor \\boxed{} answer removes from the loss: its whole episode
+    (trajectory), itself (turn), or nothing (off)."""
 
-    void_baseline: Literal["keep", "drop"] = "keep"
+    void_baseline: Literal["keep", "drop"] = field(default="keep", metadata=_TIR)
     """Whether a void episode's reward counts in its group's baseline."""
 
-    template: TemplateName = "auto"
-    """A program's output as a user message of the chat template (`chat`), or as a plain fence
-    (`plain`); `auto` is `chat` with --data.apply_chat_template."""
+    template: Literal["auto", "chat", "plain"] = field(default="auto", metadata=_TIR)
+    """Show a program's output as a user message of the chat template or as a plain fence; auto is
+    chat with --data.apply_chat_template."""
 
     def __post_init__(self) -> None:
+        # Clients join the path of a route to it.
+        object.__setattr__(self, "urls", tuple(url.rstrip("/") for url in self.urls))
         _ = self.limits  # raises ValueError when a limit is out of range
         for flag, seconds in (
             ("--tool.timeout_s", self.timeout_s),
