@@ -13,11 +13,11 @@ A block that was never closed is code too.
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import lru_cache
 
 from markdown_it import MarkdownIt
 from markdown_it.rules_block import StateBlock, fence
+from markdown_it.token import Token
 
 FENCE_STOPS = tuple(mark * 3 + end for mark in "`~" for end in ("\n", "\r", " ", "\t"))
 """End a request after a closing fence of any length and indentation. They also match a bare opening
@@ -33,23 +33,13 @@ _BOXED = re.compile(r"\\(?:boxed|fbox|framebox)(?![A-Za-z])\s*(?:\{\s*[^\s}]|[-+
 _CODE_INDENT = 4  # CommonMark: a line indented this far opens and closes no fence
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Block:
-    """A fenced block on the half-open lines start..end of a text."""
-
-    start: int
-    end: int
-    code: str
-    is_python: bool
-    is_closed: bool
-
-
 def find_code(text: str) -> str | None:
     """Return the code of a turn: its closed Python blocks, in order; None when there is none.
 
     An empty block is a call too: the policy is told that nothing was printed.
     """
-    codes = [block.code for block in _blocks(text) if block.is_python and block.is_closed]
+    closed = [block for block in _blocks(text) if block.meta["closed"]]
+    codes = [block.content for block in closed if _PYTHON.match(block.info)]
     return "\n".join(codes) if codes else None
 
 
@@ -64,7 +54,7 @@ def without_code(text: str) -> str:
     """Return the policy's prose, with a blank line in place of each block of code."""
     lines = _lines(text)
     for block in reversed(_blocks(text)):
-        lines[block.start : block.end] = [""]
+        lines[slice(*block.map or ())] = [""]
     return "\n".join(lines)
 
 
@@ -84,7 +74,7 @@ def has_boxed_answer(text: str) -> bool:
 
 
 def _is_cut(text: str) -> bool:
-    return not all(block.is_closed for block in _blocks(text))
+    return not all(block.meta["closed"] for block in _blocks(text))
 
 
 def _lines(text: str) -> list[str]:
@@ -93,26 +83,11 @@ def _lines(text: str) -> list[str]:
 
 
 @lru_cache(maxsize=64)  # each turn is asked several questions
-def _blocks(text: str) -> tuple[_Block, ...]:
-    """Return the fenced blocks of `text` that hold code, in order."""
-    found = []
-    for token in _PARSER.parse(text):
-        if token.type != "fence":
-            continue
-        closed = token.meta["closed"]
-        if not closed and not token.info.strip() and not token.content.strip():
-            continue  # a stray fence at the end of the text has opened nothing
-        start, end = token.map or (0, 0)
-        found.append(
-            _Block(
-                start=start,
-                end=end,
-                code=token.content,
-                is_python=_PYTHON.match(token.info) is not None,
-                is_closed=closed,
-            )
-        )
-    return tuple(found)
+def _blocks(text: str) -> tuple[Token, ...]:
+    """Return the fenced blocks of `text`, in order; `map` holds their half-open range of lines."""
+    blocks = [token for token in _PARSER.parse(text) if token.type == "fence"]
+    # An empty fence at the end of a text, with no language, has opened nothing.
+    return tuple(b for b in blocks if b.meta["closed"] or b.info.strip() or b.content.strip())
 
 
 class _FromContainer:
