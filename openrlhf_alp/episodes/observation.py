@@ -146,15 +146,27 @@ class ObservationTemplate:
                 that a program cannot print the end of a turn.
             sampled_ids, sampled_text: the turn that asked for the output.
         """
-        closing, begin = self.end_of_turn_ids, self.lead
         # A turn that the policy ended itself must not be ended twice.
-        if closing and sampled_ids and sampled_ids[-1] == closing[-1]:
-            closing = ()
+        closing = () if self._is_closed(sampled_ids) else self.end_of_turn_ids
+        begin = self.lead
         if self.begins_line and not sampled_text.endswith("\n"):
             begin += "\n"
         ids = encode(f"{begin}{self.open_text}{output}{self.close_text}")
         num_lead = len(encode(self.lead)) if self.lead else 0
         return [*closing, *self.before_ids, *ids[num_lead:], *self.after_ids]
+
+    def own_ids(self, sampled_ids: Sequence[int]) -> Sequence[int]:
+        """Return the ids of a turn without the end that the policy sampled.
+
+        It is no text of the policy, and some tokenizers do not count it among the special tokens
+        that they leave out: a closing fence would then end in `<|im_end|>` and close nothing.
+        """
+        return sampled_ids[:-1] if self._is_closed(sampled_ids) else sampled_ids
+
+    def _is_closed(self, sampled_ids: Sequence[int]) -> bool:
+        return bool(self.end_of_turn_ids and sampled_ids) and (
+            sampled_ids[-1] == self.end_of_turn_ids[-1]
+        )
 
 
 def plain_template(tokenizer: ChatTokenizer) -> ObservationTemplate:

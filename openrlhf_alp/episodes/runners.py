@@ -187,7 +187,7 @@ class _Dialogue:
             # line is sampled first, since it says whether the fence closes a block.
             at_line_start = text[-1:] in ("", *LINE_STOPS)
             stop_reason, stop = await self._sample(FENCE_STOPS if at_line_start else LINE_STOPS)
-            text = self.runner.decode(self.transcript.open_ids)
+            text = self.runner.decode(self.runner.template.own_ids(self.transcript.open_ids))
             if stop not in text:
                 raise BadCompletionError(
                     f"request {self.transcript.request_id}: stopped at {stop!r}, which its token "

@@ -4,7 +4,7 @@ from dataclasses import replace
 from functools import partial
 
 import pytest
-from scripted_policy import ScriptedPolicy
+from scripted_policy import ScriptedPolicy, make_tokenizer
 
 from openrlhf_alp.episodes.observation import (
     CodeResult,
@@ -207,6 +207,18 @@ async def test_code_that_ends_with_an_eos_is_run_too(tokenizer):
     episode, _, interpreter, _ = await play(tokenizer, call, ANSWER, template="chat")
     assert interpreter.codes == ["print(1)\n"]
     assert tokenizer.decode(episode.token_ids).count("<|im_end|>") == 2
+
+
+async def test_an_end_of_turn_that_the_tokenizer_decodes_is_no_text_of_the_policy():
+    tokenizer = make_tokenizer(end_is_special=False)
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert tokenizer.decode([end], skip_special_tokens=True) == "<|im_end|>"
+    call = "```python\nprint(1)\n```<|im_end|>"
+    episode, _, interpreter, reward = await play(
+        tokenizer, call, "So \\boxed{42}.<|im_end|>", template="chat"
+    )
+    assert interpreter.codes == ["print(1)\n"] and episode.token_ids.count(end) == 3
+    assert reward.seen[0].strip() == "So \\boxed{42}."
 
 
 async def test_after_the_last_tool_turn_one_more_turn_may_answer(tokenizer):
