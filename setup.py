@@ -22,6 +22,7 @@ LEARNER = [
     "transformers==5.15.0",
     "deepspeed==0.19.6",
     "ray[default]==2.55.0",
+    "markdown-it-py>=4,<5",
     "math-verify[antlr4_13_2]>=0.8",
     "matplotlib>=3.8",
     "msgspec>=0.18",

@@ -28,14 +28,13 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from openrlhf_alp.clients.rollout import RolloutClient
 from openrlhf_alp.clients.tool import ToolClient
-from openrlhf_alp.episodes.code_blocks import CodeResult, CodeStatus
-from openrlhf_alp.episodes.observation import plain_template
-from openrlhf_alp.episodes.protocols import Interpreter
+from openrlhf_alp.episodes.observation import CodeResult, CodeStatus, plain_template
+from openrlhf_alp.episodes.protocols import Interpreter, Task
 from openrlhf_alp.episodes.records import Episode, SamplingConfig
-from openrlhf_alp.episodes.tool_integrated import ToolIntegratedConfig, run_tool_integrated
+from openrlhf_alp.episodes.runners import ToolIntegrated, ToolIntegratedConfig
 from openrlhf_alp.rewards.protocol import RewardResult
-from openrlhf_alp.rollouts.generate import ServiceGenerate
 from openrlhf_alp.rollouts.interpreter import StatelessInterpreter
+from openrlhf_alp.rollouts.runners import ServiceGenerate
 from services.common.wire import ADMIN_KEY_VARIABLE, API_KEY_VARIABLE, TOOL_KEY_VARIABLE
 
 KEY = "benchmark-key"
@@ -92,20 +91,22 @@ class Stage:
 
     async def episode(self, interpreter: Interpreter) -> Episode:
         encode = partial(self._tokenizer.encode, add_special_tokens=False)
-        return await run_tool_integrated(
-            request_id=uuid4().hex,
-            prompt=PROMPT,
-            label="3",
-            prompt_ids=encode(PROMPT),
+        runner = ToolIntegrated(
             generate=self._generate,
-            interpreter=interpreter,
+            open_interpreter=lambda: interpreter,
             encode=encode,
             decode=partial(self._tokenizer.decode, skip_special_tokens=True),
             template=plain_template(self._tokenizer),
             reward=NoReward(),
+            config=ToolIntegratedConfig(
+                max_tokens_per_turn=None, max_tool_turns=5, max_output_chars=512
+            ),
+        )
+        return await runner(
+            request_id=uuid4().hex,
+            task=Task(prompt=PROMPT, label="3", prompt_ids=encode(PROMPT)),
             # Greedy, so that the three runs do the same work.
-            sampling=SamplingConfig(max_tokens=1, temperature=0.0),
-            config=ToolIntegratedConfig(max_tokens=200),
+            sampling=SamplingConfig(max_tokens=200, temperature=0.0),
         )
 
     async def both(self) -> None:

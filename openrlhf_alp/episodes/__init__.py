@@ -1,11 +1,11 @@
 """From a prompt to an Episode: async, pure Python, no framework.
 
-    single_turn.py      prompt ids --Generate--> Completion --decode, Reward--> Episode
-    tool_integrated.py  prompt ids -> [Generate -> code -> Interpreter -> ids]* -> Reward -> Episode
+    SingleTurn       prompt ids --Generate--> Completion --decode, Reward--> Episode
+    ToolIntegrated   prompt ids -> [Generate -> code -> Interpreter -> ids]* -> Reward -> Episode
 
-`records.py` states the token axis once, `transcript.py` is the only place that writes on it;
-`protocols.py` names what an episode asks of the outside world; `code_blocks.py` finds code in text
-and renders its result, `observation.py` makes ids of that; `void.py` says what is left out of the
-loss. Nothing here imports OpenRLHF, Ray, vLLM or the services: the learner hands in a `Generate`
-that speaks HTTP, a test hands in a function.
+`records.py` states the token axis once, and `transcript.py` is the only place that writes on it.
+`runners.py` plays the two kinds of episode over the `protocols.py` of the outside world.
+`code_blocks.py` finds the code in the policy's text; `observation.py` turns a program's result into
+the ids that the policy reads next. Nothing here imports OpenRLHF, Ray, vLLM or the services:
+`rollouts` passes in a `Generate` that speaks HTTP, and a test passes in a function.
 """

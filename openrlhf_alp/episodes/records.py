@@ -7,20 +7,28 @@ observations, in the order in which the engine saw them. Three fields share the 
     logprobs     (T,) float32 values; 0.0 where action_mask is False
     action_mask  (T,) bool; True where the policy sampled the token, also an end-of-sequence
 
-Predictions live on (T - 1,): the logits at position t - 1 predict token t. That shift is the
-learner's and happens there in one function; nothing in this package knows about it.
+Predictions live on (T - 1,): the logits at position t - 1 predict token t. The learner makes that
+shift in one function; nothing in this package knows about it.
 
-Text is made from ids for people, rewards and the finder of code blocks. It never goes back to ids.
+Ids are decoded into text for people, rewards and the parser of code blocks. The text is never
+encoded again.
 """
 
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
+from functools import partial
+from typing import Any, Literal
+
+VoidPolicy = Literal["trajectory", "turn", "off"]
+"""What a void turn removes from the loss: its whole episode (the authors' code), the turn alone, or
+nothing. What is removed counts in neither the ratio, the loss nor its normaliser; the episode's
+reward still counts in its group's baseline."""
 
 
 class EpisodeError(Exception):
-    """An episode could not be made into something to train on. The message names the request."""
+    """An episode cannot be trained on. The message names the request."""
 
 
 class BadCompletionError(EpisodeError):
@@ -28,7 +36,7 @@ class BadCompletionError(EpisodeError):
 
 
 class ToolLostError(EpisodeError):
-    """Code could not be run, through no fault of the policy: drop the episode's group and count it.
+    """Code could not be run, and the policy is not to blame: drop the group and count it.
 
     Attributes:
         reason: short stable name, used as a metric (for example `tool_sandbox_error`).
@@ -39,13 +47,9 @@ class ToolLostError(EpisodeError):
         self.reason = reason
         self.detail = detail
 
-    def __reduce__(self) -> tuple[object, ...]:
-        # Ray pickles exceptions, and keyword-only arguments do not survive the default way.
-        return (_rebuild_tool_lost, (self.reason, self.detail))
-
-
-def _rebuild_tool_lost(reason: str, detail: str) -> ToolLostError:
-    return ToolLostError(reason=reason, detail=detail)
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Ray pickles exceptions, and by default pickle rebuilds one from positional arguments only.
+        return partial(ToolLostError, reason=self.reason, detail=self.detail), ()
 
 
 class StopReason(StrEnum):
@@ -61,10 +65,10 @@ class StopReason(StrEnum):
     """The token budget ran out in the middle of the answer: the episode is truncated."""
 
     TOOL_LIMIT = "tool_limit"
-    """The policy called a tool once more than an episode may; the call was not run."""
+    """The policy asked for one tool call more than the limit; that call was not run."""
 
     NO_ROOM = "no_room"
-    """After a tool call the budget has no room for its output and an answer: truncated."""
+    """The token budget has no room for a program's output and an answer: truncated."""
 
 
 class TurnKind(StrEnum):
@@ -74,15 +78,17 @@ class TurnKind(StrEnum):
     """The task, as the caller tokenised it."""
 
     ACTION = "action"
-    """The policy. These positions, and only these, are trained on."""
+    """The policy. Only these positions are trained on."""
 
     OBSERVATION = "observation"
-    """The environment, for example the output of a tool. Read by the policy, never trained on."""
+    """The environment, for example the output of a tool. The policy reads it; it is never trained
+    on."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingConfig:
-    """How one answer is sampled. All fields are sent: a server default would bend the log-probs."""
+    """How one answer is sampled. Every field is sent, because a default of the server would change
+    the sampling distribution, and so the log-probs."""
 
     temperature: float = 1.0
     """Divides the logits; 0 is greedy. Reported log-probs are those after this division."""
@@ -103,16 +109,17 @@ class SamplingConfig:
     """At most this many sampled tokens, the end-of-sequence token included."""
 
     min_tokens: int = 0
-    """Forbid the end of sequence before this many tokens. Above 0 it bends the log-probs."""
+    """Forbid the end of sequence before this many tokens. Above 0 the engine's distribution is not
+    the learner's."""
 
     stop: tuple[str, ...] = ()
     """Strings after which the answer ends."""
 
     stop_token_ids: tuple[int, ...] = ()
-    """Token ids, beside the end of sequence, after which the answer ends."""
+    """Token ids, in addition to the end of sequence, after which the answer ends."""
 
     seed: int | None = None
-    """Makes one request repeatable on one engine and batch; None draws a fresh seed."""
+    """Makes a request repeatable on the same engine and batch; None draws a fresh seed."""
 
     def __post_init__(self) -> None:
         longest = self.max_tokens
@@ -159,28 +166,28 @@ class Completion:
     """(N,) every sampled id: end of sequence, stop token and the tokens of a stop string too."""
 
     logprobs: tuple[float, ...]
-    """(N,) float32 values: log mu(token) under the distribution that was really sampled from."""
+    """(N,) float32 values: log mu(token) under the distribution that the engine sampled from."""
 
     finish_reason: str
-    """The engine's word: `stop`, `length`, or anything else for a request that did not finish."""
+    """As the engine reports it: `stop`, `length`, or another word for an unfinished request."""
 
     stop_reason: int | str | None = None
     """With `stop`: the stop token or string that ended it; None for end of sequence."""
 
     spans: tuple[VersionSpan, ...]
-    """Versions that sampled positions 0..N, in order and without a gap."""
+    """Versions that sampled positions 0..N, in order and without gaps."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Turn:
-    """A stretch start..end (half-open) of the episode's axis written by one party."""
+    """A stretch start..end (half-open) of the episode's axis, written by one party."""
 
     kind: TurnKind
     start: int
     end: int
     text: str
-    """For people and rewards, special tokens left out; of an observation the output alone, without
-    the fence and the template around it."""
+    """Decoded without special tokens; for an observation the program's output alone, without the
+    fence and the template around it."""
 
     void: bool = False
     """An ACTION turn that neither calls a tool nor gives a final answer (paper, appendix E)."""
@@ -188,17 +195,17 @@ class Turn:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ToolCall:
-    """One piece of code that was run, for metrics and transcripts."""
+    """One piece of code that was run, as metrics and transcripts show it."""
 
     code: str
     status: str
-    """How it ended: a value of `code_blocks.CodeStatus`."""
+    """How it ended: a value of `observation.CodeStatus`."""
 
     total_s: float
-    """From asking to having the result: queueing and retries included."""
+    """From the request to the result, with queueing and retries."""
 
     run_s: float
-    """Of these, seconds in which the code ran."""
+    """The part of `total_s` in which the code ran."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -206,13 +213,13 @@ class Timings:
     """Where an episode's time went, in seconds."""
 
     generate_s: float
-    """Waiting for the rollout service, queueing included."""
+    """Waiting for the rollout service, with queueing."""
 
     reward_s: float
-    """Waiting for the reward, queueing included."""
+    """Waiting for the reward, with queueing."""
 
     tool_s: float = 0.0
-    """Waiting for the tool service, queueing included."""
+    """Waiting for the tool service, with queueing."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -223,10 +230,10 @@ class Episode:
     """The caller's id, for logs and for re-attaching to the rollout service."""
 
     prompt: str
-    """The dataset's string, untouched: OpenRLHF uses it as a key."""
+    """The dataset's string, unchanged: OpenRLHF uses it as a key."""
 
     label: str
-    """The gold answer, as the dataset gives it."""
+    """The correct answer, as the dataset gives it."""
 
     token_ids: tuple[int, ...]
     logprobs: tuple[float, ...]
@@ -260,10 +267,23 @@ class Episode:
                 "computed must raise RewardUnavailable, so that the group is dropped and counted"
             )
 
+    def trained_ranges(self, void: VoidPolicy) -> list[tuple[int, int]]:
+        """Half-open (start, end) of the ACTION turns that enter the loss, as OpenRLHF wants them.
+
+        The list is empty for a void episode under `trajectory`.
+        """
+        if void == "trajectory" and self.void:
+            return []
+        return [
+            (turn.start, turn.end)
+            for turn in self.turns
+            if turn.kind is TurnKind.ACTION and not (void == "turn" and turn.void)
+        ]
+
     @property
     def action_ranges(self) -> tuple[tuple[int, int], ...]:
-        """Half-open (start, end) of every ACTION turn: the form OpenRLHF asks for."""
-        return tuple((turn.start, turn.end) for turn in self.turns if turn.kind is TurnKind.ACTION)
+        """Half-open (start, end) of every ACTION turn."""
+        return tuple(self.trained_ranges("off"))
 
     @property
     def num_actions(self) -> int:
@@ -277,17 +297,17 @@ class Episode:
 
     @property
     def void(self) -> bool:
-        """Whether a turn of the policy led nowhere: no tool call and no final answer."""
+        """Whether some turn of the policy has neither a tool call nor a final answer."""
         return any(turn.void for turn in self.turns)
 
     @property
     def min_version(self) -> int:
-        """Oldest policy version that sampled a token of this episode."""
+        """The oldest policy version that sampled a token of this episode."""
         return min(span.version for span in self.spans)
 
     @property
     def max_version(self) -> int:
-        """Newest policy version that sampled a token of this episode."""
+        """The newest policy version that sampled a token of this episode."""
         return max(span.version for span in self.spans)
 
 
@@ -305,6 +325,7 @@ def _check_lengths(episode: Episode) -> None:
 
 
 def _check_turns(episode: Episode) -> None:
+    # Every token belongs to exactly one turn: a gap or an overlap would train on tool output.
     position = 0
     for turn in episode.turns:
         is_action = turn.kind is TurnKind.ACTION
@@ -338,6 +359,7 @@ def _check_logprobs(episode: Episode) -> None:
 
 
 def _check_spans(episode: Episode) -> None:
+    # Staleness is counted per token: each sampled token has a version, and no other token has one.
     stamped = [position for span in episode.spans for position in range(span.start, span.end)]
     sampled = [position for position, is_action in enumerate(episode.action_mask) if is_action]
     if stamped != sampled:

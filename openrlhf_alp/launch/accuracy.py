@@ -12,13 +12,12 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from openrlhf_alp.clients.rollout import RolloutClient
 from openrlhf_alp.data.questions import Question
+from openrlhf_alp.episodes.protocols import EpisodeRunner, Task
 from openrlhf_alp.episodes.records import Episode, SamplingConfig, ToolLostError
 from openrlhf_alp.launch.recipe import MAX_TOKENS_PER_TURN, MAX_TOOL_TURNS, TOOL_TEMPLATE
-from openrlhf_alp.learner.flags.tool import ToolConfig
 from openrlhf_alp.rewards.math import MathReward
 from openrlhf_alp.rewards.protocol import RewardUnavailable
-from openrlhf_alp.rollouts.generate import ServiceGenerate
-from openrlhf_alp.rollouts.runners import EpisodeRunner, Task, build_runner, tool_client
+from openrlhf_alp.rollouts.runners import ServiceGenerate, ToolConfig, build_runner, tool_client
 from services.common.wire import API_KEY_VARIABLE, TOOL_KEY_VARIABLE
 
 

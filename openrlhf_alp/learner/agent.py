@@ -20,10 +20,11 @@ from uuid import uuid4
 import msgspec
 from openrlhf.utils.agent import AgentExecutorBase
 
+from openrlhf_alp.episodes.protocols import Task
 from openrlhf_alp.episodes.records import Completion, SamplingConfig, VersionSpan
-from openrlhf_alp.learner.flags.tool import ToolConfig
 from openrlhf_alp.rewards.math import MathReward
-from openrlhf_alp.rollouts.runners import Task, build_runner, to_response, tool_client
+from openrlhf_alp.rollouts.response import to_response
+from openrlhf_alp.rollouts.runners import ToolConfig, build_runner, tool_client
 from services.common.wire import TOOL_KEY_VARIABLE
 
 URLS_VARIABLE = "OPENRLHF_ALP_TOOL_URLS"

@@ -17,7 +17,7 @@ from openrlhf.trainer.ppo_utils.experience import Experience
 from openrlhf.trainer.ppo_utils.experience_maker import RemoteExperienceMaker
 from openrlhf.trainer.ppo_utils.samples_generator import SamplesGenerator
 
-from openrlhf_alp.rollouts.metrics import VOID
+from openrlhf_alp.rollouts.response import VOID
 
 SAMPLE_ID = "alp/sample_id"
 """Key in `Experience.info`: the sample's number in this run, part of the key of its noise."""

@@ -29,8 +29,7 @@ from openrlhf_alp.episodes.records import EpisodeError
 from openrlhf_alp.learner import seams
 from openrlhf_alp.learner.flags.config import MATH_VERIFY, ServiceConfig
 from openrlhf_alp.learner.flags.settle import add_arguments, settle
-from openrlhf_alp.learner.flags.tool import ToolConfig
-from openrlhf_alp.rollouts.runners import tool_client
+from openrlhf_alp.rollouts.runners import ToolConfig, tool_client
 from services.common.wire import ADMIN_KEY_VARIABLE, API_KEY_VARIABLE, TOOL_KEY_VARIABLE
 from services.tool.wire.schemas import ExecuteRequest
 

@@ -21,13 +21,13 @@ from openrlhf.utils.agent import SingleTurnAgentExecutor
 
 from openrlhf_alp.clients.channel import Timeouts
 from openrlhf_alp.clients.rollout import RolloutClient
+from openrlhf_alp.episodes.protocols import Task
 from openrlhf_alp.episodes.records import Episode, SamplingConfig, ToolLostError
 from openrlhf_alp.learner.flags.config import MATH_VERIFY, ServiceConfig
-from openrlhf_alp.learner.flags.tool import ToolConfig
 from openrlhf_alp.rewards.math import MathReward
 from openrlhf_alp.rewards.protocol import Reward, RewardResult, RewardUnavailable
-from openrlhf_alp.rollouts.generate import ServiceGenerate
-from openrlhf_alp.rollouts.runners import Task, build_runner, to_response, tool_client
+from openrlhf_alp.rollouts.response import to_response
+from openrlhf_alp.rollouts.runners import ServiceGenerate, ToolConfig, build_runner, tool_client
 from services.common.wire import ADMIN_KEY_VARIABLE, API_KEY_VARIABLE, TOOL_KEY_VARIABLE
 
 logger = logging.getLogger(__name__)

@@ -22,7 +22,7 @@ from openrlhf_alp.learner.experience import (
     AlpSamplesGenerator,
     StalenessGate,
 )
-from openrlhf_alp.rollouts.metrics import with_ratios
+from openrlhf_alp.rollouts.response import with_ratios
 
 logger = logging.getLogger(__name__)
 

@@ -1,7 +1,7 @@
 """The tool service as an episode's interpreter.
 
-What the policy did wrong comes back as a result that it can read. What the service did wrong is
-tried again and never shown to the policy; when it stays wrong, the episode is lost by name.
+A mistake of the policy comes back as a result that it can read. A failure of the service is
+retried and never shown to the policy; when it persists, the episode is lost by name.
 """
 
 from __future__ import annotations
@@ -11,14 +11,14 @@ from dataclasses import dataclass
 
 from openrlhf_alp.clients.errors import RequestRejected, ServiceUnavailable
 from openrlhf_alp.clients.tool import ToolClient, ToolSession
-from openrlhf_alp.episodes.code_blocks import CodeResult, CodeStatus
+from openrlhf_alp.episodes.observation import CodeResult, CodeStatus
 from openrlhf_alp.episodes.records import ToolLostError
 from services.tool.wire.schemas import CellResult, ExecuteRequest, ExecuteResult, SessionRequest
 
 logger = logging.getLogger(__name__)
 
 ATTEMPTS = 3
-"""Runs of one program whose sandbox failed, before the episode is given up."""
+"""Number of times a program is run whose sandbox fails; then the episode is lost."""
 
 _TOO_LARGE, _GONE = 413, 410
 
@@ -31,11 +31,11 @@ class StatelessInterpreter:
         self._timeout_s = timeout_s
 
     async def run(self, code: str) -> CodeResult:
-        """Run `code`; see `episodes.protocols.Interpreter`.
+        """Run `code` in a fresh interpreter; see `episodes.protocols.Interpreter`.
 
         Raises:
             ToolLostError: `tool_unavailable` or `tool_sandbox_error`.
-            RequestRejected: `--tool.timeout_s` is above what the service allows, or a wrong key.
+            RequestRejected: `--tool.timeout_s` is above the service's limit, or the key is wrong.
         """
         request = ExecuteRequest(code=code, timeout_s=self._timeout_s)
         for _ in range(ATTEMPTS):
@@ -47,11 +47,12 @@ class StatelessInterpreter:
                 raise _unavailable(error) from error
             if not _sandbox_failed(answer):
                 return code_result(answer)
+            # A fresh interpreter holds no state, so running the program again is safe.
             logger.warning("a sandbox failed, the program runs again: %s", answer.message)
         raise ToolLostError(reason="tool_sandbox_error", detail=answer.message)
 
     async def close(self) -> None:
-        """Nothing is held."""
+        """Do nothing: no state is kept between programs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,16 +62,20 @@ class _Cell:
     code: str
     shown: CodeResult
 
-    def same_as(self, again: CodeResult) -> bool:
-        return _visible(self.shown) == _visible(again)
+    def repeats(self, again: CodeResult) -> bool:
+        # stderr is not compared: tracebacks and warnings may name addresses and line numbers.
+        return all(
+            getattr(self.shown, name) == getattr(again, name)
+            for name in ("status", "stdout", "result")
+        )
 
 
 class SessionInterpreter:
-    """One interpreter for all programs of an episode; variables and files stay.
+    """One interpreter for all programs of an episode, which keeps variables and files.
 
-    When the session is lost with its server or its sandbox, the cells so far run again in a new
-    one. If one of them then prints something else than what the policy was shown, the episode is
-    lost: its transcript would not follow from its state.
+    When a session is lost with its server or its sandbox, the cells so far run again in a new one.
+    If one of them then prints something other than what the policy was shown, the episode is lost,
+    because its transcript would not follow from its state.
     """
 
     def __init__(self, client: ToolClient, *, timeout_s: float) -> None:
@@ -84,7 +89,7 @@ class SessionInterpreter:
 
         Raises:
             ToolLostError: `tool_unavailable`, `tool_sandbox_error` or `tool_state_lost`.
-            RequestRejected: `--tool.timeout_s` is above what the service allows, or a wrong key.
+            RequestRejected: `--tool.timeout_s` is above the service's limit, or the key is wrong.
         """
         detail = "its session could not be restored"
         for _ in range(ATTEMPTS):
@@ -96,6 +101,7 @@ class SessionInterpreter:
             except RequestRejected as error:
                 if error.status != _GONE:
                     return _refused(error)
+                # The server restarted or evicted the session: the next attempt restores it.
                 self._session, detail = None, str(error)
                 continue
             except ServiceUnavailable as error:
@@ -105,12 +111,13 @@ class SessionInterpreter:
                 self._cells.append(_Cell(code, shown))
                 return shown
             detail = answer.message
+            # Without this flag the failed cell has changed nothing, and the session can be reused.
             if answer.state_lost:
                 self._session = None
         raise ToolLostError(reason="tool_sandbox_error", detail=detail)
 
     async def close(self) -> None:
-        """End the session; a service that is gone has ended it already."""
+        """End the session; a service that has stopped has ended it already."""
         session, self._session = self._session, None
         if session is not None:
             try:
@@ -119,14 +126,14 @@ class SessionInterpreter:
                 logger.warning("a tool session is left to its time limit: %s", error)
 
     async def _restore(self) -> ToolSession | None:
-        """A session in which every cell so far has run; None when its sandbox failed too."""
+        """Return a session in which every cell so far has run; None when its sandbox failed too."""
         session = await self._client.open_session(SessionRequest())
         for cell in self._cells:
             again = await session.run(cell.code, timeout_s=self._timeout_s)
             if _sandbox_failed(again):
                 await session.close()
                 return None
-            if not cell.same_as(code_result(again)):
+            if not cell.repeats(code_result(again)):
                 await session.close()
                 raise ToolLostError(
                     reason="tool_state_lost",
@@ -137,7 +144,7 @@ class SessionInterpreter:
 
 
 def code_result(answer: ExecuteResult) -> CodeResult:
-    """The service's answer in the words of the episode."""
+    """Convert the service's answer into the episode's record."""
     return CodeResult(
         status=CodeStatus(answer.status),
         stdout=answer.stdout,
@@ -148,16 +155,12 @@ def code_result(answer: ExecuteResult) -> CodeResult:
     )
 
 
-def _visible(result: CodeResult) -> tuple[object, ...]:
-    return result.status, result.stdout, result.result
-
-
 def _sandbox_failed(answer: ExecuteResult) -> bool:
     return answer.status in ("sandbox_error", "overloaded")
 
 
 def _refused(error: RequestRejected) -> CodeResult:
-    """A program too long for the service is the policy's doing; anything else is ours."""
+    """Tell the policy that its program is too long; any other refusal is our mistake: raise it."""
     if error.status != _TOO_LARGE and error.field != "code":
         raise error
     return CodeResult(status=CodeStatus.REJECTED, message="the program is too long")

@@ -13,16 +13,20 @@ CHAT_TEMPLATE = (
 )
 
 
-def make_tokenizer(chat_template: str | None = CHAT_TEMPLATE) -> PreTrainedTokenizerFast:
-    characters = [chr(code) for code in range(32, 127)] + ["\n"]
+def make_tokenizer(
+    chat_template: str | None = CHAT_TEMPLATE, *, end_is_special: bool = True
+) -> PreTrainedTokenizerFast:
+    characters = [chr(code) for code in range(32, 127)] + ["\n", "\r", "\t"]
     vocabulary = {character: index for index, character in enumerate(characters)}
     backend = Tokenizer(models.WordLevel(vocab=vocabulary, unk_token="?"))
     backend.pre_tokenizer = pre_tokenizers.Split(Regex("[\\s\\S]"), "isolated")
     backend.decoder = decoders.Fuse()
     special = ["<|im_end|>", "<|im_start|>", "<eos>"]
+    if not end_is_special:
+        backend.add_tokens([AddedToken(special.pop(0), special=False, normalized=False)])
     backend.add_special_tokens([AddedToken(text, special=True) for text in special])
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend, eos_token="<eos>", additional_special_tokens=special[:2]
+        tokenizer_object=backend, eos_token="<eos>", additional_special_tokens=special[:-1]
     )
     tokenizer.chat_template = chat_template
     return tokenizer

@@ -87,5 +87,6 @@ def test_a_real_models_template_closes_the_turn_with_its_own_token():
     tokenizer = AutoTokenizer.from_pretrained(unpack_smollm2())
     template = chat_template(tokenizer)
     assert tokenizer.decode(template.end_of_turn_ids) == "<|im_end|>"
-    assert tokenizer.decode(template.before_ids) == "\n<|im_start|>user\n```output\n"
-    assert tokenizer.decode(template.after_ids) == "\n```<|im_end|>\n<|im_start|>assistant\n"
+    before, after = tokenizer.decode(template.before_ids), tokenizer.decode(template.after_ids)
+    assert before + template.open_text == "\n<|im_start|>user\n```output\n"
+    assert template.close_text + after == "\n```<|im_end|>\n<|im_start|>assistant\n"

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import pytest
 
+from openrlhf_alp.episodes.protocols import Task
 from openrlhf_alp.episodes.records import (
     BadCompletionError,
     Completion,
@@ -12,7 +13,7 @@ from openrlhf_alp.episodes.records import (
     TurnKind,
     VersionSpan,
 )
-from openrlhf_alp.episodes.single_turn import run_single_turn
+from openrlhf_alp.episodes.runners import SingleTurn
 from openrlhf_alp.rewards.protocol import RewardResult, RewardUnavailable
 
 EOS = 2
@@ -63,16 +64,9 @@ class Judge:
 
 
 async def run(engine: Engine, judge: Judge):
-    return await run_single_turn(
-        request_id="r1",
-        prompt="2 +",
-        label="4",
-        prompt_ids=[10, 11],
-        generate=engine,
-        decode=decode,
-        reward=judge,
-        sampling=SAMPLING,
-    )
+    runner = SingleTurn(generate=engine, decode=decode, reward=judge)
+    task = Task(prompt="2 +", label="4", prompt_ids=[10, 11])
+    return await runner(request_id="r1", task=task, sampling=SAMPLING)
 
 
 async def test_the_episode_is_the_prompt_ids_followed_by_exactly_what_the_engine_sampled():
@@ -141,14 +135,7 @@ def test_an_unavailable_reward_keeps_its_reason_through_pickling():
 
 
 async def test_a_prompt_without_tokens_is_refused():
+    runner = SingleTurn(generate=Engine(completion()), decode=decode, reward=Judge(""))
+    task = Task(prompt="", label="4", prompt_ids=[])
     with pytest.raises(ValueError, match="request r9: the prompt has no tokens"):
-        await run_single_turn(
-            request_id="r9",
-            prompt="",
-            label="4",
-            prompt_ids=[],
-            generate=Engine(completion()),
-            decode=decode,
-            reward=Judge(""),
-            sampling=SAMPLING,
-        )
+        await runner(request_id="r9", task=task, sampling=SAMPLING)

@@ -4,10 +4,15 @@ from dataclasses import replace
 from functools import partial
 
 import pytest
-from scripted_policy import ScriptedPolicy
+from scripted_policy import ScriptedPolicy, make_tokenizer
 
-from openrlhf_alp.episodes.code_blocks import CodeResult, CodeStatus
-from openrlhf_alp.episodes.observation import chat_template, plain_template
+from openrlhf_alp.episodes.observation import (
+    CodeResult,
+    CodeStatus,
+    chat_template,
+    plain_template,
+)
+from openrlhf_alp.episodes.protocols import Task
 from openrlhf_alp.episodes.records import (
     BadCompletionError,
     Episode,
@@ -16,13 +21,12 @@ from openrlhf_alp.episodes.records import (
     ToolLostError,
     TurnKind,
 )
-from openrlhf_alp.episodes.tool_integrated import ToolIntegratedConfig, run_tool_integrated
-from openrlhf_alp.episodes.void import trained_ranges
+from openrlhf_alp.episodes.runners import ToolIntegrated, ToolIntegratedConfig
 from openrlhf_alp.rewards.protocol import RewardResult, RewardUnavailable
 
 CALL = "```python\nprint(6 * 7)\n```\n"
 ANSWER = "So \\boxed{42}.<eos>"
-CONFIG = ToolIntegratedConfig(max_tokens=500)
+CONFIG = ToolIntegratedConfig(max_tokens_per_turn=None, max_tool_turns=5, max_output_chars=512)
 
 
 class Interpreter:
@@ -65,24 +69,27 @@ async def play(
     interpreter=None,
     reward=None,
     config=CONFIG,
+    max_tokens=500,
     template="plain",
+    sampling=None,
 ) -> tuple[Episode, ScriptedPolicy, Interpreter, RewardOfText]:
     policy = policy_class(tokenizer, *turns)
     interpreter = interpreter or Interpreter()
     reward = reward or RewardOfText()
-    episode = await run_tool_integrated(
-        request_id="r",
-        prompt="6 * 7?",
-        label="42",
-        prompt_ids=tokenizer.encode("6 * 7?\n", add_special_tokens=False),
+    prompt_ids = tokenizer.encode("6 * 7?\n", add_special_tokens=False)
+    runner = ToolIntegrated(
         generate=policy,
-        interpreter=interpreter,
+        open_interpreter=lambda: interpreter,
         encode=partial(tokenizer.encode, add_special_tokens=False, split_special_tokens=True),
         decode=partial(tokenizer.decode, skip_special_tokens=True),
         template={"plain": plain_template, "chat": chat_template}[template](tokenizer),
         reward=reward,
-        sampling=SamplingConfig(max_tokens=1),
         config=config,
+    )
+    episode = await runner(
+        request_id="r",
+        task=Task(prompt="6 * 7?", label="42", prompt_ids=prompt_ids),
+        sampling=sampling or SamplingConfig(max_tokens=max_tokens),
     )
     return episode, policy, interpreter, reward
 
@@ -140,6 +147,52 @@ async def test_no_token_is_sampled_after_the_closing_fence(tokenizer):
     assert tokenizer.decode(policy.sampled[0]) == CALL
 
 
+@pytest.mark.parametrize(
+    ("call", "num_requests"),
+    [
+        ("Try:\r\n```python\r\nprint(6 * 7)\r\n```\r", 1),
+        ("```Python\nprint(6 * 7)\n```\n", 1),
+        ("~~~python\nprint(6 * 7)\n~~~\n", 1),
+        ("````python\nprint(6 * 7)\n````\n", 1),
+        ("1. Compute:\n   ```python\n   print(6 * 7)\n   ```\n", 1),
+        ("- ```python\n  print(6 * 7)\n  ```\n", 1),
+        # Blanks after the fence: a second request reads them to the end of the line.
+        ("```python\nprint(6 * 7)\n```  \n", 2),
+        ("```python\nprint(6 * 7)\n~~~ \n```\t\n", 4),
+    ],
+)
+async def test_a_closed_block_ends_the_turn_in_every_form(tokenizer, call, num_requests):
+    episode, policy, interpreter, _ = await play(tokenizer, call + "wasted words", ANSWER)
+    assert episode.turns[1].text == call and len(policy.asked) == num_requests + 1
+    assert interpreter.codes[0].startswith("print(6 * 7)\n")
+    assert episode.stop_reason is StopReason.EOS and not episode.void
+
+
+async def test_a_fence_with_more_in_its_line_is_sampled_past(tokenizer):
+    turn = "``` python\nprint(1)\n``` no\n```\n"
+    episode, _, interpreter, _ = await play(tokenizer, turn, ANSWER)
+    assert interpreter.codes == ["print(1)\n``` no\n"] and episode.turns[1].text == turn
+
+
+async def test_a_stop_string_of_the_caller_ends_the_episode_also_where_it_is_ours(tokenizer):
+    sampling = SamplingConfig(max_tokens=500, stop=("```\n",))
+    episode, policy, *_ = await play(tokenizer, "See\n```\nno", sampling=sampling)
+    assert (episode.stop_reason, len(policy.asked)) == (StopReason.STOP, 1)
+
+
+@pytest.mark.parametrize("before", ["Check.\n", "It is \\boxed{5}.\n"])
+async def test_a_block_cut_by_the_budget_is_void_and_holds_no_answer(tokenizer, before):
+    cut = before + "```python\n# answer \\boxed{5}\nprint(1)"
+    episode, _, _, reward = await play(tokenizer, cut, max_tokens=len(cut))
+    assert episode.stop_reason is StopReason.LENGTH and episode.void
+    assert "boxed" not in reward.seen[0]
+
+
+async def test_the_reward_reads_the_boxes_of_two_turns_in_two_paragraphs(tokenizer):
+    _, _, _, reward = await play(tokenizer, "\\boxed{4}\n" + CALL, "\\boxed{5}<eos>")
+    assert reward.seen == ["\\boxed{4}\n\n\n\\boxed{5}"]
+
+
 async def test_a_fence_that_closes_no_python_block_does_not_end_the_turn(tokenizer):
     turn = "See\n```\nnot code\n```\nthen \\boxed{42}<eos>"
     episode, policy, interpreter, _ = await play(tokenizer, turn)
@@ -154,6 +207,18 @@ async def test_code_that_ends_with_an_eos_is_run_too(tokenizer):
     episode, _, interpreter, _ = await play(tokenizer, call, ANSWER, template="chat")
     assert interpreter.codes == ["print(1)\n"]
     assert tokenizer.decode(episode.token_ids).count("<|im_end|>") == 2
+
+
+async def test_an_end_of_turn_that_the_tokenizer_decodes_is_no_text_of_the_policy():
+    tokenizer = make_tokenizer(end_is_special=False)
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert tokenizer.decode([end], skip_special_tokens=True) == "<|im_end|>"
+    call = "```python\nprint(1)\n```<|im_end|>"
+    episode, _, interpreter, reward = await play(
+        tokenizer, call, "So \\boxed{42}.<|im_end|>", template="chat"
+    )
+    assert interpreter.codes == ["print(1)\n"] and episode.token_ids.count(end) == 3
+    assert reward.seen[0].strip() == "So \\boxed{42}."
 
 
 async def test_after_the_last_tool_turn_one_more_turn_may_answer(tokenizer):
@@ -186,10 +251,9 @@ async def test_the_budget_of_a_turn_counts_all_its_requests(tokenizer):
 async def test_the_budget_of_the_episode_counts_observations(tokenizer):
     observed = len("```output\n42\n```\n")
     enough = len(CALL) + observed + 1
-    episode, *_ = await play(tokenizer, CALL, ANSWER, config=replace(CONFIG, max_tokens=enough))
+    episode, *_ = await play(tokenizer, CALL, ANSWER, max_tokens=enough)
     assert (episode.stop_reason, len(episode.turns)) == (StopReason.LENGTH, 4)
-    less = replace(CONFIG, max_tokens=enough - 1)
-    episode, _, interpreter, _ = await play(tokenizer, CALL, config=less)
+    episode, _, interpreter, _ = await play(tokenizer, CALL, max_tokens=enough - 1)
     assert (episode.stop_reason, len(episode.turns)) == (StopReason.NO_ROOM, 2)
     assert episode.truncated and len(interpreter.codes) == 1
 
@@ -203,9 +267,9 @@ async def test_a_turn_without_call_and_answer_is_void(tokenizer, last, void):
     assert episode.void is void
     first, second = (turn for turn in episode.turns if turn.kind is TurnKind.ACTION)
     both = [(first.start, first.end), (second.start, second.end)]
-    assert trained_ranges(episode, "off") == both
-    assert trained_ranges(episode, "turn") == (both[:1] if void else both)
-    assert trained_ranges(episode, "trajectory") == ([] if void else both)
+    assert episode.trained_ranges("off") == both
+    assert episode.trained_ranges("turn") == (both[:1] if void else both)
+    assert episode.trained_ranges("trajectory") == ([] if void else both)
 
 
 async def test_an_answer_in_a_tools_output_or_in_code_is_no_answer(tokenizer):
@@ -259,7 +323,6 @@ async def test_a_log_prob_that_is_not_finite_names_the_turns_request(tokenizer):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"max_tokens": 0}, "max_tokens=0"),
         ({"max_tokens_per_turn": -1}, "max_tokens_per_turn=-1"),
         ({"max_tool_turns": -1}, "max_tool_turns=-1"),
         ({"max_output_chars": 1}, "max_output_chars=1"),
@@ -268,6 +331,11 @@ async def test_a_log_prob_that_is_not_finite_names_the_turns_request(tokenizer):
 def test_a_limit_out_of_range_is_refused_by_name(changes, message):
     with pytest.raises(ValueError, match=message):
         replace(CONFIG, **changes)
+
+
+async def test_an_episode_without_a_budget_is_refused_by_name(tokenizer):
+    with pytest.raises(ValueError, match="max_tokens=0"):
+        await play(tokenizer, ANSWER, max_tokens=0)
 
 
 async def test_an_engine_that_keeps_the_stop_string_to_itself_is_found_out(tokenizer):

@@ -9,7 +9,7 @@ from openrlhf_alp.data.questions import Question
 from openrlhf_alp.episodes.records import Completion, SamplingConfig, VersionSpan
 from openrlhf_alp.launch.accuracy import Accuracy, examine
 from openrlhf_alp.rewards.protocol import RewardResult, RewardUnavailable
-from openrlhf_alp.rollouts.runners import SingleTurnRunner
+from openrlhf_alp.rollouts.runners import build_runner
 
 ROWS = [Question(question=f"What is 1 + {n}?", label=str(1 + n)) for n in (1, 2, 3, 4)]
 
@@ -57,7 +57,7 @@ def measure(generate, character_model) -> Callable[..., Awaitable[Accuracy]]:
 
     def run(rows: list[Question], broken: str | None = None) -> Awaitable[Accuracy]:
         reward = Reward(broken)
-        runner = SingleTurnRunner(generate=generate, reward=reward, tokenizer=tokenizer)
+        runner = build_runner(generate=generate, reward=reward, tokenizer=tokenizer)
         return examine(rows, runner=runner, tokenizer=tokenizer, max_tokens=20, seed=100)
 
     return run

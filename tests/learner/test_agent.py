@@ -101,7 +101,7 @@ async def test_openrlhf_gets_an_episode_over_its_own_engine(
     # Turn by turn the engine saw the ids of the episode, and its caller's parameters otherwise.
     assert engine.seen[1][0] == response["observation_tokens"][: second[0]]
     params = engine.seen[0][1]
-    assert (params.stop, params.min_tokens, params.temperature) == (["\n```\n"], 0, 1.0)
+    assert (params.min_tokens, params.temperature) == (0, 1.0) and "```\n" in params.stop
 
     without = await execute(executor, engine, sampling_params=SamplingParams(max_tokens=60))
     assert without["rollout_log_probs"] is None

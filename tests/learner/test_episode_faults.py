@@ -30,9 +30,9 @@ from openrlhf_alp.clients.fleet import Backoff
 from openrlhf_alp.clients.rollout import RolloutClient
 from openrlhf_alp.clients.tool import ToolClient
 from openrlhf_alp.learner.flags.config import ServiceConfig
-from openrlhf_alp.learner.flags.tool import ToolConfig
 from openrlhf_alp.learner.rollout_engine import RolloutEngine
 from openrlhf_alp.rewards.protocol import RewardResult
+from openrlhf_alp.rollouts.runners import ToolConfig
 from services.rollout.api.app import create_app as create_rollout_app
 from services.rollout.engines.hf_engine import HfEngine
 from services.rollout.model_folder import read_model_folder

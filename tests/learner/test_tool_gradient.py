@@ -18,9 +18,9 @@ from openrlhf_alp.episodes.records import (
 )
 from openrlhf_alp.learner.actor import UnifiedPolicyLoss
 from openrlhf_alp.learner.experience import AlpSamplesGenerator
-from openrlhf_alp.learner.flags.tool import ToolConfig
 from openrlhf_alp.objective.methods import METHODS
-from openrlhf_alp.rollouts.runners import to_response
+from openrlhf_alp.rollouts.response import to_response
+from openrlhf_alp.rollouts.runners import ToolConfig
 
 VOCABULARY = 11
 EPISODE = Episode(

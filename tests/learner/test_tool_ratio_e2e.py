@@ -18,8 +18,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks.policies.tiny_policy import save_tiny_policy
 from openrlhf_alp.learner.flags.config import ServiceConfig
-from openrlhf_alp.learner.flags.tool import ToolConfig
 from openrlhf_alp.learner.rollout_engine import RolloutEngine
+from openrlhf_alp.rollouts.runners import ToolConfig
 
 pytestmark = [
     pytest.mark.e2e,

@@ -9,7 +9,7 @@ from openrlhf_alp.learner.experience import (
     _zero_metrics_of_untrained,
     leave_void_out_of_baseline,
 )
-from openrlhf_alp.rollouts.metrics import VOID
+from openrlhf_alp.rollouts.response import VOID
 
 
 def samples(places: list[int], rewards: list[float], void: list[int]) -> Experience:

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 from openrlhf_alp.clients.weights.gpu_carrier import Meeting
 from openrlhf_alp.learner.flags.config import MATH_VERIFY, AlpConfig, ServiceConfig
 from openrlhf_alp.learner.flags.spec import add_flags, read_flags
-from openrlhf_alp.learner.flags.tool import ToolConfig
+from openrlhf_alp.rollouts.runners import ToolConfig
 from services.common.wire import ADMIN_KEY_VARIABLE, API_KEY_VARIABLE, TOOL_KEY_VARIABLE
 
 _MEAN_BASELINES = frozenset({"group_norm", "reinforce_baseline", "dr_grpo"})

@@ -1,6 +1,6 @@
 """`openrlhf-alp preflight`: sample from running services and score with the learner; no update.
 
-    prompts -> SingleTurnRunner -> Episode -> upstream's Experience -> OpenRLHF's Actor -> log-ratio
+    prompts -> SingleTurn -> Episode -> upstream's Experience -> OpenRLHF's Actor -> log-ratio
 
 Every part is the one that a training run uses, except that no DeepSpeed engine wraps the actor.
 """
@@ -24,13 +24,14 @@ from openrlhf_alp.clients.contract import LearnerExpectation, check_contract
 from openrlhf_alp.clients.rollout import RolloutClient
 from openrlhf_alp.clients.weights.carry import DTYPES, digest_tensor
 from openrlhf_alp.clients.weights.push import WeightPusher
+from openrlhf_alp.episodes.protocols import Task
 from openrlhf_alp.episodes.records import Episode, SamplingConfig
 from openrlhf_alp.learner.mismatch.judge import Verdict, judge
 from openrlhf_alp.learner.mismatch.measure import Mismatch, log_ratio, scorable
 from openrlhf_alp.learner.weight_sync import gathered_buckets, gathered_parameters
 from openrlhf_alp.rewards.protocol import RewardResult
-from openrlhf_alp.rollouts.generate import ServiceGenerate
-from openrlhf_alp.rollouts.runners import SingleTurnRunner, Task, to_response
+from openrlhf_alp.rollouts.response import to_response
+from openrlhf_alp.rollouts.runners import ServiceGenerate, build_runner
 from services.rollout.wire.schemas import TensorSpec
 
 
@@ -194,7 +195,7 @@ async def _sample(
     """All episodes, and the tensors of the first service."""
     sampling = SamplingConfig(max_tokens=config.max_tokens, temperature=config.temperature)
     async with _client(config) as client:
-        runner = SingleTurnRunner(
+        runner = build_runner(
             generate=ServiceGenerate(client=client, deadline_s=config.timeout_s),
             reward=_NoReward(),
             tokenizer=tokenizer,

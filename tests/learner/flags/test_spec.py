@@ -11,7 +11,7 @@ from openrlhf.utils.config import hierarchize
 
 from openrlhf_alp.learner.flags.settle import add_arguments
 from openrlhf_alp.learner.flags.spec import add_flags, read_flags
-from openrlhf_alp.learner.flags.tool import ToolConfig
+from openrlhf_alp.rollouts.runners import ToolConfig
 from services.common.wire import ADMIN_KEY_VARIABLE, API_KEY_VARIABLE, TOOL_KEY_VARIABLE
 
 

@@ -20,7 +20,7 @@ def test_the_papers_setting_is_the_default(parse: Parse, service_keys: None) -> 
     tool = parse(*ROLLOUT, *TOOL).tool_service
     assert tool.urls == ("http://127.0.0.1:2",)
     assert (tool.max_tool_turns, tool.void, tool.void_baseline) == (5, "trajectory", "keep")
-    assert tool.limits(max_tokens=100).max_tool_turns == 5
+    assert tool.limits.max_tool_turns == 5
 
 
 @pytest.mark.parametrize(

@@ -11,9 +11,8 @@ from openrlhf_alp.episodes.records import (
     TurnKind,
     VersionSpan,
 )
-from openrlhf_alp.learner.flags.tool import ToolConfig
-from openrlhf_alp.rollouts.metrics import tool_metrics, with_ratios
-from openrlhf_alp.rollouts.runners import to_response
+from openrlhf_alp.rollouts.response import to_response, tool_metrics, with_ratios
+from openrlhf_alp.rollouts.runners import ToolConfig
 
 TOOL = ToolConfig(urls=("http://tool",), max_tool_turns=2)
 

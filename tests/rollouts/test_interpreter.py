@@ -14,7 +14,7 @@ from openrlhf_alp.clients.channel import Timeouts
 from openrlhf_alp.clients.errors import RequestRejected
 from openrlhf_alp.clients.fleet import Backoff
 from openrlhf_alp.clients.tool import ToolClient
-from openrlhf_alp.episodes.code_blocks import CodeStatus
+from openrlhf_alp.episodes.observation import CodeStatus
 from openrlhf_alp.episodes.records import ToolLostError
 from openrlhf_alp.rollouts.interpreter import ATTEMPTS, SessionInterpreter, StatelessInterpreter
 from services.tool.api.app import create_app
