@@ -12,7 +12,6 @@ from pathlib import Path
 from rich.console import Console
 
 from openrlhf_alp.cli.prepare_view import PrepareView
-from openrlhf_alp.data.errors import DataError, SourceError
 from openrlhf_alp.data.formats import (
     FORMATS,
     RowFormat,
@@ -20,9 +19,8 @@ from openrlhf_alp.data.formats import (
     detect_format,
     plain_format,
 )
-from openrlhf_alp.data.sources import Row, read_rows
-from openrlhf_alp.data.templates import TEMPLATES
-from openrlhf_alp.data.tokens import TokenCounter
+from openrlhf_alp.data.sources import DataError, Row, SourceError, read_rows
+from openrlhf_alp.data.templates import TEMPLATES, TokenCounter
 
 _DEFAULT_TEMPLATE = "chat-math"
 _MAX_DEFAULT_WORKERS = 8
@@ -148,9 +146,8 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _prepare(config: PrepareConfig, view: PrepareView) -> int:
     # Here and not above: these import sympy, and `--help` should not wait for that.
-    from openrlhf_alp.data.output import OutputFiles
+    from openrlhf_alp.data.output import OutputFiles, summarise
     from openrlhf_alp.data.prepare import Options, prepare
-    from openrlhf_alp.data.summary import summarise
 
     # Each label without a reward is in the rejected file, with the reason.
     logging.getLogger("openrlhf_alp.rewards").setLevel(logging.ERROR)

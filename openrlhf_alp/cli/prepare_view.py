@@ -10,9 +10,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 if TYPE_CHECKING:  # the modules behind them import sympy
-    from openrlhf_alp.data.output import OutputFiles
+    from openrlhf_alp.data.output import OutputFiles, Summary
     from openrlhf_alp.data.prepare import OnProgress
-    from openrlhf_alp.data.summary import Summary
 
 _LINE_EVERY_ROWS = 2000
 """Without a terminal, a line is written each time that this many labels are checked."""

@@ -1,4 +1,4 @@
-"""Gold answers: one bare expression out of the forms that problem sets use, and its kind."""
+"""Turns the label forms of published problem sets into one bare expression, and names its kind."""
 
 import re
 from enum import StrEnum
@@ -38,7 +38,7 @@ def _bare(text: str) -> str:
     text = text.rpartition(_SOLUTION_MARK)[2].strip()
     if (boxed := _WHOLLY_BOXED.fullmatch(text)) and _is_balanced(boxed[1]):
         text = boxed[1].strip()
-    # A currency sign and a thin space are no mathematics.
+    # A currency sign and a negative thin space carry no value.
     text = text.replace("\\$", "").replace("\\!", "")
     if _MATH_PIECES.fullmatch(text):
         text = ", ".join(piece.strip() for piece in text.split("$")[1::2])
@@ -49,7 +49,7 @@ def _bare(text: str) -> str:
 
 
 def _is_balanced(text: str) -> bool:
-    """Whether every brace is closed; "1} and \\boxed{2" is two boxes and not one."""
+    """Whether every brace is closed: "1} and \\boxed{2" comes from two boxes, not from one."""
     depth = 0
     for character in text:
         depth += {"{": 1, "}": -1}.get(character, 0)
@@ -59,7 +59,7 @@ def _is_balanced(text: str) -> bool:
 
 
 class LabelKind(StrEnum):
-    """What an answer looks like; for the summary only."""
+    """The form of a label; only the summary uses it."""
 
     INTEGER = "integer"
     DECIMAL = "decimal"
@@ -86,7 +86,7 @@ _KINDS = (
 
 
 def label_kind(label: str) -> LabelKind:
-    """The kind of a bare label."""
+    """Returns the kind of a bare label."""
     for kind, pattern in _KINDS:
         if pattern.fullmatch(label):
             return kind

@@ -11,7 +11,7 @@ from uuid import uuid4
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from openrlhf_alp.clients.rollout import RolloutClient
-from openrlhf_alp.data.questions import Question
+from openrlhf_alp.data.tasks import Question
 from openrlhf_alp.episodes.records import Episode, SamplingConfig, ToolLostError
 from openrlhf_alp.learner.flags.tool import ToolConfig
 from openrlhf_alp.rewards.math import MathReward

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from openrlhf_alp.data.questions import INPUT_KEY, LABEL_KEY
+from openrlhf_alp.data.templates import INPUT_KEY, LABEL_KEY
 from openrlhf_alp.learner.flags.tool import ToolConfig
 
 PROMPTS_PER_STEP = 8

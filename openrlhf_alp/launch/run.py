@@ -15,8 +15,8 @@ from pathlib import Path
 from openrlhf_alp.cli.demo import DemoConfig
 from openrlhf_alp.clients.errors import ServiceError
 from openrlhf_alp.clients.keys import ADMIN_KEY_VARIABLE, API_KEY_VARIABLE, TOOL_KEY_VARIABLE
-from openrlhf_alp.data.questions import Question, repeat_rows, write_rows
 from openrlhf_alp.data.smollm2 import ModelPackageMissingError
+from openrlhf_alp.data.tasks import Question, repeat_rows, write_rows
 from openrlhf_alp.launch.accuracy import Accuracy, Services, measure_accuracy
 from openrlhf_alp.launch.folder import RunFolderError, find_model, open_run_folder
 from openrlhf_alp.launch.processes import (

@@ -3,9 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from openrlhf_alp.data.addition import split_additions
-from openrlhf_alp.data.multiplication import split_products
-from openrlhf_alp.data.questions import QuestionSplit
+from openrlhf_alp.data.tasks import QuestionSplit, split_additions, split_products
 
 METHODS = ("seq-alp", "token-alp", "seq-bypass", "token-bypass")
 """Values of `--method`; the first is the default."""

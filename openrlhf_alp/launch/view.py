@@ -19,7 +19,7 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
-from openrlhf_alp.data.questions import Question
+from openrlhf_alp.data.tasks import Question
 from openrlhf_alp.episodes.records import Episode, TurnKind
 from openrlhf_alp.report.metrics import LOG_RATIO_QUANTILES, REWARD, StepMetrics
 

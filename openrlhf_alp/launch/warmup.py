@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from openrlhf_alp.data.multiplication import Dialogue, sample_dialogues
+from openrlhf_alp.data.tasks import Dialogue, sample_dialogues
 from openrlhf_alp.episodes.observation import chat_template
 
 BATCH_SIZE = 8

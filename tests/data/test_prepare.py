@@ -5,12 +5,10 @@ import json
 
 import pytest
 
-from openrlhf_alp.data.errors import OutputError
 from openrlhf_alp.data.formats import FORMATS
-from openrlhf_alp.data.output import OutputFiles
+from openrlhf_alp.data.output import OutputError, OutputFiles, TokenLengths, summarise
 from openrlhf_alp.data.prepare import Options, Reason, prepare, problem_key
 from openrlhf_alp.data.sources import Row
-from openrlhf_alp.data.summary import TokenLengths, summarise
 from openrlhf_alp.data.templates import TEMPLATES
 
 OPTIONS = Options(template=TEMPLATES["chat-bare"], num_workers=1)
