@@ -114,7 +114,9 @@ def report_coincidences(pairs: list[Pair]) -> None:
     order = random.Random(0)
     labels = sorted({pair.label for pair in pairs})
     chosen = [tuple(order.sample(labels, k=2)) for _ in range(_NUM_PAIRS)]
-    equal = [(a, b) for a, b in chosen if grade(Pair(name="", response=_boxed(a), label=b)) == "right"]
+    equal = [
+        (a, b) for a, b in chosen if grade(Pair(name="", response=_boxed(a), label=b)) == "right"
+    ]
     print(f"\n{len(chosen)} pairs of different labels, {len(equal)} graded as equal")
     for first, second in equal:
         print(f"  {first!r} = {second!r}")
@@ -148,7 +150,9 @@ def main() -> None:
     arguments = parser.parse_args()
     pairs = list(read_pairs(arguments.data))
     if not pairs:
-        parser.error(f"{arguments.data} holds none of {', '.join(file for file, _ in SETS.values())}")
+        parser.error(
+            f"{arguments.data} holds none of {', '.join(file for file, _ in SETS.values())}"
+        )
     report_references(pairs, verbose=arguments.verbose)
     report_coincidences(pairs)
     asyncio.run(report_speed(pairs, arguments.workers))

@@ -38,14 +38,14 @@ _SPAN = re.compile(
 )
 
 _NUMBER = (
-    r"(?:\\?[$€£¥₹]\s?)?"
+    r"(?:\\?[$\u20ac\u00a3\u00a5\u20b9]\s?)?"
     r"(?:\d{1,3}(?:,\d{3})+(?!\d)(?:\.\d+)?|\d{1,3}(?: \d{3})+(?!\d)(?:\.\d+)?"
     r"|\d+(?:\.\d+)?(?:[eE][-+]?\d+(?![A-Za-z\d]))?|\.\d+"
     r"|\\[dt]?frac\s?\{[^{}]*\}\{[^{}]*\}|\\sqrt\{[^{}]*\}|\\pi)"
 )
-_OPERATOR = r"(?:\s*(?:\*\*|[-+*/^×÷·=:−]|\\times|\\cdot|\\div)\s*[-+−]?\(?|\s+(?=\d+\s*/\s*\d))"
+_OPERATOR = r"(?:\s*(?:\*\*|[-+*/^\u00d7\u00f7\u00b7=:\u2212]|\\times|\\cdot|\\div)\s*[-+\u2212]?\(?|\s+(?=\d+\s*/\s*\d))"
 _EXPRESSION = re.compile(
-    rf"(?<![\w.\\}}])[-+−]?\(?{_NUMBER}[)!]?(?:{_OPERATOR}{_NUMBER}[)!]?)*\s?\\?%?"
+    rf"(?<![\w.\\}}])[-+\u2212]?\(?{_NUMBER}[)!]?(?:{_OPERATOR}{_NUMBER}[)!]?)*\s?\\?%?"
 )
 _LIST_WORD = re.compile(r"\s*(?:,\s*(?:and|or)\b|,|;|\band\b|\bor\b)\s*")
 

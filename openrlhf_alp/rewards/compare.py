@@ -74,9 +74,12 @@ def _unwrapped(gold: Value, answer: Value) -> tuple[Value, Value]:
         # `m \\in [2, \\infty)` answers `m \\geq 2`.
         if not isinstance(gold, Relation) or (gold.signs != ("=",) and _is_set(answer.sides[1])):
             answer = answer.sides[1]
-    elif isinstance(gold, Relation) and _is_assignment(gold):
-        if not isinstance(answer, Relation) or _is_set(gold.sides[1]):
-            gold = gold.sides[1]
+    elif (
+        isinstance(gold, Relation)
+        and _is_assignment(gold)
+        and not (isinstance(answer, Relation) and not _is_set(gold.sides[1]))
+    ):
+        gold = gold.sides[1]
     if isinstance(answer, Relation) and set(answer.signs) == {"\\approx"}:
         answer = _exact_part(answer)
     if isinstance(gold, Relation) and set(gold.signs) == {"\\approx"}:
@@ -150,9 +153,8 @@ def _is_integer(answer: Quantity, digits: str) -> bool:
 
 
 def _same_relation(gold: Relation, answer: Relation) -> bool:
-    if _is_assignment(gold) and _is_assignment(answer):
-        if _names(gold) == _names(answer):
-            return values_equal(gold.sides[1], answer.sides[1])
+    if _is_assignment(gold) and _is_assignment(answer) and _names(gold) == _names(answer):
+        return values_equal(gold.sides[1], answer.sides[1])
     if gold.signs == ("=",) == answer.signs:
         return _same_equation(gold, answer)
     if (first := _as_interval(gold)) is not None and (second := _as_interval(answer)) is not None:
@@ -211,8 +213,8 @@ def _difference(relation: Relation) -> sympy.Expr | None:
 
 def _same_items(gold: Items, answer: Items) -> bool:
     if gold.kind == "matrix" or answer.kind == "matrix":
-        rows, others = _entries(gold), _entries(answer)
-        return len(rows) == len(others) and all(map(_same_row, rows, others))
+        rows, other_rows = _entries(gold), _entries(answer)
+        return len(rows) == len(other_rows) and all(map(_same_row, rows, other_rows))
     if {gold.kind, answer.kind} == {"list", "tuple"} and gold.kind == "tuple":
         answer = _without_names(answer)
     items, others = gold.items, answer.items
@@ -331,9 +333,7 @@ def _as_interval(relation: Relation) -> Interval | Union | None:
         return None
     if relation.signs[0] in (">", "\\geq"):
         relation = _flip(relation)
-    places = [
-        isinstance(side, Quantity) and side.expression == variable for side in relation.sides
-    ]
+    places = [isinstance(side, Quantity) and side.expression == variable for side in relation.sides]
     opens = [sign == "<" for sign in relation.signs]
     match places, relation.signs:
         case [True, False], ["\\neq"] | ("\\neq",):

@@ -1,10 +1,10 @@
 """Decides whether two numbers or expressions are equal; never by an absolute error.
 
 * Rational numbers are compared as fractions.
-* Constants built from rationals by roots are compared with so many digits that a difference which
-  is not zero must show (the separation bound of Burnikel, Fleischer, Mehlhorn and Schirra, "A strong
-  and easily computable separation bound for arithmetic expressions involving radicals", 2000).
-* Other constants (with pi, e, logarithms) are compared with 100 digits more than they are written in.
+* Constants built from rationals by roots are compared with so many digits that a difference other
+  than zero must show (separation bound of Burnikel, Fleischer, Mehlhorn and Schirra, "A strong and
+  easily computable separation bound for arithmetic expressions involving radicals", 2000).
+* Other constants (with pi, e, logarithms) are compared with 100 digits more than their text has.
 * Expressions with unknowns are compared at fixed rational points, positive and negative.
 * A decimal stands for a number without a finite decimal form when it is that number, rounded or cut
   at its last digit, with a relative error of at most 1e-6.
@@ -66,7 +66,9 @@ def is_zero(constant: sympy.Expr) -> bool:
     if constant.is_Rational:
         return bool(constant == 0)
     bound = _separation(constant)
-    digits = _CONSTANT_DIGITS + _written_digits(constant) if bound is None else math.ceil(bound.digits)
+    digits = (
+        _CONSTANT_DIGITS + _written_digits(constant) if bound is None else math.ceil(bound.digits)
+    )
     if digits > _MAX_DIGITS:
         digits = _MAX_DIGITS
     try:
@@ -94,7 +96,9 @@ def _separation(constant: sympy.Expr) -> _Bound | None:
     sizes = _sizes(constant)
     roots = {(node.base, int(node.exp.q)) for node in constant.atoms(sympy.Pow)} if sizes else set()
     degree = math.prod(root for _, root in roots)
-    return None if sizes is None else _Bound(*sizes, degree * 2 if constant.has(sympy.I) else degree)
+    return (
+        None if sizes is None else _Bound(*sizes, degree * 2 if constant.has(sympy.I) else degree)
+    )
 
 
 def _sizes(node: sympy.Expr) -> tuple[float, float] | None:
@@ -179,7 +183,7 @@ def _decimal_stands_for(gold: Quantity, answer: Quantity) -> bool:
     if not value.is_Float:
         return False
     value = Fraction(str(sympy.Rational(value)))
-    error = abs(decimal.expression - value) / abs(decimal.expression)  # type: ignore[operator]
+    error = abs(decimal.expression - value) / abs(decimal.expression)
     if decimal.digits in range(_DOUBLE_DIGITS, 18) and error < _DOUBLE_ERROR:
         return True
     return bool(error <= _DECIMAL_ERROR) and _is_within_last_digit(decimal, value)

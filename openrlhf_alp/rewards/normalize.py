@@ -1,6 +1,6 @@
 """Rewrites the forms in which people and models type mathematics to one plain LaTeX.
 
-All rewriting happens here, in one table that is applied from top to bottom. `\\tfrac12`, `½` and
+All rewriting happens here, in one table that is applied from top to bottom. `\\tfrac12`, `\u00bd` and
 `\\frac {1}{2}` become `\\frac{1}{2}`; `1,234`, `1\\,234` and `1 234` become `1234`.
 """
 
@@ -11,28 +11,37 @@ from collections.abc import Callable
 
 Replacement = str | Callable[[re.Match[str]], str]
 
-_SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿ", "0123456789+-n")
-_SUBSCRIPTS = str.maketrans("₀₁₂₃₄₅₆₇₈₉", "0123456789")
+_SUPERSCRIPTS = str.maketrans(
+    "\u2070\u00b9\u00b2\u00b3\u2074\u2075\u2076\u2077\u2078\u2079\u207a\u207b\u207f",
+    "0123456789+-n",
+)
+_SUBSCRIPTS = str.maketrans(
+    "\u2080\u2081\u2082\u2083\u2084\u2085\u2086\u2087\u2088\u2089", "0123456789"
+)
 _SPACES = "\u00a0\u2002\u2003\u2005\u2006\u2007\u2008\u2009\u200a\u202f\u205f\u3000"
 
 _SYMBOLS = {
     "\u2212": "-", "\u2013": "-", "\u2010": "-", "\u2011": "-", "\ufe63": "-", "\uff0d": "-",
-    "×": r"\times ", "·": r"\cdot ", "⋅": r"\cdot ", "∙": r"\cdot ", "÷": "/", "∕": "/",
-    "π": r"\pi ", "𝜋": r"\pi ", "∞": r"\infty ", "√": r"\sqrt ", "±": r"\pm ", "∓": r"\mp ",
-    "≤": r"\leq ", "≥": r"\geq ", "≠": r"\neq ", "≈": r"\approx ", "∪": r"\cup ", "∩": r"\cap ",
-    "∈": r"\in ", "∅": r"\emptyset ", "°": r"^\circ ", "º": r"^\circ ", "⌊": r"\lfloor ",
-    "⌋": r"\rfloor ", "⌈": r"\lceil ", "⌉": r"\rceil ", "→": r"\to ", "′": "'", "’": "'",
-    "‘": "'", "…": "...", "ℝ": r"\mathbb{R}", "ℯ": "e", "ⅇ": "e", "ⅈ": "i", "，": ",",
-    "\u200b": "", "\u2060": "", "\ufeff": "", "\u2061": "", "\u2062": "", "\u2063": ",",
+    "\u00d7": r"\times ", "\u00b7": r"\cdot ", "\u22c5": r"\cdot ", "\u2219": r"\cdot ",
+    "\u00f7": "/", "\u2215": "/", "\u03c0": r"\pi ", "\U0001d70b": r"\pi ", "\u221e": r"\infty ",
+    "\u221a": r"\sqrt ", "\u00b1": r"\pm ", "\u2213": r"\mp ", "\u2264": r"\leq ",
+    "\u2265": r"\geq ", "\u2260": r"\neq ", "\u2248": r"\approx ", "\u222a": r"\cup ",
+    "\u2229": r"\cap ", "\u2208": r"\in ", "\u2205": r"\emptyset ", "\u00b0": r"^\circ ",
+    "\u00ba": r"^\circ ", "\u230a": r"\lfloor ", "\u230b": r"\rfloor ", "\u2308": r"\lceil ",
+    "\u2309": r"\rceil ", "\u2192": r"\to ", "\u2032": "'", "\u2019": "'", "\u2018": "'",
+    "\u2026": "...", "\u211d": r"\mathbb{R}", "\u212f": "e", "\u2147": "e", "\u2148": "i",
+    "\uff0c": ",", "\u200b": "", "\u2060": "", "\ufeff": "", "\u2061": "", "\u2062": "",
+    "\u2063": ",",
 }  # fmt: skip
 
 _GREEK = dict(
     zip(
-        "αβγδεζηθικλμνξρστυφχψωΓΔΘΛΞΣΦΨΩ",
-        (
-            r"alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi rho sigma "
-            r"tau upsilon varphi chi psi omega Gamma Delta Theta Lambda Xi Sigma Phi Psi Omega"
-        ).split(),
+        "\u03b1\u03b2\u03b3\u03b4\u03b5\u03b6\u03b7\u03b8\u03b9\u03ba\u03bb\u03bc\u03bd\u03be\u03c1\u03c3\u03c4\u03c5\u03c6\u03c7\u03c8\u03c9\u0393\u0394\u0398\u039b\u039e\u03a3\u03a6\u03a8\u03a9",
+        re.findall(
+            r"\w+",
+            "alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi rho sigma "
+            "tau upsilon varphi chi psi omega Gamma Delta Theta Lambda Xi Sigma Phi Psi Omega",
+        ),
         strict=True,
     )
 )
@@ -40,7 +49,7 @@ _GREEK = dict(
 _UNICODE = str.maketrans(
     {
         **_SYMBOLS,
-        **{space: " " for space in _SPACES},
+        **dict.fromkeys(_SPACES, " "),
         **{letter: rf"\{name} " for letter, name in _GREEK.items()},
     }
 )
@@ -57,8 +66,9 @@ _FUNCTION_NAMES = {
     "oo": "infty",
 }  # fmt: skip
 
+
 def _vulgar(match: re.Match[str]) -> str:
-    """½ is a fraction, and 2½ a mixed number."""
+    """\u00bd is a fraction, and 2\u00bd a mixed number."""
     top, bottom = unicodedata.normalize("NFKC", match[0]).split("\u2044")
     return rf"\frac{{{top}}}{{{bottom or 1}}}"
 
@@ -86,9 +96,9 @@ def _combining(match: re.Match[str]) -> str:
 
 _FORMATTING: list[tuple[str, Replacement]] = [
     # What surrounds an answer and does not change it.
-    (r"[¼½¾⅐-⅞]", _vulgar),
-    (r"[⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿ]+", lambda m: f"^{{{m[0].translate(_SUPERSCRIPTS)}}}"),
-    (r"[₀₁₂₃₄₅₆₇₈₉]+", lambda m: f"_{{{m[0].translate(_SUBSCRIPTS)}}}"),
+    (r"[\u00bc\u00bd\u00be\u2150-\u215e]", _vulgar),
+    (r"[\u2070\u00b9\u00b2\u00b3\u2074\u2075\u2076\u2077\u2078\u2079\u207a\u207b\u207f]+", lambda m: f"^{{{m[0].translate(_SUPERSCRIPTS)}}}"),
+    (r"[\u2080\u2081\u2082\u2083\u2084\u2085\u2086\u2087\u2088\u2089]+", lambda m: f"_{{{m[0].translate(_SUBSCRIPTS)}}}"),
     (r"(?:\d[\u0304\u0305\u0307])+", _combining),
     (r"\\(?:displaystyle|textstyle|scriptstyle|limits|nolimits|nonumber|rm|bf|it)(?![A-Za-z])", ""),
     (r"\\(?:left|right|[bB]igg?[lrm]?)(?![A-Za-z])\s*\.?(?=[\s()\[\]{}|\\/.]|$)", ""),
@@ -117,7 +127,7 @@ _FORMATTING: list[tuple[str, Replacement]] = [
     (r"\{:\}", ":"),
     (r"\\langle(?![A-Za-z])", "("),
     (r"\\rangle(?![A-Za-z])", ")"),
-    (rf"\\(?:{_WRAPPERS})\s*\{{\s*(\\?[$€£¥₹%])\s*\}}", r"\1"),
+    (rf"\\(?:{_WRAPPERS})\s*\{{\s*(\\?[$\u20ac\u00a3\u00a5\u20b9%])\s*\}}", r"\1"),
     (rf"^\\(?:{_WRAPPERS})\s*\{{([^{{}}]*\d[^{{}}]*)\}}$", r"\1"),
     (r"(?<=\d)(?:\\[,!:; ]|\{ \}|\{\\,\}|~|\\thinspace)\s*(?=\d{3}(?!\d))", " "),
     (r"(?<!\\)\\!\s*", ""),
@@ -148,7 +158,8 @@ _NUMBERS: list[tuple[str, Replacement]] = [
     (r"(?<!\d)(\d*\.\d*)(?:\\bar|\\overline|\\dot)\s*(?:\{\s*(\d+)\s*\}|(\d))",
      lambda m: rf"{m[1]}\overline{{{m[2] or m[3]}}}"),
     (r"(?<!\d)(\d*\.\d*)\((\d+)\)(?!\s*[\d(])", r"\1\\overline{\2}"),
-    (r"(?<!\d)(\d*\.\d{0,12}?)(\d{1,6}?)\2{2,}\s*(?:\.\.\.+|\\l?dots|\\cdots)", r"\1\\overline{\2}"),
+    (r"(?<!\d)(\d*\.\d{0,12}?)(\d{1,6}?)\2{2,}\s*(?:\.{3,}|\\[lc]?dots)",
+     r"\1\\overline{\2}"),
     # Degrees. Names of functions typed without a backslash.
     (r"\s*\^\s*\{?\s*\\(?:circ|degree)\s*\}?|\\(?:degree|textdegree)(?![A-Za-z])", r"\\degree "),
     (rf"(?<![A-Za-z\\{{])({_FUNCTIONS})(?![A-Za-z}}])", _function),
@@ -208,7 +219,7 @@ def normalize(text: str) -> str:
 def words(text: str) -> str:
     """Returns the normal form in which words are compared: `\\text{Yes}` is yes."""
     text = re.sub(rf"\\(?:{_WRAPPERS})\s*\*?\{{([^{{}}]*)\}}", r"\1", unwrap(text))
-    text = unicodedata.normalize("NFKC", text).replace("\\ ", " ").strip(" \t\n.,;:?\"`*")
+    text = unicodedata.normalize("NFKC", text).replace("\\ ", " ").strip(' \t\n.,;:?"`*')
     if re.fullmatch(r"\(\s*[A-Za-z]{1,4}\s*\)", text):
         text = text[1:-1].strip()
     text = re.sub(r"\s+", " ", text)

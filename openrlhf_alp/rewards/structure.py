@@ -6,13 +6,15 @@ times are read here, because their meaning depends on what stands around them.
 
 import functools
 import re
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 
 import sympy
 
 from openrlhf_alp.rewards import units
-from openrlhf_alp.rewards.expressions import UnreadableError, exact_number, read_expression
+from openrlhf_alp.rewards.bounded import UnreadableError, exact_number
+from openrlhf_alp.rewards.latex import read_expression
 from openrlhf_alp.rewards.normalize import is_balanced, normalize, words
 
 _MAX_ITEMS = 400
@@ -105,9 +107,7 @@ class Reading:
 _SPACE = re.compile(r"\s+|\\text\{\s*\}")
 _THOUSANDS = re.compile(r"([-+]?)(\d{1,3}(?:,\d{3})+)(\.\d*)?")
 _DECIMAL = re.compile(r"([-+]?)\s*(\d+\.?\d*|\.\d+)(?:\s?\\cdot 10\^\{?([-+]?\d{1,4})\}?)?")
-_FRACTION = re.compile(
-    r"([-+]?)\s*(?:\\frac\{([-+]?\d+)\}\{([-+]?\d+)\}|(\d+\.?)\s*/\s*(\d+))"
-)
+_FRACTION = re.compile(r"([-+]?)\s*(?:\\frac\{([-+]?\d+)\}\{([-+]?\d+)\}|(\d+\.?)\s*/\s*(\d+))")
 _CLOCK = re.compile(
     r"(\d{1,9})((?:\s?:\s?\d{1,9}){1,3})\s*(?:\\text\{)?\s*([aApP])?\.?\s?(?(3)[mM]\.?)\s*\}?"
 )
@@ -171,8 +171,8 @@ def _value(text: str) -> Value:
     if text in _NOTHING:
         return Items("set", ())
     if (clock := _CLOCK.fullmatch(text)) is not None:
-        parts = (clock[1], *clock[2].replace(" ", "").strip(":").split(":"))
-        return Clock(tuple(map(int, parts)), f"{clock[3].lower()}m" if clock[3] else "")
+        numbers = tuple(map(int, re.findall(r"\d+", text)))
+        return Clock(numbers, f"{clock[3].lower()}m" if clock[3] else "")
     if (based := _BASED.fullmatch(text)) is not None:
         return Based(based[1].lower(), based[2])
     parts = _items(text)
@@ -180,13 +180,20 @@ def _value(text: str) -> Value:
         return _list(parts)
     if (relation := _relation(text)) is not None:
         return relation
+    return _compound(text) or _plus_minus(text)
+
+
+def _compound(text: str) -> Value | None:
+    """Reads a matrix, a union or what stands in brackets; None for anything else."""
     if (matrix := _MATRIX.fullmatch(text)) is not None:
         return _matrix(matrix[2])
     unions = _split(text, _CUP)
     if len(unions) > 1:
         return Union(tuple(_value(part) for part in unions))
-    if (bracketed := _bracketed(text)) is not None:
-        return bracketed
+    return _bracketed(text)
+
+
+def _plus_minus(text: str) -> Value:
     if "\\pm" in text or "\\mp" in text:
         return Items("list", (_quantity(text, plus_minus=1), _quantity(text, plus_minus=-1)))
     return _quantity(text)
@@ -239,7 +246,7 @@ def _list(parts: list[str]) -> Value:
     return Items("list", tuple(_flat(map(_value, parts))))
 
 
-def _flat(values):  # type: ignore[no-untyped-def]
+def _flat(values: Iterable[Value]) -> Iterator[Value]:
     """`1 \\pm 2, 5` lists three numbers."""
     for value in values:
         if isinstance(value, Items) and value.kind == "list":

@@ -6,20 +6,24 @@ matter. Two different known units on the two sides do: 5 km is not 5 m.
 
 import re
 
-_WRAPPED = r"\\(?:text|textrm|textbf|textnormal|mbox|hbox|mathrm|mathbf|operatorname|rm)\s*\{[^{}]*\}"
+_WRAPPED = (
+    r"\\(?:text|textrm|textbf|textnormal|mbox|hbox|mathrm|mathbf|operatorname|rm)\s*\{[^{}]*\}"
+)
 _POWER = r"(?:\s*\^\s*(?:\{\s*-?\d+\s*\}|-?\d+))?"
 
 _CURRENCY = re.compile(
-    r"^([-+]?)\s*(\\?\$|US\s?\\?\$|[€£¥₹₩₽₿¢]|\\pounds|\\euro|USD|EUR|GBP|JPY|INR|Rs\.?)\s*([-+]?)\s*"
+    r"^([-+]?)\s*(\\?\$|US\s?\\?\$|[\u20ac\u00a3\u00a5\u20b9\u20a9\u20bd\u20bf\u00a2]|\\pounds|\\euro|USD|EUR|GBP|JPY|INR|Rs\.?)\s*([-+]?)\s*"
     r"(?=[\d.\\({])"
 )
 _CURRENCY_NAMES = {
-    "$": "dollar", "US$": "dollar", "USD": "dollar", "€": "euro", "\\euro": "euro", "EUR": "euro",
-    "£": "pound", "\\pounds": "pound", "GBP": "pound", "¥": "yen", "JPY": "yen", "₹": "rupee",
-    "INR": "rupee", "Rs": "rupee", "Rs.": "rupee",
+    "$": "dollar", "US$": "dollar", "USD": "dollar", "\u20ac": "euro", "\\euro": "euro",
+    "EUR": "euro", "\u00a3": "pound", "\\pounds": "pound", "GBP": "pound", "\u00a5": "yen",
+    "JPY": "yen", "\u20b9": "rupee", "INR": "rupee", "Rs": "rupee", "Rs.": "rupee",
 }  # fmt: skip
 
-_CURRENCY_BEHIND = re.compile(r"(?<=[\d.)}])\s*(\\?\$|[€£¥₹₩₽₿¢]|\\pounds|\\euro)$")
+_CURRENCY_BEHIND = re.compile(
+    r"(?<=[\d.)}])\s*(\\?\$|[\u20ac\u00a3\u00a5\u20b9\u20a9\u20bd\u20bf\u00a2]|\\pounds|\\euro)$"
+)
 
 _PERCENT = re.compile(
     r"\s*(?:\\?%|(?:percent|per\s?cent|pct|percentage(?: points?)?)"
@@ -36,20 +40,22 @@ _WRAPPED_UNIT = re.compile(
 _PLAIN_UNIT = re.compile(
     r"^([-+]?(?:[\d.,]+|\\frac\{\d+\}\{\d+\}|\d+\s+\d+/\d+|[\d.]+\s?\\cdot 10\^\{?-?\d+\}?"
     r"|\d+\s*/\s*\d+))(\s*)"
-    rf"([A-Za-z\u00b5\u03bc\\Å](?:[A-Za-z.' /*-]|\\AA|\\mu|\\cdot|\\Omega|{_POWER})*)$"
+    rf"([A-Za-z\u00b5\u03bc\\\u00c5](?:[A-Za-z.' /*-]|\\AA|\\mu|\\cdot|\\Omega|{_POWER})*)$"
 )
 
 _NAMES = {
     name: group[0]
     for group in (
-        ("m", "meter", "metre"), ("cm", "centimeter", "centimetre"), ("km", "kilometer", "kilometre"),
+        ("m", "meter", "metre"), ("cm", "centimeter", "centimetre"),
+        ("km", "kilometer", "kilometre"),
         ("mm", "millimeter", "millimetre"), ("inch", "in", "inches"), ("ft", "foot", "feet"),
         ("yd", "yard"), ("mile", "mi"), ("g", "gram"), ("kg", "kilogram"), ("mg", "milligram"),
         ("lb", "lbs", "pounds of weight"), ("oz", "ounce"), ("s", "sec", "second"),
         ("min", "minute"), ("hour", "hr", "h"), ("day",), ("week",), ("month",), ("year", "yr"),
         ("liter", "litre", "l"), ("ml", "milliliter", "millilitre"), ("gallon", "gal"),
-        ("mph", "miles per hour", "mile/hour", "mi/h"), ("km/h", "kmh", "kmph", "kilometers per hour"),
-        ("m/s", "meters per second"), ("dollar", "usd", "buck"), ("cent", "¢"), ("euro", "eur"),
+        ("mph", "miles per hour", "mile/hour", "mi/h"),
+        ("km/h", "kmh", "kmph", "kilometers per hour"),
+        ("m/s", "meters per second"), ("dollar", "usd", "buck"), ("cent", "\u00a2"), ("euro", "eur"),
         ("yen", "jpy"), ("rupee", "inr", "rs"), ("pound", "gbp"), ("n", "newton"), ("j", "joule"),
         ("kj",), ("w", "watt"), ("kw",), ("v", "volt"), ("hz", "hertz"), ("khz",), ("mhz",),
         ("pa", "pascal"), ("kpa",), ("atm",), ("mol", "mole"), ("ev",), ("kev",), ("mev",), ("nm",),
@@ -69,7 +75,9 @@ def split(text: str) -> tuple[str, str, bool]:
         unit = _CURRENCY_NAMES.get(re.sub(r"\\(?=\$)|\s", "", currency[2]), "currency")
         text = currency[1] + currency[3] + text[currency.end() :]
     elif currency := _CURRENCY_BEHIND.search(text):
-        unit = _CURRENCY_NAMES.get(currency[1].lstrip("\\") if "$" in currency[1] else currency[1], "currency")
+        unit = _CURRENCY_NAMES.get(
+            currency[1].lstrip("\\") if "$" in currency[1] else currency[1], "currency"
+        )
         text = text[: currency.start()]
     if percent := _PERCENT.search(text):
         return text[: percent.start()].strip(), unit, True
@@ -78,9 +86,8 @@ def split(text: str) -> tuple[str, str, bool]:
         return text[: degree.start()].strip(), "degree", False
     if arc := _ARC.search(text):
         return text[: arc.start()], "arcsec" if len(arc[1]) == 2 else "arcmin", False
-    if wrapped := _WRAPPED_UNIT.match(text):
-        if not re.fullmatch(r"[A-Za-z]", wrapped[1]):
-            return wrapped[1].strip(), unit or name(wrapped[2]), False
+    if (wrapped := _WRAPPED_UNIT.match(text)) and not re.fullmatch(r"[A-Za-z]", wrapped[1]):
+        return wrapped[1].strip(), unit or name(wrapped[2]), False
     if (plain := _PLAIN_UNIT.match(text)) and _is_unit(plain[3], spaced=bool(plain[2])):
         return plain[1].strip(), unit or name(plain[3]), False
     return text, unit, False
@@ -93,7 +100,9 @@ def conflict(first: str, second: str) -> bool:
 
 def name(text: str) -> str:
     """Returns one name for the spellings of a unit: `\\text{ square feet}` is ft^2."""
-    text = re.sub(r"\\(?:text|textrm|textbf|textnormal|mbox|hbox|mathrm|mathbf|operatorname|rm)", "", text)
+    text = re.sub(
+        r"\\(?:text|textrm|textbf|textnormal|mbox|hbox|mathrm|mathbf|operatorname|rm)", "", text
+    )
     text = re.sub(r"[{}\\]", "", text).replace("AA", "angstrom")
     text = re.sub(r"\s+", " ", text).strip(" .*").lower()
     power = ""

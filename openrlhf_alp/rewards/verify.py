@@ -11,19 +11,24 @@ import re
 import resource
 from dataclasses import dataclass
 from fractions import Fraction
+from typing import Any
 
 import psutil
+import sympy
 
 from openrlhf_alp.rewards.answers import final_answer, first_expression
+from openrlhf_alp.rewards.bounded import UnreadableError
 from openrlhf_alp.rewards.compare import readings_equal
+from openrlhf_alp.rewards.equality import expressions_equal
+from openrlhf_alp.rewards.labels import LabelNotParsableError, label_texts
+from openrlhf_alp.rewards.latex import read_expression
+from openrlhf_alp.rewards.normalize import normalize
 from openrlhf_alp.rewards.structure import Items, Quantity, Reading, Relation, is_comparable, read
+
+_CALCULUS = re.compile(r"\\(?:i*int|oint|sum|prod|lim)(?![A-Za-z])")
 
 _MAX_ANSWER_CHARS = 50_000
 """No answer is longer; reading it would only cost time."""
-
-
-class LabelNotParsableError(ValueError):
-    """The gold label is empty, or a sentence: no answer can be compared with it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,12 +52,13 @@ def limit_memory(extra_bytes: int) -> None:
     resource.setrlimit(resource.RLIMIT_AS, (now + extra_bytes, hard_limit))
 
 
-def judge(response: str, label: str) -> Verdict:
-    """Compares the final answer of `response` with `label`.
+def judge(response: str, label: Any) -> Verdict:
+    """Compares the final answer of `response` with `label`, a text, a number or a list of one.
 
     Raises:
-        LabelNotParsableError: the label is empty or a sentence.
+        LabelNotParsableError: the label is empty, a sentence, an object or several answers.
     """
+    label = label if isinstance(label, str) and label[:1] not in "[{" else label_text(label)
     gold = read_label(label)
     text = final_answer(response, several=any(isinstance(v, Items) for v in gold.values))
     if text is None:
@@ -60,9 +66,29 @@ def judge(response: str, label: str) -> Verdict:
     if len(text) > max(_MAX_ANSWER_CHARS, 2 * len(label)):
         return Verdict(correct=False, answered=True, unevaluated=False)
     answer = _read_answer(text, gold)
-    equal = readings_equal(gold, answer)
+    equal = readings_equal(gold, answer) or (
+        _CALCULUS.search(label) is not None and _equal_by_calculus(label, text)
+    )
     unevaluated = equal and _is_number(gold) and _has_arithmetic(answer)
     return Verdict(correct=equal and not unevaluated, answered=True, unevaluated=unevaluated)
+
+
+def label_text(value: Any) -> str:
+    """Returns the one answer that a label's value stands for.
+
+    Raises:
+        LabelNotParsableError: it stands for none, or for several that are not equal.
+    """
+    texts = label_texts(value)
+    if not texts:
+        raise LabelNotParsableError("the label is empty; drop the row from the data set")
+    first = read(texts[0])
+    if not all(readings_equal(first, read(text)) for text in texts[1:]):
+        raise LabelNotParsableError(
+            f"the label lists {', '.join(map(repr, texts))}, which are not equal, and does not say "
+            "whether one of them or all are asked; write one text"
+        )
+    return texts[0]
 
 
 def read_label(label: str) -> Reading:
@@ -91,6 +117,35 @@ def _read_answer(text: str, gold: Reading) -> Reading:
         if len(words) > 1 and (expression := first_expression(text)) is not None:
             return read(expression)
     return answer
+
+
+def _equal_by_calculus(label: str, text: str) -> bool:
+    """Compares a label with an integral, a sum or a limit; the pool's time limit bounds this."""
+    try:
+        return expressions_equal(*(_evaluated(normalize(one)) for one in (label, text)))
+    except UnreadableError:
+        return False
+
+
+def _evaluated(text: str) -> sympy.Expr:
+    """Returns an expression; integrals, sums and limits as math-verify's parser reads them.
+
+    Raises:
+        UnreadableError: it cannot be read.
+    """
+    if not _CALCULUS.search(text):
+        return read_expression(text)[0]
+    # Imported here because the parser takes a second to load, and few labels need it.
+    from latex2sympy2_extended.latex2sympy2 import ConversionConfig, latex2sympy
+
+    meaning = ConversionConfig(interpret_as_mixed_fractions=False, lowercase_symbols=False)
+    try:
+        expression = latex2sympy(text, normalization_config=None, conversion_config=meaning).doit()
+    except Exception as error:
+        raise UnreadableError(f"{type(error).__name__}: {error}") from error
+    if not isinstance(expression, sympy.Expr):
+        raise UnreadableError("not an expression")
+    return expression
 
 
 def _is_number(gold: Reading) -> bool:

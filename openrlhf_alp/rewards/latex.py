@@ -2,28 +2,28 @@
 
 Decimals become rationals, so that nothing is rounded. Powers, factorials and exponentials are
 bounded while they are built: a tower of powers is refused before any digit of it is computed.
-math-verify's parser is kept for what this one does not know: integrals, sums and limits.
+What it does not know, such as integrals, is unreadable here; `verify.py` says what happens then.
 """
 
-import decimal
 import functools
 import re
+from collections.abc import Callable
 from fractions import Fraction
 
 import sympy
 
+from openrlhf_alp.rewards.bounded import (
+    MAX_FACTORIAL,
+    UnreadableError,
+    check_size,
+    exact_integer,
+    exact_number,
+    power,
+    product,
+)
+
 MAX_CHARS = 20_000
 _MAX_DEPTH = 60
-_MAX_BITS = 200_000
-"""Size of the largest integer that is computed, about 60,000 digits."""
-_MAX_FACTORIAL = 10_000
-_MAX_EXPONENT = 10_000
-"""Of a sum or of anything else that sympy may expand."""
-
-
-class UnreadableError(ValueError):
-    """The text is no expression that can be read in bounded time."""
-
 
 _TOKEN = re.compile(
     r"\s*(?:(?P<number>\d+(?:\.\d*)?|\.\d+)|(?P<command>\\(?:[A-Za-z]+|[{}|%]))"
@@ -50,17 +50,18 @@ _INVERSE = {
     sympy.tanh: sympy.atanh,
 }  # fmt: skip
 
-_NAMED = frozenset(
-    "text textbf textit textrm mbox mathrm mathbf mathit mathcal mathbb mathfrak mathsf operatorname"
-    " vec hat overline bar tilde dot ddot overrightarrow widehat underline boldsymbol".split()
+_NAMED = re.compile(
+    r"text(?:bf|it|rm)?|mbox|math(?:rm|bf|it|cal|bb|frak|sf)|operatorname|vec|hat|overline|bar"
+    r"|tilde|d?dot|overrightarrow|widehat|underline|boldsymbol"
 )
 """Commands whose argument is part of a name."""
 
-_NO_SYMBOL = frozenset(
-    "int sum prod lim iint oint partial nabla to mapsto cdots ldots dots approx equiv sim perp "
-    "parallel cup cap in subset forall exists quad begin end pm mp leq geq neq emptyset "
-    "setminus degree frac sqrt binom log not".split()
+_NO_SYMBOL = re.compile(
+    r"i*int|sum|prod|lim|oint|partial|nabla|to|mapsto|[cl]?dots|approx|equiv|sim|perp|parallel|cup"
+    r"|cap|in|subset|forall|exists|quad|begin|end|pm|mp|leq|geq|neq|emptyset|setminus|degree|frac"
+    r"|sqrt|binom|log|not|r[a-gi-z]*"
 )
+"""Commands that are neither a name nor a number; the last ones are right-hand brackets."""
 
 _APPLIED = re.compile(r"[fghFGHINPTuvyV]")
 """Letters that are read as functions before a bracket; `x(x+1)` is a product."""
@@ -70,67 +71,6 @@ _HALF_BRACKETS = {
     "\\lfloor": ("\\rfloor", sympy.floor), "\\lceil": ("\\rceil", sympy.ceiling),
     "|": ("|", sympy.Abs), "\\|": ("\\|", sympy.Abs),
 }  # fmt: skip
-
-
-def exact_integer(digits: str) -> int:
-    """Converts digits of any number; `int` alone refuses more than 4,300."""
-    return int(digits) if len(digits) < 4000 else int(decimal.Decimal(digits))
-
-
-def exact_number(literal: str) -> Fraction:
-    """Converts a decimal literal such as `12`, `.5`, `17.` without rounding."""
-    integer, _, places = literal.partition(".")
-    return Fraction(exact_integer(integer + places or "0"), 10 ** len(places))
-
-
-@functools.lru_cache(maxsize=2048)
-def read_expression(text: str, plus_minus: int = 1) -> tuple[sympy.Expr, bool]:
-    """Returns the expression, and whether it leaves sums or products of numbers to work out.
-
-    Args:
-        text: normalised LaTeX.
-        plus_minus: which sign `\\pm` stands for; `\\mp` stands for the other one.
-
-    Raises:
-        UnreadableError: the text is not a finite expression, or it is too large to compute.
-    """
-    if len(text) > MAX_CHARS:
-        raise UnreadableError(f"{len(text)} characters; {MAX_CHARS} are read")
-    reader = _Reader(text, plus_minus)
-    try:
-        expression = reader.read()
-    except UnreadableError:
-        raise
-    except (ArithmeticError, TypeError, ValueError, AttributeError, RecursionError) as error:
-        raise UnreadableError(f"{type(error).__name__}: {error}") from error
-    if not isinstance(expression, sympy.Expr) or expression.has(sympy.nan, sympy.zoo):
-        raise UnreadableError("not a finite expression")
-    if any(abs(p.exp) > _MAX_EXPONENT for p in expression.atoms(sympy.Pow) if p.exp.is_Rational):
-        raise UnreadableError("a power that is too large to compute")
-    return expression, reader.arithmetic
-
-
-def power(base: sympy.Expr, exponent: sympy.Expr) -> sympy.Expr:
-    """Returns base ** exponent.
-
-    Raises:
-        UnreadableError: the result would be too large.
-    """
-    if exponent.is_number and base.is_number and not exponent.has(sympy.oo):
-        size = abs(exponent.evalf(5))
-        if base.is_Rational:
-            bits = max(abs(int(base.p)).bit_length(), int(base.q).bit_length())
-            too_large = abs(base) != 1 and base != 0 and size * bits > _MAX_BITS
-        else:
-            too_large = size > _MAX_EXPONENT
-        if too_large:
-            raise UnreadableError("a power that is too large to compute")
-    elif exponent.is_number and abs(exponent) > _MAX_EXPONENT:
-        raise UnreadableError("a power that is too large to compute")
-    elif exponent.has(sympy.factorial) or any(p.exp.free_symbols for p in exponent.atoms(sympy.Pow)):
-        # `9^{9^x}` is computed when a number is put in for x.
-        raise UnreadableError("a tower of powers with unknowns")
-    return base**exponent
 
 
 class _Reader:
@@ -145,6 +85,7 @@ class _Reader:
             self._gaps.append(match[0][:1].isspace())
             position = match.end()
         self._position = 0
+        self._last_was_power = False
         self._depth = 0
         self._plus_minus = plus_minus
         self.arithmetic = False
@@ -197,7 +138,7 @@ class _Reader:
         while (another := self._sign()) is not None:
             sign *= another
         factors = [self._factor()]
-        num_integers = self._is_plain_integer(factors[0])
+        num_integers = int(self._is_plain_integer(factors[0]))
         while True:
             if self._take("/"):
                 divisor = self._factor(signed=True)
@@ -210,12 +151,7 @@ class _Reader:
             else:
                 break
         self.arithmetic |= num_integers > 1
-        product = sympy.Integer(sign)
-        for factor in factors:
-            product *= factor
-            if product.is_Rational and max(abs(product.p), product.q).bit_length() > _MAX_BITS:
-                raise UnreadableError("a product that is too large to compute")
-        return product
+        return product([sympy.Integer(sign), *factors])
 
     def _is_plain_integer(self, factor: sympy.Expr) -> bool:
         """Whether the factor just read is an integer that was written as one, such as 3 or (4)."""
@@ -224,8 +160,6 @@ class _Reader:
         follows_power = self._position > 1 and self._tokens[self._position - 2] == "^"
         is_literal = factor.is_Integer and abs(factor) > 1 and plain and not follows_power
         return bool(is_literal) and not self._last_was_power
-
-    _last_was_power = False
 
     def _starts_factor(self) -> bool:
         token = self._peek()
@@ -243,9 +177,7 @@ class _Reader:
 
     @staticmethod
     def _is_symbol(name: str) -> bool:
-        return name.isalpha() and name not in _NO_SYMBOL and not name.startswith(("r", "end")) or (
-            name in ("rho", "rm", "rangle")
-        )  # fmt: skip
+        return name.isalpha() and _NO_SYMBOL.fullmatch(name) is None
 
     def _factor(self, *, signed: bool = False) -> sympy.Expr:
         if signed and (sign := self._sign()) is not None:
@@ -253,9 +185,9 @@ class _Reader:
         outer = self.arithmetic
         base = self._atom()
         while self._take("!"):
-            if not (base.is_Symbol or (base.is_Integer and 0 <= base <= _MAX_FACTORIAL)):
-                if base.is_number or base.has(sympy.factorial, sympy.Pow):
-                    raise UnreadableError("a factorial that is too large to compute")
+            is_small = base.is_Integer and 0 <= base <= MAX_FACTORIAL
+            if not is_small and (base.is_number or base.has(sympy.factorial, sympy.Pow)):
+                raise UnreadableError("a factorial that is too large to compute")
             base = sympy.factorial(base)
         while self._take("\\degree"):
             base = base * sympy.pi / 180
@@ -268,7 +200,7 @@ class _Reader:
         self._last_was_power = True
         return power(base, exponent)
 
-    def _quiet(self, read):  # type: ignore[no-untyped-def]
+    def _quiet(self, read: Callable[[], sympy.Expr]) -> sympy.Expr:
         """Reads something whose sums are a form of a number: `2^{3+4}`, `\\sqrt{9+7}`."""
         outer = self.arithmetic
         result = read()
@@ -359,13 +291,13 @@ class _Reader:
             return self._quiet(self._root)
         if token == "\\binom":
             top, bottom = self._quiet(self._argument), self._quiet(self._argument)
-            if top.is_number and not (top.is_Integer and abs(top) <= _MAX_FACTORIAL):
+            if top.is_number and not (top.is_Integer and abs(top) <= MAX_FACTORIAL):
                 raise UnreadableError("a binomial coefficient that is too large to compute")
             return sympy.binomial(top, bottom)
         if token in _FUNCTIONS:
             return self._quiet(lambda: self._function(token))
         name = token[1:]
-        if name in _NAMED:
+        if _NAMED.fullmatch(name):
             return self._name(token)
         if not self._is_symbol(name):
             raise UnreadableError(f"{token} is not known")
@@ -467,3 +399,29 @@ class _Reader:
                 depth += {"{": 1, "}": -1}.get(token, 0)
                 name += token if depth else ""
         return sympy.Symbol(name)
+
+
+@functools.lru_cache(maxsize=2048)
+def read_expression(text: str, plus_minus: int = 1) -> tuple[sympy.Expr, bool]:
+    """Returns the expression, and whether it leaves sums or products of numbers to work out.
+
+    Args:
+        text: normalised LaTeX.
+        plus_minus: which sign `\\pm` stands for; `\\mp` stands for the other one.
+
+    Raises:
+        UnreadableError: the text is not a finite expression, or it is too large to compute.
+    """
+    if len(text) > MAX_CHARS:
+        raise UnreadableError(f"{len(text)} characters; {MAX_CHARS} are read")
+    reader = _Reader(text, plus_minus)
+    try:
+        expression = reader.read()
+    except UnreadableError:
+        raise
+    except (ArithmeticError, TypeError, ValueError, AttributeError, RecursionError) as error:
+        raise UnreadableError(f"{type(error).__name__}: {error}") from error
+    if not isinstance(expression, sympy.Expr) or expression.has(sympy.nan, sympy.zoo):
+        raise UnreadableError("not a finite expression")
+    check_size(expression)
+    return expression, reader.arithmetic
