@@ -1,4 +1,4 @@
-"""Builds exact numbers and powers, and refuses what would take too long or too much memory."""
+"""Builds exact numbers, powers and functions, and refuses what would take too long."""
 
 import decimal
 from collections.abc import Iterable
@@ -11,6 +11,27 @@ MAX_BITS = 200_000
 MAX_FACTORIAL = 10_000
 _MAX_EXPONENT = 10_000
 """Of a sum or of anything else that sympy may expand."""
+
+
+CONSTANTS = {
+    "\\pi": sympy.pi, "\\infty": sympy.oo, "e": sympy.E, "i": sympy.I, "\\mathbb{R}": sympy.S.Reals,
+}  # fmt: skip
+
+FUNCTIONS = {
+    "\\sin": sympy.sin, "\\cos": sympy.cos, "\\tan": sympy.tan, "\\cot": sympy.cot,
+    "\\sec": sympy.sec, "\\csc": sympy.csc, "\\arcsin": sympy.asin, "\\arccos": sympy.acos,
+    "\\arctan": sympy.atan, "\\sinh": sympy.sinh, "\\cosh": sympy.cosh, "\\tanh": sympy.tanh,
+    "\\coth": sympy.coth, "\\arccot": sympy.acot, "\\arcsec": sympy.asec, "\\arccsc": sympy.acsc,
+    "\\ln": sympy.log, "\\log": sympy.log, "\\exp": sympy.exp, "\\lg": lambda x: sympy.log(x, 10),
+    "\\floor": sympy.floor, "\\ceil": sympy.ceiling, "\\cbrt": sympy.cbrt,
+    "\\Re": sympy.re, "\\Im": sympy.im, "\\arg": sympy.arg, "\\abs": sympy.Abs,
+}  # fmt: skip
+
+INVERSE = {
+    sympy.sin: sympy.asin, sympy.cos: sympy.acos, sympy.tan: sympy.atan, sympy.cot: sympy.acot,
+    sympy.sec: sympy.asec, sympy.csc: sympy.acsc, sympy.sinh: sympy.asinh, sympy.cosh: sympy.acosh,
+    sympy.tanh: sympy.atanh,
+}  # fmt: skip
 
 
 class UnreadableError(ValueError):

@@ -13,6 +13,9 @@ from fractions import Fraction
 import sympy
 
 from openrlhf_alp.rewards.bounded import (
+    CONSTANTS,
+    FUNCTIONS,
+    INVERSE,
     MAX_FACTORIAL,
     UnreadableError,
     check_size,
@@ -29,26 +32,6 @@ _TOKEN = re.compile(
     r"\s*(?:(?P<number>\d+(?:\.\d*)?|\.\d+)|(?P<command>\\(?:[A-Za-z]+|[{}|%]))"
     r"|(?P<letter>[^\W\d_])|(?P<sign>\S))"
 )
-
-_CONSTANTS = {
-    "\\pi": sympy.pi, "\\infty": sympy.oo, "e": sympy.E, "i": sympy.I, "\\mathbb{R}": sympy.S.Reals,
-}  # fmt: skip
-
-_FUNCTIONS = {
-    "\\sin": sympy.sin, "\\cos": sympy.cos, "\\tan": sympy.tan, "\\cot": sympy.cot,
-    "\\sec": sympy.sec, "\\csc": sympy.csc, "\\arcsin": sympy.asin, "\\arccos": sympy.acos,
-    "\\arctan": sympy.atan, "\\sinh": sympy.sinh, "\\cosh": sympy.cosh, "\\tanh": sympy.tanh,
-    "\\coth": sympy.coth, "\\arccot": sympy.acot, "\\arcsec": sympy.asec, "\\arccsc": sympy.acsc,
-    "\\ln": sympy.log, "\\log": sympy.log, "\\exp": sympy.exp, "\\lg": lambda x: sympy.log(x, 10),
-    "\\floor": sympy.floor, "\\ceil": sympy.ceiling, "\\cbrt": sympy.cbrt,
-    "\\Re": sympy.re, "\\Im": sympy.im, "\\arg": sympy.arg, "\\abs": sympy.Abs,
-}  # fmt: skip
-
-_INVERSE = {
-    sympy.sin: sympy.asin, sympy.cos: sympy.acos, sympy.tan: sympy.atan, sympy.cot: sympy.acot,
-    sympy.sec: sympy.asec, sympy.csc: sympy.acsc, sympy.sinh: sympy.asinh, sympy.cosh: sympy.acosh,
-    sympy.tanh: sympy.atanh,
-}  # fmt: skip
 
 _NAMED = re.compile(
     r"text(?:bf|it|rm)?|mbox|math(?:rm|bf|it|cal|bb|frak|sf)|operatorname|vec|hat|overline|bar"
@@ -170,7 +153,7 @@ class _Reader:
             return not self._tokens[self._position - 1][-1].isdigit()
         if token[0] == "\\":
             name = token[1:]
-            return token in _FUNCTIONS or token in _HALF_BRACKETS or token in ("\\{",) or (
+            return token in FUNCTIONS or token in _HALF_BRACKETS or token in ("\\{",) or (
                 name in ("frac", "sqrt", "binom", "log") or self._is_symbol(name)
             )  # fmt: skip
         return token[0].isalpha() or token in ("(", "[", "{")
@@ -283,8 +266,8 @@ class _Reader:
         return sympy.Rational(top, bottom)
 
     def _command(self, token: str) -> sympy.Expr:
-        if token in _CONSTANTS:
-            return _CONSTANTS[token]
+        if token in CONSTANTS:
+            return CONSTANTS[token]
         if token == "\\frac":
             return self._fraction()
         if token == "\\sqrt":
@@ -294,7 +277,7 @@ class _Reader:
             if top.is_number and not (top.is_Integer and abs(top) <= MAX_FACTORIAL):
                 raise UnreadableError("a binomial coefficient that is too large to compute")
             return sympy.binomial(top, bottom)
-        if token in _FUNCTIONS:
+        if token in FUNCTIONS:
             return self._quiet(lambda: self._function(token))
         name = token[1:]
         if _NAMED.fullmatch(name):
@@ -324,7 +307,7 @@ class _Reader:
         return power(radicand, 1 / degree)
 
     def _function(self, token: str) -> sympy.Expr:
-        function = _FUNCTIONS[token]
+        function = FUNCTIONS[token]
         exponent = base = None
         while self._peek() in ("^", "_"):
             if self._next() == "^":
@@ -332,8 +315,8 @@ class _Reader:
             else:
                 base = self._argument()
         value = self._function_argument()
-        if exponent == -1 and function in _INVERSE:
-            return _INVERSE[function](value)
+        if exponent == -1 and function in INVERSE:
+            return INVERSE[function](value)
         if function is sympy.exp:
             result = power(sympy.E, value)
         else:
@@ -346,7 +329,7 @@ class _Reader:
             return self._atom()
         sign = self._sign() or 1
         factors = [self._factor()]
-        while self._starts_factor() and self._peek() not in ("(", "[", *_FUNCTIONS):
+        while self._starts_factor() and self._peek() not in ("(", "[", *FUNCTIONS):
             factors.append(self._factor())
         if self._peek() == "/" and self._peek(1)[:1].isdigit() and factors[-1] == sympy.pi:
             self._next()
@@ -368,8 +351,8 @@ class _Reader:
         return self._subscripted("".join(parts) if upright else f"{token} {''.join(parts)}")
 
     def _letter(self, letter: str) -> sympy.Expr:
-        if letter in _CONSTANTS and self._peek() not in ("_", "'"):
-            return _CONSTANTS[letter]
+        if letter in CONSTANTS and self._peek() not in ("_", "'"):
+            return CONSTANTS[letter]
         symbol = self._subscripted(letter)
         if self._peek() == "(" and _APPLIED.fullmatch(letter) and self._is_call(letter):
             self._next()
@@ -417,8 +400,6 @@ def read_expression(text: str, plus_minus: int = 1) -> tuple[sympy.Expr, bool]:
     reader = _Reader(text, plus_minus)
     try:
         expression = reader.read()
-    except UnreadableError:
-        raise
     except (ArithmeticError, TypeError, ValueError, AttributeError, RecursionError) as error:
         raise UnreadableError(f"{type(error).__name__}: {error}") from error
     if not isinstance(expression, sympy.Expr) or expression.has(sympy.nan, sympy.zoo):

@@ -1,6 +1,6 @@
 """Rewrites the forms in which people and models type mathematics to one plain LaTeX.
 
-All rewriting happens here, in one table that is applied from top to bottom. `\\tfrac12`, `\u00bd` and
+All rewriting happens here, in one table that is applied from top to bottom. `\\tfrac12` and
 `\\frac {1}{2}` become `\\frac{1}{2}`; `1,234`, `1\\,234` and `1 234` become `1234`.
 """
 
@@ -11,13 +11,10 @@ from collections.abc import Callable
 
 Replacement = str | Callable[[re.Match[str]], str]
 
-_SUPERSCRIPTS = str.maketrans(
-    "\u2070\u00b9\u00b2\u00b3\u2074\u2075\u2076\u2077\u2078\u2079\u207a\u207b\u207f",
-    "0123456789+-n",
-)
-_SUBSCRIPTS = str.maketrans(
-    "\u2080\u2081\u2082\u2083\u2084\u2085\u2086\u2087\u2088\u2089", "0123456789"
-)
+_HIGH = "\u2070\u00b9\u00b2\u00b3\u2074\u2075\u2076\u2077\u2078\u2079\u207a\u207b\u207f"
+_LOW = "\u2080\u2081\u2082\u2083\u2084\u2085\u2086\u2087\u2088\u2089"
+_SUPERSCRIPTS = str.maketrans(_HIGH, "0123456789+-n")
+_SUBSCRIPTS = str.maketrans(_LOW, "0123456789")
 _SPACES = "\u00a0\u2002\u2003\u2005\u2006\u2007\u2008\u2009\u200a\u202f\u205f\u3000"
 
 _SYMBOLS = {
@@ -34,17 +31,11 @@ _SYMBOLS = {
     "\u2063": ",",
 }  # fmt: skip
 
-_GREEK = dict(
-    zip(
-        "\u03b1\u03b2\u03b3\u03b4\u03b5\u03b6\u03b7\u03b8\u03b9\u03ba\u03bb\u03bc\u03bd\u03be\u03c1\u03c3\u03c4\u03c5\u03c6\u03c7\u03c8\u03c9\u0393\u0394\u0398\u039b\u039e\u03a3\u03a6\u03a8\u03a9",
-        re.findall(
-            r"\w+",
-            "alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi rho sigma "
-            "tau upsilon varphi chi psi omega Gamma Delta Theta Lambda Xi Sigma Phi Psi Omega",
-        ),
-        strict=True,
-    )
-)
+_GREEK = {
+    chr(code): name.lower() if "SMALL" in unicodedata.name(chr(code)) else name.title()
+    for code in range(0x391, 0x3CA)
+    for name in unicodedata.name(chr(code), "").replace("LAMDA", "LAMBDA").split()[-1:]
+}
 
 _UNICODE = str.maketrans(
     {
@@ -97,8 +88,8 @@ def _combining(match: re.Match[str]) -> str:
 _FORMATTING: list[tuple[str, Replacement]] = [
     # What surrounds an answer and does not change it.
     (r"[\u00bc\u00bd\u00be\u2150-\u215e]", _vulgar),
-    (r"[\u2070\u00b9\u00b2\u00b3\u2074\u2075\u2076\u2077\u2078\u2079\u207a\u207b\u207f]+", lambda m: f"^{{{m[0].translate(_SUPERSCRIPTS)}}}"),
-    (r"[\u2080\u2081\u2082\u2083\u2084\u2085\u2086\u2087\u2088\u2089]+", lambda m: f"_{{{m[0].translate(_SUBSCRIPTS)}}}"),
+    (rf"[{_HIGH}]+", lambda m: f"^{{{m[0].translate(_SUPERSCRIPTS)}}}"),
+    (rf"[{_LOW}]+", lambda m: f"_{{{m[0].translate(_SUBSCRIPTS)}}}"),
     (r"(?:\d[\u0304\u0305\u0307])+", _combining),
     (r"\\(?:displaystyle|textstyle|scriptstyle|limits|nolimits|nonumber|rm|bf|it)(?![A-Za-z])", ""),
     (r"\\(?:left|right|[bB]igg?[lrm]?)(?![A-Za-z])\s*\.?(?=[\s()\[\]{}|\\/.]|$)", ""),
