@@ -11,6 +11,10 @@ from typing import Any
 
 from openrlhf_alp.data.labels import label_texts
 from openrlhf_alp.data.sources import DataError, Row, source_stem
+from openrlhf_alp.rewards.labels import LabelNotParsableError
+
+IMAGE_TAG = "<image>"
+"""OpenRLHF replaces it in a prompt by a picture."""
 
 _ROWS_LOOKED_AT = 100
 """Number of rows in which a field is searched, because the first rows may leave it empty."""
@@ -102,6 +106,9 @@ class Problem:
     labels: tuple[str, ...]
     """The answer, or the members of a list of answers. Empty when the row has none."""
 
+    label_fault: str
+    """Why the label cannot be read; empty when it can."""
+
     datasource: str
     id: str
     had_instructions: bool
@@ -155,9 +162,16 @@ def to_problem(row: Row, row_format: RowFormat) -> Problem:
     problem = _INSTRUCTIONS.sub("", text).strip()
     datasource = _first(row.content, ("data_source", "datasource", "extra_info.data_source"))
     given_id = _first(row.content, row_format.id)
+    labels: tuple[str, ...] = ()
+    label_fault = ""
+    try:
+        labels = label_texts(_first(row.content, row_format.label))
+    except LabelNotParsableError as error:
+        label_fault = str(error)
     return Problem(
         text=problem,
-        labels=label_texts(_first(row.content, row_format.label)),
+        labels=labels,
+        label_fault=label_fault,
         datasource=str(datasource or source_stem(row.source)),
         id=f"{source_stem(row.source)}:{row.number}" if given_id is None else str(given_id),
         had_instructions=problem != text.strip(),
@@ -189,11 +203,23 @@ def _descend(row: Any, path: str) -> Any:
         if not isinstance(row, Mapping):
             return None
         row = row.get(name)
-    return None if row in ("", []) else row
+    return None if isinstance(row, (str, list)) and not row else row
 
 
 def _text_of(value: Any) -> str:
-    if isinstance(value, list):
+    """Returns a text, the last user message of a chat, or the text parts of such a message."""
+    # Parquet through numpy gives arrays where JSON gives lists.
+    value = value.tolist() if hasattr(value, "tolist") else value
+    if isinstance(value, (list, tuple)):
         said = [m for m in value if isinstance(m, Mapping) and m.get("role") == "user"]
-        return _text_of(said[-1].get("content")) if said else ""
+        return _text_of(said[-1].get("content")) if said else "\n".join(map(_part, value))
     return value if isinstance(value, str) else ""
+
+
+def _part(part: Any) -> str:
+    """Returns the text of one part of a message, `{"type": "text", "text": ...}`."""
+    if isinstance(part, str):
+        return part
+    text = part.get("text") if isinstance(part, Mapping) else None
+    # A part without text is a picture or a sound, without which the problem cannot be asked.
+    return text if isinstance(text, str) else IMAGE_TAG

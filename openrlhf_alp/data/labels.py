@@ -4,10 +4,11 @@ import re
 from enum import StrEnum
 from typing import Any
 
+from openrlhf_alp.rewards import labels
+from openrlhf_alp.rewards.normalize import unwrap
+
 _SOLUTION_MARK = "####"
 """GSM8K ends a worked solution with this and the answer."""
-
-_WHOLLY_BOXED = re.compile(r"\s*\$?\\boxed\{(.*)\}\$?\.?\s*", re.DOTALL)
 
 _MATH_PIECES = re.compile(r"\s*\$[^$]*\$(?:\s*,\s*\$[^$]*\$)*\s*\.?\s*")
 """`$1$` or `$1$,$2$`: dollar signs around each answer of a list, and nothing else."""
@@ -18,26 +19,18 @@ _SCIENTIFIC = re.compile(r"([-+]?\d+(?:\.\d+)?)[eE]([-+]?\d+)")
 def label_texts(value: Any) -> tuple[str, ...]:
     """The answer as a bare expression, or each of several; empty when there is none.
 
-    145.0 is 145. The boxing, the dollar signs and what stands before `####` go. Whether the members
-    of a list are ways to write one answer (Minerva) or parts of it, they do not say.
+    145.0 is 145. A box, math delimiters and the text before `####` are removed. Whether the members
+    of a list are forms of one answer (Minerva) or parts of it, the list does not say.
+
+    Raises:
+        LabelNotParsableError: an object, a truth value or another value without a plain meaning.
     """
-    values = value if isinstance(value, list) else [value]
-    return tuple(dict.fromkeys(text for text in map(_label_text, values) if text))
-
-
-def _label_text(value: Any) -> str:
-    match value:
-        case None:
-            return ""
-        case float() if value.is_integer():
-            return str(int(value))
-    return _bare(str(value))
+    texts = (_bare(text) for text in labels.label_texts(value))
+    return tuple(dict.fromkeys(text for text in texts if text))
 
 
 def _bare(text: str) -> str:
-    text = text.rpartition(_SOLUTION_MARK)[2].strip()
-    if (boxed := _WHOLLY_BOXED.fullmatch(text)) and _is_balanced(boxed[1]):
-        text = boxed[1].strip()
+    text = unwrap(text.rpartition(_SOLUTION_MARK)[2])
     # A currency sign and a negative thin space carry no value.
     text = text.replace("\\$", "").replace("\\!", "")
     if _MATH_PIECES.fullmatch(text):
@@ -46,16 +39,6 @@ def _bare(text: str) -> str:
         # As LaTeX, 7e37 is 7 times Euler's number times 37.
         return f"{number[1]} \\times 10^{{{int(number[2])}}}"
     return text.strip()
-
-
-def _is_balanced(text: str) -> bool:
-    """Whether every brace is closed: "1} and \\boxed{2" comes from two boxes, not from one."""
-    depth = 0
-    for character in text:
-        depth += {"{": 1, "}": -1}.get(character, 0)
-        if depth < 0:
-            return False
-    return depth == 0
 
 
 class LabelKind(StrEnum):

@@ -15,12 +15,10 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
-from openrlhf_alp.data.formats import Problem, RowFormat, to_problem
+from openrlhf_alp.data.formats import IMAGE_TAG, Problem, RowFormat, to_problem
 from openrlhf_alp.data.sources import Row
 from openrlhf_alp.data.templates import INPUT_KEY, LABEL_KEY, Message, PromptTemplate
-from openrlhf_alp.data.verdicts import Comparison, Verdict, compare
-
-_IMAGE_TAG = "<image>"
+from openrlhf_alp.data.verdicts import Comparison, Verdict, check_labels, compare
 
 _TYPOGRAPHY = re.compile(r"\s+|\$|\\[()\[\],;!: ]|\\(?:left|right)(?![A-Za-z])|~")
 """Spaces, dollar signs and bracket sizes, in which two copies of a problem often differ."""
@@ -167,10 +165,12 @@ def _read(rows: Iterable[tuple[Row, RowFormat]], rejected: list[Rejected]) -> li
 def _what_is_missing(problem: Problem, row_format: RowFormat) -> Refusal | None:
     if not problem.text:
         return Reason.NO_PROBLEM, f"nothing in {' or '.join(row_format.problem)}"
+    if problem.label_fault:
+        return Reason.LABEL_NOT_PARSABLE, problem.label_fault
     if not problem.labels:
         return Reason.NO_LABEL, f"nothing in {' or '.join(row_format.label)}"
-    if _IMAGE_TAG in problem.text:
-        return Reason.NEEDS_IMAGE, f"the problem has {_IMAGE_TAG}; rollouts are text only"
+    if IMAGE_TAG in problem.text:
+        return Reason.NEEDS_IMAGE, f"the problem has {IMAGE_TAG}; rollouts are text only"
     return None
 
 
@@ -214,8 +214,8 @@ def _rewardable(
     rejected: list[Rejected],
 ) -> list[Problem]:
     done = itertools.count(1)
-    verdicts = compare(
-        [Comparison(answer=problem.label, label=problem.label) for problem in problems],
+    verdicts = check_labels(
+        [problem.label for problem in problems],
         num_workers=num_workers,
         on_done=lambda: on_progress(next(done), len(problems)),
     )

@@ -79,7 +79,8 @@ def _names_the_hub(source: str) -> bool:
 
 
 def _json_lines(source: str) -> Iterator[Row]:
-    with open(source, encoding="utf-8") as lines:
+    # Files from Windows begin with a byte order mark, which is no JSON.
+    with open(source, encoding="utf-8-sig") as lines:
         for number, line in enumerate(lines, start=1):
             if line.strip():
                 yield Row(source=source, number=number, content=_parsed(line))
@@ -87,7 +88,7 @@ def _json_lines(source: str) -> Iterator[Row]:
 
 def _json_rows(source: str) -> Iterator[Row]:
     try:
-        found = json.loads(Path(source).read_text(encoding="utf-8"))
+        found = json.loads(Path(source).read_text(encoding="utf-8-sig"))
     except json.JSONDecodeError:
         # Many ".json" sets are JSON lines; read like this, one broken line does not cost the file.
         yield from _json_lines(source)
@@ -98,6 +99,8 @@ def _json_rows(source: str) -> Iterator[Row]:
 
 
 def _parsed(line: str) -> Any:
+    # Files that were joined have a mark in the middle, too.
+    line = line.lstrip("\ufeff")
     try:
         return json.loads(line)
     except json.JSONDecodeError:

@@ -9,10 +9,16 @@ import asyncio
 import concurrent.futures
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from openrlhf_alp.data.sources import DataError
-from openrlhf_alp.rewards.math import MathReward
+from openrlhf_alp.rewards.labels import LabelNotParsableError
+from openrlhf_alp.rewards.math import LABEL_NOT_PARSABLE, MathReward
 from openrlhf_alp.rewards.protocol import RewardUnavailable
+from openrlhf_alp.rewards.verify import label_text
+
+_PLAIN_DIGITS = 100
+"""A whole number of fewer digits equals itself in every form; it needs no worker."""
 
 _TIMEOUT_S = 20.0
 """Time limit of one comparison; longer than in training, to allow for a busy machine."""
@@ -41,6 +47,45 @@ class Verdict:
     """Why there was no reward: a name from `MathReward.counts`."""
 
     detail: str = ""
+
+
+def check_labels(
+    labels: Sequence[Any],
+    *,
+    num_workers: int,
+    timeout_s: float = _TIMEOUT_S,
+    on_done: Callable[[], None] = lambda: None,
+) -> list[Verdict]:
+    """Returns for each label of a data set whether its own text earns the reward, in order.
+
+    Equal labels are compared once, and whole numbers not at all, so that this takes seconds for
+    tens of thousands of rows. `on_done` is called once for each label.
+
+    Raises:
+        ComparisonError: the worker processes do not start.
+    """
+    texts = [_text_or_verdict(label) for label in labels]
+    distinct = list(dict.fromkeys(text for text in texts if isinstance(text, str)))
+    for _ in range(len(texts) - len(distinct)):
+        on_done()
+    verdicts = compare(
+        [Comparison(answer=text, label=text) for text in distinct],
+        num_workers=num_workers,
+        timeout_s=timeout_s,
+        on_done=on_done,
+    )
+    by_text = dict(zip(distinct, verdicts, strict=True))
+    return [by_text[text] if isinstance(text, str) else text for text in texts]
+
+
+def _text_or_verdict(label: Any) -> str | Verdict:
+    """The label's text, or a verdict that needs no comparison."""
+    try:
+        text = label_text(label)
+    except LabelNotParsableError as error:
+        return Verdict(equal=False, unavailable=LABEL_NOT_PARSABLE, detail=str(error))
+    is_integer = text.isascii() and text.isdigit() and len(text) < _PLAIN_DIGITS
+    return Verdict(equal=True) if is_integer else text
 
 
 def compare(

@@ -9,6 +9,7 @@ import sympy
 MAX_BITS = 200_000
 """Size of the largest integer that is computed, about 60,000 digits."""
 MAX_FACTORIAL = 10_000
+_MAX_RADICAND_BITS = 1_200
 _MAX_EXPONENT = 10_000
 """Of a sum or of anything else that sympy may expand."""
 
@@ -60,6 +61,8 @@ def power(base: sympy.Expr, exponent: sympy.Expr) -> sympy.Expr:
         if base.is_Rational:
             bits = max(abs(int(base.p)).bit_length(), int(base.q).bit_length())
             too_large = abs(base) != 1 and base != 0 and size * bits > MAX_BITS
+            # sympy looks for factors of the radicand.
+            too_large |= not exponent.is_Integer and bits > _MAX_RADICAND_BITS
         else:
             too_large = size > _MAX_EXPONENT
         if too_large:
@@ -87,9 +90,13 @@ def product(factors: Iterable[sympy.Expr]) -> sympy.Expr:
     Raises:
         UnreadableError: the result would be too large.
     """
-    result = sympy.Integer(1)
+    number = sympy.Integer(1)
+    others = []
     for factor in factors:
-        result *= factor
-        if result.is_Rational and max(abs(result.p), result.q).bit_length() > MAX_BITS:
+        if not factor.is_Rational:
+            others.append(factor)
+            continue
+        number *= factor
+        if max(abs(int(number.p)), int(number.q)).bit_length() > MAX_BITS:
             raise UnreadableError("a product that is too large to compute")
-    return result
+    return sympy.Mul(number, *others)

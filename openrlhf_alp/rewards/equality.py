@@ -182,7 +182,8 @@ def _decimal_stands_for(gold: Quantity, answer: Quantity) -> bool:
     value = expression.evalf(decimal.digits + 25)
     if not value.is_Float:
         return False
-    value = Fraction(str(sympy.Rational(value)))
+    rational = sympy.Rational(value)
+    value = Fraction(int(rational.p), int(rational.q))
     error = abs(decimal.expression - value) / abs(decimal.expression)
     if decimal.digits in range(_DOUBLE_DIGITS, 18) and error < _DOUBLE_ERROR:
         return True

@@ -24,6 +24,9 @@ logger = logging.getLogger(__name__)
 _WORKER_MEMORY_BYTES = 2 << 30
 """Memory by which one worker may grow."""
 
+LABEL_NOT_PARSABLE = "label_not_parsable"
+"""Reason for a label that no answer can be compared with."""
+
 _TEXT_IN_LOG_CHARS = 200
 
 
@@ -118,5 +121,5 @@ class MathReward:
             case MemoryError():
                 return "out_of_memory", f"comparing asked for over {_WORKER_MEMORY_BYTES} bytes"
             case LabelNotParsableError():
-                return "label_not_parsable", str(error)
+                return LABEL_NOT_PARSABLE, str(error)
         return "error", f"{type(error).__name__}: {error}"

@@ -34,7 +34,8 @@ _SYMBOLS = {
 _GREEK = {
     chr(code): name.lower() if "SMALL" in unicodedata.name(chr(code)) else name.title()
     for code in range(0x391, 0x3CA)
-    for name in unicodedata.name(chr(code), "").replace("LAMDA", "LAMBDA").split()[-1:]
+    for name in unicodedata.name(chr(code), "").replace("LAMDA", "LAMBDA").split()[3:4]
+    if "WITH" not in unicodedata.name(chr(code))
 }
 
 _UNICODE = str.maketrans(

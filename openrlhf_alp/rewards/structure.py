@@ -17,6 +17,8 @@ from openrlhf_alp.rewards.bounded import UnreadableError, exact_number
 from openrlhf_alp.rewards.latex import read_expression
 from openrlhf_alp.rewards.normalize import is_balanced, normalize, words
 
+_MAX_CHARS = 4_000
+_MAX_DEPTH = 50
 _MAX_ITEMS = 400
 _MAX_WORDS = 40
 """A label of more words is a sentence, which no answer repeats."""
@@ -104,6 +106,8 @@ class Reading:
     """Usually one. More when the text is ambiguous, none when it is words only."""
 
 
+_SPACES = re.compile(r"\s+")
+_BRACKET = re.compile(r"[(\[{)\]}]")
 _SPACE = re.compile(r"\s+|\\text\{\s*\}")
 _THOUSANDS = re.compile(r"([-+]?)(\d{1,3}(?:,\d{3})+)(\.\d*)?")
 _DECIMAL = re.compile(r"([-+]?)\s*(\d+\.?\d*|\.\d+)(?:\s?\\cdot 10\^\{?([-+]?\d{1,4})\}?)?")
@@ -128,6 +132,9 @@ _NOTHING = frozenset(
 @functools.lru_cache(maxsize=4096)
 def read(text: str) -> Reading:
     """Reads an answer or a label. What is no mathematics is words; nothing is raised."""
+    text = _SPACES.sub(" ", text)
+    if not text.isdigit() and (len(text) > _MAX_CHARS or _depth(text) > _MAX_DEPTH):
+        return Reading(text=_SPACE.sub("", text), words="", values=())
     normal = normalize(text)
     plain_words = words(text)
     values: list[Value] = []
@@ -135,11 +142,20 @@ def read(text: str) -> Reading:
         for candidate in _candidates(normal):
             try:
                 values.append(_value(candidate))
-            except UnreadableError:
+            except (UnreadableError, RecursionError):
                 continue
     return Reading(
         text=_SPACE.sub("", normal), words=plain_words, values=tuple(dict.fromkeys(values))
     )
+
+
+def _depth(text: str) -> int:
+    """The depth of its brackets, closed or not."""
+    depth = deepest = 0
+    for bracket in _BRACKET.findall(text):
+        depth += 1 if bracket in "([{" else -1
+        deepest = max(deepest, depth)
+    return deepest
 
 
 def is_wordy(text: str) -> bool:

@@ -58,7 +58,8 @@ def judge(response: str, label: Any) -> Verdict:
     Raises:
         LabelNotParsableError: the label is empty, a sentence, an object or several answers.
     """
-    label = label if isinstance(label, str) and label[:1] not in "[{" else label_text(label)
+    if not isinstance(label, str) or label.startswith(("[", "{")):
+        label = label_text(label)
     gold = read_label(label)
     text = final_answer(response, several=any(isinstance(v, Items) for v in gold.values))
     if text is None:
