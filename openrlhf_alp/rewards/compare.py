@@ -37,10 +37,15 @@ def readings_equal(gold: Reading, answer: Reading) -> bool:
     if gold.words == answer.words and (not gold.values or gold.words.isalpha()):
         return bool(gold.words)
     if is_wordy(gold.words):
-        return False
+        # "Alice and Bob" are "Bob, Alice".
+        return _names_in(gold.words) == _names_in(answer.words)
     if len(gold.words) == 1 and (choice := _CHOICE.fullmatch(answer.words)):
         return choice[1].upper() == gold.words
     return any(values_equal(g, a) for g in gold.values for a in answer.values)
+
+
+def _names_in(words: str) -> list[str]:
+    return sorted(name.strip() for name in re.split(r"\band\b|[,;]", words) if name.strip())
 
 
 def values_equal(gold: Value, answer: Value) -> bool:

@@ -24,9 +24,13 @@ _DECIMAL_ERROR = Fraction(1, 10**6)
 
 _DOUBLE_DIGITS = 15
 _DOUBLE_ERROR = Fraction(1, 10**15)
-"""A program prints a double with 15 to 17 digits, and 0.1 + 0.2 as 0.30000000000000004."""
+_SHORT_DIGITS = 12
+"""A program prints a double with 15 to 17 digits, and 0.1 + 0.2 as 0.30000000000000004. That may
+stand for a number of few digits, not for another one of fifteen."""
 
 _CONSTANT_DIGITS = 100
+_ENOUGH_DIGITS = 2_000
+"""Sums of many roots have bounds of millions of digits; a coincidence of this many is none."""
 _MAX_DIGITS = 6_000
 """Digits to which constants are computed; costs about 0.1 s."""
 
@@ -65,18 +69,34 @@ def is_zero(constant: sympy.Expr) -> bool:
     """Whether an expression without unknowns is zero."""
     if constant.is_Rational:
         return bool(constant == 0)
-    bound = _separation(constant)
-    digits = (
-        _CONSTANT_DIGITS + _written_digits(constant) if bound is None else math.ceil(bound.digits)
-    )
+    digits = _deciding_digits(constant)
     if digits > _MAX_DIGITS:
-        digits = _MAX_DIGITS
+        # Not decided: wrong is the safe side, as a policy learns what is paid by mistake.
+        return False
     try:
-        value = constant.evalf(4, maxn=digits + 10, strict=True)
+        value = constant.evalf(4, maxn=digits, strict=True)
     except sympy.core.evalf.PrecisionExhausted:
         # No digit is certain although that many were computed: the value is below the bound.
         return True
     return bool(value == 0)
+
+
+def _deciding_digits(constant: sympy.Expr) -> int:
+    """The digits to compute until a constant that shows none is zero."""
+    # The digits before the point are lost first when large terms cancel.
+    magnitude = max((_magnitude(node) for node in sympy.preorder_traversal(constant)), default=0)
+    if (bound := _separation(constant)) is not None:
+        return magnitude + min(math.ceil(bound.digits), _ENOUGH_DIGITS) + 20
+    return magnitude + _written_digits(constant) + _CONSTANT_DIGITS
+
+
+def _magnitude(node: sympy.Expr) -> int:
+    """The number of digits before the point."""
+    value = abs(node.evalf(3))
+    if not value.is_Float:
+        return 0
+    _, _, exponent, bits = value._mpf_
+    return max(0, math.ceil((exponent + bits) / 3.32))
 
 
 class _Bound:
@@ -152,12 +172,22 @@ def _close_decimals(gold: Quantity, answer: Quantity) -> bool:
     if first == 0 or second == 0 or (gold.places is None and answer.places is None):
         return False
     error = abs(first - second) / abs(first)
-    if max(gold.digits, answer.digits) in range(_DOUBLE_DIGITS, 18) and error < _DOUBLE_ERROR:
-        return True
     for decimal, exact in ((answer, first), (gold, second)):
-        if decimal.places is not None and not _is_finite_decimal(exact):
+        if decimal.places is None:
+            continue
+        digits = _finite_digits(exact)
+        if _is_double(decimal, error) and (digits is None or digits <= _SHORT_DIGITS):
+            return True
+        if digits is None:
             return error <= _DECIMAL_ERROR and _is_within_last_digit(decimal, exact)
     return False
+
+
+def _is_double(decimal: Quantity, error: Fraction) -> bool:
+    """Whether a decimal looks like a double that a program printed."""
+    assert decimal.places is not None
+    has_length = decimal.places > 0 and decimal.digits in range(_DOUBLE_DIGITS, 18)
+    return has_length and error < _DOUBLE_ERROR
 
 
 def _is_within_last_digit(decimal: Quantity, exact: Fraction) -> bool:
@@ -165,12 +195,22 @@ def _is_within_last_digit(decimal: Quantity, exact: Fraction) -> bool:
     return abs(decimal.expression - exact) * Fraction(10) ** decimal.places < 1
 
 
-def _is_finite_decimal(value: Fraction) -> bool:
-    denominator = value.denominator
+def _finite_digits(value: Fraction) -> int | None:
+    """Number of significant digits of a fraction as a decimal; None when they never end."""
+    denominator, places = value.denominator, 0
     for prime in (2, 5):
+        power = 0
         while denominator % prime == 0:
             denominator //= prime
-    return denominator == 1
+            power += 1
+        places = max(places, power)
+    if denominator != 1:
+        return None
+    # Not converted to text: Python refuses integers of more than 4,300 digits.
+    integer = abs(value.numerator) * 10**places // value.denominator
+    while integer % 10 == 0 and 0 < integer.bit_length() < 4_000:
+        integer //= 10
+    return int(integer.bit_length() / 3.32) + 1
 
 
 def _decimal_stands_for(gold: Quantity, answer: Quantity) -> bool:
@@ -185,7 +225,7 @@ def _decimal_stands_for(gold: Quantity, answer: Quantity) -> bool:
     rational = sympy.Rational(value)
     value = Fraction(int(rational.p), int(rational.q))
     error = abs(decimal.expression - value) / abs(decimal.expression)
-    if decimal.digits in range(_DOUBLE_DIGITS, 18) and error < _DOUBLE_ERROR:
+    if _is_double(decimal, error):
         return True
     return bool(error <= _DECIMAL_ERROR) and _is_within_last_digit(decimal, value)
 

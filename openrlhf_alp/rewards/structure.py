@@ -106,10 +106,15 @@ class Reading:
     """Usually one. More when the text is ambiguous, none when it is words only."""
 
 
+_LITERAL = re.compile(r"[-+]?[\d.,]+")
+"""A number of any length is read."""
 _SPACES = re.compile(r"\s+")
 _BRACKET = re.compile(r"[(\[{)\]}]")
 _SPACE = re.compile(r"\s+|\\text\{\s*\}")
 _THOUSANDS = re.compile(r"([-+]?)(\d{1,3}(?:,\d{3})+)(\.\d*)?")
+_GROUPED = re.compile(r"[^\d,;()\[\]{}]*\d{1,3}(?:,\d{3})+(?:\.\d*)?[^\d,;()\[\]]*")
+"""One number with thousands, with its currency or unit."""
+_GROUPS = re.compile(r"(?<![\d.,])\d{1,3}(?:,\d{3})+(?!\d)")
 _DECIMAL = re.compile(r"([-+]?)\s*(\d+\.?\d*|\.\d+)(?:\s?\\cdot 10\^\{?([-+]?\d{1,4})\}?)?")
 _FRACTION = re.compile(r"([-+]?)\s*(?:\\frac\{([-+]?\d+)\}\{([-+]?\d+)\}|(\d+\.?)\s*/\s*(\d+))")
 _CLOCK = re.compile(
@@ -124,6 +129,7 @@ _SIGN = re.compile(r"\\(?:leq|geq|neq|approx|in|equiv)(?![A-Za-z])|[<>=]")
 _CUP = re.compile(r"\\cup(?![A-Za-z])")
 _LETTERS = re.compile(r"[A-Za-z]+")
 _ENGLISH = re.compile(r"(?i)(?=[a-z]*[eiou])[a-z]{3,}|[a-z]{5,}|no|on|so|up|us|or|it|is")
+_PROSE = re.compile(r"(?<![\\A-Za-z_{])(?=[a-z]*[eiou])[A-Za-z]?[a-z]{3,}(?![A-Za-z])")
 _NOTHING = frozenset(
     ("none", "no solution", "no solutions", "empty set", "\\emptyset", "no real solution")
 )
@@ -133,7 +139,7 @@ _NOTHING = frozenset(
 def read(text: str) -> Reading:
     """Reads an answer or a label. What is no mathematics is words; nothing is raised."""
     text = _SPACES.sub(" ", text)
-    if not text.isdigit() and (len(text) > _MAX_CHARS or _depth(text) > _MAX_DEPTH):
+    if (len(text) > _MAX_CHARS and not _LITERAL.fullmatch(text)) or _depth(text) > _MAX_DEPTH:
         return Reading(text=_SPACE.sub("", text), words="", values=())
     normal = normalize(text)
     plain_words = words(text)
@@ -217,7 +223,7 @@ def _plus_minus(text: str) -> Value:
 
 def _items(text: str) -> list[str]:
     """Splits a list at its commas; those inside a number such as `1,234` are no separators."""
-    if _THOUSANDS.fullmatch(text) or (";" not in text and "," not in text):
+    if _GROUPED.fullmatch(text) or (";" not in text and "," not in text):
         return [text]
     if ";" in text and len(parts := _split(text, re.compile(";"))) > 1:
         return parts
@@ -340,8 +346,9 @@ def _encloses(text: str) -> bool:
 
 def _quantity(text: str, plus_minus: int = 1) -> Quantity:
     number, unit, is_percent = units.split(text)
-    if (match := _THOUSANDS.fullmatch(number)) is not None:
-        number = number.replace(",", "")
+    number = _GROUPS.sub(lambda match: match[0].replace(",", ""), number)
+    if _PROSE.search(number):
+        raise UnreadableError("words")
     if (match := _DECIMAL.fullmatch(number)) is not None:
         return _decimal(match, unit, is_percent)
     if (match := _FRACTION.fullmatch(number)) is not None:
