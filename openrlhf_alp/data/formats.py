@@ -1,7 +1,7 @@
 """Where published problem sets keep the problem and its answer.
 
 A format names fields: dots descend into objects, `A+B` joins two fields with a space, and of
-several names the first that is filled counts. Chat messages stand for their last user message.
+several names, the first filled one is used. Of chat messages, the last user message is used.
 """
 
 import re
@@ -9,12 +9,15 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from openrlhf_alp.data.errors import UnknownFormatError
 from openrlhf_alp.data.labels import label_texts
-from openrlhf_alp.data.sources import Row, source_stem
+from openrlhf_alp.data.sources import DataError, Row, source_stem
+from openrlhf_alp.rewards.labels import LabelNotParsableError
+
+IMAGE_TAG = "<image>"
+"""OpenRLHF replaces it in a prompt by a picture."""
 
 _ROWS_LOOKED_AT = 100
-"""A field may be empty in the first rows; it is looked for in this many."""
+"""Number of rows in which a field is searched, because the first rows may leave it empty."""
 
 _INSTRUCTIONS = re.compile(
     r"""
@@ -27,8 +30,12 @@ _INSTRUCTIONS = re.compile(
     """,
     re.VERBOSE | re.IGNORECASE | re.DOTALL,
 )
-"""What DAPO-Math, Guru and Qwen put around a problem. It asks for other answer forms than our
-templates do, and the same problem from two sets would not be seen to be the same."""
+"""Instructions that DAPO-Math, Guru and Qwen add to a problem. They ask for other answer forms than
+our templates do, and they hide that two sets contain the same problem."""
+
+
+class UnknownFormatError(DataError):
+    """No format fits the rows; the message lists the fields found and the fields known."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,7 +44,7 @@ class RowFormat:
 
     name: str
     found_in: str
-    """Sets that look like this, for people."""
+    """Data sets of this kind, for help texts."""
 
     problem: tuple[str, ...]
     label: tuple[str, ...]
@@ -53,7 +60,7 @@ class RowFormat:
 
     @property
     def fields(self) -> str:
-        """For messages: the fields that a row of this format has."""
+        """The fields of such a row, for messages."""
         return f"{' or '.join(self.problem)}, with {' or '.join(self.label)}"
 
 
@@ -91,7 +98,7 @@ FORMATS = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Problem:
-    """A problem and its answer, without any prompt around it."""
+    """A problem and its answer, without a prompt."""
 
     text: str
     """Empty when the row has none."""
@@ -99,10 +106,13 @@ class Problem:
     labels: tuple[str, ...]
     """The answer, or the members of a list of answers. Empty when the row has none."""
 
+    label_fault: str
+    """Why the label cannot be read; empty when it can."""
+
     datasource: str
     id: str
     had_instructions: bool
-    """Answer-form instructions were cut from the text."""
+    """Whether instructions on the form of the answer were removed from the text."""
 
     row: Row
 
@@ -113,14 +123,14 @@ class Problem:
 
 
 def plain_format(problem_field: str, label_field: str) -> RowFormat:
-    """The format of a file whose fields the user names."""
+    """Returns the format of a file whose fields the user names."""
     return RowFormat(
         name="plain", found_in="your fields", problem=(problem_field,), label=(label_field,)
     )
 
 
 def detect_format(rows: Sequence[Row]) -> RowFormat:
-    """The first format that fits the first rows.
+    """Returns the first format that fits the first rows.
 
     Raises:
         UnknownFormatError: none fits.
@@ -133,10 +143,10 @@ def detect_format(rows: Sequence[Row]) -> RowFormat:
 
 
 def check_format(row_format: RowFormat, rows: Sequence[Row]) -> None:
-    """The format that the user named fits the first rows.
+    """Checks that the format named by the user fits the first rows.
 
     Raises:
-        UnknownFormatError: it does not.
+        UnknownFormatError: it does not fit.
     """
     objects = [row.content for row in rows[:_ROWS_LOOKED_AT] if isinstance(row.content, dict)]
     if not row_format.fits(objects):
@@ -147,14 +157,21 @@ def check_format(row_format: RowFormat, rows: Sequence[Row]) -> None:
 
 
 def to_problem(row: Row, row_format: RowFormat) -> Problem:
-    """Takes the fields out of a row whose content is an object."""
+    """Extracts problem, labels, data source and id from a row whose content is an object."""
     text = _text_of(_first(row.content, row_format.problem))
     problem = _INSTRUCTIONS.sub("", text).strip()
     datasource = _first(row.content, ("data_source", "datasource", "extra_info.data_source"))
     given_id = _first(row.content, row_format.id)
+    labels: tuple[str, ...] = ()
+    label_fault = ""
+    try:
+        labels = label_texts(_first(row.content, row_format.label))
+    except LabelNotParsableError as error:
+        label_fault = str(error)
     return Problem(
         text=problem,
-        labels=label_texts(_first(row.content, row_format.label)),
+        labels=labels,
+        label_fault=label_fault,
         datasource=str(datasource or source_stem(row.source)),
         id=f"{source_stem(row.source)}:{row.number}" if given_id is None else str(given_id),
         had_instructions=problem != text.strip(),
@@ -173,7 +190,7 @@ def _unknown(source: str, objects: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _first(row: Mapping[str, Any], fields: Iterable[str]) -> Any:
-    """The value of the first field that is there and filled, else None."""
+    """Returns the value of the first field that is present and filled, otherwise None."""
     for field in fields:
         parts = [_descend(row, name) for name in field.split("+")]
         if None not in parts:
@@ -186,11 +203,23 @@ def _descend(row: Any, path: str) -> Any:
         if not isinstance(row, Mapping):
             return None
         row = row.get(name)
-    return None if row in ("", []) else row
+    return None if isinstance(row, (str, list)) and not row else row
 
 
 def _text_of(value: Any) -> str:
-    if isinstance(value, list):
+    """Returns a text, the last user message of a chat, or the text parts of such a message."""
+    # Parquet through numpy gives arrays where JSON gives lists.
+    value = value.tolist() if hasattr(value, "tolist") else value
+    if isinstance(value, (list, tuple)):
         said = [m for m in value if isinstance(m, Mapping) and m.get("role") == "user"]
-        return _text_of(said[-1].get("content")) if said else ""
+        return _text_of(said[-1].get("content")) if said else "\n".join(map(_part, value))
     return value if isinstance(value, str) else ""
+
+
+def _part(part: Any) -> str:
+    """Returns the text of one part of a message, `{"type": "text", "text": ...}`."""
+    if isinstance(part, str):
+        return part
+    text = part.get("text") if isinstance(part, Mapping) else None
+    # A part without text is a picture or a sound, without which the problem cannot be asked.
+    return text if isinstance(text, str) else IMAGE_TAG

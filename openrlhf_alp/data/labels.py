@@ -1,13 +1,14 @@
-"""Gold answers: one bare expression out of the forms that problem sets use, and its kind."""
+"""Turns the label forms of published problem sets into one bare expression, and names its kind."""
 
 import re
 from enum import StrEnum
 from typing import Any
 
+from openrlhf_alp.rewards import labels
+from openrlhf_alp.rewards.normalize import unwrap
+
 _SOLUTION_MARK = "####"
 """GSM8K ends a worked solution with this and the answer."""
-
-_WHOLLY_BOXED = re.compile(r"\s*\$?\\boxed\{(.*)\}\$?\.?\s*", re.DOTALL)
 
 _MATH_PIECES = re.compile(r"\s*\$[^$]*\$(?:\s*,\s*\$[^$]*\$)*\s*\.?\s*")
 """`$1$` or `$1$,$2$`: dollar signs around each answer of a list, and nothing else."""
@@ -18,27 +19,19 @@ _SCIENTIFIC = re.compile(r"([-+]?\d+(?:\.\d+)?)[eE]([-+]?\d+)")
 def label_texts(value: Any) -> tuple[str, ...]:
     """The answer as a bare expression, or each of several; empty when there is none.
 
-    145.0 is 145. The boxing, the dollar signs and what stands before `####` go. Whether the members
-    of a list are ways to write one answer (Minerva) or parts of it, they do not say.
+    145.0 is 145. A box, math delimiters and the text before `####` are removed. Whether the members
+    of a list are forms of one answer (Minerva) or parts of it, the list does not say.
+
+    Raises:
+        LabelNotParsableError: an object, a truth value or another value without a plain meaning.
     """
-    values = value if isinstance(value, list) else [value]
-    return tuple(dict.fromkeys(text for text in map(_label_text, values) if text))
-
-
-def _label_text(value: Any) -> str:
-    match value:
-        case None:
-            return ""
-        case float() if value.is_integer():
-            return str(int(value))
-    return _bare(str(value))
+    texts = (_bare(text) for text in labels.label_texts(value))
+    return tuple(dict.fromkeys(text for text in texts if text))
 
 
 def _bare(text: str) -> str:
-    text = text.rpartition(_SOLUTION_MARK)[2].strip()
-    if (boxed := _WHOLLY_BOXED.fullmatch(text)) and _is_balanced(boxed[1]):
-        text = boxed[1].strip()
-    # A currency sign and a thin space are no mathematics.
+    text = unwrap(text.rpartition(_SOLUTION_MARK)[2])
+    # A currency sign and a negative thin space carry no value.
     text = text.replace("\\$", "").replace("\\!", "")
     if _MATH_PIECES.fullmatch(text):
         text = ", ".join(piece.strip() for piece in text.split("$")[1::2])
@@ -48,18 +41,8 @@ def _bare(text: str) -> str:
     return text.strip()
 
 
-def _is_balanced(text: str) -> bool:
-    """Whether every brace is closed; "1} and \\boxed{2" is two boxes and not one."""
-    depth = 0
-    for character in text:
-        depth += {"{": 1, "}": -1}.get(character, 0)
-        if depth < 0:
-            return False
-    return depth == 0
-
-
 class LabelKind(StrEnum):
-    """What an answer looks like; for the summary only."""
+    """The form of a label; only the summary uses it."""
 
     INTEGER = "integer"
     DECIMAL = "decimal"
@@ -86,7 +69,7 @@ _KINDS = (
 
 
 def label_kind(label: str) -> LabelKind:
-    """The kind of a bare label."""
+    """Returns the kind of a bare label."""
     for kind, pattern in _KINDS:
         if pattern.fullmatch(label):
             return kind

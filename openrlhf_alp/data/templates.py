@@ -1,20 +1,30 @@
-"""Prompt templates: what the policy reads before it answers.
+"""Renders problems to prompts and counts their tokens.
 
-Four tasks and readers: single-turn mathematics and tool-integrated reasoning (TIR, section 4.1 of
-arXiv 2603.19470), each for a base model (one text to go on from) and for a chat model (messages
-that the tokenizer's chat template wraps). The paper does not print its prompts; these are our own.
+There are templates for single-turn mathematics and for tool-integrated reasoning (TIR, section 4.1
+of arXiv 2603.19470), each for a base model (one text that the model continues) and for a chat model
+(messages that the tokenizer's chat template wraps). The paper does not print its prompts.
 
-A TIR prompt promises what the episode keeps: code stands in a fence that opens with three backticks
-and `python`, and its output comes back in a fence that opens with three backticks and `output`.
+A TIR prompt describes what the episode does: code is read from a fence that opens with three
+backticks and `python`, and its output comes back in one that opens with three backticks and
+`output`.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
+
+import jinja2
+
+from openrlhf_alp.data.sources import DataError
+
+INPUT_KEY = "input"
+LABEL_KEY = "label"
 
 CODE_FENCE = "```python"
 OUTPUT_FENCE = "```output"
 
 Message = dict[str, str]
-"""`role` and `content`, as chat templates take them."""
+"""A message with `role` and `content`, as chat templates take it."""
 
 _BOXED = "Give the final answer as \\boxed{answer}, once, at the end."
 
@@ -41,10 +51,10 @@ count, not what a program printed. {_BOXED}"""
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PromptTemplate:
-    """A named way to ask a problem.
+    """A named prompt template.
 
-    The problem stands between `before` and `after` untouched: braces, backslashes and dollar signs
-    of LaTeX mean nothing to a template.
+    The problem is inserted unchanged between `before` and `after`: braces, backslashes and dollar
+    signs of LaTeX have no meaning to a template.
     """
 
     name: str
@@ -52,13 +62,13 @@ class PromptTemplate:
     """One line for `--help`."""
 
     is_chat: bool
-    """Renders to messages, for `--data.apply_chat_template`; else to a text that is the prompt."""
+    """Renders messages for `--data.apply_chat_template`; otherwise a text that is the prompt."""
 
     is_tool_integrated: bool
-    """Tells the policy to write Python; for tool-integrated episodes."""
+    """Asks the policy to write Python, for tool-integrated episodes."""
 
     system: str | None = None
-    """The system message of a chat; None leaves it to the chat template, which may add its own."""
+    """System message of a chat; with None the chat template may add its own."""
 
     before: str = ""
     after: str = ""
@@ -70,7 +80,7 @@ class PromptTemplate:
             )
 
     def render(self, problem: str) -> str | list[Message]:
-        """The value of the dataset's input field for one problem."""
+        """Returns the value of the data set's input field for one problem."""
         asked = f"{self.before}{problem}{self.after}"
         if not self.is_chat:
             return asked
@@ -79,7 +89,7 @@ class PromptTemplate:
 
     @property
     def train_flags(self) -> str:
-        """The flags of `openrlhf_alp.cli.train_ppo_ray` that go with a file of such rows."""
+        """Flags of `openrlhf_alp.cli.train_ppo_ray` that a file of such rows needs."""
         flags = "--data.input_key input --data.label_key label"
         if self.is_chat:
             flags += " --data.apply_chat_template"
@@ -133,3 +143,61 @@ TEMPLATES = {
     )
 }
 """By name, as `--template` takes them."""
+
+
+class TokenizerError(DataError):
+    """The tokenizer cannot be loaded, or it has no chat template for messages."""
+
+
+class TokenCounter:
+    """Counts tokens of rendered prompts exactly as training encodes them."""
+
+    def __init__(self, name_or_path: str) -> None:
+        """Loads a tokenizer from a model folder or by its Hugging Face id.
+
+        Raises:
+            TokenizerError: it cannot be loaded.
+        """
+        # Imported here because transformers takes seconds to import.
+        from transformers import AutoTokenizer
+
+        self._name = name_or_path
+        try:
+            self._tokenizer: Any = AutoTokenizer.from_pretrained(name_or_path)
+        except Exception as error:
+            raise TokenizerError(
+                f"--tokenizer {name_or_path}: cannot be loaded ({error}). Give the model folder of "
+                "the policy, or an id that the Hugging Face hub or its local cache knows"
+            ) from error
+
+    def __call__(self, inputs: Sequence[str | list[Message]]) -> list[int]:
+        """Returns token counts in order; messages go through the chat template first.
+
+        Raises:
+            TokenizerError: the tokenizer has no chat template for messages, or its template
+                refuses them; some refuse system messages.
+        """
+        texts = [self._as_text(one) for one in inputs]
+        if not texts:
+            return []
+        encoded = self._tokenizer(texts, add_special_tokens=False)["input_ids"]
+        return [len(token_ids) for token_ids in encoded]
+
+    def _as_text(self, prompt: str | list[Message]) -> str:
+        if isinstance(prompt, str):
+            return prompt
+        if not self._tokenizer.chat_template:
+            raise TokenizerError(
+                f"--tokenizer {self._name} has no chat template, so --data.apply_chat_template "
+                "would fail too; choose a --template that starts with base-"
+            )
+        try:
+            text: str = self._tokenizer.apply_chat_template(
+                prompt, tokenize=False, add_generation_prompt=True
+            )
+        except jinja2.TemplateError as error:
+            raise TokenizerError(
+                f"--tokenizer {self._name}: its chat template refuses {prompt[0]['role']} messages "
+                f"of --template: {error}. Choose one that suits it, such as chat-bare"
+            ) from error
+        return text

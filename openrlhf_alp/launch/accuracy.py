@@ -11,7 +11,7 @@ from uuid import uuid4
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from openrlhf_alp.clients.rollout import RolloutClient
-from openrlhf_alp.data.questions import Question
+from openrlhf_alp.data.tasks import Question
 from openrlhf_alp.episodes.protocols import EpisodeRunner, Task
 from openrlhf_alp.episodes.records import Episode, SamplingConfig, ToolLostError
 from openrlhf_alp.launch.recipe import MAX_TOKENS_PER_TURN, MAX_TOOL_TURNS, TOOL_TEMPLATE

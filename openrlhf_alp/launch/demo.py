@@ -14,8 +14,8 @@ from functools import partial
 from pathlib import Path
 
 from openrlhf_alp.clients.errors import ServiceError
-from openrlhf_alp.data.questions import repeat_rows, write_rows
 from openrlhf_alp.data.smollm2 import ModelPackageMissingError
+from openrlhf_alp.data.tasks import repeat_rows, write_rows
 from openrlhf_alp.launch import recipe
 from openrlhf_alp.launch.accuracy import Accuracy, measure_accuracy
 from openrlhf_alp.launch.run_folder import RunFolderError, find_model, open_run_folder

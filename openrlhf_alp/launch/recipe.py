@@ -10,9 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from openrlhf_alp.data.addition import split_additions
-from openrlhf_alp.data.multiplication import split_products
-from openrlhf_alp.data.questions import INPUT_KEY, LABEL_KEY, QuestionSplit
+from openrlhf_alp.data.tasks import QuestionSplit, split_additions, split_products
+from openrlhf_alp.data.templates import INPUT_KEY, LABEL_KEY
 
 METHODS = ("seq-alp", "token-alp", "seq-bypass", "token-bypass")
 """Values of `--method`; the first is the default."""

@@ -18,7 +18,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from openrlhf_alp.data.multiplication import Dialogue, sample_dialogues
+from openrlhf_alp.data.tasks import Dialogue, sample_dialogues
 from openrlhf_alp.episodes.observation import chat_template
 
 BATCH_SIZE = 8

@@ -1,9 +1,9 @@
-"""Rewards for mathematical answers: math-verify in worker processes with a hard time limit.
+"""Rewards mathematical answers in worker processes with a hard time limit.
 
-sympy can be sent into minutes of work by a few characters of model output, in C code that no signal
-interrupts. So every comparison runs in a process of a pebble pool: past its limit the process is
-killed and replaced, and the answer has no reward. A reward that could not be computed is counted
-by name and raised, never turned into 0.0.
+sympy may work for minutes on a few characters, in C code that no signal interrupts. So every
+comparison runs in a process of a pebble pool: past its limit the process is killed and replaced,
+and the answer has no reward. A reward that could not be computed is counted by name and raised,
+never turned into 0.0. An answer that cannot be read is wrong; a label that cannot is a fault.
 """
 
 import asyncio
@@ -11,33 +11,38 @@ import concurrent.futures
 import logging
 import multiprocessing
 from collections import Counter
+from typing import Any
 
 import pebble
 
+from openrlhf_alp.rewards.labels import LabelNotParsableError
 from openrlhf_alp.rewards.protocol import RewardResult, RewardUnavailable
-from openrlhf_alp.rewards.verify import LabelNotParsableError, Verdict, judge, limit_memory
+from openrlhf_alp.rewards.verify import Verdict, judge, limit_memory
 
 logger = logging.getLogger(__name__)
 
 _WORKER_MEMORY_BYTES = 2 << 30
-"""Growth allowed to one worker: 9^(9^9) asks for hundreds of gigabytes."""
+"""Memory by which one worker may grow."""
+
+LABEL_NOT_PARSABLE = "label_not_parsable"
+"""Reason for a label that no answer can be compared with."""
 
 _TEXT_IN_LOG_CHARS = 200
 
 
 class MathReward:
-    """1.0 when the final answer equals the label, else 0.0. `verify.py` says what an answer is.
+    """Scores 1.0 when the final answer equals the label, otherwise 0.0; see docs/grading.md.
 
-    Workers are started by the first call from a fork server, which is safe in a process with
-    threads (a Ray actor). They end with `close()`, or when this process ends in whatever way.
+    The first call starts the workers from a fork server, which is safe in a process with threads
+    (a Ray actor). They end with `close()`, or when this process ends in whatever way.
 
     Args:
-        num_workers: comparisons at once. One worker does several hundred answers a second.
-        timeout_s: time for one comparison, counted from when a worker takes it up.
+        num_workers: number of comparisons that run at the same time.
+        timeout_s: time limit of one comparison, from the moment a worker starts it.
 
     Attributes:
-        counts: how many answers were `scored`, and how many had no reward, by reason: `timeout`,
-            `crashed` (the worker died), `out_of_memory`, `label_not_parsable`, `error`.
+        counts: number of answers that were `scored`, and number without a reward by reason:
+            `timeout`, `crashed` (the worker died), `out_of_memory`, `label_not_parsable`, `error`.
     """
 
     def __init__(self, *, num_workers: int = 1, timeout_s: float = 5.0) -> None:
@@ -51,8 +56,11 @@ class MathReward:
         self._pool: pebble.ProcessPool | None = None
         self.counts: Counter[str] = Counter()
 
-    async def score(self, *, prompt: str, response: str, label: str) -> RewardResult:
+    async def score(self, *, prompt: str, response: str, label: Any) -> RewardResult:
         """Scores the final answer of `response`; the prompt is not needed.
+
+        Args:
+            label: a text, a number, or a list whose members are forms of one answer.
 
         Raises:
             RewardUnavailable: with one of the reasons listed under `counts`.
@@ -77,13 +85,13 @@ class MathReward:
         )
 
     def close(self) -> None:
-        """Ends the workers, the busy ones too. A later `score` starts new ones."""
+        """Stops the workers, also busy ones. A later `score` starts new ones."""
         if self._pool is not None:
             self._pool.stop()
             self._pool.join()
             self._pool = None
 
-    async def _judge_in_worker(self, response: str, label: str) -> Verdict:
+    async def _judge_in_worker(self, response: str, label: Any) -> Verdict:
         future = self._active_pool().schedule(
             judge, args=(response, label), timeout=self._timeout_s
         )
@@ -93,8 +101,7 @@ class MathReward:
     def _active_pool(self) -> pebble.ProcessPool:
         if self._pool is None or not self._pool.active:
             context = multiprocessing.get_context("forkserver")
-            # The fork server imports sympy once, so that replacing a killed worker takes
-            # milliseconds.
+            # The fork server imports sympy once: replacing a killed worker takes milliseconds.
             context.set_forkserver_preload([judge.__module__])
             self._pool = pebble.ProcessPool(
                 max_workers=self._num_workers,
@@ -105,7 +112,7 @@ class MathReward:
         return self._pool
 
     def _explain(self, error: Exception) -> tuple[str, str]:
-        """The name of the reason and a sentence for people."""
+        """Returns the name of the reason and a sentence for people."""
         match error:
             case concurrent.futures.TimeoutError():
                 return "timeout", f"comparing took longer than {self._timeout_s} s"
@@ -114,5 +121,5 @@ class MathReward:
             case MemoryError():
                 return "out_of_memory", f"comparing asked for over {_WORKER_MEMORY_BYTES} bytes"
             case LabelNotParsableError():
-                return "label_not_parsable", str(error)
+                return LABEL_NOT_PARSABLE, str(error)
         return "error", f"{type(error).__name__}: {error}"

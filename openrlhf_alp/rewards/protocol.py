@@ -1,4 +1,4 @@
-"""The contract between episodes and rewards."""
+"""Defines what episodes and rewards know of each other."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -6,10 +6,10 @@ from typing import Protocol
 
 
 class RewardUnavailable(Exception):
-    """No reward could be computed. That is not 0.0: drop the episode's group and count it.
+    """No reward could be computed. This is not 0.0: drop the episode's group and count it.
 
     Attributes:
-        reason: short stable name, used as a metric (for example `timeout`).
+        reason: short stable name that is used as a metric, for example `timeout`.
     """
 
     def __init__(self, *, reason: str, detail: str) -> None:
@@ -34,7 +34,7 @@ class RewardResult:
     """Finite; math rewards are 1.0 for right and 0.0 for wrong."""
 
     detail: Mapping[str, float] = field(default_factory=dict)
-    """Named numbers for metrics: the same names, in the same order, in every result."""
+    """Named numbers for metrics: every result has the same names in the same order."""
 
 
 class Reward(Protocol):

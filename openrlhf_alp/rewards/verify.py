@@ -1,49 +1,48 @@
-"""One answer against one label with math-verify, in a process that may hang or eat memory.
+"""Judges one answer against one label, in a process that may run out of time or memory.
 
-What counts as the answer is math-verify's rule. A `\\boxed{}` or "the final answer is" wins;
-otherwise the last number or formula of the text is the answer, so "7 or 8" answers 8 and "8 or 7"
-answers 7.
+docs/grading.md states the rules. `answers.py` finds the final answer, `structure.py` reads it and
+the label, `compare.py` compares them.
 
-One thing is stricter than math-verify alone. It finds "3 + 4" equal to 7, so a policy could earn
-the reward of "What is 3 + 4?" by repeating the question. When the label is a plain number, an
-answer that still has a sum or a product of numbers to work out is not an answer.
+When the label is a plain number, an answer that leaves a sum or a product of numbers to work out is
+not an answer: otherwise a policy would earn the reward of "What is 3 + 4?" by repeating "3 + 4".
 """
 
-import logging
 import re
 import resource
 from dataclasses import dataclass
+from fractions import Fraction
+from typing import Any
 
 import psutil
 import sympy
-from math_verify import parse, verify
 
-_WORDS_ONLY = re.compile(r"(?=.*[A-Za-z]{2})[A-Za-z][A-Za-z ,.'-]+")
-"""math-verify reads `hello` as the product of five unknowns; such a label is not mathematics.
-Single letters are: `p - q`, `D, E`."""
+from openrlhf_alp.rewards.answers import final_answer, first_expression
+from openrlhf_alp.rewards.bounded import UnreadableError
+from openrlhf_alp.rewards.compare import readings_equal
+from openrlhf_alp.rewards.equality import expressions_equal
+from openrlhf_alp.rewards.labels import LabelNotParsableError, label_texts
+from openrlhf_alp.rewards.latex import read_expression
+from openrlhf_alp.rewards.normalize import normalize
+from openrlhf_alp.rewards.structure import Items, Quantity, Reading, Relation, is_comparable, read
 
-_CURRENCY = "\\$"
-"""math-verify takes it for the begin of a formula and then finds nothing in `\\$32`."""
+_CALCULUS = re.compile(r"\\(?:i*int|oint|sum|prod|lim)(?![A-Za-z])")
 
-_MARKED_AS_MATH = re.compile(r"\$|\\boxed|\\\(|\\\[")
-
-
-class LabelNotParsableError(ValueError):
-    """The gold label holds nothing that math-verify can compare with."""
+_MAX_ANSWER_CHARS = 50_000
+"""No answer is longer; reading it would only cost time."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Verdict:
-    """What the comparison found."""
+    """The result of one comparison."""
 
     correct: bool
-    """The answer equals the label and is worked out."""
+    """Whether the answer equals the label and is worked out."""
 
     answered: bool
-    """The text holds something that reads as an answer."""
+    """Whether the text holds something that reads as an answer."""
 
     unevaluated: bool
-    """The answer equals the label only once its sums or products are worked out."""
+    """Whether the answer equals the label only once its sums or products are worked out."""
 
 
 def limit_memory(extra_bytes: int) -> None:
@@ -51,51 +50,114 @@ def limit_memory(extra_bytes: int) -> None:
     _, hard_limit = resource.getrlimit(resource.RLIMIT_AS)
     now = psutil.Process().memory_info().vms
     resource.setrlimit(resource.RLIMIT_AS, (now + extra_bytes, hard_limit))
-    # math-verify warns on every call that its own timer is off; the pool's timer replaces it.
-    logging.getLogger("math_verify").setLevel(logging.ERROR)
 
 
-def judge(response: str, label: str) -> Verdict:
-    """Compares the final answer of `response` with `label`.
+def judge(response: str, label: Any) -> Verdict:
+    """Compares the final answer of `response` with `label`, a text, a number or a list of one.
 
     Raises:
-        LabelNotParsableError: the label is empty or is not mathematics.
-        Exception: whatever math-verify and sympy raise on an expression that they cannot compare.
+        LabelNotParsableError: the label is empty, a sentence, an object or several answers.
     """
-    gold = _parse_label(label)
-    # math-verify's own time limit cannot interrupt C code; the pool's limit kills the process.
-    answer = parse(response.replace(_CURRENCY, ""), parsing_timeout=None, raise_on_error=True)
-    if not answer:
+    if not isinstance(label, str) or label.startswith(("[", "{")):
+        label = label_text(label)
+    gold = read_label(label)
+    text = final_answer(response, several=any(isinstance(v, Items) for v in gold.values))
+    if text is None:
         return Verdict(correct=False, answered=False, unevaluated=False)
-    equal = bool(verify(gold, answer, timeout_seconds=None, raise_on_error=True))
-    unevaluated = equal and _is_number(gold[0]) and _has_arithmetic(answer[0])
+    if len(text) > max(_MAX_ANSWER_CHARS, 2 * len(label)):
+        return Verdict(correct=False, answered=True, unevaluated=False)
+    answer = _read_answer(text, gold)
+    equal = readings_equal(gold, answer) or (
+        _CALCULUS.search(label) is not None and _equal_by_calculus(label, text)
+    )
+    unevaluated = equal and _is_number(gold) and _has_arithmetic(answer)
     return Verdict(correct=equal and not unevaluated, answered=True, unevaluated=unevaluated)
 
 
-def _parse_label(label: str) -> list[object]:
-    """Reads a bare label as LaTeX: as plain text `2\\sqrt{3}+1` would be read as 2."""
-    text = label.replace(_CURRENCY, "").strip()
-    marked = text if _MARKED_AS_MATH.search(text) else f"${text}$"
-    gold = [] if _WORDS_ONLY.fullmatch(text) else parse(marked, parsing_timeout=None)
-    if not gold:
+def label_text(value: Any) -> str:
+    """Returns the one answer that a label's value stands for.
+
+    Raises:
+        LabelNotParsableError: it stands for none, or for several that are not equal.
+    """
+    texts = label_texts(value)
+    if not texts:
+        raise LabelNotParsableError("the label is empty; drop the row from the data set")
+    first = read(texts[0])
+    if not all(readings_equal(first, read(text)) for text in texts[1:]):
         raise LabelNotParsableError(
-            f"math-verify finds no mathematics in the label {label!r}; drop the row from the "
-            "dataset or write its answer as a number or as LaTeX"
+            f"the label lists {', '.join(map(repr, texts))}, which are not equal, and does not say "
+            "whether one of them or all are asked; write one text"
+        )
+    return texts[0]
+
+
+def read_label(label: str) -> Reading:
+    """Reads a label.
+
+    Raises:
+        LabelNotParsableError: the label is empty or a sentence.
+    """
+    gold = read(label)
+    if not is_comparable(gold):
+        raise LabelNotParsableError(
+            f"the label {label!r} is neither mathematics nor a few words; drop the row from the "
+            "data set or write its answer as a number, as LaTeX or as a name"
         )
     return gold
 
 
-def _is_number(expression: object) -> bool:
-    return isinstance(expression, sympy.Number)
+def _read_answer(text: str, gold: Reading) -> Reading:
+    """Reads the answer; of a sentence such as "7 apples, as shown" its first expression."""
+    if "i" in gold.text and "j" not in gold.text:
+        # Python prints 3+4i as (3+4j).
+        text = re.sub(r"(?<=\d)j(?![A-Za-z])", "i", text)
+    answer = read(text)
+    if not answer.values and gold.values and answer.text != gold.text and "\n" not in text:
+        words = answer.words.split()
+        if len(words) > 1 and (expression := first_expression(text)) is not None:
+            return read(expression)
+    return answer
 
 
-def _has_arithmetic(expression: object) -> bool:
-    """Whether numbers are left to add or multiply; 3/4, 2^10 and 3 * 10^8 are forms of a number."""
-    while isinstance(expression, sympy.Equality):
-        expression = expression.rhs
-    if isinstance(expression, sympy.Add):
-        return True
-    if not isinstance(expression, sympy.Mul):
+def _equal_by_calculus(label: str, text: str) -> bool:
+    """Compares a label with an integral, a sum or a limit; the pool's time limit bounds this."""
+    try:
+        return expressions_equal(*(_evaluated(normalize(one)) for one in (label, text)))
+    except UnreadableError:
         return False
-    factors = [f for f in expression.args if isinstance(f, sympy.Integer) and abs(int(f)) > 1]
-    return len(factors) > 1 or any(_has_arithmetic(factor) for factor in expression.args)
+
+
+def _evaluated(text: str) -> sympy.Expr:
+    """Returns an expression; integrals, sums and limits as math-verify's parser reads them.
+
+    Raises:
+        UnreadableError: it cannot be read.
+    """
+    if not _CALCULUS.search(text):
+        return read_expression(text)[0]
+    # Imported here because the parser takes a second to load, and few labels need it.
+    from latex2sympy2_extended.latex2sympy2 import ConversionConfig, latex2sympy
+
+    meaning = ConversionConfig(interpret_as_mixed_fractions=False, lowercase_symbols=False)
+    try:
+        expression = latex2sympy(text, normalization_config=None, conversion_config=meaning).doit()
+    except Exception as error:
+        raise UnreadableError(f"{type(error).__name__}: {error}") from error
+    if not isinstance(expression, sympy.Expr):
+        raise UnreadableError("not an expression")
+    return expression
+
+
+def _is_number(gold: Reading) -> bool:
+    return any(
+        isinstance(value, Quantity)
+        and isinstance(value.expression, Fraction)
+        and not value.arithmetic
+        for value in gold.values
+    )
+
+
+def _has_arithmetic(answer: Reading) -> bool:
+    values = [v.sides[-1] if isinstance(v, Relation) else v for v in answer.values]
+    return any(isinstance(value, Quantity) and value.arithmetic for value in values)

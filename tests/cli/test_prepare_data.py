@@ -15,7 +15,7 @@ ROWS = [
     {"problem": "What is $3 + 4$?", "answer": "7", "unique_id": "a"},
     {"problem": "What is 3 times 4?", "answer": "12", "unique_id": "b"},
     {"problem": "What is $3+4$?", "answer": "7", "unique_id": "c"},
-    {"problem": "Say something.", "answer": "hello", "unique_id": "d"},
+    {"problem": "Say something.", "answer": "???", "unique_id": "d"},
     {"problem": "What is 2 + 2?", "answer": None, "unique_id": "e"},
 ]
 

@@ -1,8 +1,8 @@
 import pytest
 
-from openrlhf_alp.data.errors import UnknownFormatError
 from openrlhf_alp.data.formats import (
     FORMATS,
+    UnknownFormatError,
     check_format,
     detect_format,
     plain_format,

@@ -5,12 +5,10 @@ import json
 
 import pytest
 
-from openrlhf_alp.data.errors import OutputError
 from openrlhf_alp.data.formats import FORMATS
-from openrlhf_alp.data.output import OutputFiles
+from openrlhf_alp.data.output import OutputError, OutputFiles, TokenLengths, summarise
 from openrlhf_alp.data.prepare import Options, Reason, prepare, problem_key
 from openrlhf_alp.data.sources import Row
-from openrlhf_alp.data.summary import TokenLengths, summarise
 from openrlhf_alp.data.templates import TEMPLATES
 
 OPTIONS = Options(template=TEMPLATES["chat-bare"], num_workers=1)
@@ -44,14 +42,14 @@ def test_a_good_row_becomes_a_prompt_with_its_label():
 
 
 def test_every_row_is_kept_or_rejected_with_its_reason_and_in_order():
-    """'hello' is words; the set with a stray dollar sign is not equal to itself to math-verify."""
+    """'???' says nothing; the set with a stray dollar sign does not equal its boxed form."""
     given = rows(
         {"problem": SUM, "answer": "7"},
         "{broken",
         {"problem": "", "answer": "7"},
         {"problem": "What is 2 + 2?", "answer": None},
         {"problem": "<image> What is shown?", "answer": "7"},
-        {"problem": "What do people say?", "answer": "hello"},
+        {"problem": "What do people say?", "answer": "???"},
         {"problem": "Which two?", "answer": "$221,$8$"},
         {"problem": "How far?", "answer": ["0.01", "0.02"]},
         {"problem": PRODUCT, "answer": "12"},
@@ -96,7 +94,7 @@ def test_different_answers_to_one_problem_leave_out_all_of_its_rows_and_name_the
 
 
 def test_a_broken_label_makes_no_conflict_with_a_good_one():
-    prepared = prepare(pairs((SUM, "seven"), (SUM, "7")), OPTIONS)
+    prepared = prepare(pairs((SUM, "???"), (SUM, "7")), OPTIONS)
     assert reasons(prepared) == [(1, Reason.LABEL_NOT_PARSABLE)]
     assert prepared.prompts[0].problem.label == "7"
 

@@ -6,8 +6,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from openrlhf_alp.data.errors import SourceError
-from openrlhf_alp.data.sources import read_rows, source_stem
+from openrlhf_alp.data.sources import SourceError, read_rows, source_stem
 
 ROWS = [{"problem": "What is 3 + 4?", "answer": "7"}, {"problem": "What is 2 + 2?", "answer": "4"}]
 

@@ -2,9 +2,7 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from openrlhf_alp.data.errors import TokenizerError
-from openrlhf_alp.data.templates import TEMPLATES
-from openrlhf_alp.data.tokens import TokenCounter
+from openrlhf_alp.data.templates import TEMPLATES, TokenCounter, TokenizerError
 
 NO_SYSTEM = (
     "{% for m in messages %}{% if m['role'] == 'system' %}{{ raise_exception('no system') }}"

@@ -1,7 +1,7 @@
 from openrlhf_alp.data.verdicts import Comparison, Verdict, compare
 
-HANGS = "100000000!"
-"""7.6e8 digits: minutes of work in C code, unless the label is this very text."""
+HANGS = r"\sum_{k=1}^{100000000} \frac{1}{k^3+k}"
+"""Minutes of work in C code, unless the answer is this very text."""
 
 
 def test_equal_answers_are_equal_and_verdicts_come_in_order():
@@ -24,7 +24,7 @@ def test_equal_answers_are_equal_and_verdicts_come_in_order():
 
 def test_a_comparison_that_hangs_is_given_up_and_the_next_one_is_made():
     given_up, made = compare(
-        [Comparison(answer=HANGS, label="7"), Comparison(answer="7", label="7")],
+        [Comparison(answer="7", label=HANGS), Comparison(answer="7", label="7")],
         num_workers=1,
         timeout_s=6.0,
     )
@@ -33,5 +33,5 @@ def test_a_comparison_that_hangs_is_given_up_and_the_next_one_is_made():
 
 
 def test_a_label_that_is_no_mathematics_is_named():
-    (verdict,) = compare([Comparison(answer="hello", label="hello")], num_workers=1)
+    (verdict,) = compare([Comparison(answer="???", label="???")], num_workers=1)
     assert (verdict.equal, verdict.unavailable) == (False, "label_not_parsable")

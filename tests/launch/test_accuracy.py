@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
-from openrlhf_alp.data.questions import Question
+from openrlhf_alp.data.tasks import Question
 from openrlhf_alp.episodes.records import Completion, SamplingConfig, VersionSpan
 from openrlhf_alp.launch.accuracy import Accuracy, examine
 from openrlhf_alp.rewards.protocol import RewardResult, RewardUnavailable

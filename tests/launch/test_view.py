@@ -2,7 +2,7 @@ import io
 
 from rich.console import Console
 
-from openrlhf_alp.data.questions import Question
+from openrlhf_alp.data.tasks import Question
 from openrlhf_alp.episodes.records import (
     Episode,
     StopReason,

@@ -12,8 +12,8 @@ import pytest
 from openrlhf_alp.rewards.math import MathReward
 from openrlhf_alp.rewards.protocol import RewardUnavailable
 
-HANGS = "$100000000!$"
-"""A factorial with 7.6e8 digits: minutes inside C code."""
+HANGS = r"\sum_{k=1}^{100000000} \frac{1}{k^3+k}"
+"""A label that takes minutes to work out, inside C code."""
 
 
 @pytest.fixture
@@ -39,7 +39,7 @@ async def test_every_result_names_the_same_details_in_the_same_order(reward):
 
 async def test_a_hanging_comparison_is_killed_named_and_counted_and_the_next_one_works(reward):
     with pytest.raises(RewardUnavailable, match="longer than 2") as caught:
-        await reward.score(prompt="", response=HANGS, label="7")
+        await reward.score(prompt="", response="7", label=HANGS)
     assert caught.value.reason == "timeout"
     assert (await reward.score(prompt="", response="7", label="7")).value == 1.0
     assert reward.counts == Counter(timeout=1, scored=1)
@@ -47,7 +47,7 @@ async def test_a_hanging_comparison_is_killed_named_and_counted_and_the_next_one
 
 async def test_a_label_that_is_no_mathematics_has_no_reward(reward):
     with pytest.raises(RewardUnavailable, match="drop the row") as caught:
-        await reward.score(prompt="", response="7", label="hello")
+        await reward.score(prompt="", response="7", label="???")
     assert caught.value.reason == "label_not_parsable"
     assert reward.counts == Counter(label_not_parsable=1)
 
@@ -56,7 +56,7 @@ async def test_a_worker_that_dies_is_named_and_replaced():
     reward = MathReward(timeout_s=60.0)
     await reward.score(prompt="", response="7", label="7")
     before = set(psutil.Process().children(recursive=True))
-    pending = asyncio.create_task(reward.score(prompt="", response=HANGS, label="7"))
+    pending = asyncio.create_task(reward.score(prompt="", response="7", label=HANGS))
     await asyncio.wait_for(_until_busy(before), timeout=60)
     for process in before:
         if _is_worker(process):

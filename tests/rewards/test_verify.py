@@ -1,3 +1,4 @@
+import re
 import subprocess
 import sys
 
@@ -79,9 +80,9 @@ def test_a_label_that_is_itself_a_sum_may_be_answered_by_one():
     assert judge("$x + 1$", "$1 + x$").correct
 
 
-@pytest.mark.parametrize("label", ["", "hello", "the answer"])
+@pytest.mark.parametrize("label", ["", "???", "word " * 41])
 def test_a_label_without_mathematics_is_an_error_that_shows_the_label(label):
-    with pytest.raises(LabelNotParsableError, match=f"'{label}'"):
+    with pytest.raises(LabelNotParsableError, match=re.escape(repr(label))):
         judge("7", label)
 
 

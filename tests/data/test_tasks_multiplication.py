@@ -1,7 +1,7 @@
 import itertools
 import re
 
-from openrlhf_alp.data.multiplication import sample_dialogues, split_products
+from openrlhf_alp.data.tasks import sample_dialogues, split_products
 
 
 def operands(question: str) -> tuple[int, int]:

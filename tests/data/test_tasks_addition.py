@@ -4,12 +4,12 @@ import re
 import pytest
 from openrlhf.datasets.prompts_dataset import preprocess_data
 
-from openrlhf_alp.data.addition import split_additions
-from openrlhf_alp.data.questions import (
+from openrlhf_alp.data.tasks import (
     INPUT_KEY,
     LABEL_KEY,
     Question,
     repeat_rows,
+    split_additions,
     write_rows,
 )
 
