@@ -18,6 +18,7 @@ LEARNER = [
     *WIRE,
     "openrlhf==0.11.2",
     "datasets>=3",
+    "filelock>=3.16",
     "pyarrow>=15",
     "transformers==5.15.0",
     "deepspeed==0.19.6",

@@ -6,6 +6,11 @@ would write first: `h + sigma * torch.randn_like(h)` in the same hooks, sigma le
 other processes compete for the cores, read the CPU seconds of `--threads 1`, not the wall time.
 
     python benchmarks/perturbed_forward.py [--rounds 7] [--batch 16] [--tokens 96] [--padding 0.0]
+        [--checkpoint] [--device cuda]
+
+A second table is about the noise alone, (rows, D) at once: what one pass costs over `randn_like`
+of the same shape, how many kernels inductor makes of it, how many bytes a number moves through
+memory, and which share of a plain copy's bandwidth that is.
 """
 
 import argparse
@@ -17,9 +22,10 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch._inductor import metrics
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from openrlhf_alp.alp import LayerwisePerturbation, PerturbationConfig, attach
+from openrlhf_alp.alp import LayerwisePerturbation, PerturbationConfig, attach, fused
 from openrlhf_alp.alp.config import SigmaKind
 
 SIGMA = 0.01
@@ -108,6 +114,52 @@ def print_table(title: str, seconds: dict[str, list[float]]) -> None:
         print(f"  {name:10} {median:9.3f} {best:8.3f} {by_median:17.3f} {by_best:10.3f}")
 
 
+def kernels_of(call: Callable[[], object]) -> int:
+    """Kernels that inductor makes of the programs behind a call, compiled anew."""
+    torch._dynamo.reset()
+    fused._program.cache_clear()
+    metrics.reset()
+    with torch._inductor.config.patch(fx_graph_cache=False):
+        call()
+    return metrics.generated_kernel_count
+
+
+def print_noise(args: argparse.Namespace) -> None:
+    """The noise alone, on as many rows as the batch has tokens and SmolLM2's width."""
+    rows, width = args.batch * args.tokens, SMOLLM2.hidden_size
+    hidden = torch.randn(rows, width, device=args.device).bfloat16()
+    sigma = torch.full((width,), SIGMA, device=args.device)
+    keys = torch.arange(rows, device=args.device) * 0x9E3779B97F4A7C1
+    passes: dict[str, tuple[Callable[[], object], float]] = {
+        # Bytes of a number that the pass must move: read and write, or read alone.
+        "copy": (hidden.clone, 4.0),
+        "randn_like": (partial(torch.randn_like, hidden), 2.0),
+        "forward": (partial(fused.add_noise, hidden, sigma, keys, None), 4.0),
+        "backward": (
+            partial(fused.sigma_gradient, hidden, keys, None, per_dimension=True),
+            2.0,
+        ),
+    }
+    counts = {name: kernels_of(passes[name][0]) for name in ("forward", "backward")}
+    seconds: dict[str, list[float]] = {name: [] for name in passes}
+    for round_number in range(4 * args.rounds + 2):
+        for name, (call, _) in passes.items():
+            _, cpu_s = time_call(call, args.device)
+            if round_number > 1:
+                seconds[name].append(cpu_s)
+    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    bandwidth = {name: passes[name][1] / medians[name] for name in passes}
+    print(f"noise alone, {rows} x {width}")
+    print(
+        f"  {'pass':10} {'over randn_like':>15} {'kernels':>8} {'bytes/number':>13} {'of copy':>8}"
+    )
+    for name, (_, num_bytes) in passes.items():
+        print(
+            f"  {name:10} {medians[name] / medians['randn_like']:15.2f} "
+            f"{counts.get(name, 1):8} {num_bytes:13.1f} {bandwidth[name] / bandwidth['copy']:8.1%}"
+        )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=7)
@@ -116,11 +168,16 @@ def main() -> None:
     parser.add_argument("--padding", type=float, default=0.0, help="share of padded tokens")
     parser.add_argument("--threads", type=int, help="default: PyTorch's")
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--checkpoint", action="store_true", help="gradient checkpointing")
     args = parser.parse_args()
     if args.threads:
         torch.set_num_threads(args.threads)
     tokens, mask = make_batch(args)
+    print_noise(args)
     models, perturbations = build_models(args.device)
+    if args.checkpoint:
+        for model in models.values():
+            model.train().gradient_checkpointing_enable()
     sample_ids = torch.arange(args.batch, device=args.device)
 
     def step(name: str, update: int) -> None:

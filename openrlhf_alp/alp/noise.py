@@ -8,17 +8,21 @@ stream that starts at this key:
 
     key     = step(step(step(step(step(seed) + update) + sample) + position) + layer)
     word_j  = mix(key + j * GAMMA),  j = 1 .. H          step(x) = mix(x + GAMMA)
-    epsilon = Box-Muller(32-bit halves of the words)
+    radius_j, angle_j = low and high 32 bits of word_j
+    epsilon = radius * cos(angle) in the first H columns, radius * sin(angle) in the others
 
 `mix` is SplitMix64's output function (Steele, Lea, Flood, "Fast splittable pseudorandom number
-generators", OOPSLA 2014). All of it is integer arithmetic modulo 2**64, hence the same on every
-device; only the last step (log, sqrt, sin, cos in float32) is up to the device's math library.
+generators", OOPSLA 2014); the last line is Box-Muller. All but that line is integer arithmetic
+modulo 2**64, hence the same on every device.
+
+`epsilon` states all of this as one elementwise expression of key and column. `fused.py` compiles
+it together with what uses it, so that noise never travels through memory.
 
 Letters: N rows (tokens), D columns (hidden size), H = ceil(D / 2) words of a row.
 """
 
-import math
-from collections.abc import Iterator
+import functools
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,13 +34,12 @@ _MULTIPLIER_2 = 0x94D049BB133111EB - 2**64
 
 # The radius uses 31 bits: u = (k + 1/2) / 2**31 with k in [0, 2**31), so |epsilon| reaches 6.66.
 _RADIUS_BITS = 0x7FFFFFFF
-_RADIUS_SCALE = 2.0**-31
-_ANGLE_SCALE = math.pi * 2.0**-31
+_SCALE = 2.0**-31
 
-# A chunk's words, scratch and floats fit the second-level caches of a few CPU cores, so that the
-# dozen passes over them cost arithmetic and not memory traffic. A GPU wants few, large kernels.
-_CHUNK_NUMBERS_CPU = 1 << 18
-_CHUNK_NUMBERS_GPU = 1 << 25
+# sin(pi t) / t as a polynomial in t**2 on |t| <= 1/2, fitted at Chebyshev nodes: it errs by 7e-9,
+# below float32's rounding. The angle is an integer, so its range reduction is exact; a library's
+# cosine, which must reduce any float, takes three times as long.
+_SINE = (3.1415926401, -5.1677100835, 2.5500775232, -0.5982912856, 0.0776576603)
 
 
 def row_keys(
@@ -72,85 +75,79 @@ def token_keys(*, seed: int, update: int, sample_ids: Tensor, positions: Tensor)
     return _step(keys)
 
 
-def layer_keys(token_keys: Tensor, layer: int) -> Tensor:
-    """Keys of one layer from `token_keys`. (N,) int64 -> (N,) int64."""
+def layer_keys(token_keys: Tensor, layer: int | Tensor) -> Tensor:
+    """Keys of one layer from `token_keys`. (N,) int64 -> (N,) int64; layers (L, 1) give (L, N)."""
     return _step(token_keys + layer)
 
 
-def standard_normal(keys: Tensor, dim: int) -> Tensor:
+class Columns(NamedTuple):
+    """What the noise of a column depends on besides the row's key."""
+
+    steps: Tensor
+    """(D,) int64: j * GAMMA of the column's word."""
+    offset: Tensor
+    """(D,) float32, in half turns: 0 where the cosine is taken, 1/2 where the sine is."""
+
+
+@functools.lru_cache(maxsize=8)
+def columns(dim: int, device: torch.device) -> Columns:
+    """The constants of D columns; kept, because every layer of every forward asks for them."""
+    half = (dim + 1) // 2
+    column = torch.arange(dim, device=device)
+    is_sine = column >= half
+    return Columns(
+        steps=(torch.where(is_sine, column - half, column) + 1) * _GAMMA,
+        offset=torch.where(is_sine, 0.5, 0.0),
+    )
+
+
+def epsilon(keys: Tensor, steps: Tensor, offset: Tensor) -> Tensor:
     """Independent N(0, 1) numbers, row n a pure function of `keys[n]` alone.
 
     Args:
         keys: (N,) int64 from `row_keys`.
-        dim: D, number of columns. Column d does not depend on N, but does on D.
+        steps, offset: (D,) each, from `columns`.
 
     Returns:
         (N, D) float32 on the device of `keys`.
     """
-    noise = torch.empty(keys.numel(), dim, device=keys.device)
-    for start, stop, chunk in normal_chunks(keys, dim):
-        noise[start:stop] = chunk
-    return noise
+    words = _mix(keys[:, None] + steps)
+    uniform = ((words & _RADIUS_BITS).float() + 0.5) * _SCALE
+    radius = (-2.0 * uniform.log()).sqrt()
+    # cos(pi x) = sin(pi t) with t = |1 - |x|| - 1/2, for x in [-3/2, 3/2] half turns.
+    half_turns = (words >> 32).float() * _SCALE - offset
+    t = (1.0 - half_turns.abs()).abs() - 0.5
+    return radius * (_polynomial(_SINE, t * t) * t)
 
 
-def normal_chunks(keys: Tensor, dim: int) -> Iterator[tuple[int, int, Tensor]]:
-    """Yield `(start, stop, noise)` over row ranges small enough to stay in cache.
-
-    `noise` (stop - start, D) float32 is a buffer that the next chunk overwrites; a consumer that
-    adds it and forgets it never holds noise for all rows at once.
-    """
-    num_rows, half = keys.numel(), (dim + 1) // 2
-    budget = _CHUNK_NUMBERS_CPU if keys.device.type == "cpu" else _CHUNK_NUMBERS_GPU
-    chunk_rows = max(1, min(num_rows, budget // max(1, 2 * half)))
-    steps = torch.arange(1, half + 1, device=keys.device).mul_(_GAMMA)
-    words = torch.empty(chunk_rows, half, dtype=torch.int64, device=keys.device)
-    scratch = torch.empty_like(words)
-    noise = torch.empty(chunk_rows, 2 * half, device=keys.device)
-    for start in range(0, num_rows, chunk_rows):
-        stop = min(start + chunk_rows, num_rows)
-        rows = stop - start
-        torch.add(keys[start:stop, None], steps, out=words[:rows])
-        _mix_(words[:rows], scratch[:rows])
-        _box_muller(words[:rows], scratch[:rows], noise[:rows])
-        yield start, stop, noise[:rows, :dim]
+def standard_normal(keys: Tensor, dim: int) -> Tensor:
+    """`epsilon` for D columns, uncompiled. (N,) int64 -> (N, D) float32."""
+    return epsilon(keys, *columns(dim, keys.device))
 
 
-def _box_muller(words: Tensor, scratch: Tensor, out: Tensor) -> None:
-    """Turn H random words per row into 2 H normals: sqrt(-2 log u) * (cos, sin)(angle).
-
-    Args:
-        words: (N, H) int64, uniform; overwritten.
-        scratch: (N, H) int64, overwritten.
-        out: (N, 2 H) float32, written.
-    """
-    num_rows, half = words.shape
-    integers = words.view(torch.int32)  # (N, 2 H): 32 bits for each normal
-    radius, angle = scratch.view(torch.float32).view(2, num_rows, half)
-    radius.copy_(integers[:, :half].bitwise_and_(_RADIUS_BITS))
-    angle.copy_(integers[:, half:]).mul_(_ANGLE_SCALE)
-    radius.add_(0.5).mul_(_RADIUS_SCALE).log_().mul_(-2.0).sqrt_()
-    cosine, sine = words.view(torch.float32).view(2, num_rows, half)
-    torch.mul(torch.cos(angle, out=cosine), radius, out=out[:, :half])
-    torch.mul(torch.sin(angle, out=sine), radius, out=out[:, half:])
+def _polynomial(coefficients: tuple[float, ...], x: Tensor) -> Tensor:
+    """Horner's rule; the constant term stands first."""
+    value = torch.full_like(x, coefficients[-1])
+    for coefficient in reversed(coefficients[:-1]):
+        value = value * x + coefficient
+    return value
 
 
 def _step(state: Tensor) -> Tensor:
-    """One SplitMix64 step on a copy: (N,) int64 -> (N,) int64."""
-    state = state + _GAMMA
-    return _mix_(state, torch.empty_like(state))
+    """One SplitMix64 step on a copy."""
+    return _mix(state + _GAMMA)
 
 
-def _mix_(state: Tensor, scratch: Tensor) -> Tensor:
-    """SplitMix64's output function, in place: a bijection of 64 bits with full avalanche."""
-    _xor_shift_(state, 30, scratch).mul_(_MULTIPLIER_1)
-    _xor_shift_(state, 27, scratch).mul_(_MULTIPLIER_2)
-    return _xor_shift_(state, 31, scratch)
+def _mix(state: Tensor) -> Tensor:
+    """SplitMix64's output function: a bijection of 64 bits with full avalanche."""
+    state = _xor_shift(state, 30) * _MULTIPLIER_1
+    state = _xor_shift(state, 27) * _MULTIPLIER_2
+    return _xor_shift(state, 31)
 
 
-def _xor_shift_(state: Tensor, shift: int, scratch: Tensor) -> Tensor:
-    """state ^= state >> shift. The mask makes PyTorch's arithmetic int64 shift a logical one."""
-    torch.bitwise_right_shift(state, shift, out=scratch)
-    return state.bitwise_xor_(scratch.bitwise_and_((1 << (64 - shift)) - 1))
+def _xor_shift(state: Tensor, shift: int) -> Tensor:
+    """state ^ (state >> shift). The mask makes PyTorch's arithmetic int64 shift a logical one."""
+    return state ^ ((state >> shift) & ((1 << (64 - shift)) - 1))
 
 
 def _wrap(value: int) -> int:

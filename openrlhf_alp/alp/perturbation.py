@@ -24,7 +24,8 @@ import torch
 from torch import Tensor, nn
 
 from openrlhf_alp.alp.config import PerturbationConfig, check_sigma0, parse_layers
-from openrlhf_alp.alp.noise import layer_keys, normal_chunks, token_keys
+from openrlhf_alp.alp.fused import add_noise, sigma_gradient
+from openrlhf_alp.alp.noise import layer_keys, token_keys
 
 _ATTRIBUTE = "alp"
 
@@ -34,8 +35,9 @@ class _Draw:
     """Where the tokens of one micro-batch are and which noise belongs to each."""
 
     batch_shape: tuple[int, int]  # (B, T)
-    keys: Tensor  # (M,) int64, one per valid token, row-major
-    rows: Tensor | None  # (M,) int64, row of each valid token in (B * T); None when all are valid
+    keys: dict[int, Tensor]  # of each layer (N,) int64, row-major; of padding meaningless
+    valid: Tensor | None  # (N,) bool, real tokens; None when all are
+    num_valid: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -147,16 +149,17 @@ class LayerwisePerturbation(nn.Module):
         keys = token_keys(
             seed=self.seed,
             update=update,
-            sample_ids=samples_BT[valid_BT],
-            positions=positions_BT[valid_BT],
+            sample_ids=samples_BT.flatten(),
+            positions=positions_BT.flatten(),
         )
-        num_samples, num_tokens = attention_mask.shape
-        # Without padding, whole slices are added to; indexing by `rows` costs a gather and a copy.
-        all_valid = keys.numel() == num_samples * num_tokens
+        # All layers at once: a few small kernels per forward instead of a few per layer.
+        layers = torch.tensor(self.layers, device=keys.device)
+        num_valid = int(valid_BT.sum())
         return _Draw(
-            batch_shape=(num_samples, num_tokens),
-            keys=keys,
-            rows=None if all_valid else valid_BT.flatten().nonzero().squeeze(1),
+            batch_shape=(attention_mask.shape[0], attention_mask.shape[1]),
+            keys=dict(zip(self.layers, layer_keys(keys, layers[:, None]), strict=True)),
+            valid=None if num_valid == keys.numel() else valid_BT.flatten(),
+            num_valid=num_valid,
         )
 
     def _before_layer(
@@ -174,25 +177,24 @@ class LayerwisePerturbation(nn.Module):
     def _perturb(self, layer: int, hidden_states: Tensor, draw: _Draw) -> Tensor:
         num_samples, num_tokens = draw.batch_shape
         leading = tuple(hidden_states.shape[:-1])
-        if leading == draw.batch_shape:
-            rows = draw.rows
-        # Packed: OpenRLHF removes the padding and joins the samples into one row, in this order.
-        elif leading == (1, draw.keys.numel()):
-            rows = None
-        else:
-            raise ValueError(
-                f"layer {layer} received hidden states {tuple(hidden_states.shape)}; `enabled()` "
-                f"was given an attention mask of {num_samples} x {num_tokens} with "
-                f"{draw.keys.numel()} real tokens, so they must be ({num_samples}, {num_tokens}, D)"
-                f" or, packed, (1, {draw.keys.numel()}, D)"
-            )
+        keys, valid = draw.keys[layer], draw.valid
+        if leading != draw.batch_shape:
+            if leading != (1, draw.num_valid):
+                raise ValueError(
+                    f"layer {layer} received hidden states {tuple(hidden_states.shape)}; "
+                    f"`enabled()` was given an attention mask of {num_samples} x {num_tokens} with "
+                    f"{draw.num_valid} real tokens, so they must be ({num_samples}, {num_tokens}, "
+                    f"D) or, packed, (1, {draw.num_valid}, D)"
+                )
+            # Packed: OpenRLHF removes the padding and joins the samples into one row, in order.
+            keys, valid = (keys if valid is None else keys[valid]), None
         # A model that is spread over GPUs has layers on other devices than the mask.
         device = hidden_states.device
         return _AddNoise.apply(
             hidden_states,
             self.sigma(layer).to(device),
-            layer_keys(draw.keys.to(device), layer),
-            None if rows is None else rows.to(device),
+            keys.to(device),
+            None if valid is None else valid.to(device),
         )
 
     def get_extra_state(self) -> dict[str, Any]:
@@ -307,24 +309,14 @@ class _AddNoise(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, sigma: Tensor, keys: Tensor, rows: Tensor | None
+        ctx: Any, hidden: Tensor, sigma: Tensor, keys: Tensor, valid: Tensor | None
     ) -> Tensor:
-        """hidden (.., D), sigma (D,) or (1,), keys (M,), rows (M,) or None -> (.., D)."""
-        ctx.save_for_backward(keys, rows)
-        ctx.sigma_shape = sigma.shape
-        width = hidden.shape[-1]
-        wide = torch.promote_types(hidden.dtype, torch.float32)
-        before = hidden.reshape(-1, width)
-        # Padding rows have no key and keep their value, hence a copy where there are any.
-        after = torch.empty_like(before) if rows is None else before.clone()
-        sigma = sigma.to(wide)
-        for start, stop, noise in normal_chunks(keys, width):
-            place = slice(start, stop) if rows is None else rows[start:stop]
-            # bfloat16 has 8 bits: a small sigma added in it would vanish in the rounding of both
-            # the product and the sum.
-            noisy = before[place].to(wide, copy=True).addcmul_(noise.to(wide), sigma)
-            after[place] = noisy.to(hidden.dtype)
-        return after.view(hidden.shape)
+        """hidden (.., D), sigma (D,) or (1,), keys (N,), valid (N,) or None -> (.., D)."""
+        ctx.save_for_backward(keys, valid)
+        ctx.per_dimension = sigma.numel() > 1
+        # Detached, because a compiled program is tied to which of its inputs want a gradient.
+        before = hidden.detach().reshape(-1, hidden.shape[-1]).contiguous()
+        return add_noise(before, sigma.detach(), keys, valid).view(hidden.shape)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -332,13 +324,7 @@ class _AddNoise(torch.autograd.Function):
         """d/d hidden is the identity; d/d sigma = sum over rows of grad * epsilon, in float32."""
         if not ctx.needs_input_grad[1]:
             return grad, None, None, None
-        keys, rows = ctx.saved_tensors
-        wide = torch.promote_types(grad.dtype, torch.float32)
-        flat = grad.reshape(-1, grad.shape[-1])
-        sigma_grad = torch.zeros(ctx.sigma_shape, dtype=wide, device=grad.device)
-        for start, stop, noise in normal_chunks(keys, flat.shape[1]):
-            place = slice(start, stop) if rows is None else rows[start:stop]
-            # The same keys give the same noise again, in chunks, so nothing of size (N, D) is kept.
-            product = flat[place].to(wide, copy=True).mul_(noise)
-            sigma_grad += product.sum(dim=0).sum_to_size(ctx.sigma_shape)
+        keys, valid = ctx.saved_tensors
+        rows = grad.reshape(-1, grad.shape[-1]).contiguous()
+        sigma_grad = sigma_gradient(rows, keys, valid, per_dimension=ctx.per_dimension)
         return grad, sigma_grad, None, None

@@ -41,12 +41,12 @@ def reference_mix(state):
 
 
 def reference_row(key, dim):
-    """Box-Muller in float64 from Python integers: low words' halves give radius, then angle."""
+    """Box-Muller in float64 from Python integers: a word's halves give one radius, one angle."""
     half = (dim + 1) // 2
     words = [reference_mix((key + j * GAMMA) & MASK64) for j in range(1, half + 1)]
-    integers = [part for word in words for part in (word & 0xFFFFFFFF, word >> 32)]
-    radius = [math.sqrt(-2 * math.log(((i & 0x7FFFFFFF) + 0.5) / 2**31)) for i in integers[:half]]
-    signed = [i - 2**32 if i >= 2**31 else i for i in integers[half:]]
+    radius = [math.sqrt(-2 * math.log(((w & 0x7FFFFFFF) + 0.5) / 2**31)) for w in words]
+    high = [word >> 32 for word in words]
+    signed = [i - 2**32 if i >= 2**31 else i for i in high]
     angle = [i * math.pi / 2**31 for i in signed]
     cosines = [r * math.cos(a) for r, a in zip(radius, angle, strict=True)]
     sines = [r * math.sin(a) for r, a in zip(radius, angle, strict=True)]
