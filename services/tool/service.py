@@ -5,7 +5,7 @@
         -> rules.py     ceilings, admission, counting
         -> sandbox/     slots for programs       isolation.py  tries out the sandbox at start
 
-README.md in this folder says how to call it, what it protects from and what it does not.
+docs/tool_service.md says how to call it, what it protects from and what it does not.
 """
 
 import logging

@@ -17,7 +17,7 @@ from tool_server import KEY, served
 from services.tool.service import ToolService
 from services.tool.wire.schemas import SessionRequest
 
-README = Path(__file__).resolve().parents[4] / "services" / "tool" / "README.md"
+PAGE = Path(__file__).resolve().parents[4] / "docs" / "tool_service.md"
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -104,7 +104,7 @@ async def test_a_wrong_key_gets_nowhere(service: ToolService) -> None:
 
 
 async def test_the_client_in_the_readme_runs_as_it_stands(service: ToolService) -> None:
-    (example,) = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+    (example,) = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
     async with served(service) as url:
         process = await asyncio.create_subprocess_exec(
             sys.executable,
