@@ -7,11 +7,14 @@ import importlib.metadata
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 from openrlhf_alp.learner import seams
+from openrlhf_alp.learner.flags.settle import add_arguments, settle
+from openrlhf_alp.learner.launch import ray_options
 
 
 def test_the_installed_openrlhf_fits_every_seam() -> None:
@@ -99,3 +102,29 @@ def test_openrlhfs_own_test_suite_passes_with_the_shims() -> None:
     )
     assert result.returncode == 0, result.stdout[-3000:]
     assert "221 passed" in result.stdout
+
+
+def test_openrlhf_starts_ray_with_its_own_variables_and_ours(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The run ends where OpenRLHF builds its strategy, right after `ray.init`."""
+    import openrlhf.utils
+    import ray
+
+    class Reached(Exception):
+        pass
+
+    def stop(_args: SimpleNamespace) -> None:
+        raise Reached
+
+    started: list[dict] = []
+    flags = ("--actor.model_name_or_path", str(tiny_model), "--actor.num_gpus_per_node", "1")
+    flags += ("--algo.advantage.estimator", "reinforce", "--reward.remote_url", "math-verify")
+    monkeypatch.setattr(sys, "argv", ["train", *flags])
+    monkeypatch.setattr(ray, "init", lambda **options: started.append(options))
+    monkeypatch.setattr(openrlhf.utils, "get_strategy", stop)
+    with pytest.raises(Reached):
+        seams.run_upstream(add_arguments, settle, ray_options)
+    environment = started[0]["runtime_env"]["env_vars"]
+    assert {"TOKENIZERS_PARALLELISM", "NCCL_DEBUG"} <= environment.keys()
+    assert started[0]["runtime_env"]["worker_process_setup_hook"].endswith("compat.install")
