@@ -52,6 +52,12 @@ _EXPRESSION = re.compile(
 )
 _LIST_WORD = re.compile(r"\s*(?:,\s*(?:and|or)\b|,|;|\band\b|\bor\b)\s*")
 
+_LEAD_IN = re.compile(
+    r"(?i)[\s${*]*(?:\\(?:text|textbf|mbox|mathrm)\s*\{\s*)?(?:(?:so|thus|hence|therefore),?\s+)?"
+    r"(?:(?:the\s+)?(?:final\s+)?answer\s*)?(?:is|=|:|equals|about|approximately)?[\s:${}*]*"
+)
+"""What may stand before it: after "more than" or "not", the number is not the answer."""
+
 _SENTENCE_END = re.compile(r"[.!?](?=\s|\*|$)|\n")
 
 
@@ -81,10 +87,12 @@ def final_answer(text: str, *, several: bool = False) -> str | None:
     return _last_expression(prose, several)
 
 
-def first_expression(sentence: str) -> str | None:
-    """Returns the first formula or number of a sentence: "7 apples, as shown" answers 7."""
+def only_expression(sentence: str) -> str | None:
+    """Returns the formula or number of "7 apples, as shown", if it is the only one."""
     found = _expressions(sentence)
-    return found[0].content if found else None
+    if len(found) != 1 or not _LEAD_IN.fullmatch(sentence[: found[0].start]):
+        return None
+    return found[0].content
 
 
 def outside_code(text: str) -> str:

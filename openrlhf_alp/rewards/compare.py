@@ -23,7 +23,10 @@ from openrlhf_alp.rewards.structure import (
 )
 
 _FLIPPED = {"<": ">", ">": "<", "\\leq": "\\geq", "\\geq": "\\leq", "=": "=", "\\neq": "\\neq"}
-_CHOICE = re.compile(r"(?:option|choice|answer)?\s*\(?([a-j])(?:\)\s*[.:]?|[.:])\s+\S.*", re.DOTALL)
+_CHOICE = re.compile(
+    r"(?:option|choice|answer|case)[:\s]+\(?([a-j])\)?|\(?([a-j])(?:\)\s*[.:]?|[.:])(?:\s+\S.*)?",
+    re.DOTALL,
+)
 _LEAST_NAMED_PERCENT = 1
 
 _INFINITY = Quantity(sympy.oo)
@@ -36,11 +39,11 @@ def readings_equal(gold: Reading, answer: Reading) -> bool:
         return True
     if gold.words == answer.words and (not gold.values or gold.words.isalpha()):
         return bool(gold.words)
-    if is_wordy(gold.words):
+    if not gold.values and is_wordy(gold.words):
         # "Alice and Bob" are "Bob, Alice".
         return _names_in(gold.words) == _names_in(answer.words)
     if len(gold.words) == 1 and (choice := _CHOICE.fullmatch(answer.words)):
-        return choice[1].upper() == gold.words
+        return (choice[1] or choice[2]).upper() == gold.words
     return any(values_equal(g, a) for g in gold.values for a in answer.values)
 
 
@@ -65,6 +68,8 @@ def values_equal(gold: Value, answer: Value) -> bool:
             return _same_relation(gold, answer)
         case Items(), Items():
             return _same_items(gold, answer)
+        case Items(kind="matrix"), Interval(low, high, False, False):
+            return _same_items(gold, Items("tuple", (low, high)))
         case Clock(parts=(top, bottom)), Quantity():
             return bool(bottom) and _same_quantity(Quantity(Fraction(top, bottom)), answer)
         case _, Items(kind="list", items=(_, _, *_)) if not isinstance(gold, Union):

@@ -337,6 +337,8 @@ class _Reader:
             if parts[-1] == "{":
                 raise UnreadableError(f"{token} with a nested group")
         self._next()
+        if not re.fullmatch(r"[\w.'+\\-]*", "".join(parts)):
+            raise UnreadableError(f"{token} with a sentence")
         upright = token[1:] in ("text", "textbf", "textit", "textrm", "mbox", "mathrm", "mathit")
         return self._subscripted("".join(parts) if upright else f"{token} {''.join(parts)}")
 

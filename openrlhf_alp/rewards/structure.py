@@ -102,12 +102,17 @@ class Reading:
     """Normalised, without spaces: equal texts are equal answers."""
 
     words: str
+    spaced: str
+    """Normalised, with its spaces."""
+
     values: tuple[Value, ...]
     """Usually one. More when the text is ambiguous, none when it is words only."""
 
 
 _LITERAL = re.compile(r"[-+]?[\d.,]+")
 """A number of any length is read."""
+_NOTHING = ("\\emptyset", "none", "no solution", "no solutions", "empty set", "no real solution")
+
 _SPACES = re.compile(r"\s+")
 _BRACKET = re.compile(r"[(\[{)\]}]")
 _SPACE = re.compile(r"\s+|\\text\{\s*\}")
@@ -122,7 +127,7 @@ _CLOCK = re.compile(
 )
 _BASED = re.compile(r"\(?(-?\d[0-9A-F]*(?:\.[0-9A-F]+)?)\)?_\{?(?:\\text\{)?(\d{1,2}|\w+)\}{0,2}")
 _MATRIX = re.compile(
-    r"[(\[]?\\begin\{([pbvBV]?matrix|smallmatrix|array)\}(?:\{[clr|]*\})?(.*)\\end\{\1\}[)\]]?",
+    r"[(\[]?\\begin\{([pbvBV]?matrix|smallmatrix|array)\}(?:\{[clr|]*\})?(.*)\\end\{\1\}[)\]]?(\s?\^\s?\{?\s?(?:T|\\top|\\mathsf\{T\})\}?)?",
     re.DOTALL,
 )
 _SIGN = re.compile(r"\\(?:leq|geq|neq|approx|in|equiv)(?![A-Za-z])|[<>=]")
@@ -130,9 +135,12 @@ _CUP = re.compile(r"\\cup(?![A-Za-z])")
 _LETTERS = re.compile(r"[A-Za-z]+")
 _ENGLISH = re.compile(r"(?i)(?=[a-z]*[eiou])[a-z]{3,}|[a-z]{5,}|no|on|so|up|us|or|it|is")
 _PROSE = re.compile(r"(?<![\\A-Za-z_{])(?=[a-z]*[eiou])[A-Za-z]?[a-z]{3,}(?![A-Za-z])")
-_NOTHING = frozenset(
-    ("none", "no solution", "no solutions", "empty set", "\\emptyset", "no real solution")
-)
+_BUILDER = re.compile(r"[A-Za-z]\s*(?:\\in\s*\\mathbb\{R\}\s*)?[|:](.*)")
+_EVERYTHING = Interval(Quantity(-sympy.oo), Quantity(sympy.oo), True, True)
+_SETS: dict[str, Value] = {
+    **dict.fromkeys(_NOTHING, Items("set", ())),
+    **dict.fromkeys(("\\mathbb{R}", "\\R", "all real numbers", "all reals"), _EVERYTHING),
+}
 
 
 @functools.lru_cache(maxsize=4096)
@@ -140,18 +148,21 @@ def read(text: str) -> Reading:
     """Reads an answer or a label. What is no mathematics is words; nothing is raised."""
     text = _SPACES.sub(" ", text)
     if (len(text) > _MAX_CHARS and not _LITERAL.fullmatch(text)) or _depth(text) > _MAX_DEPTH:
-        return Reading(text=_SPACE.sub("", text), words="", values=())
+        return Reading(text=_SPACE.sub("", text), words="", spaced="", values=())
     normal = normalize(text)
     plain_words = words(text)
-    values: list[Value] = []
-    if not is_wordy(plain_words):
+    values: list[Value] = [_SETS[plain_words]] if plain_words in _SETS else []
+    if not values and not is_wordy(plain_words):
         for candidate in _candidates(normal):
             try:
                 values.append(_value(candidate))
             except (UnreadableError, RecursionError):
                 continue
     return Reading(
-        text=_SPACE.sub("", normal), words=plain_words, values=tuple(dict.fromkeys(values))
+        text=_SPACE.sub("", normal),
+        words=plain_words,
+        spaced=normal,
+        values=tuple(dict.fromkeys(values)),
     )
 
 
@@ -190,8 +201,8 @@ def _value(text: str) -> Value:
     text = text.strip()
     if not text or not is_balanced(text):
         raise UnreadableError("empty, or with braces that are not closed")
-    if text in _NOTHING:
-        return Items("set", ())
+    if (constant := _SETS.get(text)) is not None:
+        return constant
     if (clock := _CLOCK.fullmatch(text)) is not None:
         numbers = tuple(map(int, re.findall(r"\d+", text)))
         return Clock(numbers, f"{clock[3].lower()}m" if clock[3] else "")
@@ -208,7 +219,8 @@ def _value(text: str) -> Value:
 def _compound(text: str) -> Value | None:
     """Reads a matrix, a union or what stands in brackets; None for anything else."""
     if (matrix := _MATRIX.fullmatch(text)) is not None:
-        return _matrix(matrix[2])
+        rows = _matrix(matrix[2])
+        return _transposed(rows) if matrix[3] else rows
     unions = _split(text, _CUP)
     if len(unions) > 1:
         return Union(tuple(_value(part) for part in unions))
@@ -314,6 +326,11 @@ def _matrix(body: str) -> Items:
     )
 
 
+def _transposed(rows: Items) -> Items:
+    columns = zip(*(row.items for row in rows.items if isinstance(row, Items)), strict=False)
+    return Items("matrix", tuple(Items("tuple", column) for column in columns))
+
+
 def _bracketed(text: str) -> Value | None:
     """Reads `(a, b)`, `[a, b)` and `\\{a, b\\}`; None for anything else."""
     match = re.fullmatch(r"(\\\{|[(\[])(.*?)(\\\}|[)\]])", text, re.DOTALL)
@@ -321,6 +338,8 @@ def _bracketed(text: str) -> Value | None:
         return None
     opening, inner, closing = match[1], match[2].strip(), match[3]
     parts = [part for part in _split(inner, re.compile("[,;]")) if part]
+    if opening == "\\{" and (builder := _BUILDER.fullmatch(inner)) is not None:
+        return _value(builder[1])
     if opening == "\\{" or closing == "\\}":
         if opening[-1] != "{" or closing[-1] != "}" or "|" in inner:
             return None

@@ -7,13 +7,15 @@ matter. Two different known units on the two sides do: 5 km is not 5 m.
 import re
 
 _WRAPPED = (
-    r"\\(?:text|textrm|textbf|textnormal|mbox|hbox|mathrm|mathbf|operatorname|rm)\s*\{[^{}]*\}"
+    r"\\(?:text|textrm|textbf|textnormal|mbox|hbox|mathrm|mathbf|operatorname|rm)\s*"
+    r"\{(?:[^{}]|\{[^{}]*\})*\}"
 )
 _POWER = r"(?:\s*\^\s*(?:\{\s*-?\d+\s*\}|-?\d+))?"
 
+_SIGNS = r"\\?\$|[\u00a2-\u00a5\u20a0-\u20bf]|\\pounds|\\euro"
+_CODES = r"USD|EUR|GBP|JPY|INR|CHF|CNY|CAD|AUD|SEK|NOK|DKK|Rs\.?|kr\.?"
 _CURRENCY = re.compile(
-    r"^([-+]?)\s*(\\?\$|US\s?\\?\$|[\u20ac\u00a3\u00a5\u20b9\u20a9\u20bd\u20bf\u00a2]|\\pounds|\\euro|USD|EUR|GBP|JPY|INR|Rs\.?)\s*([-+]?)\s*"
-    r"(?=[\d.\\({])"
+    rf"^([-+]?)\s*((?:US|AU?|CA?|HK|NT|NZ|R|S)?\s?(?:{_SIGNS})|{_CODES})\s*([-+]?)\s*(?=[\d.\\({{])"
 )
 _CURRENCY_NAMES = {
     "$": "dollar", "US$": "dollar", "USD": "dollar", "\u20ac": "euro", "\\euro": "euro",
@@ -21,9 +23,7 @@ _CURRENCY_NAMES = {
     "JPY": "yen", "\u20b9": "rupee", "INR": "rupee", "Rs": "rupee", "Rs.": "rupee",
 }  # fmt: skip
 
-_CURRENCY_BEHIND = re.compile(
-    r"(?<=[\d.)}])\s*(\\?\$|[\u20ac\u00a3\u00a5\u20b9\u20a9\u20bd\u20bf\u00a2]|\\pounds|\\euro)$"
-)
+_CURRENCY_BEHIND = re.compile(rf"(?<=[\d.)}}])\s*({_SIGNS}|{_CODES})$")
 
 _PERCENT = re.compile(
     r"\s*(?:\\?%|(?:percent|per\s?cent|pct|percentage(?: points?)?)"
@@ -34,8 +34,11 @@ _DEGREE = re.compile(
     r"\s*(?:\\(?:text|mbox|mathrm)\s*\{\s*)?(?:degrees?|deg)(?:\s+(?:Celsius|Fahrenheit))?\s*\}?$"
 )
 _ARC = re.compile(r"(?<=\d)\s*('{1,2})$")
+_WRAPPED_PART = rf"{_WRAPPED}{_POWER}"
 _WRAPPED_UNIT = re.compile(
-    rf"^(.*?[\w)}}\].%])\s*[\\ ]*((?:{_WRAPPED}{_POWER}(?:[\s/*.]|\\cdot|\\times)*)+)$", re.DOTALL
+    rf"^(.*?[\w)}}\].%])\s*[\\ ]*((?:(?:\\frac\s*\{{{_WRAPPED_PART}\}}\s*\{{{_WRAPPED_PART}\}}"
+    rf"|{_WRAPPED_PART})(?:[\s/*.]|\\cdot|\\times)*)+)$",
+    re.DOTALL,
 )
 _PLAIN_UNIT = re.compile(
     r"^([-+]?(?:[\d.,]+|\\frac\{\d+\}\{\d+\}|\d+\s+\d+/\d+|[\d.]+\s?\\cdot 10\^\{?-?\d+\}?"

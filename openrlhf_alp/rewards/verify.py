@@ -16,7 +16,7 @@ from typing import Any
 import psutil
 import sympy
 
-from openrlhf_alp.rewards.answers import final_answer, first_expression
+from openrlhf_alp.rewards.answers import final_answer, only_expression
 from openrlhf_alp.rewards.bounded import UnreadableError
 from openrlhf_alp.rewards.compare import readings_equal
 from openrlhf_alp.rewards.equality import expressions_equal
@@ -26,6 +26,9 @@ from openrlhf_alp.rewards.normalize import normalize
 from openrlhf_alp.rewards.structure import Items, Quantity, Reading, Relation, is_comparable, read
 
 _CALCULUS = re.compile(r"\\(?:i*int|oint|sum|prod|lim)(?![A-Za-z])")
+
+_OTHER_UNITS = re.compile(r"(?<=\d)j(?![A-Za-z])|(?<![A-Za-z\\])I(?![A-Za-z_(])")
+_MEASURED = re.compile(r"([-+\d.,{}^ ]+(?:\\cdot[-+\d.{}^ ]+)?) (?:\{?[mgshlLNJWVAKCTF]\}?)")
 
 _MAX_ANSWER_CHARS = 50_000
 """No answer is longer; reading it would only cost time."""
@@ -109,14 +112,16 @@ def read_label(label: str) -> Reading:
 
 def _read_answer(text: str, gold: Reading) -> Reading:
     """Reads the answer; of a sentence such as "7 apples, as shown" its first expression."""
-    if "i" in gold.text and "j" not in gold.text:
-        # Python prints 3+4i as (3+4j).
-        text = re.sub(r"(?<=\d)j(?![A-Za-z])", "i", text)
+    if "i" in gold.text and not _OTHER_UNITS.search(gold.text):
+        # Python prints 3+4i as (3+4j), sympy as 3 + 4*I.
+        text = _OTHER_UNITS.sub("i", text)
     answer = read(text)
-    if not answer.values and gold.values and answer.text != gold.text and "\n" not in text:
-        words = answer.words.split()
-        if len(words) > 1 and (expression := first_expression(text)) is not None:
-            return read(expression)
+    if gold.values and not answer.values and answer.text != gold.text:
+        expression = only_expression(text)
+        return answer if expression is None else read(expression)
+    if _is_number(gold) and (measured := _MEASURED.fullmatch(answer.spaced)):
+        # A letter behind a number is a unit where the label has no letter: 1.6e-19 C.
+        return read(measured[1])
     return answer
 
 
