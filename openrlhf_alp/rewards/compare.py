@@ -44,7 +44,8 @@ def readings_equal(gold: Reading, answer: Reading) -> bool:
         return _names_in(gold.words) == _names_in(answer.words)
     if len(gold.words) == 1 and (choice := _CHOICE.fullmatch(answer.words)):
         return (choice[1] or choice[2]).upper() == gold.words
-    return any(values_equal(g, a) for g in gold.values for a in answer.values)
+    # Only a label may be taken in two ways; an answer that is right in one of two is a guess.
+    return any(values_equal(value, a) for value in gold.values for a in answer.values[:1])
 
 
 def _names_in(words: str) -> list[str]:
@@ -126,6 +127,8 @@ def _is_assignment(value: Value) -> bool:
 def _same_quantity(gold: Quantity, answer: Quantity) -> bool:
     if units.conflict(gold.unit, answer.unit):
         return False
+    if (gold.is_percent and answer.unit) or (answer.is_percent and gold.unit):
+        return False
     if quantities_equal(gold, answer):
         # 35 answers 35 %, and 35 % answers 35; but 0.35 % does not answer 0.35.
         return gold.is_percent or not answer.is_percent or _is_at_least_one(gold)
@@ -159,7 +162,8 @@ def _same_clock(gold: Clock, answer: Clock) -> bool:
 
 
 def _is_integer(answer: Quantity, digits: str) -> bool:
-    return digits.isdigit() and answer.expression == Fraction(int(digits))
+    is_plain = digits.isdigit() and not answer.unit and not answer.is_percent
+    return is_plain and answer.expression == Fraction(int(digits))
 
 
 def _same_relation(gold: Relation, answer: Relation) -> bool:
