@@ -40,11 +40,12 @@ _SPAN = re.compile(
 _NUMBER = (
     r"(?:\\?[$\u20ac\u00a3\u00a5\u20b9]\s?)?"
     r"(?:\d{1,3}(?:,\d{3})+(?!\d)(?:\.\d+)?|\d{1,3}(?: \d{3})+(?!\d)(?:\.\d+)?"
-    r"|\d+(?:\.\d+)?(?:[eE][-+]?\d+(?![A-Za-z\d]))?|\.\d+"
+    r"|\d+[\u00bc-\u00be\u2150-\u215e]|[\u00bc-\u00be\u2150-\u215e]"
+    r"|\d+\.(?=/\d)|\d+(?:\.\d+)?(?:[eE][-+]?\d+(?![A-Za-z\d]))?|\.\d+"
     r"|\\[dt]?frac\s?\{[^{}]*\}\{[^{}]*\}|\\sqrt\{[^{}]*\}|\\pi)"
 )
 _OPERATOR = (
-    r"(?:\s*(?:\*\*|[-+*/^\u00d7\u00f7\u00b7=:\u2212]|\\times|\\cdot|\\div)\s*[-+\u2212]?\(?"
+    r"(?:\s*(?:\*\*|[-+*/^\u00d7\u00f7\u00b7=:\u2212]|\\times|\\cdot|\\div|[xX](?=\s*10\b))\s*[-+\u2212]?\(?"
     r"|\s+(?=\d+\s*/\s*\d))"
 )
 _EXPRESSION = re.compile(
@@ -57,6 +58,8 @@ _LEAD_IN = re.compile(
     r"(?:(?:the\s+)?(?:final\s+)?answer\s*)?(?:is|=|:|equals|about|approximately)?[\s:${}*]*"
 )
 """What may stand before it: after "more than" or "not", the number is not the answer."""
+
+_MORE = re.compile(r"(?i)\b(?:and|or|to|not|but|through|between|versus)\b")
 
 _SENTENCE_END = re.compile(r"[.!?](?=\s|\*|$)|\n")
 
@@ -87,12 +90,14 @@ def final_answer(text: str, *, several: bool = False) -> str | None:
     return _last_expression(prose, several)
 
 
-def only_expression(sentence: str) -> str | None:
-    """Returns the formula or number of "7 apples, as shown", if it is the only one."""
+def leading_expression(sentence: str) -> str | None:
+    """Returns the number of "7 apples, as shown" or "7, since 3 + 4 = 7", but none of "7 or 8"."""
     found = _expressions(sentence)
-    if len(found) != 1 or not _LEAD_IN.fullmatch(sentence[: found[0].start]):
+    if not found or not _LEAD_IN.fullmatch(sentence[: found[0].start]):
         return None
-    return found[0].content
+    between = sentence[found[0].end : found[1].start] if len(found) > 1 else ""
+    goes_on = len(found) > 1 and (not re.search(r"\w", between) or _MORE.search(between))
+    return None if goes_on else found[0].content
 
 
 def outside_code(text: str) -> str:

@@ -134,7 +134,11 @@ _SIGN = re.compile(r"\\(?:leq|geq|neq|approx|in|equiv)(?![A-Za-z])|[<>=]")
 _CUP = re.compile(r"\\cup(?![A-Za-z])")
 _LETTERS = re.compile(r"[A-Za-z]+")
 _ENGLISH = re.compile(r"(?i)(?=[a-z]*[eiou])[a-z]{3,}|[a-z]{5,}|no|on|so|up|us|or|it|is")
-_PROSE = re.compile(r"(?<![\\A-Za-z_{])(?=[a-z]*[eiou])[A-Za-z]?[a-z]{3,}(?![A-Za-z])")
+_PROSE = re.compile(
+    r"(?<![\\A-Za-z_{])(?=[a-z]*[eiou])[A-Za-z]?[a-z]{3,}(?![A-Za-z])"
+    r"|\\(?:text|textbf|textit|mbox)\s*\{[^{}]*[A-Za-z]+\s+[A-Za-z]+[^{}]*\}"
+)
+"""Words between numbers, which are no product of unknowns."""
 _BUILDER = re.compile(r"[A-Za-z]\s*(?:\\in\s*\\mathbb\{R\}\s*)?[|:](.*)")
 _EVERYTHING = Interval(Quantity(-sympy.oo), Quantity(sympy.oo), True, True)
 _SETS: dict[str, Value] = {

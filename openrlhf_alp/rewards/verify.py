@@ -16,7 +16,7 @@ from typing import Any
 import psutil
 import sympy
 
-from openrlhf_alp.rewards.answers import final_answer, only_expression
+from openrlhf_alp.rewards.answers import final_answer, leading_expression
 from openrlhf_alp.rewards.bounded import UnreadableError
 from openrlhf_alp.rewards.compare import readings_equal
 from openrlhf_alp.rewards.equality import expressions_equal
@@ -117,7 +117,7 @@ def _read_answer(text: str, gold: Reading) -> Reading:
         text = _OTHER_UNITS.sub("i", text)
     answer = read(text)
     if gold.values and not answer.values and answer.text != gold.text:
-        expression = only_expression(text)
+        expression = leading_expression(text)
         return answer if expression is None else read(expression)
     if _is_number(gold) and (measured := _MEASURED.fullmatch(answer.spaced)):
         # A letter behind a number is a unit where the label has no letter: 1.6e-19 C.
