@@ -82,8 +82,10 @@ def final_answer(text: str, *, several: bool = False) -> str | None:
             too. Otherwise the last number of such a sentence is its answer.
     """
     prose = outside_code(text[-_MAX_TEXT_CHARS:])
+    # A box outranks any sentence: the prompts ask for one.
     if boxes := _boxes(prose):
         return _joined(prose, boxes)
+    # The last one, because a policy may correct itself.
     anchors = list(_FINAL.finditer(prose)) or list(_ANSWER.finditer(prose))
     if anchors and (segment := _segment(prose, anchors[-1].end())):
         return segment
@@ -159,6 +161,7 @@ def _joined(text: str, boxes: list[_Found]) -> str:
         if not (_BETWEEN_BOXES.fullmatch(between) and _LISTS.search(between)):
             break
         listed.insert(0, box)
+    # "\\boxed{4}, that is \\boxed{4}" is one answer that was repeated.
     return ", ".join(dict.fromkeys(box.content for box in listed))
 
 

@@ -9,7 +9,8 @@ import sympy
 
 from openrlhf_alp.rewards import units
 from openrlhf_alp.rewards.equality import expressions_equal, quantities_equal
-from openrlhf_alp.rewards.structure import (
+from openrlhf_alp.rewards.structure import is_wordy
+from openrlhf_alp.rewards.values import (
     Based,
     Clock,
     Interval,
@@ -19,7 +20,6 @@ from openrlhf_alp.rewards.structure import (
     Relation,
     Union,
     Value,
-    is_wordy,
 )
 
 _FLIPPED = {"<": ">", ">": "<", "\\leq": "\\geq", "\\geq": "\\leq", "=": "=", "\\neq": "\\neq"}
@@ -35,6 +35,7 @@ _MINUS_INFINITY = Quantity(-sympy.oo)
 
 def readings_equal(gold: Reading, answer: Reading) -> bool:
     """Whether the answer is the label, in text, as words or by value."""
+    # Most right answers end here, before any mathematics is compared.
     if gold.text and gold.text == answer.text:
         return True
     if gold.words == answer.words and (not gold.values or gold.words.isalpha()):
@@ -173,6 +174,7 @@ def _same_relation(gold: Relation, answer: Relation) -> bool:
         return _same_equation(gold, answer)
     if (first := _as_interval(gold)) is not None and (second := _as_interval(answer)) is not None:
         return _variable(gold) == _variable(answer) and _same_set(first, second)
+    # 2 < x is x > 2.
     for one in (answer, _flip(answer)):
         if one.signs == gold.signs and len(one.signs) > 1:
             return all(map(values_equal, gold.sides, one.sides))
@@ -236,6 +238,7 @@ def _same_items(gold: Items, answer: Items) -> bool:
         items, others = _distinct(items), _distinct(others)
     if len(items) != len(others):
         return False
+    # A bare list may answer a tuple, but only in its order.
     if "tuple" in (gold.kind, answer.kind):
         return all(map(values_equal, items, others))
     return _match(items, others, values_equal)

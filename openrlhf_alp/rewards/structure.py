@@ -7,7 +7,6 @@ times are read here, because their meaning depends on what stands around them.
 import functools
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from fractions import Fraction
 
 import sympy
@@ -16,6 +15,17 @@ from openrlhf_alp.rewards import units
 from openrlhf_alp.rewards.bounded import UnreadableError, exact_number
 from openrlhf_alp.rewards.latex import read_expression
 from openrlhf_alp.rewards.normalize import is_balanced, normalize, words
+from openrlhf_alp.rewards.values import (
+    Based,
+    Clock,
+    Interval,
+    Items,
+    Quantity,
+    Reading,
+    Relation,
+    Union,
+    Value,
+)
 
 _MAX_CHARS = 4_000
 _MAX_DEPTH = 50
@@ -24,94 +34,10 @@ _MAX_WORDS = 40
 """A label of more words is a sentence, which no answer repeats."""
 
 
-@dataclass(frozen=True, slots=True)
-class Quantity:
-    """A number or an expression, with what is written behind it."""
-
-    expression: Fraction | sympy.Expr
-    places: int | None = None
-    """Power of ten of the last digit of a decimal literal, negated; None for anything else."""
-
-    digits: int = 0
-    """Significant digits of a decimal literal."""
-
-    is_percent: bool = False
-    unit: str = ""
-    arithmetic: bool = False
-    """It leaves sums or products of numbers to work out."""
-
-
-@dataclass(frozen=True, slots=True)
-class Clock:
-    """A time of day or a duration, `11:00`; also a ratio, such as `3:4`."""
-
-    parts: tuple[int, ...]
-    half: str
-    """`am`, `pm` or nothing."""
-
-
-@dataclass(frozen=True, slots=True)
-class Based:
-    """Digits with their base, `1010_2`."""
-
-    number: str
-    base: str
-
-
-@dataclass(frozen=True, slots=True)
-class Items:
-    """Several values. `kind` is `list` (bare commas), `set`, `tuple` or `matrix` (of rows)."""
-
-    kind: str
-    items: tuple["Value", ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Interval:
-    """An interval with a square bracket at one end at least; `(a, b)` is read as a tuple."""
-
-    low: "Value"
-    high: "Value"
-    low_open: bool
-    high_open: bool
-
-
-@dataclass(frozen=True, slots=True)
-class Union:
-    """A union of intervals and sets."""
-
-    parts: tuple["Value", ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Relation:
-    """`sides[0] signs[0] sides[1] ...`, with the signs =, <, >, \\leq, \\geq, \\neq, \\approx."""
-
-    signs: tuple[str, ...]
-    sides: tuple["Value", ...]
-
-
-Value = Quantity | Clock | Based | Items | Interval | Union | Relation
-
-
-@dataclass(frozen=True, slots=True)
-class Reading:
-    """What a text may mean."""
-
-    text: str
-    """Normalised, without spaces: equal texts are equal answers."""
-
-    words: str
-    spaced: str
-    """Normalised, with its spaces."""
-
-    values: tuple[Value, ...]
-    """Usually one. More when the text is ambiguous, none when it is words only."""
-
+_NOTHING = ("\\emptyset", "none", "no solution", "no solutions", "empty set", "no real solution")
 
 _LITERAL = re.compile(r"[-+]?[\d.,]+")
 """A number of any length is read."""
-_NOTHING = ("\\emptyset", "none", "no solution", "no solutions", "empty set", "no real solution")
 
 _SPACES = re.compile(r"\s+")
 _BRACKET = re.compile(r"[(\[{)\]}]")
@@ -156,6 +82,7 @@ def read(text: str) -> Reading:
     normal = normalize(text)
     plain_words = words(text)
     values: list[Value] = [_SETS[plain_words]] if plain_words in _SETS else []
+    # "east" is no product of unknowns, or "seat" would equal it.
     if not values and not is_wordy(plain_words):
         for candidate in _candidates(normal):
             try:
@@ -207,6 +134,7 @@ def _value(text: str) -> Value:
         raise UnreadableError("empty, or with braces that are not closed")
     if (constant := _SETS.get(text)) is not None:
         return constant
+    # Before anything that reads a colon as division: 11:00 would divide by zero.
     if (clock := _CLOCK.fullmatch(text)) is not None:
         numbers = tuple(map(int, re.findall(r"\d+", text)))
         return Clock(numbers, f"{clock[3].lower()}m" if clock[3] else "")
@@ -241,8 +169,10 @@ def _items(text: str) -> list[str]:
     """Splits a list at its commas; those inside a number such as `1,234` are no separators."""
     if _GROUPED.fullmatch(text) or (";" not in text and "," not in text):
         return [text]
+    # In "1,5; 2,5" the commas are decimal, the semicolons separate.
     if ";" in text and len(parts := _split(text, re.compile(";"))) > 1:
         return parts
+    # In "1,000, 2,000" only the commas before a space separate.
     commas = _split(text, re.compile(","))
     spaced = _split(text, re.compile(r",\s"))
     if 1 < len(spaced) < len(commas) and all(
@@ -348,6 +278,7 @@ def _bracketed(text: str) -> Value | None:
         if opening[-1] != "{" or closing[-1] != "}" or "|" in inner:
             return None
         return Items("set", tuple(_flat(map(_value, parts))))
+    # (a, b) may be a point or an open interval: it stays a tuple until it is compared.
     if len(parts) == 2 and (opening == "[" or closing == "]"):
         low, high = map(_value, parts)
         return Interval(low, high, opening == "(", closing == ")")
@@ -390,6 +321,7 @@ def _quantity(text: str, plus_minus: int = 1) -> Quantity:
 def _decimal(match: re.Match[str], unit: str, is_percent: bool) -> Quantity:
     sign, literal, exponent = match[1], match[2], int(match[3] or 0)
     value = exact_number(literal) * Fraction(10) ** exponent
+    # Only a literal with a point or an exponent may have been rounded by who wrote it.
     places = digits = None
     if "." in literal.rstrip(".") or match[3]:
         places = len(literal.partition(".")[2]) - exponent

@@ -83,6 +83,7 @@ def split(text: str) -> tuple[str, str, bool]:
             currency[1].lstrip("\\") if "$" in currency[1] else currency[1], "currency"
         )
         text = text[: currency.start()]
+    # A percent sign, a degree and a unit exclude each other; the first found is taken.
     if percent := _PERCENT.search(text):
         return text[: percent.start()].strip(), unit, True
     has_angle = re.search(r"\\(?:sin|cos|tan|cot|sec|csc)", text)
@@ -128,6 +129,7 @@ def _is_unit(text: str, *, spaced: bool) -> bool:
     if re.search(r"\\(?!AA|mu|cdot|Omega)", text):
         return False
     base = name(text).partition("^")[0]
+    # 12m is twelve times an unknown; verify.py takes a lone letter for a unit where it may.
     if len(re.sub(r"[^A-Za-z]", "", text)) == 1:
         return False
     if base in _NAMES:

@@ -23,7 +23,8 @@ from openrlhf_alp.rewards.equality import expressions_equal
 from openrlhf_alp.rewards.labels import LabelNotParsableError, label_texts
 from openrlhf_alp.rewards.latex import read_expression
 from openrlhf_alp.rewards.normalize import normalize
-from openrlhf_alp.rewards.structure import Items, Quantity, Reading, Relation, is_comparable, read
+from openrlhf_alp.rewards.structure import is_comparable, read
+from openrlhf_alp.rewards.values import Items, Quantity, Reading, Relation
 
 _CALCULUS = re.compile(r"\\(?:i*int|oint|sum|prod|lim)(?![A-Za-z])")
 
@@ -61,6 +62,7 @@ def judge(response: str, label: Any) -> Verdict:
     Raises:
         LabelNotParsableError: the label is empty, a sentence, an object or several answers.
     """
+    # A data set may hold its list of answers as JSON text.
     if not isinstance(label, str) or label.startswith(("[", "{")):
         label = label_text(label)
     gold = read_label(label)
@@ -70,6 +72,7 @@ def judge(response: str, label: Any) -> Verdict:
     if len(text) > max(_MAX_ANSWER_CHARS, 2 * len(label)):
         return Verdict(correct=False, answered=True, unevaluated=False)
     answer = _read_answer(text, gold)
+    # Calculus comes last: it may take until the pool's time limit.
     equal = readings_equal(gold, answer) or (
         _CALCULUS.search(label) is not None and _equal_by_calculus(label, text)
     )
