@@ -22,11 +22,13 @@ LEARNER = [
     "transformers==5.15.0",
     "deepspeed==0.19.6",
     "ray[default]==2.55.0",
+    "markdown-it-py>=3",
     "math-verify[antlr4_13_2]>=0.8",
     "matplotlib>=3.8",
     "pebble>=5.1",
     "psutil>=5.9",
     "rich>=13",
+    "sympy>=1.13",
     "tensorboard>=2.16",
 ]
 SERVICE = [
