@@ -30,6 +30,7 @@ LEARNER = [
     "pebble>=5.1",
     "psutil>=5.9",
     "rich>=13",
+    "sympy>=1.13",
     "tensorboard>=2.16",
 ]
 SERVICE = [

@@ -136,6 +136,7 @@ def detect_format(rows: Sequence[Row]) -> RowFormat:
         UnknownFormatError: none fits.
     """
     objects = [row.content for row in rows[:_ROWS_LOOKED_AT] if isinstance(row.content, dict)]
+    # In their order: rows of verl have the fields of other formats, too.
     for row_format in FORMATS.values():
         if row_format.fits(objects):
             return row_format

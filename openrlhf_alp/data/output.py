@@ -156,8 +156,10 @@ def _replace(path: Path, lines: Iterable[str]) -> None:
     try:
         with open(descriptor, "w", encoding="utf-8") as file:
             file.writelines(lines)
+            # Otherwise a crash after the rename could leave an empty file under the final name.
             file.flush()
             os.fsync(file.fileno())
+        # Before the rename, so that nobody meets the file with the wrong rights.
         os.chmod(temporary, 0o666 & ~_umask())
         os.replace(temporary, path)
     except BaseException:

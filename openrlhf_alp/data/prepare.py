@@ -129,6 +129,7 @@ def prepare(
     rewardable = _rewardable(unambiguous, options.num_workers, on_progress, rejected)
     distinct = _one_per_problem(rewardable, options.num_workers, rejected)
     prompts = _fitting(distinct, options, rejected)
+    # Stages reject in their own order; readers look for rows in the order of the file.
     order = {row_key(row): i for i, (row, _) in enumerate(found)}
     rejected.sort(key=lambda one: order[row_key(one.row)])
     return Prepared(prompts=tuple(prompts), rejected=tuple(rejected))
@@ -252,6 +253,7 @@ def _one_per_problem(
     refusals: list[tuple[Problem, Refusal | None]] = []
     for group in groups.values():
         first, *others = group
+        # Nobody knows which of two answers is right, so that all rows of the problem go.
         if any(row_key(other.row) in conflicts for other in others):
             labels = "; ".join(f"{p.label!r} ({_where(p)})" for p in group)
             conflict = Reason.CONFLICTING_LABELS, f"the same problem has {labels}"

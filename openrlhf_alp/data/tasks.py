@@ -66,6 +66,7 @@ def split_pairs(
     shuffled = order.sample(pairs, k=len(pairs))
 
     def questions(part: Iterable[Pair]) -> tuple[Question, ...]:
+        # Sorted before the shuffle: the order of a set is not the same in every process.
         ordered = sorted({both for a, b in part for both in ((a, b), (b, a))})
         order.shuffle(ordered)
         return tuple(ask(a, b) for a, b in ordered)
@@ -121,6 +122,7 @@ class Dialogue:
 def split_products(*, seed: int = 0) -> QuestionSplit:
     """Returns products of two two-digit numbers; held-out pairs are never trained on."""
     numbers = random.Random(seed)
+    # A set, because a pair that is drawn twice could be in both parts.
     pairs: set[tuple[int, int]] = set()
     while len(pairs) < _NUM_PAIRS:
         a, b = sorted((_operand(numbers), _operand(numbers)))

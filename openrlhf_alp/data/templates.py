@@ -180,6 +180,7 @@ class TokenCounter:
         texts = [self._as_text(one) for one in inputs]
         if not texts:
             return []
+        # Chat templates write their special tokens themselves, so that none is added twice.
         encoded = self._tokenizer(texts, add_special_tokens=False)["input_ids"]
         return [len(token_ids) for token_ids in encoded]
 

@@ -65,6 +65,7 @@ def check_labels(
         ComparisonError: the worker processes do not start.
     """
     texts = [_text_or_verdict(label) for label in labels]
+    # Labels repeat: 7,474 rows of MATH have about 1,900 that are no plain number.
     distinct = list(dict.fromkeys(text for text in texts if isinstance(text, str)))
     for _ in range(len(texts) - len(distinct)):
         on_done()

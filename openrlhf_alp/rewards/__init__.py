@@ -2,6 +2,6 @@
 
 `protocol.py` is all that episodes may import. `math.py` scores mathematical answers in worker
 processes that can be killed; `verify.py` judges one answer there. `labels.py` turns data into label
-text, `answers.py` finds the final answer, `normalize.py`, `structure.py`, `units.py` and
-`expressions.py` read it, `compare.py` and `equality.py` compare. docs/grading.md states the rules.
+text and `answers.py` finds the final answer. `normalize.py`, `structure.py`, `units.py`, `latex.py`
+and `bounded.py` read both into `values.py`; `compare.py` and `equality.py` compare.
 """

@@ -40,17 +40,26 @@ _SPAN = re.compile(
 _NUMBER = (
     r"(?:\\?[$\u20ac\u00a3\u00a5\u20b9]\s?)?"
     r"(?:\d{1,3}(?:,\d{3})+(?!\d)(?:\.\d+)?|\d{1,3}(?: \d{3})+(?!\d)(?:\.\d+)?"
-    r"|\d+(?:\.\d+)?(?:[eE][-+]?\d+(?![A-Za-z\d]))?|\.\d+"
+    r"|\d+[\u00bc-\u00be\u2150-\u215e]|[\u00bc-\u00be\u2150-\u215e]"
+    r"|\d+\.(?=/\d)|\d+(?:\.\d+)?(?:[eE][-+]?\d+(?![A-Za-z\d]))?|\.\d+"
     r"|\\[dt]?frac\s?\{[^{}]*\}\{[^{}]*\}|\\sqrt\{[^{}]*\}|\\pi)"
 )
 _OPERATOR = (
-    r"(?:\s*(?:\*\*|[-+*/^\u00d7\u00f7\u00b7=:\u2212]|\\times|\\cdot|\\div)\s*[-+\u2212]?\(?"
+    r"(?:\s*(?:\*\*|[-+*/^\u00d7\u00f7\u00b7=:\u2212]|\\times|\\cdot|\\div|[xX](?=\s*10\b))\s*[-+\u2212]?\(?"
     r"|\s+(?=\d+\s*/\s*\d))"
 )
 _EXPRESSION = re.compile(
     rf"(?<![\w.\\}}])[-+\u2212]?\(?{_NUMBER}[)!]?(?:{_OPERATOR}{_NUMBER}[)!]?)*\s?\\?%?"
 )
 _LIST_WORD = re.compile(r"\s*(?:,\s*(?:and|or)\b|,|;|\band\b|\bor\b)\s*")
+
+_LEAD_IN = re.compile(
+    r"(?i)[\s${*]*(?:\\(?:text|textbf|mbox|mathrm)\s*\{\s*)?(?:(?:so|thus|hence|therefore),?\s+)?"
+    r"(?:(?:the\s+)?(?:final\s+)?answer\s*)?(?:is|=|:|equals|about|approximately)?[\s:${}*]*"
+)
+"""What may stand before it: after "more than" or "not", the number is not the answer."""
+
+_MORE = re.compile(r"(?i)\b(?:and|or|to|not|but|through|between|versus)\b")
 
 _SENTENCE_END = re.compile(r"[.!?](?=\s|\*|$)|\n")
 
@@ -73,18 +82,24 @@ def final_answer(text: str, *, several: bool = False) -> str | None:
             too. Otherwise the last number of such a sentence is its answer.
     """
     prose = outside_code(text[-_MAX_TEXT_CHARS:])
+    # A box outranks any sentence: the prompts ask for one.
     if boxes := _boxes(prose):
         return _joined(prose, boxes)
+    # The last one, because a policy may correct itself.
     anchors = list(_FINAL.finditer(prose)) or list(_ANSWER.finditer(prose))
     if anchors and (segment := _segment(prose, anchors[-1].end())):
         return segment
     return _last_expression(prose, several)
 
 
-def first_expression(sentence: str) -> str | None:
-    """Returns the first formula or number of a sentence: "7 apples, as shown" answers 7."""
+def leading_expression(sentence: str) -> str | None:
+    """Returns the number of "7 apples, as shown" or "7, since 3 + 4 = 7", but none of "7 or 8"."""
     found = _expressions(sentence)
-    return found[0].content if found else None
+    if not found or not _LEAD_IN.fullmatch(sentence[: found[0].start]):
+        return None
+    between = sentence[found[0].end : found[1].start] if len(found) > 1 else ""
+    goes_on = len(found) > 1 and (not re.search(r"\w", between) or _MORE.search(between))
+    return None if goes_on else found[0].content
 
 
 def outside_code(text: str) -> str:
@@ -146,6 +161,7 @@ def _joined(text: str, boxes: list[_Found]) -> str:
         if not (_BETWEEN_BOXES.fullmatch(between) and _LISTS.search(between)):
             break
         listed.insert(0, box)
+    # "\\boxed{4}, that is \\boxed{4}" is one answer that was repeated.
     return ", ".join(dict.fromkeys(box.content for box in listed))
 
 

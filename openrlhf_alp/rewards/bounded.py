@@ -1,6 +1,7 @@
-"""Builds exact numbers, powers and functions, and refuses what would take too long."""
+"""Exact arithmetic that refuses what would take too long, and the names that LaTeX has for it."""
 
 import decimal
+import re
 from collections.abc import Iterable
 from fractions import Fraction
 
@@ -33,6 +34,20 @@ INVERSE = {
     sympy.sec: sympy.asec, sympy.csc: sympy.acsc, sympy.sinh: sympy.asinh, sympy.cosh: sympy.acosh,
     sympy.tanh: sympy.atanh,
 }  # fmt: skip
+
+
+NAMED = re.compile(
+    r"text(?:bf|it|rm)?|mbox|math(?:rm|bf|it|cal|bb|frak|sf)|operatorname|vec|hat|overline|bar"
+    r"|tilde|d?dot|overrightarrow|widehat|underline|boldsymbol"
+)
+"""Commands whose argument is part of a name."""
+
+NO_SYMBOL = re.compile(
+    r"i*int|sum|prod|lim|oint|partial|nabla|to|mapsto|[cl]?dots|approx|equiv|sim|perp|parallel|cup"
+    r"|cap|in|subset|forall|exists|quad|begin|end|pm|mp|leq|geq|neq|emptyset|setminus|degree|frac"
+    r"|sqrt|binom|log|not|r[a-gi-z]*"
+)
+"""Commands that are neither a name nor a number; the last ones are right-hand brackets."""
 
 
 class UnreadableError(ValueError):

@@ -9,7 +9,8 @@ import sympy
 
 from openrlhf_alp.rewards import units
 from openrlhf_alp.rewards.equality import expressions_equal, quantities_equal
-from openrlhf_alp.rewards.structure import (
+from openrlhf_alp.rewards.structure import is_wordy
+from openrlhf_alp.rewards.values import (
     Based,
     Clock,
     Interval,
@@ -19,11 +20,13 @@ from openrlhf_alp.rewards.structure import (
     Relation,
     Union,
     Value,
-    is_wordy,
 )
 
 _FLIPPED = {"<": ">", ">": "<", "\\leq": "\\geq", "\\geq": "\\leq", "=": "=", "\\neq": "\\neq"}
-_CHOICE = re.compile(r"(?:option|choice|answer)?\s*\(?([a-j])(?:\)\s*[.:]?|[.:])\s+\S.*", re.DOTALL)
+_CHOICE = re.compile(
+    r"(?:option|choice|answer|case)[:\s]+\(?([a-j])\)?|\(?([a-j])(?:\)\s*[.:]?|[.:])(?:\s+\S.*)?",
+    re.DOTALL,
+)
 _LEAST_NAMED_PERCENT = 1
 
 _INFINITY = Quantity(sympy.oo)
@@ -32,16 +35,18 @@ _MINUS_INFINITY = Quantity(-sympy.oo)
 
 def readings_equal(gold: Reading, answer: Reading) -> bool:
     """Whether the answer is the label, in text, as words or by value."""
+    # Most right answers end here, before any mathematics is compared.
     if gold.text and gold.text == answer.text:
         return True
     if gold.words == answer.words and (not gold.values or gold.words.isalpha()):
         return bool(gold.words)
-    if is_wordy(gold.words):
+    if not gold.values and is_wordy(gold.words):
         # "Alice and Bob" are "Bob, Alice".
         return _names_in(gold.words) == _names_in(answer.words)
     if len(gold.words) == 1 and (choice := _CHOICE.fullmatch(answer.words)):
-        return choice[1].upper() == gold.words
-    return any(values_equal(g, a) for g in gold.values for a in answer.values)
+        return (choice[1] or choice[2]).upper() == gold.words
+    # Only a label may be taken in two ways; an answer that is right in one of two is a guess.
+    return any(values_equal(value, a) for value in gold.values for a in answer.values[:1])
 
 
 def _names_in(words: str) -> list[str]:
@@ -65,6 +70,8 @@ def values_equal(gold: Value, answer: Value) -> bool:
             return _same_relation(gold, answer)
         case Items(), Items():
             return _same_items(gold, answer)
+        case Items(kind="matrix"), Interval(low, high, False, False):
+            return _same_items(gold, Items("tuple", (low, high)))
         case Clock(parts=(top, bottom)), Quantity():
             return bool(bottom) and _same_quantity(Quantity(Fraction(top, bottom)), answer)
         case _, Items(kind="list", items=(_, _, *_)) if not isinstance(gold, Union):
@@ -121,6 +128,8 @@ def _is_assignment(value: Value) -> bool:
 def _same_quantity(gold: Quantity, answer: Quantity) -> bool:
     if units.conflict(gold.unit, answer.unit):
         return False
+    if (gold.is_percent and answer.unit) or (answer.is_percent and gold.unit):
+        return False
     if quantities_equal(gold, answer):
         # 35 answers 35 %, and 35 % answers 35; but 0.35 % does not answer 0.35.
         return gold.is_percent or not answer.is_percent or _is_at_least_one(gold)
@@ -154,7 +163,8 @@ def _same_clock(gold: Clock, answer: Clock) -> bool:
 
 
 def _is_integer(answer: Quantity, digits: str) -> bool:
-    return digits.isdigit() and answer.expression == Fraction(int(digits))
+    is_plain = digits.isdigit() and not answer.unit and not answer.is_percent
+    return is_plain and answer.expression == Fraction(int(digits))
 
 
 def _same_relation(gold: Relation, answer: Relation) -> bool:
@@ -164,6 +174,7 @@ def _same_relation(gold: Relation, answer: Relation) -> bool:
         return _same_equation(gold, answer)
     if (first := _as_interval(gold)) is not None and (second := _as_interval(answer)) is not None:
         return _variable(gold) == _variable(answer) and _same_set(first, second)
+    # 2 < x is x > 2.
     for one in (answer, _flip(answer)):
         if one.signs == gold.signs and len(one.signs) > 1:
             return all(map(values_equal, gold.sides, one.sides))
@@ -227,6 +238,7 @@ def _same_items(gold: Items, answer: Items) -> bool:
         items, others = _distinct(items), _distinct(others)
     if len(items) != len(others):
         return False
+    # A bare list may answer a tuple, but only in its order.
     if "tuple" in (gold.kind, answer.kind):
         return all(map(values_equal, items, others))
     return _match(items, others, values_equal)

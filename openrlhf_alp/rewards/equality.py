@@ -17,7 +17,7 @@ from fractions import Fraction
 import mpmath
 import sympy
 
-from openrlhf_alp.rewards.structure import Quantity
+from openrlhf_alp.rewards.values import Quantity
 
 _DECIMAL_ERROR = Fraction(1, 10**6)
 """Relative error of a decimal that stands for a number without a finite decimal form."""
@@ -56,6 +56,7 @@ def expressions_equal(first: sympy.Expr, second: sympy.Expr) -> bool:
     """Whether two expressions have the same value wherever both are defined."""
     if first == second:
         return True
+    # oo - oo is not a number, so a difference cannot decide here.
     if first.has(sympy.oo) or second.has(sympy.oo):
         return False
     if first.is_number != second.is_number and not (first.free_symbols | second.free_symbols):

@@ -17,6 +17,8 @@ from openrlhf_alp.rewards.bounded import (
     FUNCTIONS,
     INVERSE,
     MAX_FACTORIAL,
+    NAMED,
+    NO_SYMBOL,
     UnreadableError,
     check_size,
     exact_integer,
@@ -28,19 +30,6 @@ from openrlhf_alp.rewards.bounded import (
 _MAX_DEPTH = 60
 
 _TOKEN = re.compile(r"\s*(?:\d+(?:\.\d*)?|\.\d+|\\(?:[A-Za-z]+|[{}|%])|\S)")
-
-_NAMED = re.compile(
-    r"text(?:bf|it|rm)?|mbox|math(?:rm|bf|it|cal|bb|frak|sf)|operatorname|vec|hat|overline|bar"
-    r"|tilde|d?dot|overrightarrow|widehat|underline|boldsymbol"
-)
-"""Commands whose argument is part of a name."""
-
-_NO_SYMBOL = re.compile(
-    r"i*int|sum|prod|lim|oint|partial|nabla|to|mapsto|[cl]?dots|approx|equiv|sim|perp|parallel|cup"
-    r"|cap|in|subset|forall|exists|quad|begin|end|pm|mp|leq|geq|neq|emptyset|setminus|degree|frac"
-    r"|sqrt|binom|log|not|r[a-gi-z]*"
-)
-"""Commands that are neither a name nor a number; the last ones are right-hand brackets."""
 
 _APPLIED = re.compile(r"[fghFGHINPTuvyV]")
 """Letters that are read as functions before a bracket; `x(x+1)` is a product."""
@@ -95,6 +84,7 @@ class _Reader:
         self._depth += 1
         if self._depth > _MAX_DEPTH:
             raise UnreadableError("nested too deeply")
+        # Terms are added at once: sympy would sort the sum again for each of them.
         terms = [self._term()]
         while (sign := self._sign()) is not None:
             terms.append(sign * self._term())
@@ -150,7 +140,7 @@ class _Reader:
 
     @staticmethod
     def _is_symbol(name: str) -> bool:
-        return name.isalpha() and _NO_SYMBOL.fullmatch(name) is None
+        return name.isalpha() and NO_SYMBOL.fullmatch(name) is None
 
     def _factor(self, *, signed: bool = False) -> sympy.Expr:
         if signed and (sign := self._sign()) is not None:
@@ -168,6 +158,7 @@ class _Reader:
         if not self._take("^"):
             return base
         self._last_was_power = True
+        # 2^{3+4} is a form of a number, so its sum does not count as work that is left.
         exponent = self._quiet(self._script)
         self.arithmetic = outer
         self._last_was_power = True
@@ -197,6 +188,7 @@ class _Reader:
             return self._group()
         token = self._peek()
         if token[:1].isdigit() and len(token) > 1:
+            # LaTeX takes one digit: \\frac12 is one half.
             self._tokens[self._position] = token[1:]
             return sympy.Integer(token[0])
         return self._atom()
@@ -204,6 +196,7 @@ class _Reader:
     def _atom(self) -> sympy.Expr:
         token = self._next()
         if token[0].isdigit() or token[0] == ".":
+            # A decimal becomes a rational number here, so that nothing is rounded later.
             return self._number(token)
         if token in ("(", "[", "{", "\\{"):
             self._position -= 1
@@ -270,7 +263,7 @@ class _Reader:
         if token in FUNCTIONS:
             return self._quiet(lambda: self._function(token))
         name = token[1:]
-        if _NAMED.fullmatch(name):
+        if NAMED.fullmatch(name):
             return self._name(token)
         if not self._is_symbol(name):
             raise UnreadableError(f"{token} is not known")
@@ -291,6 +284,7 @@ class _Reader:
         if self._take("["):
             degree = self._sum()
             self._expect("]")
+        # Unlike an argument of \\frac, \\sqrt13 is meant as the root of 13.
         radicand = self._group() if self._peek() in ("{", "(") else self._atom()
         if degree == 0:
             raise UnreadableError("a root of degree 0")
@@ -305,6 +299,7 @@ class _Reader:
             else:
                 base = self._argument()
         value = self._function_argument()
+        # The exponent of a function is a power, only -1 means the inverse function.
         if exponent == -1 and function in INVERSE:
             return INVERSE[function](value)
         if function is sympy.exp:
@@ -337,10 +332,13 @@ class _Reader:
             if parts[-1] == "{":
                 raise UnreadableError(f"{token} with a nested group")
         self._next()
+        if not re.fullmatch(r"[\w.'+\\-]*", "".join(parts)):
+            raise UnreadableError(f"{token} with a sentence")
         upright = token[1:] in ("text", "textbf", "textit", "textrm", "mbox", "mathrm", "mathit")
         return self._subscripted("".join(parts) if upright else f"{token} {''.join(parts)}")
 
     def _letter(self, letter: str) -> sympy.Expr:
+        # With a subscript, e_1 and i_1 are unknowns.
         if letter in CONSTANTS and self._peek() not in ("_", "'"):
             return CONSTANTS[letter]
         symbol = self._subscripted(letter)

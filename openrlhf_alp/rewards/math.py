@@ -68,6 +68,7 @@ class MathReward:
         try:
             verdict = await self._judge_in_worker(response, label)
         except Exception as error:
+            # Every fault is named: an unnamed one would end the run or be taken for a wrong answer.
             reason, detail = self._explain(error)
             self.counts[reason] += 1
             logger.warning(
@@ -87,6 +88,7 @@ class MathReward:
     def close(self) -> None:
         """Stops the workers, also busy ones. A later `score` starts new ones."""
         if self._pool is not None:
+            # Not close(): it waits for a worker that may be busy for minutes.
             self._pool.stop()
             self._pool.join()
             self._pool = None

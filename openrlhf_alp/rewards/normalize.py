@@ -49,6 +49,8 @@ _UNICODE = str.maketrans(
 _WRAPPERS = r"text|textbf|textit|textrm|textnormal|textsf|mbox|hbox|mathrm|mathbf|mathit|mathsf"
 _WRAPPERS += r"|mathnormal|operatorname|boldsymbol|bm|rm|bf|it|pmb"
 
+_MONEY = r"\\?[$%\u00a2-\u00a5\u20a0-\u20bf]"
+
 _FUNCTIONS = (
     "arcsin|arccos|arctan|asin|acos|atan|sinh|cosh|tanh|sin|cos|tan|cot|sec|csc|sqrt|cbrt|ln|log"
     "|exp|floor|ceil|pi|infinity|infty|inf|oo|binom"
@@ -109,7 +111,7 @@ _FORMATTING: list[tuple[str, Replacement]] = [
     (r"\\(?:varnothing)(?![A-Za-z])", r"\\emptyset "),
     (r"\\(?:longrightarrow|rightarrow|implies|Rightarrow)(?![A-Za-z])", r"\\to "),
     (r"\\(?:phantom|hspace|vspace|label|tag)\*?\{[^{}]*\}", ""),
-    (r"\\begin\{(?:aligned|align\*?|equation\*?|gathered|split)\}|\\end\{(?:aligned|align\*?|equation\*?|gathered|split)\}", ""),  # noqa: E501
+    (r"\\(?:begin|end)\{(?:aligned|align\*?|equation\*?|gathered|split)\}", ""),
     # The decimal comma and the thousands of LaTeX, before its spaces are dropped.
     (r"(?<![\d.])(\d+)\{,\}(\d{1,2}|\d{4,})(?![\d{.])", r"\1.\2"),
     (r"\s*\^\s*(?:\{\s*\\prime\s*\}|\\prime)", "'"),
@@ -119,8 +121,14 @@ _FORMATTING: list[tuple[str, Replacement]] = [
     (r"\{:\}", ":"),
     (r"\\langle(?![A-Za-z])", "("),
     (r"\\rangle(?![A-Za-z])", ")"),
-    (rf"\\(?:{_WRAPPERS})\s*\{{\s*(\\?[$\u20ac\u00a3\u00a5\u20b9%])\s*\}}", r"\1"),
-    (rf"^\\(?:{_WRAPPERS})\s*\{{([^{{}}]*\d[^{{}}]*)\}}$", r"\1"),
+    (rf"\\(?:{_WRAPPERS})\s*\{{\s*({_MONEY}|[A-Z]{{3}}|Rs\.?)\s*\}}(?=\s*\d)", r"\1"),
+    (rf"(?<=\d)\s*\\(?:{_WRAPPERS})\s*\{{\s*({_MONEY})\s*\}}", r"\1"),
+    (r"\\mathrm\s+([ei])(?![A-Za-z])", r"{\1}"),
+    (r"\\(?:checkmark|blacksquare|square|Box|qed)(?![A-Za-z])", ""),
+    (r"\\(?:textcolor|colorbox|color)\s*\{[^{}]*\}|\\underline(?=\s*\{)", ""),
+    (r"\\(?:tiny|small|normalsize|large|Large|LARGE|huge|Huge)(?![A-Za-z])", ""),
+    (r"^\s*=", ""),
+    (rf"^\\(?:{_WRAPPERS})\s*\{{([^{{}}]*[\d,()][^{{}}]*)\}}$", r"\1"),
     (r"(?<=\d)(?:\\[,!:; ]|\{ \}|\{\\,\}|~|\\thinspace)\s*(?=\d{3}(?!\d))", " "),
     (r"(?<!\\)\\!\s*", ""),
     (r"(?<!\\)\\(?:[,:;> ]|quad|qquad|thinspace|enspace)(?![A-Za-z])|~", " "),
@@ -163,7 +171,16 @@ _NUMBERS: list[tuple[str, Replacement]] = [
 _FORMATTING_RULES = [(re.compile(pattern), new) for pattern, new in _FORMATTING]
 _NUMBER_RULES = [(re.compile(pattern), new) for pattern, new in _NUMBERS]
 
-_DELIMITERS = (("$$", "$$"), ("$", "$"), (r"\[", r"\]"), (r"\(", r"\)"), ("**", "**"), ("`", "`"))
+_DELIMITERS = (
+    ("$$", "$$"),
+    ("$", "$"),
+    (r"\[", r"\]"),
+    (r"\(", r"\)"),
+    ("**", "**"),
+    ("`", "`"),
+    ('"', '"'),
+    (r"\$", r"\$"),
+)
 _DOLLAR = re.compile(r"(?<!\\)\$")
 _BOXED = re.compile(r"\\(?:boxed|fbox|framebox)\s*\{(.*)\}", re.DOTALL)
 

@@ -7,7 +7,6 @@ times are read here, because their meaning depends on what stands around them.
 import functools
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from fractions import Fraction
 
 import sympy
@@ -16,6 +15,17 @@ from openrlhf_alp.rewards import units
 from openrlhf_alp.rewards.bounded import UnreadableError, exact_number
 from openrlhf_alp.rewards.latex import read_expression
 from openrlhf_alp.rewards.normalize import is_balanced, normalize, words
+from openrlhf_alp.rewards.values import (
+    Based,
+    Clock,
+    Interval,
+    Items,
+    Quantity,
+    Reading,
+    Relation,
+    Union,
+    Value,
+)
 
 _MAX_CHARS = 4_000
 _MAX_DEPTH = 50
@@ -24,90 +34,11 @@ _MAX_WORDS = 40
 """A label of more words is a sentence, which no answer repeats."""
 
 
-@dataclass(frozen=True, slots=True)
-class Quantity:
-    """A number or an expression, with what is written behind it."""
-
-    expression: Fraction | sympy.Expr
-    places: int | None = None
-    """Power of ten of the last digit of a decimal literal, negated; None for anything else."""
-
-    digits: int = 0
-    """Significant digits of a decimal literal."""
-
-    is_percent: bool = False
-    unit: str = ""
-    arithmetic: bool = False
-    """It leaves sums or products of numbers to work out."""
-
-
-@dataclass(frozen=True, slots=True)
-class Clock:
-    """A time of day or a duration, `11:00`; also a ratio, such as `3:4`."""
-
-    parts: tuple[int, ...]
-    half: str
-    """`am`, `pm` or nothing."""
-
-
-@dataclass(frozen=True, slots=True)
-class Based:
-    """Digits with their base, `1010_2`."""
-
-    number: str
-    base: str
-
-
-@dataclass(frozen=True, slots=True)
-class Items:
-    """Several values. `kind` is `list` (bare commas), `set`, `tuple` or `matrix` (of rows)."""
-
-    kind: str
-    items: tuple["Value", ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Interval:
-    """An interval with a square bracket at one end at least; `(a, b)` is read as a tuple."""
-
-    low: "Value"
-    high: "Value"
-    low_open: bool
-    high_open: bool
-
-
-@dataclass(frozen=True, slots=True)
-class Union:
-    """A union of intervals and sets."""
-
-    parts: tuple["Value", ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Relation:
-    """`sides[0] signs[0] sides[1] ...`, with the signs =, <, >, \\leq, \\geq, \\neq, \\approx."""
-
-    signs: tuple[str, ...]
-    sides: tuple["Value", ...]
-
-
-Value = Quantity | Clock | Based | Items | Interval | Union | Relation
-
-
-@dataclass(frozen=True, slots=True)
-class Reading:
-    """What a text may mean."""
-
-    text: str
-    """Normalised, without spaces: equal texts are equal answers."""
-
-    words: str
-    values: tuple[Value, ...]
-    """Usually one. More when the text is ambiguous, none when it is words only."""
-
+_NOTHING = ("\\emptyset", "none", "no solution", "no solutions", "empty set", "no real solution")
 
 _LITERAL = re.compile(r"[-+]?[\d.,]+")
 """A number of any length is read."""
+
 _SPACES = re.compile(r"\s+")
 _BRACKET = re.compile(r"[(\[{)\]}]")
 _SPACE = re.compile(r"\s+|\\text\{\s*\}")
@@ -122,17 +53,24 @@ _CLOCK = re.compile(
 )
 _BASED = re.compile(r"\(?(-?\d[0-9A-F]*(?:\.[0-9A-F]+)?)\)?_\{?(?:\\text\{)?(\d{1,2}|\w+)\}{0,2}")
 _MATRIX = re.compile(
-    r"[(\[]?\\begin\{([pbvBV]?matrix|smallmatrix|array)\}(?:\{[clr|]*\})?(.*)\\end\{\1\}[)\]]?",
+    r"[(\[]?\\begin\{([pbvBV]?matrix|smallmatrix|array)\}(?:\{[clr|]*\})?(.*)\\end\{\1\}[)\]]?(\s?\^\s?\{?\s?(?:T|\\top|\\mathsf\{T\})\}?)?",
     re.DOTALL,
 )
 _SIGN = re.compile(r"\\(?:leq|geq|neq|approx|in|equiv)(?![A-Za-z])|[<>=]")
 _CUP = re.compile(r"\\cup(?![A-Za-z])")
 _LETTERS = re.compile(r"[A-Za-z]+")
 _ENGLISH = re.compile(r"(?i)(?=[a-z]*[eiou])[a-z]{3,}|[a-z]{5,}|no|on|so|up|us|or|it|is")
-_PROSE = re.compile(r"(?<![\\A-Za-z_{])(?=[a-z]*[eiou])[A-Za-z]?[a-z]{3,}(?![A-Za-z])")
-_NOTHING = frozenset(
-    ("none", "no solution", "no solutions", "empty set", "\\emptyset", "no real solution")
+_PROSE = re.compile(
+    r"(?<![\\A-Za-z_{])(?=[a-z]*[eiou])[A-Za-z]?[a-z]{3,}(?![A-Za-z])"
+    r"|\\(?:text|textbf|textit|mbox)\s*\{[^{}]*[A-Za-z]+\s+[A-Za-z]+[^{}]*\}"
 )
+"""Words between numbers, which are no product of unknowns."""
+_BUILDER = re.compile(r"[A-Za-z]\s*(?:\\in\s*\\mathbb\{R\}\s*)?[|:](.*)")
+_EVERYTHING = Interval(Quantity(-sympy.oo), Quantity(sympy.oo), True, True)
+_SETS: dict[str, Value] = {
+    **dict.fromkeys(_NOTHING, Items("set", ())),
+    **dict.fromkeys(("\\mathbb{R}", "\\R", "all real numbers", "all reals"), _EVERYTHING),
+}
 
 
 @functools.lru_cache(maxsize=4096)
@@ -140,18 +78,22 @@ def read(text: str) -> Reading:
     """Reads an answer or a label. What is no mathematics is words; nothing is raised."""
     text = _SPACES.sub(" ", text)
     if (len(text) > _MAX_CHARS and not _LITERAL.fullmatch(text)) or _depth(text) > _MAX_DEPTH:
-        return Reading(text=_SPACE.sub("", text), words="", values=())
+        return Reading(text=_SPACE.sub("", text), words="", spaced="", values=())
     normal = normalize(text)
     plain_words = words(text)
-    values: list[Value] = []
-    if not is_wordy(plain_words):
+    values: list[Value] = [_SETS[plain_words]] if plain_words in _SETS else []
+    # "east" is no product of unknowns, or "seat" would equal it.
+    if not values and not is_wordy(plain_words):
         for candidate in _candidates(normal):
             try:
                 values.append(_value(candidate))
             except (UnreadableError, RecursionError):
                 continue
     return Reading(
-        text=_SPACE.sub("", normal), words=plain_words, values=tuple(dict.fromkeys(values))
+        text=_SPACE.sub("", normal),
+        words=plain_words,
+        spaced=normal,
+        values=tuple(dict.fromkeys(values)),
     )
 
 
@@ -190,8 +132,9 @@ def _value(text: str) -> Value:
     text = text.strip()
     if not text or not is_balanced(text):
         raise UnreadableError("empty, or with braces that are not closed")
-    if text in _NOTHING:
-        return Items("set", ())
+    if (constant := _SETS.get(text)) is not None:
+        return constant
+    # Before anything that reads a colon as division: 11:00 would divide by zero.
     if (clock := _CLOCK.fullmatch(text)) is not None:
         numbers = tuple(map(int, re.findall(r"\d+", text)))
         return Clock(numbers, f"{clock[3].lower()}m" if clock[3] else "")
@@ -208,7 +151,8 @@ def _value(text: str) -> Value:
 def _compound(text: str) -> Value | None:
     """Reads a matrix, a union or what stands in brackets; None for anything else."""
     if (matrix := _MATRIX.fullmatch(text)) is not None:
-        return _matrix(matrix[2])
+        rows = _matrix(matrix[2])
+        return _transposed(rows) if matrix[3] else rows
     unions = _split(text, _CUP)
     if len(unions) > 1:
         return Union(tuple(_value(part) for part in unions))
@@ -225,8 +169,10 @@ def _items(text: str) -> list[str]:
     """Splits a list at its commas; those inside a number such as `1,234` are no separators."""
     if _GROUPED.fullmatch(text) or (";" not in text and "," not in text):
         return [text]
+    # In "1,5; 2,5" the commas are decimal, the semicolons separate.
     if ";" in text and len(parts := _split(text, re.compile(";"))) > 1:
         return parts
+    # In "1,000, 2,000" only the commas before a space separate.
     commas = _split(text, re.compile(","))
     spaced = _split(text, re.compile(r",\s"))
     if 1 < len(spaced) < len(commas) and all(
@@ -314,6 +260,11 @@ def _matrix(body: str) -> Items:
     )
 
 
+def _transposed(rows: Items) -> Items:
+    columns = zip(*(row.items for row in rows.items if isinstance(row, Items)), strict=False)
+    return Items("matrix", tuple(Items("tuple", column) for column in columns))
+
+
 def _bracketed(text: str) -> Value | None:
     """Reads `(a, b)`, `[a, b)` and `\\{a, b\\}`; None for anything else."""
     match = re.fullmatch(r"(\\\{|[(\[])(.*?)(\\\}|[)\]])", text, re.DOTALL)
@@ -321,10 +272,13 @@ def _bracketed(text: str) -> Value | None:
         return None
     opening, inner, closing = match[1], match[2].strip(), match[3]
     parts = [part for part in _split(inner, re.compile("[,;]")) if part]
+    if opening == "\\{" and (builder := _BUILDER.fullmatch(inner)) is not None:
+        return _value(builder[1])
     if opening == "\\{" or closing == "\\}":
         if opening[-1] != "{" or closing[-1] != "}" or "|" in inner:
             return None
         return Items("set", tuple(_flat(map(_value, parts))))
+    # (a, b) may be a point or an open interval: it stays a tuple until it is compared.
     if len(parts) == 2 and (opening == "[" or closing == "]"):
         low, high = map(_value, parts)
         return Interval(low, high, opening == "(", closing == ")")
@@ -367,6 +321,7 @@ def _quantity(text: str, plus_minus: int = 1) -> Quantity:
 def _decimal(match: re.Match[str], unit: str, is_percent: bool) -> Quantity:
     sign, literal, exponent = match[1], match[2], int(match[3] or 0)
     value = exact_number(literal) * Fraction(10) ** exponent
+    # Only a literal with a point or an exponent may have been rounded by who wrote it.
     places = digits = None
     if "." in literal.rstrip(".") or match[3]:
         places = len(literal.partition(".")[2]) - exponent

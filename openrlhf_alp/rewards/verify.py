@@ -16,16 +16,20 @@ from typing import Any
 import psutil
 import sympy
 
-from openrlhf_alp.rewards.answers import final_answer, first_expression
+from openrlhf_alp.rewards.answers import final_answer, leading_expression
 from openrlhf_alp.rewards.bounded import UnreadableError
 from openrlhf_alp.rewards.compare import readings_equal
 from openrlhf_alp.rewards.equality import expressions_equal
 from openrlhf_alp.rewards.labels import LabelNotParsableError, label_texts
 from openrlhf_alp.rewards.latex import read_expression
 from openrlhf_alp.rewards.normalize import normalize
-from openrlhf_alp.rewards.structure import Items, Quantity, Reading, Relation, is_comparable, read
+from openrlhf_alp.rewards.structure import is_comparable, read
+from openrlhf_alp.rewards.values import Items, Quantity, Reading, Relation
 
 _CALCULUS = re.compile(r"\\(?:i*int|oint|sum|prod|lim)(?![A-Za-z])")
+
+_OTHER_UNITS = re.compile(r"(?<=\d)j(?![A-Za-z])|(?<![A-Za-z\\])I(?![A-Za-z_(])")
+_MEASURED = re.compile(r"([-+\d.,{}^ ]+(?:\\cdot[-+\d.{}^ ]+)?) (?:\{?[mgshlLNJWVAKCTF]\}?)")
 
 _MAX_ANSWER_CHARS = 50_000
 """No answer is longer; reading it would only cost time."""
@@ -58,6 +62,7 @@ def judge(response: str, label: Any) -> Verdict:
     Raises:
         LabelNotParsableError: the label is empty, a sentence, an object or several answers.
     """
+    # A data set may hold its list of answers as JSON text.
     if not isinstance(label, str) or label.startswith(("[", "{")):
         label = label_text(label)
     gold = read_label(label)
@@ -67,6 +72,7 @@ def judge(response: str, label: Any) -> Verdict:
     if len(text) > max(_MAX_ANSWER_CHARS, 2 * len(label)):
         return Verdict(correct=False, answered=True, unevaluated=False)
     answer = _read_answer(text, gold)
+    # Calculus comes last: it may take until the pool's time limit.
     equal = readings_equal(gold, answer) or (
         _CALCULUS.search(label) is not None and _equal_by_calculus(label, text)
     )
@@ -109,14 +115,16 @@ def read_label(label: str) -> Reading:
 
 def _read_answer(text: str, gold: Reading) -> Reading:
     """Reads the answer; of a sentence such as "7 apples, as shown" its first expression."""
-    if "i" in gold.text and "j" not in gold.text:
-        # Python prints 3+4i as (3+4j).
-        text = re.sub(r"(?<=\d)j(?![A-Za-z])", "i", text)
+    if "i" in gold.text and not _OTHER_UNITS.search(gold.text):
+        # Python prints 3+4i as (3+4j), sympy as 3 + 4*I.
+        text = _OTHER_UNITS.sub("i", text)
     answer = read(text)
-    if not answer.values and gold.values and answer.text != gold.text and "\n" not in text:
-        words = answer.words.split()
-        if len(words) > 1 and (expression := first_expression(text)) is not None:
-            return read(expression)
+    if gold.values and not answer.values and answer.text != gold.text:
+        expression = leading_expression(text)
+        return answer if expression is None else read(expression)
+    if _is_number(gold) and (measured := _MEASURED.fullmatch(answer.spaced)):
+        # A letter behind a number is a unit where the label has no letter: 1.6e-19 C.
+        return read(measured[1])
     return answer
 
 
