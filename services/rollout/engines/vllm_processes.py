@@ -83,5 +83,16 @@ class WorkerExtension(TransferReceiver):
         return num_read
 
 
+def allow_amx() -> None:
+    """Ask the kernel for AMX tiles, which a process may not use without asking (x86-64 Linux).
+
+    vLLM's CPU attention uses them wherever the CPU has them, and leaves the asking to oneDNN. A
+    model too small for oneDNN's AMX kernels never asks: its first request ends in SIGILL.
+    """
+    if torch.cpu._is_amx_tile_supported():
+        torch.cpu._init_amx()
+
+
 # At import, because vLLM runs no other code of ours early enough; see the head of this file.
 die_with_service()
+allow_amx()
