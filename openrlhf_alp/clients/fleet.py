@@ -191,8 +191,7 @@ class Fleet:
             only: makes all attempts on this server.
             attach: a server joins a repeated request to the run that it may still have, so the
                 attempt after a lost connection goes to the same server.
-            backoff: instead of the fleet's own.
-            max_attempts: gives up after so many.
+            backoff, max_attempts: replaces the fleet's own back-off; gives up after so many.
 
         Raises:
             ServiceUnavailable: no attempt succeeded. Its cause is the last failure.
