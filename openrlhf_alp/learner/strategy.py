@@ -6,12 +6,13 @@ from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 from typing import Any
 
+import deepspeed
 import torch
 from openrlhf.models import Actor
 from openrlhf.utils.deepspeed import DeepspeedStrategy
 from torch import nn
 
-from openrlhf_alp.alp import LayerwisePerturbation, attach, detached
+from openrlhf_alp.alp import LayerwisePerturbation, attach, detached, find_decoder
 from openrlhf_alp.learner import compat
 from openrlhf_alp.learner.flags.config import AlpConfig
 
@@ -57,8 +58,27 @@ class AlpStrategy(DeepspeedStrategy):
                 model = entry[0].model
                 # DeepSpeed wants one dtype. It casts the parameters itself, but under ZeRO-3 only
                 # those that it partitioned while the model was loaded, and sigma came later.
-                attach(model, self.alp.noise).to(model.dtype)
-        return super().prepare(*models)
+                perturbation = attach(model, self.alp.noise).to(model.dtype)
+                # Without a learning rate no gradient is computed, reduced or stored.
+                perturbation.requires_grad_(self.alp.lr > 0)
+        prepared = super().prepare(*models)
+        for entry in models:
+            if isinstance(entry, tuple) and isinstance(entry[0], Actor):
+                self._fetch_sigma_with_the_decoder(entry[0])
+        return prepared
+
+    def _fetch_sigma_with_the_decoder(self, actor: Actor) -> None:
+        """Tell ZeRO-3 that the decoder's forward reads the deltas, which belong to another module.
+
+        Otherwise DeepSpeed notices it in the first perturbed pass, and refuses when a clean pass,
+        such as a calibration's, has already fixed the order in which it fetches parameters.
+        """
+        perturbation = perturbation_of(actor)
+        if perturbation is None or self.stage != 3:
+            return
+        decoder = find_decoder(unwrap(actor))
+        for delta in perturbation.parameters():
+            deepspeed.zero.register_external_parameter(decoder, delta)
 
     def _get_model_parameters(self, model: nn.Module, **kwargs: Any) -> tuple[nn.Module, Any]:
         raw_model, groups = super()._get_model_parameters(model, **kwargs)
@@ -66,7 +86,9 @@ class AlpStrategy(DeepspeedStrategy):
         if perturbation is None:
             return raw_model, groups
         # A group of its own, because sigma has another learning rate and no weight decay.
-        deltas = list(perturbation.parameters())
+        deltas = [delta for delta in perturbation.parameters() if delta.requires_grad]
+        if not deltas:
+            return raw_model, groups
         ours = {id(delta) for delta in deltas}
         for group in groups:
             group["params"] = [p for p in group["params"] if id(p) not in ours]
