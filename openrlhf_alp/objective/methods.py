@@ -10,6 +10,10 @@ from typing import Literal
 RatioLevel = Literal["token", "sequence", "geometric"]
 
 
+MAX_GEOMETRIC_WINDOW = 0.1
+"""A mean of token log-ratios is within a few per cent of 0 (GSPO clips at 3e-4 and 4e-4)."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class UnifiedRatioConfig:
     """Level and clip window of the unified ratio.

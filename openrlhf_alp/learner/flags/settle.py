@@ -81,6 +81,9 @@ def _settle_alp(args: SimpleNamespace) -> None:
             "--actor.optim muon has no parameter group for sigma in DeepSpeed. Use "
             "--actor.optim adam with --alp.method *-alp."
         )
+    if args.alp.ratio_config().level == "geometric":
+        # GSPO's gradient weighs every sequence the same; the token mean would weigh by length.
+        args.actor.loss_agg_mode = "seq-mean-token-mean"
     if not args.rollout_service.urls:
         # OpenRLHF's engines return log-probs only when some correction is on. This one has no
         # effect, because the loss that would read it is replaced.
