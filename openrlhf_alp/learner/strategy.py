@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import deepspeed
@@ -103,6 +104,37 @@ class AlpStrategy(DeepspeedStrategy):
             optimizer["params"]["torch_adam"] = True
         return config
 
+    def load_ckpt(
+        self, model: nn.Module, load_dir: str, tag: str | None = None, **options: Any
+    ) -> tuple[Any, dict[str, Any]]:
+        """Load a checkpoint; one of a run without sigma gives the weights, and sigma starts anew.
+
+        Raises:
+            ValueError: the checkpoint has a sigma and the run has none, or under ZeRO-3 the other
+                way round.
+        """
+        stored = _has_sigma(Path(load_dir), tag)
+        wanted = perturbation_of(model) is not None
+        if stored is None or stored == wanted:
+            return super().load_ckpt(model, load_dir, tag, **options)
+        export = "export that checkpoint's model and start from it (--actor.model_name_or_path)"
+        if stored:
+            raise ValueError(
+                f"the checkpoint in {load_dir} is of a run with --alp.method *-alp, and this run "
+                f"has no sigma. Use that method, or {export}."
+            )
+        if self.stage == 3:
+            raise ValueError(
+                f"the checkpoint in {load_dir} is of a run without sigma. Under --ds.zero_stage 3 "
+                f"its weights are in the optimizer's partitions, which sigma changes: {export}."
+            )
+        self.print(
+            f"The checkpoint in {load_dir} is of a run without sigma. Its weights are loaded; sigma "
+            "and the moments of Adam start anew."
+        )
+        options |= {"load_module_strict": False, "load_optimizer_states": False}
+        return super().load_ckpt(model, load_dir, tag, **options)
+
     def moving_average(
         self, model: nn.Module, model_ema: nn.Module, beta: float = 0.992, device: str = "cpu"
     ) -> None:
@@ -115,6 +147,20 @@ class AlpStrategy(DeepspeedStrategy):
         """Export a clean Hugging Face folder: sigma belongs to training, not to the policy."""
         with without_sigma(model):
             super().save_model(model, tokenizer, output_dir, **kwargs)
+
+
+def _has_sigma(folder: Path, tag: str | None) -> bool | None:
+    """Whether a DeepSpeed checkpoint holds a perturbation; None when there is no checkpoint."""
+    latest = folder / "latest"
+    if tag is None and latest.is_file():
+        tag = latest.read_text().strip()
+    files = sorted((folder / tag).glob("*_model_states.pt")) if tag else []
+    if not files:
+        return None
+    # Mapped, so that only the names are read and not gigabytes of weights. It is a file of the
+    # user's own run, and DeepSpeed is about to unpickle all of it.
+    states = torch.load(files[0], map_location="cpu", mmap=True, weights_only=False)
+    return any(name.startswith("alp.") for name in states["module"])
 
 
 def without_sigma(model: nn.Module) -> AbstractContextManager[None]:

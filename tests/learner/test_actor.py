@@ -171,6 +171,36 @@ def test_a_checkpoint_resumes_with_the_same_sigma_and_the_same_next_noise(
         assert torch.equal(parameter, reference[name]), name
 
 
+def test_another_seed_than_the_checkpoints_is_refused_by_name(parse: Parse) -> None:
+    flags = ("--alp.enable", *SIGMA, "--ckpt.load_enable")
+    first = build_actor(parse(*flags))
+    update(first)
+    first.save_checkpoint("global_step1", {"global_step": 1})
+    with pytest.raises(ValueError, match=r"--alp\.seed is 7, .* Set --alp\.seed 42"):
+        build_actor(parse(*flags, "--alp.seed", "7"))
+    with pytest.raises(ValueError, match=r"Set --alp\.sigma_scale relative"):
+        build_actor(parse(*flags, "--alp.sigma_scale", "absolute"))
+    with pytest.raises(ValueError, match="this run has no sigma"):
+        build_actor(parse(*flags, "--alp.method", "token-bypass"))
+
+
+def test_a_run_without_sigma_continues_with_it(parse: Parse) -> None:
+    flags = ("--alp.enable", "--ckpt.load_enable")
+    first = build_actor(parse(*flags, "--alp.method", "token-bypass"))
+    update(first)
+    first.save_checkpoint("global_step1", {"global_step": 1})
+    resumed = build_actor(parse(*flags))
+    before, after = weights(first), weights(resumed)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert resumed.checkpoint_states["global_step"] == 1
+    status = update(resumed, seed=2)
+    assert status["alp/mismatch_k3_kl"] > 0
+    moved = weights(resumed)
+    # The restored fp32 weights are stepped, not those of the folder that was loaded first.
+    change = (moved["model.norm.weight"] - after["model.norm.weight"]).abs().max()
+    assert 0 < change < 0.02
+
+
 def test_auto_finds_noise_as_large_as_the_mismatch(parse: Parse) -> None:
     actor = build_actor(parse("--alp.enable"))
     status = update(actor, mismatch=0.03, num_samples=16)
