@@ -129,8 +129,8 @@ class AlpStrategy(DeepspeedStrategy):
                 f"its weights are in the optimizer's partitions, which sigma changes: {export}."
             )
         self.print(
-            f"The checkpoint in {load_dir} is of a run without sigma. Its weights are loaded; sigma "
-            "and the moments of Adam start anew."
+            f"The checkpoint in {load_dir} is of a run without sigma. Its weights are loaded; "
+            "sigma and the moments of Adam start anew."
         )
         options |= {"load_module_strict": False, "load_optimizer_states": False}
         return super().load_ckpt(model, load_dir, tag, **options)

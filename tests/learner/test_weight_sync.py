@@ -53,6 +53,13 @@ def test_zero3_ranks_calibrate_update_push_what_they_export_and_resume(
             rank.wait()
     assert [rank.returncode for rank in ranks] == [0] * world_size, "\n".join(outputs)[-4000:]
 
+    starts = [
+        json.loads(pushed_file.with_suffix(f".rank{rank}.json").read_text())
+        for rank in range(world_size)
+    ]
+    assert starts[0] == starts[1]
+    assert starts[0]["sigma0"] > 1e-6
+
     pushed = load_file(pushed_file)
     exported = load_file(Path(args.ckpt.output_dir) / "model.safetensors")
     assert pushed.keys() == exported.keys()
