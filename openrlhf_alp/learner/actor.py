@@ -223,7 +223,10 @@ class AlpActorPPOTrainer(ppo_actor.ActorPPOTrainer):
         """Collective. Layers as rank 0 saw them in its first micro-batch."""
         summary = perturbation.summary()
         gradients = perturbation.gradients.take().to(torch.cuda.current_device())
-        torch.distributed.all_reduce(gradients)
+        if gradients.numel():  # on all ranks or on none
+            torch.distributed.all_reduce(gradients)
+        sigmas = perturbation.sigmas() if perturbation.scales else {}
+        figures = self.layer_figures if sigmas else {}
         return {
             "alp/sigma0": perturbation.sigma0,
             "alp/sigma_mean": summary.mean,
@@ -231,9 +234,7 @@ class AlpActorPPOTrainer(ppo_actor.ActorPPOTrainer):
             "alp/sigma_max": summary.maximum,
             "alp/sigma_bound_share": summary.share_at_bound,
             "alp/sigma_grad_snr": signal_to_noise(gradients),
-            **layer_metrics(
-                self.layer_figures, perturbation.sigmas() if self.layer_figures else {}
-            ),
+            **layer_metrics(figures, sigmas),
             **(perturbation.start or {}),
         }
 

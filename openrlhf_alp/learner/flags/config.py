@@ -34,8 +34,9 @@ class AlpConfig:
     calibration_factor: float = 1.0
     """--alp.sigma0 auto aims at this multiple of the measured mismatch (k3 KL), as far as the clip
     window has room for it."""
-    lr: float = 1e-2
-    """Learning rate of log(sigma / sigma0), without weight decay; 0 keeps sigma fixed."""
+    lr: float = 5e-4
+    """Learning rate of log(sigma / sigma0), without weight decay; 0 keeps sigma fixed. The gradient
+    is mostly noise (see alp/sigma_grad_snr), and Adam turns noise into a random walk."""
     clip_low_high: tuple[float, float] | None = field(
         default=None, metadata={"metavar": ("LOW", "HIGH")}
     )
