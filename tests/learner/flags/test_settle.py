@@ -113,6 +113,10 @@ def test_with_a_service_there_is_one_engine_per_url(parse: Parse, service_keys: 
             "use --alp.method seq-alp",
         ),
         (["--alp.enable", "--alp.sequence_ratio", "geometric"], "no effect on --alp.method token"),
+        (
+            ["--alp.enable", "--actor.num_gpus_per_node", "4", "--train.batch_size", "8"],
+            "--rollout.batch_size is 2, but the learner has 4",
+        ),
         (["--alp.enable", "--alp.lr", "inf"], "--alp.lr is inf"),
         (["--alp.enable", "--alp.lr", "nan"], "--alp.lr is nan"),
         (["--alp.enable", "--alp.dual_clip", "1"], "Set 10, or inf"),
