@@ -73,7 +73,13 @@ def build_models(device: str) -> tuple[dict[str, nn.Module], dict[str, Layerwise
 
 def config(kind: SigmaKind) -> PerturbationConfig:
     return PerturbationConfig(
-        sigma0=SIGMA, kind=kind, sigma_min=0.0, sigma_max=1.0, layers="all", seed=0
+        sigma0=SIGMA,
+        kind=kind,
+        sigma_scale="absolute",
+        sigma_min=0.0,
+        sigma_max=1.0,
+        layers="all",
+        seed=0,
     )
 
 

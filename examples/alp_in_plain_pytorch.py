@@ -55,7 +55,13 @@ def main() -> None:
     perturbation = attach(
         policy,
         PerturbationConfig(
-            sigma0=0.01, kind="vector", sigma_min=1e-5, sigma_max=0.1, layers="all", seed=0
+            sigma0=0.01,
+            kind="vector",
+            sigma_scale="absolute",  # "relative" needs `policy.alp.observed()` and `set_scales()`
+            sigma_min=1e-5,
+            sigma_max=0.1,
+            layers="all",
+            seed=0,
         ),
     )
     optimizer = torch.optim.AdamW(

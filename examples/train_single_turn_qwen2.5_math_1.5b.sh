@@ -82,8 +82,10 @@ alp=(
   --alp.enable                             # paper, 2.2
   --alp.method token-alp                   # paper, Table 1 and Remark 1: token level for one turn
   --alp.sigma vector                       # paper, 2.2 (the release has one number per layer)
-  --alp.sigma0 0.02                        # release; E.1 finds little dependence on it
-  --alp.lr 1e-2                            # release; E.1
+  --alp.sigma_scale relative               # ours: sigma in units of each layer's hidden states
+  --alp.sigma0 auto                        # ours: the release's absolute 0.02 is more than the
+  # embeddings themselves (rms 0.015); E.1 finds little dependence on it
+  --alp.lr 5e-4                            # ours: the release's 1e-2 is a random walk for a vector
   --alp.layers all                         # paper, 5.1: better than any part of the layers
   --alp.clip_low_high 0.2 0.28             # release; appendix E, two upper bounds
   --alp.dual_clip 10.0                     # paper, appendix E: clip_ratio_c

@@ -99,8 +99,8 @@ tools=(
 alp=(
   --alp.enable                             # paper, 2.2
   --alp.method seq-alp                     # paper, Table 3, Remark 1: for many turns
-  --alp.sequence_ratio product             # paper, eq. 3
   --alp.sigma vector                       # paper, 2.2 (the release has one number per layer)
+  --alp.sigma_scale relative               # ours: sigma in units of each layer's hidden states
   --alp.sigma0 auto                        # ours: the release's 1e-6 is lost in bfloat16
   --alp.lr 5e-4                            # release; E.1 finds little dependence on it
   --alp.layers all                         # paper, Table 4
@@ -124,11 +124,25 @@ optimizer=(
   --train.max_epochs 1                     # release: each episode is used once
   --train.num_episodes 100                 # release: passes over the prompts
 )
+# Memory of a learner GPU in GB, by arithmetic: 7.6e9 parameters on 4 GPUs, a micro-batch of 24,000
+# tokens (the longest episode must fit), a vocabulary of 152,064.
+#
+#   weights and gradients   ZeRO-3, bf16: 4 bytes a parameter over 4 GPUs                  7.6
+#   gathered layers         one in use, the next on its way, embeddings                     3
+#   Adam and fp32 weights   12 bytes a parameter over 4 GPUs, offloaded to 91 GB of host    0
+#   logits                  fp32, their gradient, and that of the bf16 ones: 10 bytes      36.5
+#                           a token and word
+#   activations             inputs of 28 checkpointed layers, and one layer                 8
+#                                                                                     sum  55
+#
+# Without offload ZeRO-3 needs 78 (30.4 of states), which leaves an 80 GB GPU no room, and ZeRO-2 86
+# (whole weights, 15.2, and 14 bytes a parameter over 4 GPUs, 26.6).
 machine=(
   --actor.model_name_or_path "$MODEL"      # paper, 4.1: zero RL from the base model
   --actor.num_gpus_per_node "$LEARNER_GPUS"
   --actor.gradient_checkpointing_enable    # ours: episodes are long
-  --ds.zero_stage 2                        # ours; the release uses FSDP with offload
+  --ds.zero_stage 3                        # release: FSDP with offload, the counterpart
+  --ds.adam_offload                        # release; see the arithmetic above
   --ds.param_dtype bf16                    # release: bf16 compute, fp32 master weights
   --train.dynamic_batch_enable             # release: micro-batches by tokens, packed
   --train.max_tokens_per_gpu "$EPISODE_TOKENS"  # ours: the longest episode must fit

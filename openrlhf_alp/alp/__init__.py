@@ -17,6 +17,7 @@ from openrlhf_alp.alp.perturbation import (
     SigmaSummary,
     attach,
     detached,
+    find_decoder,
     find_decoder_layers,
 )
 
@@ -28,6 +29,7 @@ __all__ = [
     "attach",
     "calibrate_sigma0",
     "detached",
+    "find_decoder",
     "find_decoder_layers",
     "parse_layers",
 ]

@@ -3,11 +3,14 @@
 The paper (arXiv 2603.19470, section 2.2) perturbs the input h_l of decoder layer l:
 
     h_l <- h_l + sigma_l * epsilon_l,    epsilon_l ~ N(0, I), independent over tokens and layers
-    sigma_l = clamp(sigma0 * exp(delta_l), sigma_min, sigma_max)
+    sigma_l = scale_l * clamp(sigma0 * exp(delta_l), sigma_min, sigma_max)
 
-delta_l is learned and starts at 0; it has D entries or one. sigma0 stays outside the learned part:
-a bfloat16 log(sigma) near -7 can move only in steps of 3 % of sigma, a bfloat16 delta near 0 in
-steps far below that. The noise goes on the residual stream itself, before the layer's first norm.
+scale_l is 1, or with `sigma_scale="relative"` the median |h_l| of the clean model, measured once:
+hidden states grow by a factor of 100 or more over the depth, and one absolute sigma would be noise
+on the embeddings only. delta_l is learned and starts at 0; it has D entries or one. sigma0 stays
+outside the learned part: a bfloat16 log(sigma) near -7 can move only in steps of 3 % of sigma, a
+bfloat16 delta near 0 in steps far below that. The noise goes on the residual stream itself, before
+the layer's first norm.
 
 Only theta leaves the learner: `detached(model)` takes sigma out of the module tree for export.
 
@@ -15,7 +18,8 @@ Letters: B samples, T tokens, D hidden size, L selected layers, N = B * T rows, 
 """
 
 import functools
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -24,8 +28,9 @@ import torch
 from torch import Tensor, nn
 
 from openrlhf_alp.alp.config import PerturbationConfig, check_sigma0, parse_layers
-from openrlhf_alp.alp.fused import add_noise, sigma_gradient
+from openrlhf_alp.alp.functions import AddNoise, BoundedSigma
 from openrlhf_alp.alp.noise import layer_keys, token_keys
+from openrlhf_alp.alp.observe import LayerObserver, Rows, SigmaGradients
 
 _ATTRIBUTE = "alp"
 
@@ -34,15 +39,13 @@ _ATTRIBUTE = "alp"
 class _Draw:
     """Where the tokens of one micro-batch are and which noise belongs to each."""
 
-    batch_shape: tuple[int, int]  # (B, T)
+    rows: Rows
     keys: dict[int, Tensor]  # of each layer (N,) int64, row-major; of padding meaningless
-    valid: Tensor | None  # (N,) bool, real tokens; None when all are
-    num_valid: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SigmaSummary:
-    """Sigma over all selected layers and dimensions, for the step's metrics."""
+    """Sigma over all selected layers and dimensions, in the unit of `sigma0`."""
 
     mean: float
     minimum: float
@@ -54,9 +57,9 @@ class SigmaSummary:
 class LayerwisePerturbation(nn.Module):
     """The learned sigmas of the selected layers, and the switch that turns the noise on.
 
-    Use `attach` to build one on a model. The parameters are `delta.<layer>`, (D,) or (1,); sigma0
-    and the seed travel in the state dict as extra state, so that casting the module to bfloat16
-    cannot round them and a checkpoint restores them exactly.
+    Use `attach` to build one on a model. The parameters are `delta.<layer>`, (D,) or (1,); sigma0,
+    the layers' scales and the seed travel in the state dict as extra state, so that casting the
+    module to bfloat16 cannot round them and a checkpoint restores them exactly.
 
     Args:
         config: the settings.
@@ -71,9 +74,17 @@ class LayerwisePerturbation(nn.Module):
         self.layers = layers
         self.seed = config.seed
         self.sigma_min = config.sigma_min
-        self.sigma_max = config.sigma_max
+        self.sigma_max = config.upper_bound
+        self.sigma_scale = config.sigma_scale
         self._sigma0 = config.sigma_min if config.sigma0 is None else config.sigma0
+        absolute = config.sigma_scale == "absolute"
+        self._scales: dict[int, float] | None = dict.fromkeys(layers, 1.0) if absolute else None
         self._draw: _Draw | None = None
+        self._rows: Rows | None = None
+        self._observer: LayerObserver | None = None
+        self.gradients = SigmaGradients()
+        self.start: dict[str, float] | None = None
+        """Metrics of the measurement before the first update; None while it is still to be made."""
         # Zeros: the first update starts at exactly sigma0, whatever dtype DeepSpeed casts delta to.
         width = hidden_size if config.kind == "vector" else 1
         self.delta = nn.ParameterDict({str(layer): torch.zeros(width) for layer in layers})
@@ -88,20 +99,54 @@ class LayerwisePerturbation(nn.Module):
         check_sigma0(value, self.sigma_min, self.sigma_max)
         self._sigma0 = float(value)
 
+    @property
+    def scales(self) -> dict[int, float] | None:
+        """Unit of each layer's sigma; None until it is measured, with `sigma_scale="relative"`."""
+        return self._scales
+
+    def set_scales(self, scales: Mapping[int, float]) -> None:
+        """Set the unit of each layer's sigma, as `observed` measures it.
+
+        Raises:
+            ValueError: a layer is missing, or a scale is not a positive finite number.
+        """
+        wrong = {layer: scales.get(layer) for layer in self.layers}
+        wrong = {k: v for k, v in wrong.items() if v is None or not 0 < v < math.inf}
+        if wrong:
+            raise ValueError(
+                f"the scales of layers {wrong} must be positive and finite. Hidden states of 0, "
+                "inf or nan have none: look for an overflow, or set --alp.sigma_scale absolute"
+            )
+        self._scales = {layer: float(scales[layer]) for layer in self.layers}
+
     def sigma(self, layer: int) -> Tensor:
-        """Sigma of one layer, (D,) or (1,), at least float32, differentiable in delta."""
+        """Sigma of one layer in the unit of the hidden states, (D,) or (1,), at least float32,
+        differentiable in delta; RuntimeError before the scales are measured."""
+        if self._scales is None:
+            raise RuntimeError(
+                "--alp.sigma_scale relative needs the scale of each layer's hidden states. Measure "
+                "it with `observed()` around a clean forward pass and `set_scales()`, or set "
+                "--alp.sigma_scale absolute"
+            )
+        return self._relative_sigma(layer) * self._scales[layer]
+
+    def _relative_sigma(self, layer: int) -> Tensor:
         delta = self.delta[str(layer)]
-        wide = delta.to(torch.promote_types(delta.dtype, torch.float32))
-        return _BoundedSigma.apply(wide, self._sigma0, self.sigma_min, self.sigma_max)
+        # A view: a hook on the parameter itself would outlive this forward pass.
+        wide = delta.to(torch.promote_types(delta.dtype, torch.float32)).view_as(delta)
+        if wide.requires_grad:
+            wide.register_hook(functools.partial(self.gradients.add, layer))
+        return BoundedSigma.apply(wide, self._sigma0, self.sigma_min, self.sigma_max)
 
     @torch.no_grad()
     def sigmas(self) -> dict[int, Tensor]:
         """Sigma of every selected layer, (D,) or (1,) float32, without gradient."""
         return {layer: self.sigma(layer) for layer in self.layers}
 
+    @torch.no_grad()
     def summary(self) -> SigmaSummary:
         """Mean, extremes and share at a bound over all layers and dimensions."""
-        sigma = torch.cat(list(self.sigmas().values()))
+        sigma = torch.cat([self._relative_sigma(layer) for layer in self.layers])
         at_bound = (sigma <= self.sigma_min) | (sigma >= self.sigma_max)
         return SigmaSummary(
             mean=sigma.double().mean().item(),
@@ -136,6 +181,32 @@ class LayerwisePerturbation(nn.Module):
         finally:
             self._draw = None
 
+    @contextmanager
+    def observed(self, attention_mask: Tensor) -> Iterator[LayerObserver]:
+        """Record the inputs of the selected layers in every forward pass inside the block.
+
+        Clean, or within `enabled()` also what the noise changed.
+
+        Args:
+            attention_mask: (B, T), as for `enabled()`.
+        """
+        observer = LayerObserver()
+        self._observer, self._rows = observer, Rows.of(attention_mask)
+        try:
+            yield observer
+        finally:
+            self._observer, self._rows = None, None
+
+    @contextmanager
+    def probed(self, sigma0: float) -> Iterator[None]:
+        """Use another sigma0 inside the block, without regard to the bounds."""
+        before = self._sigma0, self.sigma_min, self.sigma_max
+        self._sigma0, self.sigma_min, self.sigma_max = sigma0, 0.0, math.inf
+        try:
+            yield
+        finally:
+            self._sigma0, self.sigma_min, self.sigma_max = before
+
     def _prepare_draw(self, update: int, sample_ids: Tensor, attention_mask: Tensor) -> _Draw:
         if attention_mask.dim() != 2 or sample_ids.shape != attention_mask.shape[:1]:
             raise ValueError(
@@ -154,43 +225,32 @@ class LayerwisePerturbation(nn.Module):
         )
         # All layers at once: a few small kernels per forward instead of a few per layer.
         layers = torch.tensor(self.layers, device=keys.device)
-        num_valid = int(valid_BT.sum())
         return _Draw(
-            batch_shape=(attention_mask.shape[0], attention_mask.shape[1]),
+            rows=Rows.of(attention_mask),
             keys=dict(zip(self.layers, layer_keys(keys, layers[:, None]), strict=True)),
-            valid=None if num_valid == keys.numel() else valid_BT.flatten(),
-            num_valid=num_valid,
         )
 
     def _before_layer(
         self, layer: int, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """Forward pre-hook of a decoder layer. None, i.e. nothing at all, while switched off."""
-        if self._draw is None:
+        if self._draw is None and self._observer is None:
             return None
         # Models differ in whether they pass the hidden states by position or by name.
-        if args:
-            return (self._perturb(layer, args[0], self._draw), *args[1:]), kwargs
-        hidden_states = self._perturb(layer, kwargs["hidden_states"], self._draw)
-        return args, {**kwargs, "hidden_states": hidden_states}
+        before = args[0] if args else kwargs["hidden_states"]
+        after = before if self._draw is None else self._perturb(layer, before, self._draw)
+        if self._observer is not None:
+            assert self._rows is not None, "an observer without its rows"
+            self._observer.see(layer, before, after, self._rows.valid_of(layer, before))
+        return ((after, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": after})
 
     def _perturb(self, layer: int, hidden_states: Tensor, draw: _Draw) -> Tensor:
-        num_samples, num_tokens = draw.batch_shape
-        leading = tuple(hidden_states.shape[:-1])
-        keys, valid = draw.keys[layer], draw.valid
-        if leading != draw.batch_shape:
-            if leading != (1, draw.num_valid):
-                raise ValueError(
-                    f"layer {layer} received hidden states {tuple(hidden_states.shape)}; "
-                    f"`enabled()` was given an attention mask of {num_samples} x {num_tokens} with "
-                    f"{draw.num_valid} real tokens, so they must be ({num_samples}, {num_tokens}, "
-                    f"D) or, packed, (1, {draw.num_valid}, D)"
-                )
-            # Packed: OpenRLHF removes the padding and joins the samples into one row, in order.
-            keys, valid = (keys if valid is None else keys[valid]), None
+        keys, valid = draw.keys[layer], draw.rows.valid_of(layer, hidden_states)
+        if draw.rows.is_packed(hidden_states):
+            keys = keys if draw.rows.valid is None else keys[draw.rows.valid]
         # A model that is spread over GPUs has layers on other devices than the mask.
         device = hidden_states.device
-        return _AddNoise.apply(
+        return AddNoise.apply(
             hidden_states,
             self.sigma(layer).to(device),
             keys.to(device),
@@ -198,16 +258,38 @@ class LayerwisePerturbation(nn.Module):
         )
 
     def get_extra_state(self) -> dict[str, Any]:
-        """sigma0 and the seed, for the state dict."""
-        return {"sigma0": self._sigma0, "seed": self.seed}
+        """sigma0, its unit in each layer, how they were found, and the seed, for the state dict."""
+        return {
+            "sigma0": self._sigma0,
+            "seed": self.seed,
+            "sigma_scale": self.sigma_scale,
+            "scales": self._scales,
+            "start": self.start,
+        }
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
-        """Restore what `get_extra_state` gave; ValueError when sigma0 is outside the bounds."""
-        self.sigma0 = state["sigma0"]
-        self.seed = int(state["seed"])
+        """Restore what `get_extra_state` gave.
+
+        Raises:
+            ValueError: seed or unit differ from the configured ones, or sigma0 is outside the
+                bounds; the message names the flag to set.
+        """
+        # A state of before sigma had a unit is absolute, and its start was not stored.
+        stored = {"sigma_scale": "absolute", "start": {}, **state}
+        for name, ours in (("seed", self.seed), ("sigma_scale", self.sigma_scale)):
+            if stored[name] != ours:
+                raise ValueError(
+                    f"--alp.{name} is {ours}, but the checkpoint was trained with {stored[name]}, "
+                    f"and the run would continue with other noise. Set --alp.{name} "
+                    f"{stored[name]}, or start from the exported model instead of the checkpoint"
+                )
+        self.sigma0 = stored["sigma0"]
+        if stored.get("scales") is not None:
+            self.set_scales(stored["scales"])
+        self.start = stored["start"]
 
     def extra_repr(self) -> str:
-        return f"layers={self.layers}, sigma0={self._sigma0}, seed={self.seed}"
+        return f"layers={self.layers}, sigma0={self._sigma0} ({self.sigma_scale}), seed={self.seed}"
 
 
 def attach(model: nn.Module, config: PerturbationConfig) -> LayerwisePerturbation:
@@ -240,7 +322,12 @@ def attach(model: nn.Module, config: PerturbationConfig) -> LayerwisePerturbatio
 
 
 def find_decoder_layers(model: nn.Module) -> nn.ModuleList:
-    """The decoder layers of a Hugging Face model, in order.
+    """The decoder layers of a Hugging Face model, in order; ValueError as `find_decoder`."""
+    return find_decoder(model).layers
+
+
+def find_decoder(model: nn.Module) -> nn.Module:
+    """The module of a Hugging Face model whose `layers` are its decoder layers.
 
     Follows `get_decoder()` through PEFT wrappers and, for models with a vision tower, into the
     language model.
@@ -252,7 +339,7 @@ def find_decoder_layers(model: nn.Module) -> nn.ModuleList:
     for candidate in (decoder, *(getattr(decoder, n, None) for n in ("model", "language_model"))):
         layers = getattr(candidate, "layers", None)
         if isinstance(layers, nn.ModuleList) and len(layers) > 0:
-            return layers
+            return candidate
     raise ValueError(
         f"{type(model).__name__}: found no decoder layers to perturb. `get_decoder().layers` must "
         f"be a non-empty ModuleList, but the decoder is {type(decoder).__name__}. Use a causal LM "
@@ -275,56 +362,3 @@ def detached(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         model._modules[_ATTRIBUTE] = perturbation
-
-
-class _BoundedSigma(torch.autograd.Function):
-    """sigma = clamp(sigma0 * exp(delta), low, high), with a one-sided gradient at the bounds.
-
-    A plain clamp has gradient zero beyond a bound: a delta that overshot would stay there forever.
-    Here a descent step that leads back inside still passes; only one that leads further out is cut.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, delta: Tensor, sigma0: float, low: float, high: float) -> Tensor:
-        free = sigma0 * torch.exp(delta)
-        sigma = free.clamp(low, high)
-        ctx.save_for_backward(sigma, free > high, free < low)
-        return sigma
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        sigma, above, below = ctx.saved_tensors
-        outwards = (above & (grad < 0)) | (below & (grad > 0))
-        # d sigma / d delta = sigma inside; beyond a bound the bound's value keeps it finite.
-        return (grad * sigma).masked_fill(outwards, 0), None, None, None
-
-
-class _AddNoise(torch.autograd.Function):
-    """hidden + sigma * epsilon(keys), summed in float32 and rounded once.
-
-    Epsilon is computed from the keys in both passes and never stored: the memory between forward
-    and backward is one 64-bit key per token instead of D numbers.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, hidden: Tensor, sigma: Tensor, keys: Tensor, valid: Tensor | None
-    ) -> Tensor:
-        """hidden (.., D), sigma (D,) or (1,), keys (N,), valid (N,) or None -> (.., D)."""
-        ctx.save_for_backward(keys, valid)
-        ctx.per_dimension = sigma.numel() > 1
-        # Detached, because a compiled program is tied to which of its inputs want a gradient.
-        before = hidden.detach().reshape(-1, hidden.shape[-1]).contiguous()
-        return add_noise(before, sigma.detach(), keys, valid).view(hidden.shape)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
-        """d/d hidden is the identity; d/d sigma = sum over rows of grad * epsilon, in float32."""
-        if not ctx.needs_input_grad[1]:
-            return grad, None, None, None
-        keys, valid = ctx.saved_tensors
-        rows = grad.reshape(-1, grad.shape[-1]).contiguous()
-        sigma_grad = sigma_gradient(rows, keys, valid, per_dimension=ctx.per_dimension)
-        return grad, sigma_grad, None, None

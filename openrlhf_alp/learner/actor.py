@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
@@ -17,12 +17,20 @@ from openrlhf.trainer.ray import ppo_actor
 from torch import Tensor, nn
 
 from openrlhf_alp.alp import LayerwisePerturbation
+from openrlhf_alp.alp.observe import LayerFigures, layer_metrics, signal_to_noise
 from openrlhf_alp.clients.weights.push import WeightPusher
 from openrlhf_alp.learner.compat import undecorated
 from openrlhf_alp.learner.experience import SAMPLE_ID
 from openrlhf_alp.learner.flags.config import AlpConfig
 from openrlhf_alp.learner.mismatch import training as mismatch
+from openrlhf_alp.learner.mismatch.forwards import (
+    MicroBatch,
+    micro_batches,
+    of_all_ranks,
+    with_actions,
+)
 from openrlhf_alp.learner.mismatch.measure import learner_log_probs, log_ratio, scorable
+from openrlhf_alp.learner.mismatch.start import NUM_SAMPLES, SigmaStart
 from openrlhf_alp.learner.strategy import perturbation_of, without_sigma
 from openrlhf_alp.learner.weight_sync import push_weights
 from openrlhf_alp.objective.loss import LossOutput, unified_ratio_loss
@@ -111,8 +119,6 @@ class AlpActorPPOTrainer(ppo_actor.ActorPPOTrainer):
         self.weight_pusher: WeightPusher | None = None  # set on rank 0, by upstream's constructor
         super().__init__(*args, **kwargs)
         self.perturbation = perturbation_of(self.actor)
-        self.needs_calibration = self.alp.calibrates
-        self.calibration_metrics: dict[str, float] = {}
         self.num_trainings = 0
         if self.alp.enable:
             self.actor_loss_fn = UnifiedPolicyLoss(
@@ -132,13 +138,13 @@ class AlpActorPPOTrainer(ppo_actor.ActorPPOTrainer):
 
     def ppo_train(self, kl_ctl: float) -> dict[str, float]:
         # Both measurements need equal weights on both sides, so they come before the first update.
-        if self.needs_calibration:
-            self.calibration_metrics = self._calibrate()
-            self.needs_calibration = False
+        if self.perturbation is not None and self.perturbation.start is None:
+            self.perturbation.start = self._start_sigma(self.perturbation)
         every = self.args.rollout_service.preflight_every
         preflight = self._recheck() if every and self.num_trainings % every == 0 else {}
         self.num_trainings += 1
         self.telemetry = RatioTelemetry()
+        self.layer_figures: dict[int, LayerFigures] = {}
         status = super().ppo_train(kl_ctl)
         status.update(preflight)
         if self.alp.enable:
@@ -154,7 +160,7 @@ class AlpActorPPOTrainer(ppo_actor.ActorPPOTrainer):
         sample_ids = experience.info.pop(SAMPLE_ID, None)
         loss_batch_info = self._countable(loss_batch_info, step)
         # Around the backward pass too: gradient checkpointing runs the layers again there.
-        with self._perturbed(experience, sample_ids):
+        with self._perturbed(experience, sample_ids), self._observed(experience):
             result = super().training_step(experience, kl_ctl, step, loss_batch_info)
         if self.alp.enable:
             self._record_ratios(experience, result)
@@ -174,8 +180,12 @@ class AlpActorPPOTrainer(ppo_actor.ActorPPOTrainer):
         return {name: count if count > 0 else 1.0 for name, count in loss_batch_info.items()}
 
     def _perturbed(self, experience: Experience, sample_ids: Any) -> AbstractContextManager[None]:
-        """Noise for this batch; without a perturbation the clean model."""
-        if self.perturbation is None:
+        """Noise for this batch; without a perturbation the clean model.
+
+        Without the unit of sigma, too: until it is measured no rank has had an action token, so
+        that there is nothing to train on.
+        """
+        if self.perturbation is None or self.perturbation.scales is None:
             return nullcontext()
         mask = experience.attention_mask
         # Upstream's batching makes a list of 0-dimensional tensors of what was one tensor.
@@ -183,6 +193,16 @@ class AlpActorPPOTrainer(ppo_actor.ActorPPOTrainer):
         return self.perturbation.enabled(
             update=self.update_number, sample_ids=ids, attention_mask=mask
         )
+
+    @contextmanager
+    def _observed(self, experience: Experience) -> Iterator[None]:
+        """Look at the layers of the step's first micro-batch."""
+        if self.perturbation is None or self.layer_figures:
+            yield
+            return
+        with self.perturbation.observed(experience.attention_mask) as observer:
+            yield
+        self.layer_figures = observer.figures()
 
     def _record_ratios(self, experience: Experience, result: dict[str, Any]) -> None:
         output = self.actor_loss_fn.last_output
@@ -195,43 +215,61 @@ class AlpActorPPOTrainer(ppo_actor.ActorPPOTrainer):
     def _ratio_metrics(self) -> dict[str, float]:
         """Quantiles over all tokens of the step on all ranks; the same numbers on every rank."""
         step = RatioTelemetry()
-        for arrays in mismatch.of_all_ranks(self.telemetry.arrays()):
+        for arrays in of_all_ranks(self.telemetry.arrays()):
             step.merge(arrays)
         return step.summary()
 
     def _sigma_metrics(self, perturbation: LayerwisePerturbation) -> dict[str, float]:
+        """Collective. Layers as rank 0 saw them in its first micro-batch."""
         summary = perturbation.summary()
+        gradients = perturbation.gradients.take().to(torch.cuda.current_device())
+        if gradients.numel():  # on all ranks or on none
+            torch.distributed.all_reduce(gradients)
+        sigmas = perturbation.sigmas() if perturbation.scales else {}
+        figures = self.layer_figures if sigmas else {}
         return {
             "alp/sigma0": perturbation.sigma0,
             "alp/sigma_mean": summary.mean,
             "alp/sigma_min": summary.minimum,
             "alp/sigma_max": summary.maximum,
             "alp/sigma_bound_share": summary.share_at_bound,
-            **self.calibration_metrics,
+            "alp/sigma_grad_snr": signal_to_noise(gradients),
+            **layer_metrics(figures, sigmas),
+            **(perturbation.start or {}),
         }
 
-    def _calibrate(self) -> dict[str, float]:
-        """Set sigma0 from the first samples of the step; the metrics of `mismatch.calibrate`."""
-        assert self.perturbation is not None, "calibration without a perturbation"
-        batch = self._batch(self.replay_buffer.items[: mismatch.NUM_SAMPLES])
-        return mismatch.calibrate(
-            self.perturbation,
-            batch,
-            log_probs=lambda: learner_log_probs(self.actor, batch),
-            perturbed=lambda: self._perturbed(batch, batch.info[SAMPLE_ID]),
-            factor=self.alp.calibration_factor,
+    def _start_sigma(self, perturbation: LayerwisePerturbation) -> dict[str, float] | None:
+        """Set the unit of sigma and, with `auto`, sigma0, from samples of this step."""
+        start = SigmaStart(
+            perturbation,
+            self._micro_batches(with_actions(self.replay_buffer.items, count=NUM_SAMPLES)),
+            batch=self._batch,
+            log_probs=partial(learner_log_probs, self.actor),
+            perturbed=lambda batch: self._perturbed(batch, batch.info[SAMPLE_ID]),
+            ratio=self.alp.ratio_config(),
+        )
+        return start.measure(auto=self.alp.calibrates, factor=self.alp.calibration_factor)
+
+    def _micro_batches(
+        self, samples: list[Experience], limit: int | None = None
+    ) -> list[MicroBatch]:
+        dynamic = self.args.train.dynamic_batch_enable
+        return micro_batches(
+            samples,
+            spare=self.replay_buffer.items[0],
+            size=self.micro_train_batch_size,
+            max_tokens=self.args.train.max_tokens_per_gpu if dynamic else None,
+            limit=limit,
         )
 
     def _recheck(self) -> dict[str, float]:
         """`preflight/*` of this step: the learner's clean log-probs against the rollouts'."""
-        own, size = self.replay_buffer.items, self.micro_train_batch_size
+        own = self.replay_buffer.items
         # An asynchronous step's own samples are older than the weights that are compared.
         samples = self._new_samples(own) if self.args.train.async_enable else own
         ratios = mismatch.log_ratios(
-            samples,
-            own,
-            micro_batch_size=size,
-            measure=lambda rows: log_ratio(self.actor, self._batch(rows)),
+            self._micro_batches(samples, limit=mismatch.NUM_FORWARDS),
+            lambda rows: log_ratio(self.actor, self._batch(rows)),
         )
         return mismatch.recheck(ratios, stop=self.args.rollout_service.preflight_stop)
 
@@ -308,9 +346,6 @@ class AlpPolicyModelActor(undecorated(ppo_actor.PolicyModelActor)):  # type: ign
     def init_model_from_pretrained(self, *args: Any, **kwargs: Any) -> None:
         with mock.patch.object(ppo_actor, "ActorPPOTrainer", AlpActorPPOTrainer):
             super().init_model_from_pretrained(*args, **kwargs)
-        if self.checkpoint_states:
-            # sigma0 came with the checkpoint; measuring it again would change the run.
-            self.trainer.needs_calibration = False
 
 
 # A name that differs from the class's, because Ray then pickles the class by reference and workers

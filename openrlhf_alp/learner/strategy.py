@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
+import deepspeed
 import torch
 from openrlhf.models import Actor
 from openrlhf.utils.deepspeed import DeepspeedStrategy
 from torch import nn
 
-from openrlhf_alp.alp import LayerwisePerturbation, attach, detached
+from openrlhf_alp.alp import LayerwisePerturbation, attach, detached, find_decoder
 from openrlhf_alp.learner import compat
 from openrlhf_alp.learner.flags.config import AlpConfig
 
@@ -57,8 +59,27 @@ class AlpStrategy(DeepspeedStrategy):
                 model = entry[0].model
                 # DeepSpeed wants one dtype. It casts the parameters itself, but under ZeRO-3 only
                 # those that it partitioned while the model was loaded, and sigma came later.
-                attach(model, self.alp.noise).to(model.dtype)
-        return super().prepare(*models)
+                perturbation = attach(model, self.alp.noise).to(model.dtype)
+                # Without a learning rate no gradient is computed, reduced or stored.
+                perturbation.requires_grad_(self.alp.lr > 0)
+        prepared = super().prepare(*models)
+        for entry in models:
+            if isinstance(entry, tuple) and isinstance(entry[0], Actor):
+                self._fetch_sigma_with_the_decoder(entry[0])
+        return prepared
+
+    def _fetch_sigma_with_the_decoder(self, actor: Actor) -> None:
+        """Tell ZeRO-3 that the decoder's forward reads the deltas, which belong to another module.
+
+        Otherwise DeepSpeed notices it in the first perturbed pass, and refuses when a clean pass,
+        such as a calibration's, has already fixed the order in which it fetches parameters.
+        """
+        perturbation = perturbation_of(actor)
+        if perturbation is None or self.stage != 3:
+            return
+        decoder = find_decoder(unwrap(actor))
+        for delta in perturbation.parameters():
+            deepspeed.zero.register_external_parameter(decoder, delta)
 
     def _get_model_parameters(self, model: nn.Module, **kwargs: Any) -> tuple[nn.Module, Any]:
         raw_model, groups = super()._get_model_parameters(model, **kwargs)
@@ -66,7 +87,9 @@ class AlpStrategy(DeepspeedStrategy):
         if perturbation is None:
             return raw_model, groups
         # A group of its own, because sigma has another learning rate and no weight decay.
-        deltas = list(perturbation.parameters())
+        deltas = [delta for delta in perturbation.parameters() if delta.requires_grad]
+        if not deltas:
+            return raw_model, groups
         ours = {id(delta) for delta in deltas}
         for group in groups:
             group["params"] = [p for p in group["params"] if id(p) not in ours]
@@ -81,6 +104,37 @@ class AlpStrategy(DeepspeedStrategy):
             optimizer["params"]["torch_adam"] = True
         return config
 
+    def load_ckpt(
+        self, model: nn.Module, load_dir: str, tag: str | None = None, **options: Any
+    ) -> tuple[Any, dict[str, Any]]:
+        """Load a checkpoint; one of a run without sigma gives the weights, and sigma starts anew.
+
+        Raises:
+            ValueError: the checkpoint has a sigma and the run has none, or under ZeRO-3 the other
+                way round.
+        """
+        stored = _has_sigma(Path(load_dir), tag)
+        wanted = perturbation_of(model) is not None
+        if stored is None or stored == wanted:
+            return super().load_ckpt(model, load_dir, tag, **options)
+        export = "export that checkpoint's model and start from it (--actor.model_name_or_path)"
+        if stored:
+            raise ValueError(
+                f"the checkpoint in {load_dir} is of a run with --alp.method *-alp, and this run "
+                f"has no sigma. Use that method, or {export}."
+            )
+        if self.stage == 3:
+            raise ValueError(
+                f"the checkpoint in {load_dir} is of a run without sigma. Under --ds.zero_stage 3 "
+                f"its weights are in the optimizer's partitions, which sigma changes: {export}."
+            )
+        self.print(
+            f"The checkpoint in {load_dir} is of a run without sigma. Its weights are loaded; "
+            "sigma and the moments of Adam start anew."
+        )
+        options |= {"load_module_strict": False, "load_optimizer_states": False}
+        return super().load_ckpt(model, load_dir, tag, **options)
+
     def moving_average(
         self, model: nn.Module, model_ema: nn.Module, beta: float = 0.992, device: str = "cpu"
     ) -> None:
@@ -93,6 +147,20 @@ class AlpStrategy(DeepspeedStrategy):
         """Export a clean Hugging Face folder: sigma belongs to training, not to the policy."""
         with without_sigma(model):
             super().save_model(model, tokenizer, output_dir, **kwargs)
+
+
+def _has_sigma(folder: Path, tag: str | None) -> bool | None:
+    """Whether a DeepSpeed checkpoint holds a perturbation; None when there is no checkpoint."""
+    latest = folder / "latest"
+    if tag is None and latest.is_file():
+        tag = latest.read_text().strip()
+    files = sorted((folder / tag).glob("*_model_states.pt")) if tag else []
+    if not files:
+        return None
+    # Mapped, so that only the names are read and not gigabytes of weights. It is a file of the
+    # user's own run, and DeepSpeed is about to unpickle all of it.
+    states = torch.load(files[0], map_location="cpu", mmap=True, weights_only=False)
+    return any(name.startswith("alp.") for name in states["module"])
 
 
 def without_sigma(model: nn.Module) -> AbstractContextManager[None]:

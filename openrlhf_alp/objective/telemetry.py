@@ -29,16 +29,36 @@ METRICS: dict[str, str] = {
     "alp/dual_clip_fraction": "action tokens cut by the dual clip",
     "alp/guard_fraction": "action tokens whose log-ratio hit the overflow guard",
     "alp/approx_kl": "mean of rollout minus new log-prob (k1)",
-    "alp/sigma_mean": "mean sigma over perturbed layers and dimensions",
+    "alp/sigma_mean": "mean sigma over perturbed layers and dimensions, in the unit of sigma0",
     "alp/sigma_min": "smallest sigma",
     "alp/sigma_max": "largest sigma",
     "alp/sigma_bound_share": "fraction of sigmas on --alp.sigma_min or --alp.sigma_max",
+    "alp/sigma_grad_snr": "signal-to-noise of the gradient of log sigma over the step's "
+    "micro-batches: 1 is pure noise, 0 says that fewer than 2 were there",
+    "alp/layer_sigma_over_scale_min": "smallest over layers of sigma / median |h| now",
+    "alp/layer_sigma_over_scale_max": "largest of it",
+    "alp/layer_changed_share_min": "smallest over layers of the share of entries of h that the "
+    "noise changed after rounding to the model's dtype",
+    "alp/layer_changed_share_max": "largest of it",
+    **{
+        f"alp/layer_{place}_{figure}": f"{place} perturbed layer: {meaning}"
+        for place in ("first", "middle", "last")
+        for figure, meaning in (
+            ("scale", "median |h| of its input in the step's first micro-batch"),
+            ("sigma_over_scale", "its median sigma over that"),
+            ("changed_share", "share of entries that the noise changed after rounding"),
+        )
+    },
     "alp/sigma0": "sigma where delta is 0: --alp.sigma0 or its calibration",
-    "alp/mismatch_k3_kl": "calibration: k3 KL of the clean learner against the rollout engine",
-    "alp/noise_k3_kl": "calibration: k3 KL against the clean learner that sigma0 adds to rounding",
+    "alp/mismatch_k3_kl": "at the start: k3 KL of the clean learner against the rollout engine",
+    "alp/noise_k3_kl": "at the start: k3 KL against the clean learner that sigma0 adds to rounding",
+    "alp/rounding_k3_kl": "at the start: k3 KL of noise that only changes roundings; 0 if not auto",
+    "alp/clean_outside_share": "at the start: action tokens outside the clip window without noise",
+    "alp/noisy_outside_share": "at the start: the same with the noise of sigma0",
 }
 """Every metric of ALP. The first block comes from `RatioTelemetry.summary`, the second from
-`LossOutput`, the third from `LayerwisePerturbation.summary`, the last from `calibrate_sigma0`."""
+`LossOutput`, the third from `LayerwisePerturbation` and its layers, the last from the start of a
+run, which every step repeats."""
 
 _Statistic = Callable[[np.ndarray], Any]
 _QUANTILES: dict[str, _Statistic] = {

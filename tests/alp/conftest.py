@@ -67,6 +67,7 @@ def settings() -> Callable[..., PerturbationConfig]:
         defaults = {
             "sigma0": 0.05,
             "kind": "vector",
+            "sigma_scale": "absolute",
             "sigma_min": 0.0,
             "sigma_max": 1.0,
             "layers": "all",

@@ -10,6 +10,7 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from openrlhf_alp.alp import attach, calibrate_sigma0
+from openrlhf_alp.alp.calibration import PROBES
 from openrlhf_alp.objective.ratio import k3_kl
 
 BOUNDS = {"sigma_min": 1e-6, "sigma_max": 1.0}
@@ -17,44 +18,53 @@ BOUNDS = {"sigma_min": 1e-6, "sigma_max": 1.0}
 
 @hypothesis_settings(deadline=None)
 @given(
-    factor=st.floats(1e-2, 1e4),
-    exponent=st.floats(1.2, 3.0),
-    answer=st.floats(1e-5, 0.9),
+    floor=st.floats(0, 1e-2),
+    slope=st.floats(1e-1, 1e4),
+    answer=st.floats(1e-3, 0.9),
+    unit=st.floats(1e-2, 10.0),
 )
-def test_any_power_law_is_solved_in_a_few_evaluations(factor, exponent, answer):
-    """KL = factor * sigma**exponent; the answer lies inside the bounds."""
-    calls = []
+def test_floor_and_slope_are_found_from_three_probes(floor, slope, answer, unit):
+    """KL = floor + slope * sigma**2; the target is what the noise adds to the floor."""
+    probed = []
 
     def kl(sigma):
-        calls.append(sigma)
-        return factor * sigma**exponent
+        probed.append(sigma)
+        return floor + slope * sigma**2
 
-    result = calibrate_sigma0(kl, kl(answer), **BOUNDS)
-    assert result.reached_kl == pytest.approx(result.target_kl, rel=0.05)
-    assert result.sigma0 == pytest.approx(answer, rel=0.05)
-    assert result.evaluations == len(calls) - 1 <= 6
+    result = calibrate_sigma0(kl, slope * answer**2, unit=unit, **BOUNDS)
+    assert probed == [probe * unit for probe in PROBES]
+    assert result.sigma0 == pytest.approx(answer, rel=1e-3)
+    assert result.slope == pytest.approx(slope, rel=2e-3)
     assert result.at_bound is None
-    assert all(BOUNDS["sigma_min"] <= sigma <= BOUNDS["sigma_max"] for sigma in calls)
 
 
-def test_a_quadratic_needs_two_evaluations():
-    """From 0.01 the slope 2 jumps straight to sqrt(0.0004) = 0.02."""
-    result = calibrate_sigma0(lambda s: s**2, 4e-4, **BOUNDS)
-    assert (result.evaluations, result.sigma0) == (2, pytest.approx(0.02))
+def test_a_quadratic_is_solved_by_hand():
+    """2e-3 + 4 sigma**2 adds 4e-4 at sqrt(4e-4 / 4) = 0.01."""
+    result = calibrate_sigma0(lambda s: 2e-3 + 4 * s**2, 4e-4, **BOUNDS)
+    assert (result.sigma0, result.floor_kl) == (pytest.approx(0.01), pytest.approx(2e-3))
 
 
-def test_a_saturating_kl_is_solved():
-    """Large noise stops mattering: KL = 2 (1 - exp(-1e4 sigma**2)), flat above 0.02."""
-    result = calibrate_sigma0(
-        lambda s: -2 * math.expm1(-1e4 * s**2), 1.0, start=0.5, max_evaluations=20, **BOUNDS
-    )
-    assert result.sigma0 == pytest.approx(math.sqrt(math.log(2) / 1e4), rel=0.05)
+def test_the_answer_does_not_depend_on_the_bounds_that_it_lies_within():
+    """The floor was once measured at sigma_min; at 0 it read 0, and sigma0 was arbitrary."""
+    answers = {
+        calibrate_sigma0(
+            lambda s: (2e-3 if s else 0.0) + 4 * s**2, 4e-4, sigma_min=low, sigma_max=1.0
+        ).sigma0
+        for low in (0.0, 1e-9, 1e-3)
+    }
+    assert len(answers) == 1
 
 
-def test_noise_below_rounding_is_climbed_out_of():
-    """A bfloat16 model does not see sigma below 1e-3: KL 0 there."""
-    result = calibrate_sigma0(lambda s: s**2 if s > 1e-3 else 0.0, 4e-4, start=1e-6, **BOUNDS)
-    assert result.sigma0 == pytest.approx(0.02, rel=0.05)
+@pytest.mark.parametrize("sign", [1, -1])
+def test_measurement_noise_of_ten_per_cent_moves_sigma0_by_little(sign):
+    """Each probe in turn is off by 10 %; the target is well above the floor's own error."""
+    for disturbed in range(3):
+        calls = iter(range(3))
+
+        def kl(sigma, calls=calls, disturbed=disturbed):
+            return (2e-3 + 4 * sigma**2) * (1 + 0.1 * sign * (next(calls) == disturbed))
+
+        assert calibrate_sigma0(kl, 2e-3, **BOUNDS).sigma0 == pytest.approx(0.0224, rel=0.1)
 
 
 @pytest.mark.parametrize(
@@ -63,14 +73,12 @@ def test_noise_below_rounding_is_climbed_out_of():
 def test_an_unreachable_target_ends_at_the_bound_and_says_so(target, bound, sigma):
     result = calibrate_sigma0(lambda s: s**2, target, **BOUNDS)
     assert (result.at_bound, result.sigma0) == (bound, pytest.approx(sigma))
-    assert result.reached_kl == pytest.approx(sigma**2)
 
 
-def test_the_best_point_is_returned_when_evaluations_run_out():
-    """A step function never comes within 5 %: the nearer side in ratio is 0.9, not 2."""
-    result = calibrate_sigma0(lambda s: 0.9 if s < 0.05 else 2.0, 1.0, **BOUNDS)
-    assert result.evaluations == 10
-    assert result.reached_kl == 0.9
+@pytest.mark.parametrize("kl", [lambda s: 0.0, lambda s: 1e-3, lambda s: 2e-3 - s**2 / 10])
+def test_noise_without_effect_is_an_error(kl):
+    with pytest.raises(ValueError, match=r"give --alp\.sigma0 a"):
+        calibrate_sigma0(kl, 1e-3, **BOUNDS)
 
 
 @pytest.mark.parametrize("target", [0.0, -1.0, math.nan, math.inf])
@@ -80,7 +88,7 @@ def test_a_mismatch_of_zero_or_nan_is_an_error(target):
 
 
 def test_a_non_finite_measurement_is_an_error():
-    with pytest.raises(ValueError, match=r"Lower --alp\.sigma_max"):
+    with pytest.raises(ValueError, match="Look for an overflow"):
         calibrate_sigma0(lambda s: math.nan, 1.0, **BOUNDS)
 
 
@@ -111,8 +119,14 @@ def test_a_real_model_reaches_its_own_bfloat16_mismatch(family, build_model, set
         with perturbation.enabled(update=0, sample_ids=torch.arange(16), attention_mask=mask):
             return k3_kl(measure(model), clean, mask[:, 1:])
 
-    result = calibrate_sigma0(perturbed_kl, target, **BOUNDS)
+    unit = relative_scales(model, perturbation, tokens, mask)[0]
+    result = calibrate_sigma0(perturbed_kl, target, unit=unit, **BOUNDS)
     assert target > 0
     assert result.at_bound is None
-    assert perturbed_kl(result.sigma0) == pytest.approx(target, rel=0.2)
-    assert result.evaluations <= 6
+    assert perturbed_kl(result.sigma0) == pytest.approx(target + result.floor_kl, rel=0.3)
+
+
+def relative_scales(model, perturbation, tokens, mask):
+    with perturbation.observed(mask) as observer, torch.no_grad():
+        model(tokens, attention_mask=mask, use_cache=False)
+    return {layer: figures.scale for layer, figures in observer.figures().items()}

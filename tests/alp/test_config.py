@@ -48,6 +48,8 @@ def test_any_selection_survives_being_written_down(selection):
         ({"sigma_min": -1e-3}, "--alp.sigma_min"),
         ({"sigma_min": 1.0}, "--alp.sigma_max"),
         ({"sigma_max": math.inf}, "--alp.sigma_max"),
+        ({"sigma_scale": "layer"}, "--alp.sigma_scale"),
+        ({"sigma0": None, "sigma_min": 0.0}, "Set --alp.sigma_min 1e-6"),
         ({"seed": 1.5}, "--alp.seed"),
         ({"seed": True}, "--alp.seed"),
     ],
@@ -61,3 +63,9 @@ def test_bad_values_name_the_flag(settings, changes, flag):
 def test_sigma0_may_sit_on_a_bound(settings):
     assert settings(sigma0=0.0).sigma0 == 0.0
     assert settings(sigma0=1.0).sigma0 == 1.0
+
+
+def test_the_upper_bound_follows_the_unit(settings):
+    assert settings(sigma_max=None).upper_bound == 0.1
+    assert settings(sigma_max=None, sigma_scale="relative").upper_bound == 1.0
+    assert settings(sigma_max=0.3, sigma_scale="relative").upper_bound == 0.3

@@ -72,6 +72,19 @@ def weights(actor: Any) -> dict[str, torch.Tensor]:
     return {n: p.detach().clone() for n, p in actor.actor.model.module.named_parameters()}
 
 
+def test_a_learning_rate_of_0_computes_no_gradient_for_sigma(parse: Parse) -> None:
+    actor = build_actor(parse("--alp.enable", *SIGMA, "--alp.lr", "0"))
+    before = weights(actor)
+    status = update(actor)
+    after = weights(actor)
+    assert len(actor.actor_optim.param_groups) == 2
+    assert not actor.trainer.perturbation.delta["0"].requires_grad
+    assert torch.equal(before["alp.delta.0"], after["alp.delta.0"])
+    assert not torch.equal(before["model.norm.weight"], after["model.norm.weight"])
+    assert status["alp/sigma_grad_snr"] == 0.0
+    assert status["alp/layer_last_changed_share"] > 0
+
+
 def test_sigma_has_its_own_group_with_its_own_rate_and_no_decay(parse: Parse) -> None:
     args = parse("--alp.enable", *SIGMA, "--alp.lr", "0.5", "--actor.adam.weight_decay", "0.1")
     actor = build_actor(args)
@@ -141,7 +154,8 @@ def test_a_checkpoint_resumes_with_the_same_sigma_and_the_same_next_noise(
     update(first, seed=1)
     first.save_checkpoint("global_step1", {"global_step": 1})
     resumed = build_actor(parse(*flags))
-    assert not resumed.trainer.needs_calibration
+    assert resumed.trainer.perturbation.start == first.trainer.perturbation.start
+    assert resumed.trainer.perturbation.scales == first.trainer.perturbation.scales
     assert resumed.trainer.perturbation.sigma0 == first.trainer.perturbation.sigma0
     assert resumed.trainer.update_number == first.trainer.update_number == 1
     for layer, sigma in first.trainer.perturbation.sigmas().items():
@@ -150,10 +164,41 @@ def test_a_checkpoint_resumes_with_the_same_sigma_and_the_same_next_noise(
     for actor in (first, resumed):
         torch.manual_seed(3)
         statuses.append(update(actor, seed=2))
-    assert statuses[0]["alp/log_ratio_p99"] == statuses[1]["alp/log_ratio_p99"]
+    for name in ("alp/log_ratio_p99", "alp/mismatch_k3_kl", "alp/noisy_outside_share"):
+        assert statuses[0][name] == statuses[1][name]
     reference = weights(first)
     for name, parameter in weights(resumed).items():
         assert torch.equal(parameter, reference[name]), name
+
+
+def test_another_seed_than_the_checkpoints_is_refused_by_name(parse: Parse) -> None:
+    flags = ("--alp.enable", *SIGMA, "--ckpt.load_enable")
+    first = build_actor(parse(*flags))
+    update(first)
+    first.save_checkpoint("global_step1", {"global_step": 1})
+    with pytest.raises(ValueError, match=r"--alp\.seed is 7, .* Set --alp\.seed 42"):
+        build_actor(parse(*flags, "--alp.seed", "7"))
+    with pytest.raises(ValueError, match=r"Set --alp\.sigma_scale relative"):
+        build_actor(parse(*flags, "--alp.sigma_scale", "absolute"))
+    with pytest.raises(ValueError, match="this run has no sigma"):
+        build_actor(parse(*flags, "--alp.method", "token-bypass"))
+
+
+def test_a_run_without_sigma_continues_with_it(parse: Parse) -> None:
+    flags = ("--alp.enable", "--ckpt.load_enable")
+    first = build_actor(parse(*flags, "--alp.method", "token-bypass"))
+    update(first)
+    first.save_checkpoint("global_step1", {"global_step": 1})
+    resumed = build_actor(parse(*flags))
+    before, after = weights(first), weights(resumed)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert resumed.checkpoint_states["global_step"] == 1
+    status = update(resumed, seed=2)
+    assert status["alp/mismatch_k3_kl"] > 0
+    moved = weights(resumed)
+    # The restored fp32 weights are stepped, not those of the folder that was loaded first.
+    change = (moved["model.norm.weight"] - after["model.norm.weight"]).abs().max()
+    assert 0 < change < 0.02
 
 
 def test_auto_finds_noise_as_large_as_the_mismatch(parse: Parse) -> None:

@@ -21,12 +21,12 @@ RANK = Path(__file__).with_name("zero3_rank.py")
 
 @pytest.mark.e2e
 @pytest.mark.timeout(600)
-def test_zero3_ranks_push_what_they_export(
+def test_zero3_ranks_calibrate_update_push_what_they_export_and_resume(
     parse: Callable[..., SimpleNamespace], tmp_path: Path
 ) -> None:
     world_size = 2
     args = parse(
-        *("--alp.enable", "--alp.sigma0", "0.01", "--ds.zero_stage", "3"),
+        *("--alp.enable", "--alp.sigma0", "auto", "--ds.zero_stage", "3"),
         *("--actor.num_gpus_per_node", str(world_size), "--train.batch_size", str(4 * world_size)),
         *("--rollout.micro_batch_size", "1", "--ds.param_dtype", "bf16"),
     )
@@ -52,6 +52,13 @@ def test_zero3_ranks_push_what_they_export(
             rank.kill()
             rank.wait()
     assert [rank.returncode for rank in ranks] == [0] * world_size, "\n".join(outputs)[-4000:]
+
+    starts = [
+        json.loads(pushed_file.with_suffix(f".rank{rank}.json").read_text())
+        for rank in range(world_size)
+    ]
+    assert starts[0] == starts[1]
+    assert starts[0]["sigma0"] > 1e-6
 
     pushed = load_file(pushed_file)
     exported = load_file(Path(args.ckpt.output_dir) / "model.safetensors")

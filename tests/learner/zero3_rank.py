@@ -1,4 +1,6 @@
-"""One rank of a ZeRO-3 learner: an update, then what it would push. Started by test_weight_sync.py.
+"""One rank of a ZeRO-3 learner: an update, a resumed one, and what the first would push.
+
+Started by test_weight_sync.py:
 
     python zero3_rank.py RANK WORLD_SIZE PORT ARGS.pickle PUSHED.safetensors
 
@@ -12,6 +14,7 @@ import pickle
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
 import deepspeed
@@ -39,18 +42,46 @@ def partly(get_config: Callable[..., dict], num_elements: int) -> Callable[..., 
     return with_threshold
 
 
-def main(rank: int, world_size: int, port: int, args_file: Path, pushed_file: Path) -> None:
+def build_actor(args: SimpleNamespace, *where: object) -> AlpPolicyModelActor:
     from openrlhf.utils import get_strategy
 
-    torch.set_num_threads(1)
-    args = pickle.loads(args_file.read_bytes())
-    actor = AlpPolicyModelActor(world_size, rank, "127.0.0.1", port)
+    actor = AlpPolicyModelActor(*where)
     with seams.installed():
         strategy = get_strategy(args)
     strategy.get_ds_train_config = partly(strategy.get_ds_train_config, PERSISTENT_ELEMENTS)
     actor.init_model_from_pretrained(strategy, args.actor.model_name_or_path, 10, None)
-    actor.append(rollouts(actor, seed=rank))
+    return actor
+
+
+def resume(first: AlpPolicyModelActor, args: SimpleNamespace, *where: object) -> None:
+    """A checkpoint of `first` continues with its sigma, and its next update is the same."""
+    first.save_checkpoint("global_step1", {"global_step": 1})
+    args.ckpt.load_enable = True
+    resumed = build_actor(args, *where)
+    ours, theirs = (actor.trainer.perturbation for actor in (first, resumed))
+    assert ours.get_extra_state() == theirs.get_extra_state()
+    metrics = []
+    for actor in (first, resumed):
+        torch.manual_seed(3)  # the shuffle of the replay buffer
+        actor.append(rollouts(actor, seed=10))
+        metrics.append(actor.fit())
+    for name in ("alp/k3_kl", "alp/sigma_mean", "policy_loss"):
+        assert metrics[0][name] == metrics[1][name], name
+
+
+def main(rank: int, world_size: int, port: int, args_file: Path, pushed_file: Path) -> None:
+    torch.set_num_threads(1)
+    args = pickle.loads(args_file.read_bytes())
+    where = (world_size, rank, "127.0.0.1", port)
+    actor = build_actor(args, *where)
+    batch = rollouts(actor, seed=rank)
+    if rank > 0:
+        # One forward is enough to measure on what is left here, and rank 0 makes two.
+        batch.action_mask[:3] = 0
+    actor.append(batch)
     actor.fit()
+    start = {"sigma0": actor.trainer.perturbation.sigma0, **actor.trainer.perturbation.start}
+    pushed_file.with_suffix(f".rank{rank}.json").write_text(json.dumps(start))
     model = actor.actor.model.module
     gather = mock.patch.object(
         deepspeed.zero, "GatheredParameters", wraps=deepspeed.zero.GatheredParameters
@@ -65,6 +96,7 @@ def main(rank: int, world_size: int, port: int, args_file: Path, pushed_file: Pa
         pushed_file.with_suffix(".json").write_text(json.dumps(report))
     else:
         assert not any(tensor.numel() for tensor in pushed.values())
+    resume(actor, args, *where)
 
 
 if __name__ == "__main__":

@@ -224,7 +224,7 @@ def test_bad_settings_name_the_flag(changes, flag):
 
 
 def test_alp_and_bypass_differ_in_the_noise_only():
-    for level in ("token", "seq"):
+    for level in ("token", "seq", "gspo"):
         alp, bypass = METHODS[f"{level}-alp"], METHODS[f"{level}-bypass"]
         assert alp.ratio == bypass.ratio
         assert alp.perturbed and not bypass.perturbed

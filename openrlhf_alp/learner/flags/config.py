@@ -7,12 +7,13 @@ nothing below the command line parses a flag again.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from openrlhf_alp.alp import PerturbationConfig
 from openrlhf_alp.clients.weights.gpu_carrier import Meeting
-from openrlhf_alp.objective.methods import METHODS, UnifiedRatioConfig
+from openrlhf_alp.objective.methods import MAX_GEOMETRIC_WINDOW, METHODS, UnifiedRatioConfig
 from services.rollout.wire.schemas import WeightTransport
 
 MATH_VERIFY = "math-verify"
@@ -26,28 +27,33 @@ class AlpConfig:
     enable: bool = False
     """Train on the single ratio pi_theta,sigma / mu instead of OpenRLHF's own policy loss."""
     method: str = field(default="token-alp", metadata={"choices": sorted(METHODS)})
-    """Token or sequence ratio with its clip window; *-alp perturbs the forward pass of the update,
-    *-bypass does not."""
+    """Ratio with its clip window: of a token, of a sequence (seq: the product over its tokens,
+    eq. 3; gspo: their geometric mean, averaged over sequences). *-alp perturbs the forward pass of
+    the update, *-bypass does not."""
     noise: PerturbationConfig = field(default_factory=PerturbationConfig)
     calibration_factor: float = 1.0
-    """--alp.sigma0 auto aims at this multiple of the measured mismatch (k3 KL)."""
-    lr: float = 1e-2
-    """Learning rate of log(sigma / sigma0), without weight decay; 0 keeps sigma fixed."""
+    """--alp.sigma0 auto aims at this multiple of the measured mismatch (k3 KL), as far as the clip
+    window has room for it."""
+    lr: float = 5e-4
+    """Learning rate of log(sigma / sigma0), without weight decay; 0 keeps sigma fixed. The gradient
+    is mostly noise (see alp/sigma_grad_snr), and Adam turns noise into a random walk."""
     clip_low_high: tuple[float, float] | None = field(
         default=None, metadata={"metavar": ("LOW", "HIGH")}
     )
     """Clip the ratio to [1-LOW, 1+HIGH]; default: the method's own window."""
     dual_clip: float | None = None
     """Dual clip c for negative advantages; default: the method's own."""
-    sequence_ratio: Literal["product", "geometric"] = "product"
-    """How a sequence method joins its tokens: product of their ratios (eq. 3) or geometric mean."""
+    sequence_ratio: Literal["product", "geometric"] | None = None
+    """How a sequence method joins its tokens; default: the method's own. geometric needs a clip
+    window of its own, which gspo-* have."""
 
     def __post_init__(self) -> None:
-        if self.calibration_factor <= 0:
+        if not 0 < self.calibration_factor < math.inf:
             raise ValueError(
-                f"--alp.calibration_factor is {self.calibration_factor}; it must be above 0"
+                f"--alp.calibration_factor is {self.calibration_factor}; it must be above 0 and "
+                "finite. For no noise at all use --alp.method *-bypass"
             )
-        if self.lr < 0:
+        if not 0 <= self.lr < math.inf:
             raise ValueError(f"--alp.lr is {self.lr}; it must be 0 (fixed sigma) or above")
         self.ratio_config()
 
@@ -68,11 +74,30 @@ class AlpConfig:
             ValueError: a value is out of range; the message names its flag.
         """
         preset = METHODS[self.method].ratio
-        geometric = preset.level == "sequence" and self.sequence_ratio == "geometric"
+        level = preset.level
+        if self.sequence_ratio and level == "token":
+            raise ValueError(
+                f"--alp.sequence_ratio {self.sequence_ratio} has no effect on --alp.method "
+                f"{self.method}, whose ratios are of single tokens. Drop it, or use a method seq-* "
+                "or gspo-*"
+            )
+        if self.sequence_ratio == "product" and level == "geometric":
+            raise ValueError(
+                f"--alp.sequence_ratio product contradicts --alp.method {self.method}, which takes "
+                "the geometric mean. Drop it, or use --alp.method seq-alp or seq-bypass"
+            )
+        if self.sequence_ratio == "geometric":
+            level = "geometric"
         low, high = self.clip_low_high or (preset.clip_low, preset.clip_high)
+        if level == "geometric" and max(low, high) > MAX_GEOMETRIC_WINDOW:
+            raise ValueError(
+                f"the clip window {low} {high} of --alp.clip_low_high or --alp.method is that of a "
+                "product of ratios, which a geometric mean never leaves: nothing would be clipped. "
+                "Use --alp.method gspo-alp or gspo-bypass, or set --alp.clip_low_high 3e-4 4e-4"
+            )
         return replace(
             preset,
-            level="geometric" if geometric else preset.level,
+            level=level,
             clip_low=low,
             clip_high=high,
             dual_clip=preset.dual_clip if self.dual_clip is None else self.dual_clip,

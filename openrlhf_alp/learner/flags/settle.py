@@ -46,6 +46,8 @@ def settle(args: SimpleNamespace) -> SimpleNamespace:
         _settle_alp(args)
     if args.rollout_service.urls:
         _settle_service(args)
+    if args.alp.enable or args.rollout_service.urls:
+        _check_ranks(args)
     _check_transport(args)
     _check_staleness(args.rollout_service)
     _check_preflight(args)
@@ -81,6 +83,9 @@ def _settle_alp(args: SimpleNamespace) -> None:
             "--actor.optim muon has no parameter group for sigma in DeepSpeed. Use "
             "--actor.optim adam with --alp.method *-alp."
         )
+    if args.alp.ratio_config().level == "geometric":
+        # GSPO's gradient weighs every sequence the same; the token mean would weigh by length.
+        args.actor.loss_agg_mode = "seq-mean-token-mean"
     if not args.rollout_service.urls:
         # OpenRLHF's engines return log-probs only when some correction is on. This one has no
         # effect, because the loss that would read it is replaced.
@@ -119,6 +124,17 @@ def _settle_service(args: SimpleNamespace) -> None:
     # With "nccl" upstream would share memory with colocated engines, and ask vLLM for its version.
     args.vllm.sync_backend = "service"
     args.reward.remote_url = args.reward.remote_url or MATH_VERIFY
+
+
+def _check_ranks(args: SimpleNamespace) -> None:
+    num_ranks = args.actor.num_nodes * args.actor.num_gpus_per_node
+    if args.rollout.batch_size < num_ranks:
+        raise ValueError(
+            f"--rollout.batch_size is {args.rollout.batch_size}, but the learner has {num_ranks} "
+            "ranks (--actor.num_nodes times --actor.num_gpus_per_node): with fewer groups than "
+            "ranks some have nothing to train on. Set --rollout.batch_size to a multiple of "
+            f"{num_ranks}, or use fewer ranks."
+        )
 
 
 def _check_transport(args: SimpleNamespace) -> None:

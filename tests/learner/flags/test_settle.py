@@ -32,7 +32,7 @@ def test_a_bypass_method_does_not_perturb(parse: Parse) -> None:
 
 
 def test_alp_and_bypass_share_their_clip_window(parse: Parse) -> None:
-    for level in ("token", "seq"):
+    for level in ("token", "seq", "gspo"):
         windows = {
             (c.clip_low, c.clip_high, c.dual_clip)
             for kind in ("alp", "bypass")
@@ -46,10 +46,30 @@ def test_a_clip_window_given_by_hand_wins(parse: Parse) -> None:
     assert (ratio.clip_low, ratio.clip_high) == (0.1, 0.3)
 
 
-def test_the_geometric_mean_is_a_choice_of_sequence_methods(parse: Parse) -> None:
-    flags = ("--alp.enable", "--alp.sequence_ratio", "geometric")
-    assert parse(*flags, "--alp.method", "seq-alp").alp.ratio_config().level == "geometric"
-    assert parse(*flags, "--alp.method", "token-alp").alp.ratio_config().level == "token"
+@pytest.mark.parametrize("method", ["gspo-alp", "gspo-bypass"])
+def test_the_geometric_mean_has_gspos_window_and_weighs_sequences_the_same(
+    parse: Parse, method: str
+) -> None:
+    args = parse("--alp.enable", "--alp.method", method)
+    ratio = args.alp.ratio_config()
+    assert (ratio.level, ratio.clip_low, ratio.clip_high) == ("geometric", 3e-4, 4e-4)
+    assert args.actor.loss_agg_mode == "seq-mean-token-mean"
+    assert args.alp.perturbed == (method == "gspo-alp")
+
+
+def test_a_geometric_mean_with_a_window_given_by_hand_is_a_choice_of_seq_methods(
+    parse: Parse,
+) -> None:
+    window = ("--alp.clip_low_high", "1e-3", "2e-3")
+    args = parse(
+        *("--alp.enable", "--alp.method", "seq-alp", "--alp.sequence_ratio", "geometric"), *window
+    )
+    ratio = args.alp.ratio_config()
+    assert (ratio.level, ratio.clip_low, ratio.clip_high) == ("geometric", 1e-3, 2e-3)
+    assert args.actor.loss_agg_mode == "seq-mean-token-mean"
+
+
+SEQ_GEOMETRIC = ["--alp.enable", "--alp.method", "seq-bypass", "--alp.sequence_ratio", "geometric"]
 
 
 def test_without_a_service_upstreams_engines_are_asked_for_log_probs(parse: Parse) -> None:
@@ -73,7 +93,34 @@ def test_with_a_service_there_is_one_engine_per_url(parse: Parse, service_keys: 
         ),
         (["--alp.enable", "--actor.optim", "muon"], "--actor.optim muon"),
         (["--alp.enable", "--ds.ring_attn_size", "2"], "ring attention"),
-        (["--alp.enable", "--alp.sigma0", "0.5"], "--alp.sigma0 is 0.5"),
+        (["--alp.enable", "--alp.sigma0", "2"], "--alp.sigma0 is 2"),
+        (
+            ["--alp.enable", "--alp.sigma0", "0.5", "--alp.sigma_scale", "absolute"],
+            r"--alp.sigma0 is 0.5; it must lie in \[1e-06, 0.1\]",
+        ),
+        (
+            ["--alp.enable", "--alp.sigma_min", "0", "--alp.sigma_scale", "absolute"],
+            "Set --alp.sigma_min 1e-6",
+        ),
+        (SEQ_GEOMETRIC, "Use --alp.method gspo-alp"),
+        ([*SEQ_GEOMETRIC, "--alp.clip_low_high", "0.2", "0.28"], "Use --alp.method gspo-alp"),
+        (
+            ["--alp.enable", "--alp.method", "gspo-alp", "--alp.clip_low_high", "0.5", "3"],
+            "set --alp.clip_low_high 3e-4 4e-4",
+        ),
+        (
+            ["--alp.enable", "--alp.method", "gspo-alp", "--alp.sequence_ratio", "product"],
+            "use --alp.method seq-alp",
+        ),
+        (["--alp.enable", "--alp.sequence_ratio", "geometric"], "no effect on --alp.method token"),
+        (
+            ["--alp.enable", "--actor.num_gpus_per_node", "4", "--train.batch_size", "8"],
+            "--rollout.batch_size is 2, but the learner has 4",
+        ),
+        (["--alp.enable", "--alp.lr", "inf"], "--alp.lr is inf"),
+        (["--alp.enable", "--alp.lr", "nan"], "--alp.lr is nan"),
+        (["--alp.enable", "--alp.dual_clip", "1"], "Set 10, or inf"),
+        (["--alp.enable", "--alp.dual_clip", "nan"], "--alp.dual_clip is nan"),
         (["--alp.enable", "--alp.sigma_min", "1"], "--alp.sigma_min is 1"),
         (["--alp.enable", "--alp.lr", "-1"], "--alp.lr is -1"),
         (["--alp.enable", "--alp.dual_clip", "0.5"], "--alp.dual_clip is 0.5"),

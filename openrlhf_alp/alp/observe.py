@@ -1,0 +1,181 @@
+"""What the perturbed layers see: hidden states and their noise, and the gradient of sigma.
+
+Letters: B samples, T tokens, N = B * T rows, M valid rows, D hidden size.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+_MAX_ROWS = 1024
+"""Rows of one layer that are looked at, evenly spaced: a median of 1024 x D entries is exact enough
+for a unit, and sorting all of a long micro-batch would cost more than its forward pass."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rows:
+    """Which rows of a micro-batch's hidden states are real tokens."""
+
+    batch_shape: tuple[int, int]  # (B, T)
+    valid: Tensor | None  # (N,) bool, real tokens; None when all are
+    num_valid: int
+
+    @classmethod
+    def of(cls, attention_mask: Tensor) -> "Rows":
+        """From a mask (B, T), true at real tokens."""
+        valid = attention_mask.bool().flatten()
+        num_valid = int(valid.sum())
+        return cls(
+            batch_shape=(attention_mask.shape[0], attention_mask.shape[1]),
+            valid=None if num_valid == valid.numel() else valid,
+            num_valid=num_valid,
+        )
+
+    def is_packed(self, hidden_states: Tensor) -> bool:
+        """OpenRLHF removes the padding and joins the samples into one row, in order."""
+        return tuple(hidden_states.shape[:-1]) != self.batch_shape
+
+    def valid_of(self, layer: int, hidden_states: Tensor) -> Tensor | None:
+        """(N,) bool of the rows that are real tokens; None when all are.
+
+        Raises:
+            ValueError: hidden states of another shape than the mask, padded or packed.
+        """
+        if not self.is_packed(hidden_states):
+            return self.valid
+        if tuple(hidden_states.shape[:-1]) != (1, self.num_valid):
+            num_samples, num_tokens = self.batch_shape
+            raise ValueError(
+                f"layer {layer} received hidden states {tuple(hidden_states.shape)}; "
+                f"the attention mask is {num_samples} x {num_tokens} with {self.num_valid} real "
+                f"tokens, so they must be ({num_samples}, {num_tokens}, D) or, packed, "
+                f"(1, {self.num_valid}, D)"
+            )
+        return None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerFigures:
+    """Of the input of one layer, over its real tokens."""
+
+    scale: float
+    """Median |h| before the layer's own noise."""
+    changed_share: float
+    """Fraction of entries that the noise changed after rounding to the model's dtype; 0 without
+    noise."""
+
+
+class LayerObserver:
+    """Scale of the hidden states of each layer, and the share of entries that noise changed."""
+
+    def __init__(self) -> None:
+        self._figures: dict[int, Tensor] = {}
+
+    @torch.no_grad()
+    def see(self, layer: int, before: Tensor, after: Tensor, valid: Tensor | None) -> None:
+        """Record one forward of a layer; gradient checkpointing's second one is ignored.
+
+        Args:
+            layer: its index.
+            before, after: (.., D) without and with the layer's noise.
+            valid: (N,) bool, rows that count; None for all.
+        """
+        if layer in self._figures:
+            return
+        rows = before.shape[:-1].numel()
+        chosen = torch.arange(rows, device=before.device)
+        if valid is not None:
+            chosen = chosen[valid.to(before.device)]
+        if chosen.numel() == 0:
+            return
+        chosen = chosen[:: -(-chosen.numel() // _MAX_ROWS)]
+        clean, noisy = (h.reshape(rows, -1)[chosen] for h in (before, after))
+        wide = torch.promote_types(clean.dtype, torch.float32)
+        scale = clean.to(wide).abs().flatten().median()
+        # Kept on the device: reading a number for each layer would stall the forward pass.
+        self._figures[layer] = torch.stack([scale, (noisy != clean).to(wide).mean()])
+
+    def figures(self) -> dict[int, LayerFigures]:
+        """What was seen, by layer; empty without a real token."""
+        return {
+            layer: LayerFigures(scale=pair[0], changed_share=pair[1])
+            for layer, pair in ((k, v.tolist()) for k, v in self._figures.items())
+        }
+
+
+def layer_metrics(
+    figures: Mapping[int, LayerFigures], sigmas: Mapping[int, Tensor]
+) -> dict[str, float]:
+    """`alp/layer_*` of the first, middle and last perturbed layer, and the extremes of all.
+
+    Args:
+        figures: from `LayerObserver.figures`; without any the result is empty.
+        sigmas: of each of these layers, (D,) or (1,), in the unit of the hidden states.
+    """
+    if not figures:
+        return {}
+    order = sorted(figures)
+    # Guarded, since hidden states of 0 would make the ratio infinite.
+    ratios = {
+        layer: sigmas[layer].median().item() / max(figures[layer].scale, 1e-30) for layer in order
+    }
+    changed = [figure.changed_share for figure in figures.values()]
+    metrics = {
+        "alp/layer_sigma_over_scale_min": min(ratios.values()),
+        "alp/layer_sigma_over_scale_max": max(ratios.values()),
+        "alp/layer_changed_share_min": min(changed),
+        "alp/layer_changed_share_max": max(changed),
+    }
+    for name, layer in zip(
+        ("first", "middle", "last"), (order[0], order[len(order) // 2], order[-1]), strict=True
+    ):
+        metrics[f"alp/layer_{name}_scale"] = figures[layer].scale
+        metrics[f"alp/layer_{name}_sigma_over_scale"] = ratios[layer]
+        metrics[f"alp/layer_{name}_changed_share"] = figures[layer].changed_share
+    return metrics
+
+
+class SigmaGradients:
+    """Signal-to-noise of the gradient of log sigma over the micro-batches of a step.
+
+    With M micro-batches whose gradients g_m of one entry have mean m and variance v, the mean of
+    pure noise has E[m**2] = v / M. The ratio of these two, each summed over all entries, is 1 for
+    noise and grows with M when there is a signal.
+    """
+
+    def __init__(self) -> None:
+        self._sums: dict[int, Tensor] = {}
+        self._counts: dict[int, int] = {}
+
+    def add(self, layer: int, gradient: Tensor) -> None:
+        """Add one micro-batch's d loss / d delta of a layer, (D,) or (1,)."""
+        wide = gradient.detach().double()
+        both = torch.stack([wide, wide.square()])
+        self._sums[layer] = self._sums[layer] + both if layer in self._sums else both
+        self._counts[layer] = self._counts.get(layer, 0) + 1
+
+    def take(self) -> Tensor:
+        """(1 + 2 E,) float64: M, then sums and sums of squares of all E entries; starts anew.
+
+        Those of several ranks may be added. Empty when no gradient was computed.
+        """
+        sums, count = self._sums, max(self._counts.values(), default=0)
+        self._sums, self._counts = {}, {}
+        if not count:
+            return torch.zeros(0, dtype=torch.float64)
+        entries = torch.cat([sums[layer] for layer in sorted(sums)], dim=1).flatten().cpu()
+        return torch.cat([torch.tensor([float(count)], dtype=torch.float64), entries])
+
+
+def signal_to_noise(taken: Tensor) -> float:
+    """Of what `SigmaGradients.take` gave, or of its sum over ranks; 0 with fewer than 2."""
+    if taken.numel() == 0 or taken[0] < 2:
+        return 0.0
+    count = taken[0]
+    total, squares = taken[1:].view(2, -1)
+    mean = total / count
+    variance = (squares / count - mean.square()).clamp(min=0) * count / (count - 1)
+    noise = variance.sum() / count
+    return (mean.square().sum() / noise).item() if noise > 0 else 0.0
