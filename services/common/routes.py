@@ -22,6 +22,7 @@ from starlette.responses import Response, StreamingResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from services.common.errors import ApiError, ClientGone
+from services.common.json_body import check_containers
 from services.common.wire import JSON_TYPE, MSGPACK_TYPE, NDJSON_TYPE, decode, encode, media_type_of
 
 Result = TypeVar("Result")
@@ -95,8 +96,11 @@ class _WireRequest(Request):
 
     async def json(self) -> Any:
         if not hasattr(self, "_json"):
+            body = await self.body()
+            if self._wire_type == JSON_TYPE:
+                check_containers(body)
             try:
-                self._json = decode(await self.body(), self._wire_type)
+                self._json = decode(body, self._wire_type)
             except ValueError as error:
                 raise ApiError(
                     422,

@@ -9,6 +9,7 @@ from fastapi.responses import JSONResponse, PlainTextResponse, StreamingResponse
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
 from services.common.errors import ErrorBody, install_error_handlers
+from services.common.json_body import JsonRoute
 from services.common.middleware import install_middleware
 from services.common.routes import ItemStream, KeyGuard, while_connected
 from services.tool.api.fusion import fusion_routes
@@ -26,7 +27,7 @@ from services.tool.wire.schemas import (
 )
 
 _ERRORS: dict[int | str, dict[str, Any]] = {
-    status: {"model": ErrorBody} for status in (401, 413, 422, 429, 503)
+    status: {"model": ErrorBody} for status in (401, 408, 413, 422, 429, 503)
 }
 FUNCTION_SCHEMA: dict[str, Any] = {
     "type": "function",
@@ -119,7 +120,8 @@ def create_app(service: ToolService, settings: ToolSettings, *, api_key: str | N
     )
     install_error_handlers(app, ERRORS)
     level = {"X-Sandbox-Level": service.isolation.level}
-    install_middleware(app, max_body_bytes=settings.max_body_bytes, headers=level)
+    keys = () if api_key is None else (api_key,)
+    install_middleware(app, keys=keys, max_body_bytes=settings.max_body_bytes, headers=level)
     guarded = [] if api_key is None else [Depends(KeyGuard(api_key))]
     # Probes stay open: an orchestrator has no key.
     for router in (_execution_routes(service), session_routes(service), fusion_routes(service)):
@@ -130,7 +132,7 @@ def create_app(service: ToolService, settings: ToolSettings, *, api_key: str | N
 
 
 def _execution_routes(service: ToolService) -> APIRouter:
-    router = APIRouter(prefix="/v1", tags=["execution"])
+    router = APIRouter(prefix="/v1", route_class=JsonRoute, tags=["execution"])
 
     @router.post("/execute", responses=EXECUTE_RESPONSES)
     async def execute(body: ExecuteRequest, request: Request) -> ExecuteResult:

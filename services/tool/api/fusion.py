@@ -16,6 +16,7 @@ from fastapi import APIRouter, Request
 from pydantic import BaseModel, Field, TypeAdapter, ValidationError
 
 from services.common.errors import ErrorSpec
+from services.common.json_body import JsonRoute
 from services.common.routes import while_connected
 from services.tool.rules import LimitError, OverloadedError
 from services.tool.sandbox.host.session import SessionFileError, SessionLostError
@@ -123,7 +124,7 @@ class RunJupyterResponse(_Response):
 
 def fusion_routes(service: ToolService) -> APIRouter:
     """Routes of SandboxFusion's contract."""
-    router = APIRouter(tags=["SandboxFusion"])
+    router = APIRouter(route_class=JsonRoute, tags=["SandboxFusion"])
 
     @router.post("/run_code", responses=_RESPONSES)
     async def run_code(body: RunCodeRequest, request: Request) -> RunCodeResponse:
