@@ -23,7 +23,7 @@ from services.rollout.settings import RolloutSettings
 from services.rollout.wire.schemas import Contract, Health, WeightsStatus
 
 _ERRORS: dict[int | str, dict[str, Any]] = {
-    status: {"model": ErrorBody} for status in (401, 408, 413, 422, 503)
+    status: {"model": ErrorBody} for status in (400, 401, 408, 413, 422, 503)
 }
 
 
@@ -46,6 +46,8 @@ def create_app(
         title="openrlhf-alp rollout service",
         version="1",
         lifespan=lifespan,
+        # A redirect would name whatever host the request named.
+        redirect_slashes=False,
         # FastAPI's documentation pages load scripts from the Internet, which may be out of reach.
         docs_url=None,
         redoc_url=None,
