@@ -54,3 +54,14 @@ async def test_what_is_no_json_is_told_quickly(body: bytes) -> None:
     with pytest.raises((json.JSONDecodeError, ApiError)):
         await parse_json(body)
     assert time.process_time() - started < 2
+
+
+async def test_only_utf_8_is_json() -> None:
+    """U+2200 holds the byte of a quote: a scanner of UTF-16 would take lists for strings."""
+    assert await parse_json(b"\xef\xbb\xbf[1]") == [1]
+    text = '["\u2200",' + "[]," * 1_000_000 + "[]]"
+    for encoding in ("utf-16", "utf-16-le", "utf-32-be"):
+        started = time.process_time()
+        with pytest.raises((ValueError, ApiError)):
+            await parse_json(text.encode(encoding))
+        assert time.process_time() - started < 2
