@@ -34,9 +34,11 @@ _REFUSALS = {
 }
 
 
-def _share_of_descriptors() -> int:
+def _share_of_descriptors(share: float) -> int:
+    """Connections that `share` of this process's descriptors allows; 512 at most, for memory."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     # Each program that runs and each launcher needs descriptors too.
-    return max(16, min(512, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4))
+    return 512 if soft == resource.RLIM_INFINITY else max(16, min(512, int(soft * share)))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,16 +66,16 @@ class ConnectionLimits:
     refused_bytes: int = 16 * 2**20
     """Bytes read and dropped of a body that was refused, so that its sender reads the answer."""
 
-    max_strangers: int = _share_of_descriptors()
+    max_strangers: int = _share_of_descriptors(1 / 2)
     """Connections without a key. One more closes the oldest."""
 
-    max_young: int = _share_of_descriptors() // 4
+    max_young: int = _share_of_descriptors(1 / 8)
     """Connections without a key, beyond which those older than `young_s` are closed."""
 
     young_s: float = 1.0
     """Seconds in which a caller with a key should have sent its first head, even in a burst."""
 
-    max_idle: int = _share_of_descriptors()
+    max_idle: int = _share_of_descriptors(1 / 4)
     """Connections between two requests. One more closes the one that was idle longest."""
 
 
@@ -228,6 +230,9 @@ class Peer(HttpToolsProtocol):
     def resume_writing(self) -> None:
         super().resume_writing()
         self._disarm("unread")
+
+    def _unsupported_upgrade_warning(self) -> None:
+        """Ignore the upgrade, as HTTP allows; a warning each would let strangers fill the log."""
 
     def _watch_unread(self, before: int | None = None) -> None:
         """Drop the connection when its caller reads nothing of a reply for `unread_s`."""

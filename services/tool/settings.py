@@ -45,7 +45,7 @@ class ToolSettings(ServiceSettings):
     """Slots kept ready per preset and launcher."""
     slots: int = Field(default=len(os.sched_getaffinity(0)), ge=1)
     """Executions at a time; one per usable core keeps time limits independent of load."""
-    max_queue: int = 4096
+    max_queue: int = 512
     """Executions that may wait for a slot."""
     max_wait_s: float = 30.0
     """Longest wait for a slot when the caller names no deadline."""

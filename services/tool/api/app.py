@@ -86,7 +86,7 @@ _BY_STATUS = {
         "sandbox_error",
         message="the sandbox process died while the code ran; a retry runs it again",
     ),
-    "overloaded": _result("overloaded", message="4096 executions are already waiting"),
+    "overloaded": _result("overloaded", message="512 executions are already waiting"),
 }
 EXECUTE_RESPONSES: dict[int | str, dict[str, Any]] = {
     200: {"content": {"application/json": {"examples": _BY_STATUS}}}

@@ -18,7 +18,6 @@ from pydantic import Field
 from starlette.routing import Route
 
 from services.common.errors import to_api_error
-from services.common.routes import KeyedApp
 from services.tool.errors import ERRORS
 from services.tool.rules import utf8
 from services.tool.service import ToolService
@@ -141,9 +140,10 @@ def build_mcp_server(service: ToolService) -> MCPServer:
 
 
 def mcp_route(server: MCPServer, api_key: str | None, idle_s: float) -> Route:
-    """The route /mcp, behind the key if there is one.
+    """The route /mcp.
 
     Args:
+        api_key: what the app's KeyGate asks for; None for an open loopback.
         idle_s: seconds without a request after which a connection is forgotten.
     """
     # The SDK's check of the Host header guards an open loopback server against DNS rebinding.
@@ -158,5 +158,4 @@ def mcp_route(server: MCPServer, api_key: str | None, idle_s: float) -> Route:
         session_idle_timeout=idle_s,
         max_sessions=_MAX_CONNECTIONS,
     )
-    app = inner if api_key is None else KeyedApp(inner, api_key)
-    return Route("/mcp", endpoint=app, include_in_schema=False)
+    return Route("/mcp", endpoint=inner, include_in_schema=False)
