@@ -23,6 +23,7 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
+from starlette.routing import Match
 
 from services.common.logging import current_request_id
 
@@ -167,7 +168,7 @@ def install_error_handlers(app: FastAPI, table: ErrorTable) -> None:
         if isinstance(error, RequestValidationError):
             return error_response(_of_validation_error(request, error))
         if isinstance(error, HTTPException) and not isinstance(error, ApiError):
-            return error_response(_of_http_error(error))
+            return error_response(_of_http_error(request, error))
         return error_response(to_api_error(error, table))
 
     answered: list[type[Exception]] = [RequestValidationError, HTTPException, *_SHARED, *table]
@@ -228,7 +229,7 @@ _HTTP_FIXES = {
 }
 
 
-def _of_http_error(error: HTTPException) -> ApiError:
+def _of_http_error(request: Request, error: HTTPException) -> ApiError:
     code, fix = _HTTP_FIXES.get(error.status_code, ("http_error", "See /openapi.json."))
     return ApiError(
         error.status_code,
@@ -236,5 +237,14 @@ def _of_http_error(error: HTTPException) -> ApiError:
         str(error.detail),
         fix=fix,
         field="body" if error.status_code == 400 else None,
-        headers=error.headers,
+        headers={"Allow": _methods(request)} if error.status_code == 405 else error.headers,
     )
+
+
+def _methods(request: Request) -> str:
+    """All methods of a path; Starlette names those of the first route that has it."""
+    methods: set[str] = set()
+    for route in request.app.routes:
+        if route.matches(request.scope)[0] is not Match.NONE:
+            methods |= getattr(route, "methods", None) or set()
+    return ", ".join(sorted(methods))

@@ -4,6 +4,7 @@ KeyGuard, KeyedApp   bearer keys, checked before a body is read
 WireRoute, reply     JSON and msgpack alike, in both directions
 while_connected      work that stops when nobody is there to receive its result
 ItemStream           many results in one reply, each as soon as it is ready
+BoundedItemStream    the same, with a limit on results that nobody has read
 """
 
 import asyncio
@@ -22,6 +23,7 @@ from starlette.responses import Response, StreamingResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from services.common.errors import ApiError, ClientGone
+from services.common.json_body import check_containers
 from services.common.wire import JSON_TYPE, MSGPACK_TYPE, NDJSON_TYPE, decode, encode, media_type_of
 
 Result = TypeVar("Result")
@@ -95,8 +97,11 @@ class _WireRequest(Request):
 
     async def json(self) -> Any:
         if not hasattr(self, "_json"):
+            body = await self.body()
+            if self._wire_type == JSON_TYPE:
+                check_containers(body)
             try:
-                self._json = decode(await self.body(), self._wire_type)
+                self._json = decode(body, self._wire_type)
             except ValueError as error:
                 raise ApiError(
                     422,
@@ -212,3 +217,89 @@ async def _items(
             task.cancel()
         # Cancelled jobs still clean up; the reply ends after them, with their slots free again.
         await asyncio.gather(*tasks, return_exceptions=True)
+
+
+Job = tuple[int, Callable[[], Coroutine[Any, Any, BaseModel]]]
+"""Largest size of a result in bytes, and what makes it."""
+
+
+class SendBudget:
+    """Bytes of results that callers have not read yet, over all replies of a service.
+
+    Args:
+        limit_bytes: largest sum; a result that is larger on its own waits until nothing is held.
+    """
+
+    def __init__(self, limit_bytes: int) -> None:
+        self._limit_bytes = limit_bytes
+        self._waiters: list[asyncio.Future[None]] = []
+        self.held_bytes = 0
+
+    async def reserve(self, size_bytes: int) -> None:
+        """Wait until `size_bytes` more fit."""
+        while self.held_bytes and self.held_bytes + size_bytes > self._limit_bytes:
+            waiter = asyncio.get_running_loop().create_future()
+            self._waiters.append(waiter)
+            await waiter
+        self.held_bytes += size_bytes
+
+    def release(self, size_bytes: int) -> None:
+        """Give back what was reserved."""
+        self.held_bytes -= size_bytes
+        for waiter in self._waiters:
+            if not waiter.done():  # it is when its reply was cancelled
+                waiter.set_result(None)
+        self._waiters.clear()
+
+
+class BoundedItemStream(StreamingResponse):
+    """Like an ItemStream of JSON lines, but what its caller has not read holds up what follows.
+
+    Args:
+        jobs: started in this order, each when its result fits; they catch their own errors.
+        window: results that are made or wait to be read at a time.
+        budget: bytes of such results, over all streams.
+    """
+
+    media_type = NDJSON_TYPE
+
+    def __init__(self, jobs: Sequence[Job], *, window: int, budget: SendBudget) -> None:
+        super().__init__(_bounded_items(jobs, window, budget))
+
+
+async def _bounded_items(
+    jobs: Sequence[Job], window: int, budget: SendBudget
+) -> AsyncIterator[bytes]:
+    ready: asyncio.Queue[tuple[bytes | Exception, asyncio.Event]] = asyncio.Queue()
+    left = iter(jobs)
+
+    async def work() -> None:
+        for size_bytes, job in left:
+            await budget.reserve(size_bytes)
+            sent = asyncio.Event()
+            try:
+                ready.put_nowait((await _line(job), sent))
+                await sent.wait()
+            finally:
+                budget.release(size_bytes)
+
+    workers = [asyncio.ensure_future(work()) for _ in range(min(window, len(jobs)))]
+    try:
+        for _ in jobs:
+            line, sent = await ready.get()
+            if isinstance(line, Exception):
+                raise line
+            yield line
+            sent.set()
+    finally:
+        for worker in workers:
+            worker.cancel()
+        # Cancelled jobs still clean up; the reply ends after them, with their slots free again.
+        await asyncio.gather(*workers, return_exceptions=True)
+
+
+async def _line(job: Callable[[], Coroutine[Any, Any, BaseModel]]) -> bytes | Exception:
+    try:
+        return encode(await job(), JSON_TYPE) + b"\n"
+    except Exception as error:  # raised where the reply is made, which ends it
+        return error

@@ -15,6 +15,7 @@ import uvicorn
 import uvloop
 from starlette.types import ASGIApp
 
+from services.common.connections import ConnectionLimits, Crowd
 from services.common.errors import ConfigError
 
 logger = logging.getLogger(__name__)
@@ -93,8 +94,33 @@ class _Server(uvicorn.Server):
                 loop.remove_signal_handler(signum)
 
 
+def server_config(
+    app: ASGIApp, *, drain_s: float = 10.0, limits: ConnectionLimits | None = None
+) -> uvicorn.Config:
+    """How every service is served. Arguments as of `serve`."""
+    crowd = Crowd(ConnectionLimits() if limits is None else limits)
+    return uvicorn.Config(
+        app,
+        # uvicorn calls it as it would call a class of protocols.
+        http=crowd.connection,  # type: ignore[arg-type]
+        # No route is one; their handshake has limits of its own.
+        ws="none",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        # Clients pool connections; one closed between two requests of theirs costs a retry.
+        timeout_keep_alive=75,
+        timeout_graceful_shutdown=max(1, round(drain_s)),
+    )
+
+
 async def serve(
-    app: ASGIApp, sock: socket.socket, *, url_file: Path | None = None, drain_s: float = 10.0
+    app: ASGIApp,
+    sock: socket.socket,
+    *,
+    url_file: Path | None = None,
+    drain_s: float = 10.0,
+    limits: ConnectionLimits | None = None,
 ) -> None:
     """Serve `app` on a bound socket until SIGINT or SIGTERM, then let open requests end.
 
@@ -103,19 +129,12 @@ async def serve(
         sock: from `bind_socket`; closed on return.
         url_file: written when the service accepts connections, removed on return.
         drain_s: seconds that open requests get after a stop signal before they are cancelled.
+        limits: what connections may cost.
 
     Raises:
         ConfigError: the app's own start-up failed.
     """
-    config = uvicorn.Config(
-        app,
-        log_config=None,
-        access_log=False,
-        server_header=False,
-        # Clients pool connections; one closed between two requests of theirs costs a retry.
-        timeout_keep_alive=75,
-        timeout_graceful_shutdown=max(1, round(drain_s)),
-    )
+    config = server_config(app, drain_s=drain_s, limits=limits)
     # What is loaded by now lives as long as the process, so the garbage collector may skip it.
     gc.collect()
     gc.freeze()

@@ -1,6 +1,7 @@
 """What a caller sees of each exception of the tool service, over REST and MCP alike."""
 
 from services.common.errors import ErrorSpec, ErrorTable
+from services.tool.kept import RequestConflictError
 from services.tool.rules import LimitError, OverloadedError
 from services.tool.sandbox.host.session import SessionFileError
 from services.tool.sessions import (
@@ -53,6 +54,12 @@ ERRORS: ErrorTable = {
     ),
     StepConflictError: ErrorSpec(
         409, "step_conflict", fix="GET the session for the number of the next step.", field="step"
+    ),
+    RequestConflictError: ErrorSpec(
+        409,
+        "request_id_reused",
+        fix="Use a new request_id for every program.",
+        field="request_id",
     ),
     SessionFileError: lambda error: _FILE_MISSING if error.missing else _FILE_REFUSED,
     **dict.fromkeys(OPENING_ERRORS, _SANDBOX_FAILED),

@@ -1,17 +1,19 @@
 """The rules of an execution, the same for single programs and for cells of sessions.
 
     arrive -> [asks for more than a ceiling: reject]
-           -> [queue full, or the expected wait exceeds the deadline: refuse at once]
+           -> [queue full: refuse at once]
            -> wait in order of arrival -> [deadline passes: refuse] -> run -> count, answer
 
-The expected wait is the number ahead, divided by the slots, times a running mean of recent
-execution times.
+Nobody is refused because of what programs took before: a queue of quick programs behind slow ones
+moves fast, and nothing says which it is. The expected wait only tells a refused caller when to
+come back: the number ahead, divided by the slots, times the mean of the latest execution times.
 """
 
 import asyncio
 import contextlib
 import math
 import time
+from collections import deque
 from collections.abc import AsyncIterator, Iterator
 
 from services.tool import metrics
@@ -26,8 +28,9 @@ from services.tool.wire.schemas import (
     Usage,
 )
 
-_MEAN_WEIGHT = 0.05
 _FIRST_MEAN_S = 0.01
+_NUM_RECENT = 16
+"""Executions in the mean behind Retry-After; a change of load shows within as many."""
 _CPU_PER_WALL = 4
 """CPU seconds per second of wall time, where a request names no CPU limit."""
 _BYTE_FIELDS = {"code": "--max-code-bytes", "files": "--max-file-bytes"}
@@ -68,24 +71,26 @@ class Admission:
         self.waiting = 0
         self.running = 0
         self._semaphore = asyncio.Semaphore(slots)
-        self._mean_s = _FIRST_MEAN_S
+        self._recent_s = deque([_FIRST_MEAN_S], maxlen=_NUM_RECENT)
 
     def expected_wait_s(self) -> float:
         """Seconds a newcomer has to expect."""
         if self.running < self.slots:
             return 0.0
-        return (self.waiting + 1) / self.slots * self._mean_s
+        mean_s = sum(self._recent_s) / len(self._recent_s)
+        return (self.waiting + 1) / self.slots * mean_s
 
     @contextlib.asynccontextmanager
     async def slot(self, deadline_s: float) -> AsyncIterator[float]:
-        """Hold one slot; yields the seconds spent waiting. Raises OverloadedError."""
-        expected_s = self.expected_wait_s()
-        if self.waiting >= self.max_queue:
-            raise OverloadedError(f"{self.waiting} executions are already waiting", expected_s)
-        if expected_s > deadline_s:
+        """Hold one slot; yields the seconds spent waiting.
+
+        Raises:
+            OverloadedError: the queue is full, or no slot became free within `deadline_s`. A slot
+                that is free is given also after the deadline.
+        """
+        if self.waiting >= self.max_queue and self._semaphore.locked():
             raise OverloadedError(
-                f"the expected wait is {expected_s:.1f} s, the deadline {deadline_s:.1f} s",
-                expected_s,
+                f"{self.waiting} executions are already waiting", self.expected_wait_s()
             )
         arrived = time.perf_counter()
         await self._enter(deadline_s)
@@ -96,8 +101,7 @@ class Admission:
         finally:
             self.running -= 1
             self._semaphore.release()
-            # A running mean, so that a change of load shows within some twenty executions.
-            self._mean_s += _MEAN_WEIGHT * (time.perf_counter() - started - self._mean_s)
+            self._recent_s.append(time.perf_counter() - started)
 
     async def _enter(self, deadline_s: float) -> None:
         # Most requests find a free slot, and take it without setting up a timer.
@@ -110,7 +114,7 @@ class Admission:
                 await self._semaphore.acquire()
         except TimeoutError:
             raise OverloadedError(
-                f"no slot became free within {deadline_s:.1f} s", self.expected_wait_s()
+                f"no slot became free within {max(0.0, deadline_s):.1f} s", self.expected_wait_s()
             ) from None
         finally:
             self.waiting -= 1
@@ -155,6 +159,14 @@ class ExecutionRules:
             fetch_bytes=settings.max_file_bytes,
         )
 
+    def largest_result_bytes(self, request: ExecuteRequest) -> int:
+        """Memory that the result of `request` may take: two streams of text, and files."""
+        settings = self.settings
+        asked = request.output_bytes or settings.default_output_bytes
+        # Bytes that are no UTF-8 become characters of 2 bytes, and of 3 on the wire.
+        streams = 2 * 3 * min(asked, settings.max_output_bytes)
+        return streams + (2 * settings.max_file_bytes if request.fetch else 0)
+
     def check_files(self, files: dict[str, str]) -> None:
         """Check the size of base64 contents. Raises LimitError."""
         # From the length alone: decoding megabytes here would block the event loop.
@@ -167,10 +179,16 @@ class ExecutionRules:
         if given > largest:
             raise LimitError(field, given, largest)
 
-    def slot(self, deadline_s: float | None) -> contextlib.AbstractAsyncContextManager[float]:
-        """Hold one slot, as `Admission.slot`; without a deadline wait at most --max-wait-s."""
-        wait_s = self.settings.max_wait_s if deadline_s is None else deadline_s
-        return self.admission.slot(wait_s)
+    @contextlib.asynccontextmanager
+    async def slot(self, deadline_s: float | None, waited_s: float = 0.0) -> AsyncIterator[float]:
+        """Hold one slot, as `Admission.slot`; without a deadline wait at most --max-wait-s.
+
+        Args:
+            waited_s: seconds that were spent waiting before.
+        """
+        longest_s = self.settings.max_wait_s if deadline_s is None else deadline_s
+        async with self.admission.slot(longest_s - waited_s) as queue_s:
+            yield waited_s + queue_s
 
     @contextlib.contextmanager
     def counting_refusals(self) -> Iterator[None]:

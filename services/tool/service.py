@@ -2,18 +2,20 @@
 
     api/                routes
       -> service.py     single programs          sessions.py   live interpreters
-        -> rules.py     ceilings, admission, counting
+        -> rules.py     ceilings, admission, counting       kept.py       answers kept for retries
         -> sandbox/     slots for programs       isolation.py  tries out the sandbox at start
 
 docs/tool_service.md says how to call it, what it protects from and what it does not.
 """
 
 import logging
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 from services.tool import metrics
 from services.tool.isolation import establish
+from services.tool.kept import KeptAnswers, Ledger
 from services.tool.rules import REFUSALS, ExecutionRules, utf8
 from services.tool.sandbox.host.execution import Job
 from services.tool.sandbox.host.pool import Sandbox
@@ -36,6 +38,7 @@ class ToolService:
         self.isolation = isolation
         self.rules = ExecutionRules(settings, isolation.level)
         self.sessions = Sessions(self.rules, sandbox)
+        self.ledger = Ledger(KeptAnswers(settings.keep_bytes // 2, settings.keep_s))
 
     @classmethod
     @asynccontextmanager
@@ -52,6 +55,7 @@ class ToolService:
             async with service.sessions.sweeping():
                 yield service
         finally:
+            await service.ledger.close()
             await sandbox.stop()
 
     def _export_gauges(self) -> None:
@@ -66,7 +70,18 @@ class ToolService:
             metrics.ISOLATION_LAYER.labels(layer).set(report.active)
 
     async def execute(self, request: ExecuteRequest) -> ExecuteResult:
-        """Run one program. Raises LimitError above a ceiling, OverloadedError without a slot."""
+        """Run one program; one with a request id runs once, however often it comes.
+
+        Raises:
+            LimitError: it is above a ceiling.
+            OverloadedError: no slot became free.
+            RequestConflictError: its request id came before with another body.
+        """
+        if request.request_id is None:
+            return await self._run(request)
+        return await self.ledger.run(request, lambda: self._run(request))
+
+    async def _run(self, request: ExecuteRequest, waited_s: float = 0.0) -> ExecuteResult:
         with self.rules.counting_refusals():
             limits = self.rules.limits(request, request.memory_mb)
             self.rules.check_files(request.files)
@@ -77,14 +92,21 @@ class ToolService:
                 fetch=request.fetch,
                 seed=request.seed,
             )
-            async with self.rules.slot(request.deadline_s) as queue_s:
+            async with self.rules.slot(request.deadline_s, waited_s) as queue_s:
                 outcome = await self.sandbox.run(job, limits)
         return self.rules.finish(outcome, queue_s, request.request_id)
 
-    async def execute_in_batch(self, request: ExecuteRequest) -> ExecuteResult:
-        """Like `execute`, with a refusal or failure as a result instead of an exception."""
+    async def execute_in_batch(self, request: ExecuteRequest, arrived_s: float) -> ExecuteResult:
+        """Run one program of a batch, with a refusal or failure as a result.
+
+        The request id only matches answers here: batches number their programs as they like.
+
+        Args:
+            arrived_s: monotonic time at which the batch came; its deadlines count from there.
+        """
+        waited_s = time.monotonic() - arrived_s
         try:
-            return await self.execute(request)
+            return await self._run(request, waited_s)
         except tuple(REFUSALS) as error:
             outcome = Outcome(status=REFUSALS[type(error)], message=str(error))
         except Exception:  # one program must not end the batch

@@ -14,6 +14,7 @@ from collections import OrderedDict
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 
+from services.tool.kept import KeptAnswers
 from services.tool.rules import ExecutionRules, utf8
 from services.tool.sandbox.host.pool import Sandbox
 from services.tool.sandbox.host.session import SandboxSession, SessionLostError
@@ -28,7 +29,7 @@ from services.tool.wire.schemas import (
 
 _ID_BYTES = 16
 _MAX_TOMBSTONES = 10_000
-_KEPT_STEPS = 4  # answers can be megabytes, and callers repeat only their last steps
+_KEPT_STEPS = 4  # callers repeat only their last steps
 _SWEEP_S = 1.0
 
 
@@ -70,8 +71,6 @@ class Session:
     """True until a caller refers to the id; such sessions are evicted first."""
     last_used: float = field(default_factory=time.monotonic)
     next_step: int = 0
-    answers: OrderedDict[int, tuple[str, CellResult]] = field(default_factory=OrderedDict)
-    """Digest of the code and answer of the latest steps."""
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     @property
@@ -88,6 +87,8 @@ class Sessions:
         self._live: dict[str, Session] = {}
         self._opening = 0
         self._tombstones: OrderedDict[str, str] = OrderedDict()
+        # Of all sessions together: each answer may be tens of megabytes.
+        self._answers: KeptAnswers[CellResult] = KeptAnswers(rules.settings.keep_bytes // 2)
         self.num_evicted = 0
         """Sessions ended because another one needed their place."""
 
@@ -152,6 +153,8 @@ class Sessions:
             self.get(session_id)  # raises, with the reason of the earlier end
             return
         session.sandbox.close()
+        for step in range(session.next_step - _KEPT_STEPS, session.next_step):
+            self._answers.drop((session_id, step))
         self._tombstones[session_id] = reason
         while len(self._tombstones) > _MAX_TOMBSTONES:
             self._tombstones.popitem(last=False)
@@ -170,13 +173,13 @@ class Sessions:
         """Run one cell exactly once. Raises SessionGoneError, StepConflictError, LimitError,
         OverloadedError.
         """
-        digest = hashlib.sha256(utf8(request.code)).hexdigest()
+        digest = hashlib.sha256(utf8(request.code)).digest()
         with self._rules.counting_refusals():
             limits = self._rules.limits(request, self.get(session_id).memory_mb)
             async with self.get(session_id).lock:
                 # The session may have ended while this cell waited for the one before.
                 session = self.get(session_id)
-                stored = _stored_answer(session, request.step, digest)
+                stored = self._stored_answer(session, request.step, digest)
                 if stored is not None:
                     return stored
                 step = session.next_step
@@ -198,7 +201,7 @@ class Sessions:
                     state_lost=cell.state_lost,
                     replayed=False,
                 )
-                _remember(session, step, digest, answer)
+                self._remember(session, step, digest, answer)
                 # The idle clock starts at the end of a cell, which may take longer than the TTL.
                 session.last_used = time.monotonic()
                 if not session.sandbox.alive:
@@ -247,23 +250,23 @@ class Sessions:
                 elif session.idle_s > session.ttl_s:
                     self.end(session.session_id, f"idle for more than {session.ttl_s:g} s")
 
+    def _stored_answer(
+        self, session: Session, step: int | None, digest: bytes
+    ) -> CellResult | None:
+        """The answer of a repeated step, or None when the step is the next one."""
+        if step is None or step == session.next_step:
+            return None
+        kept = self._answers.get((session.session_id, step))
+        if kept is not None:
+            known, answer = kept
+            if known != digest:
+                raise StepConflictError(f"step {step} was run before with other code")
+            return answer.model_copy(update={"replayed": True})
+        if step > session.next_step:
+            raise StepConflictError(f"step {step} came, step {session.next_step} is next")
+        raise StepConflictError(f"step {step} is too old to be replayed")
 
-def _stored_answer(session: Session, step: int | None, digest: str) -> CellResult | None:
-    """The answer of a repeated step, or None when the step is the next one."""
-    if step is None or step == session.next_step:
-        return None
-    if step in session.answers:
-        known, answer = session.answers[step]
-        if known != digest:
-            raise StepConflictError(f"step {step} was run before with other code")
-        return answer.model_copy(update={"replayed": True})
-    if step > session.next_step:
-        raise StepConflictError(f"step {step} came, step {session.next_step} is next")
-    raise StepConflictError(f"step {step} is too old to be replayed")
-
-
-def _remember(session: Session, step: int, digest: str, answer: CellResult) -> None:
-    session.next_step = step + 1
-    session.answers[step] = (digest, answer)
-    while len(session.answers) > _KEPT_STEPS:
-        session.answers.popitem(last=False)
+    def _remember(self, session: Session, step: int, digest: bytes, answer: CellResult) -> None:
+        session.next_step = step + 1
+        self._answers.put((session.session_id, step), digest, answer)
+        self._answers.drop((session.session_id, step - _KEPT_STEPS))

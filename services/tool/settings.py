@@ -65,6 +65,12 @@ class ToolSettings(ServiceSettings):
     """Largest program."""
     max_file_bytes: int = 8 * 2**20
     """Largest file of a session, and all files of one request."""
+    keep_mb: float = Field(default=128.0, ge=0.0)
+    """Memory of all kept answers, in MiB: half for steps of sessions, half for request ids."""
+    keep_s: float = Field(default=900.0, ge=0.0)
+    """Seconds that the answer to a request id is kept for a retry."""
+    unsent_mb: float = Field(default=256.0, ge=1.0)
+    """Memory of all answers of batches that their callers have not read yet, in MiB."""
     max_sessions: int = 64
     """Live sessions; one more ends the session that was idle longest."""
     session_ttl_s: float = 600.0
@@ -93,6 +99,11 @@ class ToolSettings(ServiceSettings):
                 "bytes in base64: raise --max-body-bytes to twice --max-file-bytes"
             )
         return self
+
+    @property
+    def keep_bytes(self) -> int:
+        """Memory of all kept answers."""
+        return round(self.keep_mb * 2**20)
 
     @property
     def level(self) -> Level | None:

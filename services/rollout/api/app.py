@@ -23,7 +23,7 @@ from services.rollout.settings import RolloutSettings
 from services.rollout.wire.schemas import Contract, Health, WeightsStatus
 
 _ERRORS: dict[int | str, dict[str, Any]] = {
-    status: {"model": ErrorBody} for status in (401, 413, 422, 503)
+    status: {"model": ErrorBody} for status in (400, 401, 408, 413, 422, 503)
 }
 
 
@@ -46,13 +46,18 @@ def create_app(
         title="openrlhf-alp rollout service",
         version="1",
         lifespan=lifespan,
+        # A redirect would name whatever host the request named.
+        redirect_slashes=False,
         # FastAPI's documentation pages load scripts from the Internet, which may be out of reach.
         docs_url=None,
         redoc_url=None,
     )
     install_error_handlers(app, ERRORS)
     install_middleware(
-        app, max_body_bytes=settings.max_body_bytes, body_limit_exempt=(UPLOAD_PATH,)
+        app,
+        keys=(api_key, admin_key),
+        max_body_bytes=settings.max_body_bytes,
+        body_limit_exempt=(UPLOAD_PATH,),
     )
     data_key, control_key = KeyGuard(api_key, admin_key), KeyGuard(admin_key)
     app.include_router(generate_routes(service), dependencies=[Depends(data_key)])

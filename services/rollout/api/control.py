@@ -25,7 +25,7 @@ from services.rollout.wire.transfer import LinkStatus, OpenRequest, ReceiveReque
 UPLOAD_PATH = "/v1/weights/files/"
 
 _ERRORS: dict[int | str, dict[str, Any]] = {
-    status: {"model": ErrorBody} for status in (401, 409, 413, 422, 501, 503, 504, 507)
+    status: {"model": ErrorBody} for status in (400, 401, 408, 409, 413, 422, 501, 503, 504, 507)
 }
 _RAW_BODY = {
     "requestBody": {

@@ -44,7 +44,8 @@ logger = logging.getLogger(__name__)
 EVENT_STREAM = "text/event-stream"
 
 _ERRORS: dict[int | str, dict[str, Any]] = {
-    status: {"model": ErrorBody} for status in (401, 404, 409, 410, 413, 422, 429, 500, 503, 504)
+    status: {"model": ErrorBody}
+    for status in (400, 401, 404, 408, 409, 410, 413, 422, 429, 500, 503, 504)
 }
 _RUNNING: dict[int | str, dict[str, Any]] = {202: {"model": RunningReply}}
 _STREAM: dict[int | str, dict[str, Any]] = {

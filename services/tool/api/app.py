@@ -1,7 +1,9 @@
 """The HTTP side of the tool service: the app, executions, probes."""
 
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import Any
 
 from fastapi import APIRouter, Depends, FastAPI, Request, Response
@@ -9,8 +11,9 @@ from fastapi.responses import JSONResponse, PlainTextResponse, StreamingResponse
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
 from services.common.errors import ErrorBody, install_error_handlers
+from services.common.json_body import JsonRoute
 from services.common.middleware import install_middleware
-from services.common.routes import ItemStream, KeyGuard, while_connected
+from services.common.routes import BoundedItemStream, KeyGuard, SendBudget, while_connected
 from services.tool.api.fusion import fusion_routes
 from services.tool.api.mcp import build_mcp_server, mcp_route
 from services.tool.api.sessions import session_routes
@@ -26,7 +29,7 @@ from services.tool.wire.schemas import (
 )
 
 _ERRORS: dict[int | str, dict[str, Any]] = {
-    status: {"model": ErrorBody} for status in (401, 413, 422, 429, 503)
+    status: {"model": ErrorBody} for status in (400, 401, 408, 413, 422, 429, 503)
 }
 FUNCTION_SCHEMA: dict[str, Any] = {
     "type": "function",
@@ -113,40 +116,50 @@ def create_app(service: ToolService, settings: ToolSettings, *, api_key: str | N
         title="openrlhf-alp tool service",
         version="1",
         lifespan=lifespan,
+        # A redirect would name whatever host the request named.
+        redirect_slashes=False,
         # FastAPI's pages for people load scripts from the Internet, which a server may not reach.
         docs_url=None,
         redoc_url=None,
     )
     install_error_handlers(app, ERRORS)
     level = {"X-Sandbox-Level": service.isolation.level}
-    install_middleware(app, max_body_bytes=settings.max_body_bytes, headers=level)
+    keys = () if api_key is None else (api_key,)
+    install_middleware(app, keys=keys, max_body_bytes=settings.max_body_bytes, headers=level)
     guarded = [] if api_key is None else [Depends(KeyGuard(api_key))]
     # Probes stay open: an orchestrator has no key.
     for router in (_execution_routes(service), session_routes(service), fusion_routes(service)):
         app.include_router(router, dependencies=guarded, responses=_ERRORS)
     app.include_router(_probe_routes(service))
-    app.router.routes.append(mcp_route(tools, api_key))
+    app.router.routes.append(mcp_route(tools, api_key, settings.session_ttl_s))
     return app
 
 
 def _execution_routes(service: ToolService) -> APIRouter:
-    router = APIRouter(prefix="/v1", tags=["execution"])
+    router = APIRouter(prefix="/v1", route_class=JsonRoute, tags=["execution"])
+    unsent = SendBudget(round(service.settings.unsent_mb * 2**20))
 
-    @router.post("/execute", responses=EXECUTE_RESPONSES)
+    @router.post("/execute", responses={**EXECUTE_RESPONSES, 409: {"model": ErrorBody}})
     async def execute(body: ExecuteRequest, request: Request) -> ExecuteResult:
         """Run one program in a fresh interpreter. Failing code is a 200 with its status."""
         return await while_connected(request, service.execute(body))
 
-    # As response_class an ItemStream would document its errors as NDJSON, too; they are JSON.
+    # As response_class the stream would document its errors as NDJSON, too; they are JSON.
     @router.post("/execute/batch", response_class=StreamingResponse, responses=_BATCH_RESPONSES)
-    async def execute_batch(body: BatchRequest) -> ItemStream:
+    async def execute_batch(body: BatchRequest) -> BoundedItemStream:
         """Run several programs; one JSON line each, in the order they finish."""
+        arrived_s = time.monotonic()
 
         async def one(index: int, request: ExecuteRequest) -> BatchItem:
-            result = await service.execute_in_batch(request)
+            result = await service.execute_in_batch(request, arrived_s)
             return BatchItem(index=index, **result.model_dump())
 
-        return ItemStream(one(index, request) for index, request in enumerate(body.requests))
+        jobs = [
+            (service.rules.largest_result_bytes(request), partial(one, index, request))
+            for index, request in enumerate(body.requests)
+        ]
+        # Twice the slots keeps them busy, and leaves the queue to others.
+        return BoundedItemStream(jobs, window=2 * service.settings.slots, budget=unsent)
 
     @router.get("/isolation")
     async def isolation() -> IsolationReport:

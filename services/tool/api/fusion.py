@@ -16,6 +16,7 @@ from fastapi import APIRouter, Request
 from pydantic import BaseModel, Field, TypeAdapter, ValidationError
 
 from services.common.errors import ErrorSpec
+from services.common.json_body import JsonRoute
 from services.common.routes import while_connected
 from services.tool.rules import LimitError, OverloadedError
 from services.tool.sandbox.host.session import SessionFileError, SessionLostError
@@ -28,8 +29,10 @@ from services.tool.wire.schemas import (
     CellResult,
     ExecuteRequest,
     ExecuteResult,
+    Number,
     SafePath,
     SessionRequest,
+    Whole,
 )
 
 Language = Literal[
@@ -61,9 +64,9 @@ class _Request(BaseModel):
 class RunCodeRequest(_Request):
     """One program."""
 
-    compile_timeout: float = 10
-    run_timeout: float = Field(default=10, gt=0)
-    memory_limit_MB: int = -1
+    compile_timeout: Number = 10
+    run_timeout: Number = Field(default=10, gt=0)
+    memory_limit_MB: Whole = -1
     code: str = Field(examples=['print("hello")'])
     stdin: str | None = None
     language: Language = Field(examples=["python"])
@@ -73,9 +76,9 @@ class RunJupyterRequest(_Request):
     """Cells that share one fresh interpreter."""
 
     cells: list[str] = Field(examples=[["x = 1", "print(x)"]])
-    cell_timeout: float = 0
+    cell_timeout: Number = 0
     """Seconds per cell; 0 leaves only the total."""
-    total_timeout: float = Field(default=45, gt=0)
+    total_timeout: Number = Field(default=45, gt=0)
     kernel: Literal["python3"] = "python3"
 
 
@@ -123,7 +126,7 @@ class RunJupyterResponse(_Response):
 
 def fusion_routes(service: ToolService) -> APIRouter:
     """Routes of SandboxFusion's contract."""
-    router = APIRouter(tags=["SandboxFusion"])
+    router = APIRouter(route_class=JsonRoute, tags=["SandboxFusion"])
 
     @router.post("/run_code", responses=_RESPONSES)
     async def run_code(body: RunCodeRequest, request: Request) -> RunCodeResponse:

@@ -18,7 +18,6 @@ from pydantic import Field
 from starlette.routing import Route
 
 from services.common.errors import to_api_error
-from services.common.routes import KeyedApp
 from services.tool.errors import ERRORS
 from services.tool.rules import utf8
 from services.tool.service import ToolService
@@ -26,6 +25,8 @@ from services.tool.sessions import Sessions
 from services.tool.wire.schemas import CellRequest, CellResult, FileInfo, SafePath, SessionRequest
 
 _SESSION_HEADER = "mcp-session-id"
+_MAX_CONNECTIONS = 1024
+"""Connections of protocol versions that have them; each holds 33 KB until it is idle too long."""
 _INSTRUCTIONS = (
     "Run Python in a sandbox with numpy, sympy and scipy. To keep variables and files, pass the "
     "session_id of an earlier answer. There is no network. Code that exceeds a limit is killed and "
@@ -68,6 +69,10 @@ class _Connections:
             return known
         opened = await self._sessions.open(SessionRequest(), unclaimed=not connection)
         if connection:
+            # Sessions end by themselves; their connections are forgotten here.
+            self._by_connection = {
+                key: known for key, known in self._by_connection.items() if known in self._sessions
+            }
             self._by_connection[connection] = opened.session_id
         return opened.session_id
 
@@ -134,8 +139,13 @@ def build_mcp_server(service: ToolService) -> MCPServer:
     return server
 
 
-def mcp_route(server: MCPServer, api_key: str | None) -> Route:
-    """The route /mcp, behind the key if there is one."""
+def mcp_route(server: MCPServer, api_key: str | None, idle_s: float) -> Route:
+    """The route /mcp.
+
+    Args:
+        api_key: what the app's KeyGate asks for; None for an open loopback.
+        idle_s: seconds without a request after which a connection is forgotten.
+    """
     # The SDK's check of the Host header guards an open loopback server against DNS rebinding.
     # Behind a key it would only refuse the names of a service that is bound to a real address.
     security = TransportSecuritySettings(
@@ -143,6 +153,9 @@ def mcp_route(server: MCPServer, api_key: str | None) -> Route:
         allowed_hosts=["127.0.0.1:*", "localhost:*", "[::1]:*"],
         allowed_origins=["http://127.0.0.1:*", "http://localhost:*", "http://[::1]:*"],
     )
-    inner = server.streamable_http_app(transport_security=security)
-    app = inner if api_key is None else KeyedApp(inner, api_key)
-    return Route("/mcp", endpoint=app, include_in_schema=False)
+    inner = server.streamable_http_app(
+        transport_security=security,
+        session_idle_timeout=idle_s,
+        max_sessions=_MAX_CONNECTIONS,
+    )
+    return Route("/mcp", endpoint=inner, include_in_schema=False)

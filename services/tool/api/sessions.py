@@ -5,6 +5,7 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Body, Path, Request, Response
 
 from services.common.errors import ErrorBody
+from services.common.json_body import JsonRoute
 from services.common.routes import while_connected
 from services.tool.service import ToolService
 from services.tool.wire.schemas import (
@@ -25,7 +26,7 @@ _GONE: dict[int | str, dict[str, Any]] = {
 
 def session_routes(service: ToolService) -> APIRouter:
     """Routes under /v1/sessions."""
-    router = APIRouter(prefix="/v1/sessions", tags=["sessions"])
+    router = APIRouter(prefix="/v1/sessions", route_class=JsonRoute, tags=["sessions"])
     sessions = service.sessions
 
     @router.post("", status_code=201)

@@ -4,7 +4,7 @@ import base64
 import binascii
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
 StatusName = Literal[
     "ok", "error", "exit", "timeout", "cpu_limit", "memory_limit", "output_limit", "crashed",
@@ -34,6 +34,15 @@ def _base64_text(content: str) -> str:
     return content
 
 
+def _no_boolean(value: object) -> object:
+    # pydantic takes True for 1.
+    if isinstance(value, bool):
+        raise ValueError("must be a number, not a boolean")
+    return value
+
+
+Number = Annotated[float, BeforeValidator(_no_boolean)]
+Whole = Annotated[int, BeforeValidator(_no_boolean)]
 SafePath = Annotated[
     str, Field(min_length=1, max_length=_MAX_PATH_CHARS), AfterValidator(_relative_path)
 ]
@@ -53,20 +62,21 @@ class ExecuteRequest(_Wire):
     """Relative path to base64 content, written before the code runs."""
     fetch: list[SafePath] = Field(default_factory=list, max_length=_MAX_FILES)
     """Files to return after the code has ended."""
-    timeout_s: float | None = Field(default=None, gt=0)
+    timeout_s: Number | None = Field(default=None, gt=0)
     """Wall time of the execution; waiting for a slot does not count."""
-    cpu_s: int | None = Field(default=None, ge=1, le=86_400)
+    cpu_s: Whole | None = Field(default=None, ge=1, le=86_400)
     """CPU time of each process; when left out, what four threads use in the wall time."""
-    memory_mb: int | None = Field(default=None, ge=1)
+    memory_mb: Whole | None = Field(default=None, ge=1)
     """Memory in MiB, on top of the interpreter and its preloaded libraries."""
-    output_bytes: int | None = Field(default=None, ge=1)
+    output_bytes: Whole | None = Field(default=None, ge=1)
     """Largest stdout and largest stderr that is kept; a program that prints more is killed."""
-    seed: int | None = Field(default=None, ge=0, lt=2**32)
+    seed: Whole | None = Field(default=None, ge=0, lt=2**32)
     """For `random` and numpy's global generator; fresh entropy when left out."""
-    deadline_s: float | None = Field(default=None, gt=0)
+    deadline_s: Number | None = Field(default=None, gt=0)
     """Longest wait for a slot in seconds; beyond it the answer is 429 `overloaded`."""
     request_id: str | None = Field(default=None, max_length=128)
-    """Returned as given, to match answers of a batch."""
+    """Returned as given, to match answers of a batch. Outside of batches, sending an id again joins
+    the running program or returns its kept answer; with another body it is a 409."""
 
 
 class BatchRequest(_Wire):
@@ -126,9 +136,9 @@ class BatchItem(ExecuteResult):
 class SessionRequest(_Wire):
     """Open a persistent interpreter."""
 
-    memory_mb: int | None = Field(default=None, ge=1)
-    seed: int | None = Field(default=None, ge=0, lt=2**32)
-    ttl_s: float | None = Field(default=None, gt=0)
+    memory_mb: Whole | None = Field(default=None, ge=1)
+    seed: Whole | None = Field(default=None, ge=0, lt=2**32)
+    ttl_s: Number | None = Field(default=None, gt=0)
     """Idle seconds after which the session is ended; at most the server's own."""
 
 
@@ -147,13 +157,13 @@ class CellRequest(_Wire):
     """Run one cell in a session."""
 
     code: str = Field(examples=["x = 1"])
-    step: int | None = Field(default=None, ge=0)
+    step: Whole | None = Field(default=None, ge=0)
     """Exactly-once number: the same step with the same code returns the stored answer; without it,
     the next number is taken."""
-    timeout_s: float | None = Field(default=None, gt=0)
-    cpu_s: int | None = Field(default=None, ge=1, le=86_400)
-    output_bytes: int | None = Field(default=None, ge=1)
-    deadline_s: float | None = Field(default=None, gt=0)
+    timeout_s: Number | None = Field(default=None, gt=0)
+    cpu_s: Whole | None = Field(default=None, ge=1, le=86_400)
+    output_bytes: Whole | None = Field(default=None, ge=1)
+    deadline_s: Number | None = Field(default=None, gt=0)
 
 
 class CellResult(ExecuteResult):

@@ -1,5 +1,7 @@
 import logging
+import sys
 from collections.abc import AsyncIterator
+from pathlib import Path
 
 import httpx
 import pytest
@@ -11,6 +13,9 @@ from starlette.responses import Response
 from services.common.errors import ApiError, ErrorSpec, install_error_handlers
 from services.common.middleware import install_middleware
 from services.common.routes import KeyGuard, WireRoute, reply
+
+# importlib mode adds no folder to the path by itself.
+sys.path.insert(0, str(Path(__file__).parent))
 
 KEY = "a-key-for-tests"
 
@@ -50,7 +55,7 @@ class Numbers(BaseModel, extra="forbid"):
 def build_app() -> FastAPI:
     app = FastAPI()
     install_error_handlers(app, TABLE)
-    install_middleware(app, max_body_bytes=10_000)
+    install_middleware(app, keys=(), max_body_bytes=10_000)
     router = APIRouter(route_class=WireRoute)
 
     @router.post("/echo")

@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator
 
 import uvicorn
 
-from services.common.serve import bind_socket, bound_url
+from services.common.serve import bind_socket, bound_url, server_config
 from services.tool.api.app import create_app
 from services.tool.service import ToolService
 
@@ -16,10 +16,8 @@ KEY = "key-of-the-tests"
 @contextlib.asynccontextmanager
 async def served(service: ToolService) -> AsyncIterator[str]:
     sock = bind_socket("127.0.0.1", 0)
-    config = uvicorn.Config(
-        create_app(service, service.settings, api_key=KEY), log_config=None, access_log=False
-    )
-    server = uvicorn.Server(config)
+    app = create_app(service, service.settings, api_key=KEY)
+    server = uvicorn.Server(server_config(app))
     task = asyncio.create_task(server.serve(sockets=[sock]))
     while not server.started:
         await asyncio.sleep(0.01)

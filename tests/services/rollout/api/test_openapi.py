@@ -1,7 +1,7 @@
 """schemathesis over the OpenAPI document: no input gives a 5xx, and a 4xx says what is wrong."""
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -79,12 +79,15 @@ def test_the_document_names_every_form_of_a_body(app: FastAPI) -> None:
 async def test_no_page_needs_the_internet(app: FastAPI, path: str) -> None:
     transport = httpx.ASGITransport(app=app)
     async with httpx.AsyncClient(transport=transport, base_url="http://rollout") as http:
-        assert (await http.get(path)).status_code == 404
+        assert (await http.get(path)).status_code == 401
+        key = {"authorization": f"Bearer {KEY}"}
+        assert (await http.get(path, headers=key)).status_code == 404
 
 
 @pytest.mark.parametrize("mode", list(GenerationMode))
 def test_no_input_breaks_a_route(app: FastAPI, mode: GenerationMode) -> None:
-    schema = schemathesis.openapi.from_asgi("/openapi.json", app)
+    key = {"authorization": f"Bearer {KEY}"}
+    schema = schemathesis.openapi.from_asgi("/openapi.json", app, headers=key)
     operations = [result.ok() for result in schema.get_all_operations()]
     assert len(operations) >= 12
     for operation in operations:
@@ -116,3 +119,18 @@ def check(reply: Reply) -> None:
         assert error["message"] and error["fix"] and error["code"]
         if reply.status_code == 422:
             assert error["field"]
+
+
+async def test_a_stranger_is_refused_before_a_body_and_redirected_nowhere(app: FastAPI) -> None:
+    transport = httpx.ASGITransport(app=app)
+
+    async def body() -> AsyncIterator[bytes]:
+        raise AssertionError("the body was read")
+        yield b""
+
+    async with httpx.AsyncClient(transport=transport, base_url="http://rollout") as http:
+        for path in ("/v1/generate", "/v1/pause", "/v1/nowhere", "/v1/generate/", "/openapi.json"):
+            assert (await http.post(path, content=body())).status_code == 401
+        key = {"authorization": f"Bearer {KEY}", "host": "evil.example"}
+        answer = await http.post("/v1/generate/batch/", json={}, headers=key)
+        assert answer.status_code in (404, 405) and "location" not in answer.headers

@@ -6,6 +6,7 @@ import json
 
 import httpx
 import pytest
+from fastapi import FastAPI
 from prometheus_client import REGISTRY
 
 from services.tool.rules import Admission, OverloadedError
@@ -210,11 +211,152 @@ async def test_a_deadline_that_cannot_be_met_is_refused_with_retry_after(
     assert [answer.json()["status"] for answer in await asyncio.gather(*busy)] == ["ok", "ok"]
 
 
-async def test_a_full_queue_refuses_at_once() -> None:
+async def test_a_full_queue_refuses_at_once_and_a_free_slot_is_always_given() -> None:
     admission = Admission(slots=1, max_queue=0)
-    with pytest.raises(OverloadedError, match="already waiting"):
-        async with admission.slot(1.0):
-            pass
+    async with admission.slot(-100.0):  # as /run_code with compile_timeout -100 asks for
+        with pytest.raises(OverloadedError, match="already waiting"):
+            async with admission.slot(1.0):
+                pass
+        assert admission.running == 1
+
+
+async def test_nobody_is_refused_for_what_programs_took_before() -> None:
+    admission = Admission(slots=2, max_queue=1000)
+
+    async def program(run_s: float) -> float:
+        async with admission.slot(5.0) as waited_s:
+            await asyncio.sleep(run_s)
+        return waited_s
+
+    await asyncio.gather(*(program(0.4) for _ in range(6)))
+    assert admission.expected_wait_s() == 0.0
+    # 500 of 1 ms on two slots take a quarter of a second; 0.4 s each would be 100 s.
+    waits = await asyncio.gather(*(program(0.001) for _ in range(500)))
+    assert max(waits) < 5.0
+    # The next one, told to come back, is told what the latest 16 took.
+    busy = [asyncio.create_task(program(0.2)) for _ in range(2)]
+    await asyncio.sleep(0)
+    assert admission.expected_wait_s() < 0.1
+    await asyncio.gather(*busy)
+
+
+async def test_a_batch_after_long_programs_is_not_refused(client: httpx.AsyncClient) -> None:
+    long = {"code": "import time\ntime.sleep(1)"}
+    await asyncio.gather(*(client.post("/v1/execute", json=long) for _ in range(4)))
+    requests = [{"code": f"print({n})", "deadline_s": 60} for n in range(200)]
+    answer = await client.post("/v1/execute/batch", json={"requests": requests})
+    lines = [json.loads(line) for line in answer.text.splitlines()]
+    assert {(line["index"], line["stdout"]) for line in lines} == {
+        (n, f"{n}\n") for n in range(200)
+    }
+
+
+async def test_a_deadline_counts_from_the_arrival_of_its_batch(
+    client: httpx.AsyncClient, service: ToolService
+) -> None:
+    job = {"code": "import time\ntime.sleep(1)", "deadline_s": 0.5}
+    count = 4 * service.settings.slots
+    answer = await client.post("/v1/execute/batch", json={"requests": [job] * count})
+    statuses = [json.loads(line)["status"] for line in answer.text.splitlines()]
+    assert statuses.count("ok") == service.settings.slots
+    assert statuses.count("overloaded") == count - service.settings.slots
+
+
+CLOCK = {"code": "import time\ntime.sleep(0.3)\nprint(time.time_ns())"}
+
+
+async def test_a_request_id_that_comes_again_gets_the_kept_answer(
+    client: httpx.AsyncClient,
+) -> None:
+    first = (await client.post("/v1/execute", json={**CLOCK, "request_id": "kept"})).json()
+    again = (await client.post("/v1/execute", json={**CLOCK, "request_id": "kept"})).json()
+    assert first["status"] == "ok" and again == first
+    for change in ({"code": "1"}, {"stdin": "x"}, {"timeout_s": 3}):
+        other = await client.post("/v1/execute", json={**CLOCK, **change, "request_id": "kept"})
+        assert other.status_code == 409
+        assert other.json()["error"]["code"] == "request_id_reused"
+
+
+async def test_repeats_of_a_running_request_join_it(client: httpx.AsyncClient) -> None:
+    job = {**CLOCK, "request_id": "joined"}
+    answers = await asyncio.gather(*(client.post("/v1/execute", json=job) for _ in range(5)))
+    assert len({answer.json()["stdout"] for answer in answers}) == 1
+
+
+async def test_a_retry_after_a_lost_connection_joins_the_same_run(
+    client: httpx.AsyncClient, service: ToolService
+) -> None:
+    job = {**CLOCK, "request_id": "lost"}
+    ran = len(service.ledger)
+    task = asyncio.create_task(client.post("/v1/execute", json=job))
+    while len(service.ledger) == ran:
+        await asyncio.sleep(0.01)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert len(service.ledger) == ran + 1
+    answer = (await client.post("/v1/execute", json=job)).json()
+    assert answer["status"] == "ok"
+    assert len(service.ledger) == ran
+
+
+async def test_a_failing_program_is_kept_and_a_refusal_is_not(client: httpx.AsyncClient) -> None:
+    failing = {
+        "code": "import os\nraise ValueError(os.getpid(), id(object()))",
+        "request_id": "bad",
+    }
+    first = (await client.post("/v1/execute", json=failing)).json()
+    assert first["status"] == "error"
+    assert (await client.post("/v1/execute", json=failing)).json() == first
+    refused = {"code": "1", "timeout_s": 9999, "request_id": "refused"}
+    assert (await client.post("/v1/execute", json=refused)).status_code == 422
+    right = {"code": "1", "request_id": "refused"}
+    assert (await client.post("/v1/execute", json=right)).json()["status"] == "ok"
+
+
+async def test_a_batch_numbers_its_programs_as_it_likes(client: httpx.AsyncClient) -> None:
+    for text in ("a", "b"):
+        requests = [{"code": f"print('{text}')", "request_id": "0"}] * 2
+        answer = await client.post("/v1/execute/batch", json={"requests": requests})
+        assert [json.loads(line)["stdout"] for line in answer.text.splitlines()] == [
+            f"{text}\n"
+        ] * 2
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/execute", {"code": "1", "timeout_s": True}),
+        ("/v1/execute", {"code": "1", "memory_mb": True}),
+        ("/v1/execute", {"code": "1", "seed": False}),
+        ("/v1/sessions", {"ttl_s": True}),
+        ("/run_code", {"code": "1", "language": "python", "run_timeout": True}),
+        ("/run_jupyter", {"cells": ["1"], "total_timeout": True}),
+    ],
+)
+async def test_a_boolean_is_no_number(client: httpx.AsyncClient, path: str, body: object) -> None:
+    assert (await client.post(path, json=body)).status_code == 422
+
+
+async def test_a_trailing_slash_leads_nowhere(client: httpx.AsyncClient) -> None:
+    evil = {"host": "evil.example"}
+    for path in ("/v1/execute/", "/v1/sessions/", "/mcp/", "//evil.example/"):
+        answer = await client.post(path, json={"code": "1"}, headers=evil)
+        assert answer.status_code in (404, 405) and "location" not in answer.headers
+
+
+async def test_a_405_names_every_method_of_its_path(client: httpx.AsyncClient) -> None:
+    answer = await client.post(f"/v1/sessions/{'0' * 32}")
+    assert (answer.status_code, answer.headers["allow"]) == (405, "DELETE, GET")
+
+
+async def test_strangers_read_probes_only(app: FastAPI) -> None:
+    transport = httpx.ASGITransport(app=app)
+    async with httpx.AsyncClient(transport=transport, base_url="http://tool") as stranger:
+        for path in ("/livez", "/readyz", "/metrics"):
+            assert (await stranger.get(path)).status_code == 200
+        for path in ("/openapi.json", "/docs", "/v1/ping", "/nowhere", "/livez/", "/mcp"):
+            assert (await stranger.get(path)).status_code == 401
 
 
 async def test_a_cancelled_caller_frees_its_slot(

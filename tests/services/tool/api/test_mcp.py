@@ -97,6 +97,47 @@ async def test_a_session_nobody_named_goes_first_when_room_is_needed(service: To
     service.sessions.end(kept, "the test is over")
 
 
+async def initialize(http: httpx2.AsyncClient, url: str) -> httpx2.Response:
+    hello = {
+        "jsonrpc": "2.0",
+        "id": 1,
+        "method": "initialize",
+        "params": {
+            "protocolVersion": "2025-06-18",
+            "capabilities": {},
+            "clientInfo": {"name": "test", "version": "1"},
+        },
+    }
+    accept = {"Accept": "application/json, text/event-stream", "Authorization": f"Bearer {KEY}"}
+    return await http.post(f"{url}/mcp", json=hello, headers=accept)
+
+
+async def test_connections_that_are_left_alone_are_forgotten(
+    service: ToolService, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(service.settings, "session_ttl_s", 0.3)
+    async with served(service) as url, httpx2.AsyncClient(timeout=30) as http:
+        first = await initialize(http, url)
+        assert first.status_code == 200
+        known = {"mcp-session-id": first.headers["mcp-session-id"]}
+        accept = {"Accept": "application/json, text/event-stream", "Authorization": f"Bearer {KEY}"}
+        ping = {"jsonrpc": "2.0", "id": 2, "method": "ping"}
+        again = await http.post(f"{url}/mcp", json=ping, headers={**accept, **known})
+        assert again.status_code == 200
+        await asyncio.sleep(1.0)  # more than the time to live, with nothing to wait for
+        gone = await http.post(f"{url}/mcp", json=ping, headers={**accept, **known})
+        assert gone.status_code == 404
+
+
+async def test_connections_are_limited_in_number(
+    service: ToolService, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("services.tool.api.mcp._MAX_CONNECTIONS", 3)
+    async with served(service) as url, httpx2.AsyncClient(timeout=30) as http:
+        statuses = [(await initialize(http, url)).status_code for _ in range(5)]
+    assert statuses == [200, 200, 200, 503, 503]
+
+
 async def test_a_wrong_key_gets_nowhere(service: ToolService) -> None:
     async with served(service) as url, httpx2.AsyncClient() as http:
         answer = await http.post(f"{url}/mcp", json={})

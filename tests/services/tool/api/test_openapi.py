@@ -59,3 +59,10 @@ async def test_generated_requests_get_documented_answers(
         assert len(operations) >= 15
         for operation in operations:
             await asyncio.to_thread(fuzz, operation, url)
+
+
+async def test_what_a_body_can_do_wrong_is_documented(app: FastAPI) -> None:
+    for path, operations in app.openapi()["paths"].items():
+        if path not in ("/livez", "/readyz", "/metrics"):
+            for operation in operations.values():
+                assert {"400", "401", "408", "413", "422"} <= set(operation["responses"]), path
