@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from openrlhf_alp.alp import LayerwisePerturbation
 from openrlhf_alp.clients.weights.push import WeightPusher
+from openrlhf_alp.learner.batches import BatchShape
 from openrlhf_alp.learner.compat import undecorated
 from openrlhf_alp.learner.experience import SAMPLE_ID
 from openrlhf_alp.learner.flags.config import AlpConfig
@@ -139,7 +140,8 @@ class AlpActorPPOTrainer(ppo_actor.ActorPPOTrainer):
         preflight = self._recheck() if every and self.num_trainings % every == 0 else {}
         self.num_trainings += 1
         self.telemetry = RatioTelemetry()
-        status = super().ppo_train(kl_ctl)
+        with self._batch_of_equal_steps():
+            status = super().ppo_train(kl_ctl)
         status.update(preflight)
         if self.alp.enable:
             status.update(self._ratio_metrics())
@@ -153,6 +155,7 @@ class AlpActorPPOTrainer(ppo_actor.ActorPPOTrainer):
         # The samples' numbers key the noise; they are no metric, so upstream must not average them.
         sample_ids = experience.info.pop(SAMPLE_ID, None)
         loss_batch_info = self._countable(loss_batch_info, step)
+        self._mark_optimizer_step(step)
         # Around the backward pass too: gradient checkpointing runs the layers again there.
         with self._perturbed(experience, sample_ids):
             result = super().training_step(experience, kl_ctl, step, loss_batch_info)
@@ -161,6 +164,31 @@ class AlpActorPPOTrainer(ppo_actor.ActorPPOTrainer):
         if result["num_action_tokens"] == 0:
             _weigh_nothing(result)
         return result
+
+    def _batch_of_equal_steps(self) -> AbstractContextManager[Any]:
+        """Under dynamic batching, optimizer steps of a size that uses every sample of the batch.
+
+        Upstream makes whole steps of `--train.batch_size` only, and no step of a shorter batch.
+        """
+        train = self.args.train
+        if not train.dynamic_batch_enable:
+            return nullcontext()
+        num_samples = len(self.replay_buffer.items)
+        size = BatchShape.of(self.args).dynamic_batch_size(num_samples)
+        return mock.patch.object(train, "batch_size", size)
+
+    def _mark_optimizer_step(self, step: int) -> None:
+        """Let the last micro-batch of a shorter batch end its optimizer step.
+
+        DeepSpeed counts micro-batches, and would go on accumulating into the next batch; upstream's
+        normalisers are those of a step that ends here.
+        """
+        if self.args.train.dynamic_batch_enable:
+            return  # upstream says there itself where a step ends
+        num_micro_batches = len(self.replay_buffer) // self.micro_train_batch_size
+        window = max(1, self.strategy.accumulated_gradient)
+        ends = (step + 1) % window == 0 or step + 1 == num_micro_batches
+        self.actor.model.set_gradient_accumulation_boundary(ends)
 
     def _countable(self, loss_batch_info: dict | None, step: int) -> dict | None:
         """Normalisers above 0: an optimizer step of void episodes only has loss 0, not NaN.

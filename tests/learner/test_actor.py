@@ -231,3 +231,21 @@ def test_a_nan_rollout_log_prob_stops_the_update_and_says_where(parse: Parse) ->
         actor.fit()
     after = weights(actor)
     assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_a_shorter_batch_is_a_whole_optimizer_step(parse: Parse) -> None:
+    """Three micro-batches where four are accumulated: the same gradient as where three are."""
+    flags = ("--rollout.batch_size", "4", "--alp.enable", "--alp.sigma0", "0.01")
+    short = build_actor(parse(*flags, "--train.batch_size", "8"))
+    exact = build_actor(parse(*flags, "--train.batch_size", "6"))
+    norms = []
+    for actor in (short, exact):
+        torch.manual_seed(0)  # the order of the samples
+        actor.append(rollouts(actor, num_samples=6))
+        status = actor.fit()
+        norms.append(status["actor_grad_norm"])
+        assert actor.trainer.update_number == 1
+    assert norms[0] == pytest.approx(norms[1], rel=1e-3) and norms[0] > 0
+    short.append(rollouts(short, num_samples=8))
+    short.fit()
+    assert short.trainer.update_number == 2

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 from dataclasses import replace
 from types import SimpleNamespace
 
 from openrlhf_alp.clients.weights.gpu_carrier import Meeting
+from openrlhf_alp.learner.batches import BatchShape
 from openrlhf_alp.learner.flags.config import MATH_VERIFY, AlpConfig, ServiceConfig
 from openrlhf_alp.learner.flags.spec import add_flags, read_flags
 from openrlhf_alp.rollouts.runners import ToolConfig
@@ -46,6 +48,7 @@ def settle(args: SimpleNamespace) -> SimpleNamespace:
         _settle_alp(args)
     if args.rollout_service.urls:
         _settle_service(args)
+    _check_batches(args)
     _check_transport(args)
     _check_staleness(args.rollout_service)
     _check_preflight(args)
@@ -119,6 +122,37 @@ def _settle_service(args: SimpleNamespace) -> None:
     # With "nccl" upstream would share memory with colocated engines, and ask vLLM for its version.
     args.vllm.sync_backend = "service"
     args.reward.remote_url = args.reward.remote_url or MATH_VERIFY
+
+
+def _check_batches(args: SimpleNamespace) -> None:
+    """A full batch gives every rank something to do; see `learner/batches.py`."""
+    shape = BatchShape.of(args)
+    ranks, micro = shape.num_ranks, shape.train_micro_batch_size
+    divisor = ranks if shape.dynamic else ranks * micro
+    if shape.train_batch_size % divisor:
+        each = "" if shape.dynamic else f" with --train.micro_batch_size {micro}"
+        raise ValueError(
+            f"--train.batch_size {shape.train_batch_size} does not divide among {ranks} rank(s)"
+            f"{each}. Set it to a multiple of {divisor}."
+        )
+    num_samples = args.rollout.batch_size * shape.group_size
+    asked = (
+        f"--rollout.batch_size {args.rollout.batch_size} x --rollout.n_samples_per_prompt "
+        f"{shape.group_size} = {num_samples} samples"
+    )
+    if not shape.fit(num_samples).num_samples:
+        unit = math.lcm(shape.group_size, divisor)
+        raise ValueError(
+            f"{asked} give {ranks} rank(s) no whole micro-batch each. Set --rollout.batch_size to a "
+            f"multiple of {unit // shape.group_size}, or use fewer ranks "
+            "(--actor.num_gpus_per_node)."
+        )
+    if num_samples // shape.rollout_micro_batch_size < ranks:
+        raise ValueError(
+            f"{asked} in forwards of --rollout.micro_batch_size {shape.rollout_micro_batch_size} "
+            f"leave some of {ranks} ranks without one. Set --rollout.micro_batch_size to at most "
+            f"{num_samples // ranks}."
+        )
 
 
 def _check_transport(args: SimpleNamespace) -> None:

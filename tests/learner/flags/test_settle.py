@@ -112,3 +112,32 @@ def test_missing_keys_are_named(parse: Parse, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.delenv("OPENRLHF_ALP_ROLLOUT_ADMIN_KEY", raising=False)
     with pytest.raises(ValueError, match="OPENRLHF_ALP_ROLLOUT_API_KEY and"):
         parse("--rollout.service_urls", "http://127.0.0.1:1")
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (
+            ["--train.batch_size", "6", "--actor.num_gpus_per_node", "2"],
+            r"--train\.batch_size 6 does not divide among 2 rank\(s\) .* multiple of 4",
+        ),
+        (["--train.batch_size", "1"], r"--train\.batch_size 1 does not divide .* multiple of 2"),
+        (
+            ["--actor.num_gpus_per_node", "4", "--train.batch_size", "8"],
+            r"= 4 samples give 4 rank\(s\) no whole .*--rollout\.batch_size to a multiple of 4",
+        ),
+        (
+            ["--rollout.n_samples_per_prompt", "3", "--rollout.batch_size", "1"],
+            r"= 3 samples give 1 rank\(s\) .*--rollout\.batch_size to a multiple of 2",
+        ),
+        (
+            ["--actor.num_gpus_per_node", "2", "--rollout.micro_batch_size", "4"],
+            r"--rollout\.micro_batch_size to at most 2",
+        ),
+    ],
+)
+def test_a_batch_that_leaves_a_rank_idle_is_refused_with_the_fix(
+    parse: Parse, flags: list[str], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        parse(*flags)
