@@ -156,7 +156,7 @@ def test_a_service_that_dies_in_a_step_ends_the_run_with_its_name(
     assert status == 1
     assert not left
     # Lost while it generates, or while new weights are on their way.
-    assert re.search(r"error: training stopped: (ServiceUnavailable|WeightUpdateFailed)", output)
+    assert re.search(r"error: training stopped: (NoServerLeft|WeightUpdateFailed)", output)
     assert service.url in output[-2000:]
 
 
