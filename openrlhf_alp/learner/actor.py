@@ -196,8 +196,9 @@ class AlpActorPPOTrainer(ppo_actor.ActorPPOTrainer):
         None stands for the dynamic batches, whose counts upstream keeps in its buffer.
         """
         if loss_batch_info is None:
-            counts = self.replay_buffer.dynamic_batch_num_tokens
-            counts[step] = counts[step] or 1.0
+            buffer = self.replay_buffer
+            for counts in (buffer.dynamic_batch_num_tokens, buffer.dynamic_global_batch_size):
+                counts[step] = counts[step] or 1.0
             return None
         return {name: count if count > 0 else 1.0 for name, count in loss_batch_info.items()}
 
@@ -272,7 +273,7 @@ class AlpActorPPOTrainer(ppo_actor.ActorPPOTrainer):
         if torch.distributed.get_rank() != 0:
             return []
         args = self.args
-        prompts = list(dict.fromkeys((item.prompts[0], item.labels[0]) for item in own))
+        prompts = list({item.prompts[0]: item.labels[0] for item in own}.items())
         group = args.rollout.n_samples_per_prompt
         num_groups = max(1, mismatch.NUM_FORWARDS * self.micro_train_batch_size // group)
         sampling = SimpleNamespace(

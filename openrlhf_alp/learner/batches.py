@@ -52,8 +52,9 @@ class BatchShape:
     def of(cls, args: Any) -> BatchShape:
         """The shape that settled args ask for."""
         num_processes = args.actor.num_nodes * args.actor.num_gpus_per_node
+        copies = args.ds.ring_attn_size * args.ds.tensor_parallel_size
         return cls(
-            num_ranks=num_processes // args.ds.ring_attn_size // args.ds.tensor_parallel_size,
+            num_ranks=max(1, num_processes // copies),
             group_size=args.rollout.n_samples_per_prompt,
             rollout_micro_batch_size=args.rollout.micro_batch_size,
             train_micro_batch_size=args.train.micro_batch_size,

@@ -18,6 +18,7 @@ from openrlhf.trainer import ppo_trainer, ppo_trainer_async
 
 from openrlhf_alp.learner.batches import BatchShape, fitting_part
 from openrlhf_alp.learner.compat import undecorated
+from openrlhf_alp.learner.evaluation import counting_every_prompt
 from openrlhf_alp.learner.experience import (
     AlpExperienceMaker,
     AlpSamplesGenerator,
@@ -108,7 +109,7 @@ class _ServiceTraining:
         dropped = self._take_dropped_groups() if self.uses_service else None
         if self.num_steps == 0 and self.num_left_out:
             raise RuntimeError(
-                f"no step was made: all {self.num_left_out} samples were left out, because no batch "
+                f"no step was made: all {self.num_left_out} samples were left out, as no batch "
                 "gave every rank a micro-batch. Give more prompts, fewer ranks "
                 "(--actor.num_gpus_per_node) or a smaller --train.micro_batch_size."
             )
@@ -151,6 +152,13 @@ class AlpPPOTrainer(_ServiceTraining, undecorated(ppo_trainer.PPOTrainer)):  # t
         super().fit(global_step)
         self._require_some_groups()
 
+    def evaluate(self, global_step: int, **generate_kwargs: Any) -> dict[str, float]:
+        with counting_every_prompt(ppo_trainer):
+            logs = super().evaluate(global_step, **generate_kwargs)
+        if self.uses_service:
+            self._take_dropped_groups()  # logged here; they are none of the next step's
+        return logs
+
 
 class AlpTrainingActor(_ServiceTraining, _UpstreamTraining):  # type: ignore[misc,valid-type]
     """Upstream: `openrlhf.trainer.ppo_trainer_async.TrainingActor`."""
@@ -177,6 +185,10 @@ class AlpGenerateSamplesActor(_UpstreamGenerate):  # type: ignore[misc,valid-typ
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         with mock.patch.multiple(ppo_trainer_async, SamplesGenerator=AlpSamplesGenerator):
             super().__init__(*args, **kwargs)
+
+    def _run_eval(self) -> dict[str, float]:
+        with counting_every_prompt(ppo_trainer_async):
+            return super()._run_eval()
 
 
 class AlpPPOTrainerAsync(undecorated(ppo_trainer_async.PPOTrainerAsync)):  # type: ignore[misc]

@@ -112,7 +112,7 @@ RANK = Path(__file__).with_name("uneven_rank.py")
 
 
 @pytest.mark.e2e
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_two_ranks_train_on_a_batch_that_does_not_divide(
     parse: Parse, tmp_path: Path, dynamic: bool
@@ -139,7 +139,7 @@ def test_two_ranks_train_on_a_batch_that_does_not_divide(
         for rank in range(2)
     ]
     try:
-        outputs = [rank.communicate(timeout=200)[0] for rank in ranks]
+        outputs = [rank.communicate(timeout=400)[0] for rank in ranks]
     finally:
         for rank in ranks:
             rank.kill()

@@ -79,6 +79,12 @@ def _settle_alp(args: SimpleNamespace) -> None:
             "split tokens and hidden dimensions, which key the noise. Set --ds.ring_attn_size 1 "
             "and --ds.tensor_parallel_size 1."
         )
+    if args.ds.deepcompile and args.alp.perturbed:
+        raise ValueError(
+            "--ds.deepcompile compiles the model's forward once, and whether and with which keys a "
+            "layer adds its noise is decided anew for every micro-batch. Drop --ds.deepcompile, or "
+            "use --alp.method *-bypass."
+        )
     if args.actor.optim == "muon" and args.alp.perturbed:
         raise ValueError(
             "--actor.optim muon has no parameter group for sigma in DeepSpeed. Use "
@@ -99,6 +105,12 @@ def _settle_service(args: SimpleNamespace) -> None:
     if args.data.max_images_per_prompt > 0:
         raise ValueError(
             "--rollout.service_urls serves text only. Drop --data.max_images_per_prompt."
+        )
+    if args.vllm.enable_sleep:
+        raise ValueError(
+            "--vllm.enable_sleep lets OpenRLHF's own vLLM engines share the learner's GPUs, and "
+            "--rollout.service_urls replaces those engines. Drop --vllm.enable_sleep and run the "
+            "services on GPUs of their own."
         )
     if args.ds.lora.rank > 0:
         raise ValueError(
@@ -143,8 +155,8 @@ def _check_batches(args: SimpleNamespace) -> None:
     if not shape.fit(num_samples).num_samples:
         unit = math.lcm(shape.group_size, divisor)
         raise ValueError(
-            f"{asked} give {ranks} rank(s) no whole micro-batch each. Set --rollout.batch_size to a "
-            f"multiple of {unit // shape.group_size}, or use fewer ranks "
+            f"{asked} give {ranks} rank(s) no whole micro-batch each. Set --rollout.batch_size to "
+            f"a multiple of {unit // shape.group_size}, or use fewer ranks "
             "(--actor.num_gpus_per_node)."
         )
     if num_samples // shape.rollout_micro_batch_size < ranks:

@@ -73,6 +73,7 @@ def test_with_a_service_there_is_one_engine_per_url(parse: Parse, service_keys: 
         ),
         (["--alp.enable", "--actor.optim", "muon"], "--actor.optim muon"),
         (["--alp.enable", "--ds.ring_attn_size", "2"], "ring attention"),
+        (["--alp.enable", "--ds.deepcompile"], r"Drop --ds\.deepcompile"),
         (["--alp.enable", "--alp.sigma0", "0.5"], "--alp.sigma0 is 0.5"),
         (["--alp.enable", "--alp.sigma_min", "1"], "--alp.sigma_min is 1"),
         (["--alp.enable", "--alp.lr", "-1"], "--alp.lr is -1"),
@@ -95,6 +96,11 @@ def test_contradictions_are_named(parse: Parse, flags: list[str], message: str) 
     [
         (["--train.agent_func_path", "agent.py"], "--train.agent_func_path"),
         (["--ds.lora.rank", "8"], "--ds.lora.rank 0"),
+        (["--vllm.enable_sleep"], r"Drop --vllm\.enable_sleep"),
+        (["--vllm.enable_sleep", "--train.colocate_all"], r"Drop --vllm\.enable_sleep"),
+        (["--rollout.request_timeout_s", "0"], "--rollout.request_timeout_s is 0"),
+        (["--rollout.queue_timeout_s", "-1"], "--rollout.queue_timeout_s is -1"),
+        (["--rollout.max_lost_share", "1.5"], "--rollout.max_lost_share is 1.5"),
         (["--data.max_images_per_prompt", "1"], "serves text only"),
         (["--algo.dynamic_filtering_enable"], "divides by zero"),
         (["--rollout.max_staleness", "-1"], "--rollout.max_staleness is -1"),
@@ -105,6 +111,11 @@ def test_what_the_service_cannot_do_is_refused(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         parse("--rollout.service_urls", "http://127.0.0.1:1", *flags)
+
+
+def test_a_bypass_run_may_be_compiled(parse: Parse) -> None:
+    flags = ("--alp.enable", "--alp.method", "token-bypass", "--ds.deepcompile")
+    assert parse(*flags).ds.deepcompile
 
 
 def test_missing_keys_are_named(parse: Parse, monkeypatch: pytest.MonkeyPatch) -> None:
