@@ -70,7 +70,7 @@ data=(
 rollout=(
   --rollout.service_urls "${rollout_urls[@]}"
   --rollout.ready_timeout_s 600            # ours: vLLM loads and compiles
-  --rollout.request_timeout_s 1200         # ours: all answers of a step are asked for at once
+  --rollout.request_timeout_s 1200         # ours: one answer, waiting not included
   --rollout.batch_size "$PROMPTS"
   --rollout.n_samples_per_prompt "$SAMPLES"
   --rollout.max_new_tokens "$RESPONSE_TOKENS"

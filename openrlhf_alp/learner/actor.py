@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from openrlhf_alp.alp import LayerwisePerturbation
 from openrlhf_alp.alp.observe import LayerFigures, layer_metrics, signal_to_noise
 from openrlhf_alp.clients.weights.push import WeightPusher
+from openrlhf_alp.learner.batches import BatchShape
 from openrlhf_alp.learner.compat import undecorated
 from openrlhf_alp.learner.experience import SAMPLE_ID
 from openrlhf_alp.learner.flags.config import AlpConfig
@@ -145,7 +146,8 @@ class AlpActorPPOTrainer(ppo_actor.ActorPPOTrainer):
         self.num_trainings += 1
         self.telemetry = RatioTelemetry()
         self.layer_figures: dict[int, LayerFigures] = {}
-        status = super().ppo_train(kl_ctl)
+        with self._batch_of_equal_steps():
+            status = super().ppo_train(kl_ctl)
         status.update(preflight)
         if self.alp.enable:
             status.update(self._ratio_metrics())
@@ -159,6 +161,7 @@ class AlpActorPPOTrainer(ppo_actor.ActorPPOTrainer):
         # The samples' numbers key the noise; they are no metric, so upstream must not average them.
         sample_ids = experience.info.pop(SAMPLE_ID, None)
         loss_batch_info = self._countable(loss_batch_info, step)
+        self._mark_optimizer_step(step)
         # Around the backward pass too: gradient checkpointing runs the layers again there.
         with self._perturbed(experience, sample_ids), self._observed(experience):
             result = super().training_step(experience, kl_ctl, step, loss_batch_info)
@@ -168,14 +171,40 @@ class AlpActorPPOTrainer(ppo_actor.ActorPPOTrainer):
             _weigh_nothing(result)
         return result
 
+    def _batch_of_equal_steps(self) -> AbstractContextManager[Any]:
+        """Under dynamic batching, optimizer steps of a size that uses every sample of the batch.
+
+        Upstream makes whole steps of `--train.batch_size` only, and no step of a shorter batch.
+        """
+        train = self.args.train
+        if not train.dynamic_batch_enable:
+            return nullcontext()
+        num_samples = len(self.replay_buffer.items)
+        size = BatchShape.of(self.args).dynamic_batch_size(num_samples)
+        return mock.patch.object(train, "batch_size", size)
+
+    def _mark_optimizer_step(self, step: int) -> None:
+        """Let the last micro-batch of a shorter batch end its optimizer step.
+
+        DeepSpeed counts micro-batches, and would go on accumulating into the next batch; upstream's
+        normalisers are those of a step that ends here.
+        """
+        if self.args.train.dynamic_batch_enable:
+            return  # upstream says there itself where a step ends
+        num_micro_batches = len(self.replay_buffer) // self.micro_train_batch_size
+        window = max(1, self.strategy.accumulated_gradient)
+        ends = (step + 1) % window == 0 or step + 1 == num_micro_batches
+        self.actor.model.set_gradient_accumulation_boundary(ends)
+
     def _countable(self, loss_batch_info: dict | None, step: int) -> dict | None:
         """Normalisers above 0: an optimizer step of void episodes only has loss 0, not NaN.
 
         None stands for the dynamic batches, whose counts upstream keeps in its buffer.
         """
         if loss_batch_info is None:
-            counts = self.replay_buffer.dynamic_batch_num_tokens
-            counts[step] = counts[step] or 1.0
+            buffer = self.replay_buffer
+            for counts in (buffer.dynamic_batch_num_tokens, buffer.dynamic_global_batch_size):
+                counts[step] = counts[step] or 1.0
             return None
         return {name: count if count > 0 else 1.0 for name, count in loss_batch_info.items()}
 
@@ -282,7 +311,7 @@ class AlpActorPPOTrainer(ppo_actor.ActorPPOTrainer):
         if torch.distributed.get_rank() != 0:
             return []
         args = self.args
-        prompts = list(dict.fromkeys((item.prompts[0], item.labels[0]) for item in own))
+        prompts = list({item.prompts[0]: item.labels[0] for item in own}.items())
         group = args.rollout.n_samples_per_prompt
         num_groups = max(1, mismatch.NUM_FORWARDS * self.micro_train_batch_size // group)
         sampling = SimpleNamespace(

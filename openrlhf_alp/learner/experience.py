@@ -13,9 +13,11 @@ from typing import Any
 import numpy as np
 import ray
 import torch
+from openrlhf.trainer.ppo_utils import samples_generator
 from openrlhf.trainer.ppo_utils.experience import Experience
 from openrlhf.trainer.ppo_utils.experience_maker import RemoteExperienceMaker
 from openrlhf.trainer.ppo_utils.samples_generator import SamplesGenerator
+from tqdm import tqdm
 
 from openrlhf_alp.rollouts.response import VOID
 
@@ -128,21 +130,58 @@ class AlpSamplesGenerator(SamplesGenerator):
     def _generate_vllm(
         self, dataloader_iter: Any, num_prompts: int, dynamic_filtering: bool, **kwargs: Any
     ) -> tuple[list[Experience], int, bool]:
-        samples_per_prompt = kwargs.get(
-            "n_samples_per_prompt", self.args.rollout.n_samples_per_prompt
-        )
+        """Samples of `num_prompts` groups, prompts taken, and whether the data ran out.
+
+        Raises:
+            RuntimeError: too many groups were lost to failed requests.
+        """
+        if dynamic_filtering:
+            return super()._generate_vllm(dataloader_iter, num_prompts, True, **kwargs)
+        # Not upstream's loop, which replaces groups under dynamic filtering only and there divides
+        # by the size of a dropped one.
         experiences: list[Experience] = []
-        consumed = 0
-        exhausted = False
-        # Upstream returns fewer groups than asked for when the engine dropped some.
-        while not exhausted and len(experiences) < num_prompts * samples_per_prompt:
-            missing = num_prompts - len(experiences) // samples_per_prompt
-            new, new_consumed, exhausted = super()._generate_vllm(
-                dataloader_iter, missing, dynamic_filtering, **kwargs
+        pending: list[Any] = []
+        missing, consumed, exhausted = num_prompts, 0, False
+        lost_before = self._num_lost_groups()
+        with tqdm(total=num_prompts, desc="Generate samples") as progress:
+            while True:
+                if missing and not exhausted:
+                    prompts, labels, images, exhausted = samples_generator._collect_prompt_batch(
+                        dataloader_iter, missing
+                    )
+                    consumed += len(prompts)
+                    if prompts:
+                        pending += self._dispatch_prompts_to_vllm(
+                            prompts, labels, images=images, **kwargs
+                        )
+                if not pending:
+                    return experiences, consumed, exhausted
+                [done], pending = ray.wait(pending)
+                responses = ray.get(done)
+                experiences += [
+                    self._process_response_into_experience(r, **kwargs) for r in responses
+                ]
+                # A dropped group's replacement starts now, while the others are still running.
+                missing = 0 if responses else 1
+                progress.update(1 - missing)
+                if missing:
+                    self._check_losses(self._num_lost_groups() - lost_before, num_prompts)
+
+    def _num_lost_groups(self) -> int:
+        """Groups lost to failed requests so far; upstream's own engines lose none."""
+        if not self.args.rollout_service.urls:
+            return 0
+        return sum(ray.get([e.get_num_lost_groups.remote() for e in self.vllm_engines]))
+
+    def _check_losses(self, num_lost: int, num_prompts: int) -> None:
+        share = self.args.rollout_service.max_lost_share
+        if num_lost > max(1.0, share * num_prompts):
+            raise RuntimeError(
+                f"{num_lost} groups of a batch of {num_prompts} prompts were lost to slow, failed "
+                f"or invalid requests, more than --rollout.max_lost_share {share}. The lines above "
+                "give each reason: raise --rollout.request_timeout_s when answers take longer, or "
+                "look at the logs of the services."
             )
-            experiences += new
-            consumed += new_consumed
-        return experiences, consumed, exhausted
 
 
 class StalenessGate:

@@ -28,6 +28,7 @@ from openrlhf_alp.episodes.observation import chat_template
 from openrlhf_alp.episodes.records import EpisodeError
 from openrlhf_alp.learner import seams
 from openrlhf_alp.learner.flags.config import MATH_VERIFY, ServiceConfig
+from openrlhf_alp.learner.flags.labels import check_labels_of
 from openrlhf_alp.learner.flags.settle import add_arguments, settle
 from openrlhf_alp.rollouts.runners import ToolConfig, tool_client
 from services.common.wire import ADMIN_KEY_VARIABLE, API_KEY_VARIABLE, TOOL_KEY_VARIABLE
@@ -145,7 +146,7 @@ def check_model(name_or_path: str | None) -> Any:
 
 
 def check_data(args: SimpleNamespace) -> None:
-    """The prompts are named, and have labels where the reward needs them.
+    """The prompts are named, and have labels where the reward needs them; names those it refuses.
 
     Raises:
         ValueError: a flag is missing, or names a file or a field that is not there.
@@ -165,11 +166,13 @@ def check_data(args: SimpleNamespace) -> None:
         )
     if Path(dataset).suffix == ".jsonl":
         _check_first_row(args, Path(dataset))
+    if args.reward.remote_url == MATH_VERIFY:
+        check_labels_of(dataset, args.data.label_key, split=args.data.prompt_split)
 
 
 def _check_first_row(args: SimpleNamespace, path: Path) -> None:
     """The named fields are there, and a conversation meets a chat template."""
-    with path.open(encoding="utf-8") as lines:
+    with path.open(encoding="utf-8-sig") as lines:
         row = json.loads(next(lines, "{}"))
     for flag, key in (("input_key", args.data.input_key), ("label_key", args.data.label_key)):
         if key and key not in row:

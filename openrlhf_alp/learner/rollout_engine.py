@@ -20,10 +20,17 @@ import ray
 from openrlhf.utils.agent import SingleTurnAgentExecutor
 
 from openrlhf_alp.clients.channel import Timeouts
+from openrlhf_alp.clients.errors import DeadlineExceeded, InvalidReply, ServiceUnavailable
 from openrlhf_alp.clients.rollout import RolloutClient
 from openrlhf_alp.episodes.protocols import Task
-from openrlhf_alp.episodes.records import Episode, SamplingConfig, ToolLostError
+from openrlhf_alp.episodes.records import (
+    BadCompletionError,
+    Episode,
+    SamplingConfig,
+    ToolLostError,
+)
 from openrlhf_alp.learner.flags.config import MATH_VERIFY, ServiceConfig
+from openrlhf_alp.learner.server_watch import NoServerLeft, ServerWatch
 from openrlhf_alp.rewards.math import MathReward
 from openrlhf_alp.rewards.protocol import Reward, RewardResult, RewardUnavailable
 from openrlhf_alp.rollouts.response import to_response
@@ -31,6 +38,14 @@ from openrlhf_alp.rollouts.runners import ServiceGenerate, ToolConfig, build_run
 from services.common.wire import ADMIN_KEY_VARIABLE, API_KEY_VARIABLE, TOOL_KEY_VARIABLE
 
 logger = logging.getLogger(__name__)
+
+LOST_REQUESTS: dict[type[Exception], str] = {
+    DeadlineExceeded: "request_too_slow",
+    InvalidReply: "invalid_reply",
+    BadCompletionError: "bad_completion",
+    ServiceUnavailable: "request_lost",
+}
+"""What one request can suffer without the next one suffering it too -> reason of the drop."""
 
 
 class RolloutEngine:
@@ -60,14 +75,16 @@ class RolloutEngine:
             urls,
             api_key=api_key,
             admin_key=admin_key,
-            timeouts=Timeouts(total_s=service.request_timeout_s),
+            timeouts=Timeouts(total_s=service.queue_timeout_s, read_s=service.queue_timeout_s),
         )
+        self.watch = ServerWatch(self.client, patience_s=service.request_timeout_s)
         self.service = service
         self.reward = build_reward(reward_urls)
         self.tool = tool or ToolConfig()
         self.tool_client = tool_client(self.tool, tool_key) if self.tool.urls else None
         self.version = 0
         self.dropped: Counter[str] = Counter()
+        self.num_lost = 0
         self.unfinished = 0
 
     def get_num_unfinished_requests(self) -> int:
@@ -78,6 +95,10 @@ class RolloutEngine:
         """Groups dropped since the last call, by reason."""
         dropped, self.dropped = self.dropped, Counter()
         return dict(dropped)
+
+    def get_num_lost_groups(self) -> int:
+        """Groups dropped so far because a request was lost, and not for what is in the data."""
+        return self.num_lost
 
     async def generate_responses(
         self,
@@ -95,8 +116,8 @@ class RolloutEngine:
         biased.
 
         Raises:
-            ServiceError: the service cannot be reached or refused the request.
-            BadCompletionError: a log-prob is missing or not finite.
+            ServiceUnavailable: no server is left.
+            RequestRejected: the servers refuse such requests.
         """
         task = Task.tokenized(prompt=prompt, label=label, tokenizer=hf_tokenizer)
         max_tokens = task.budget(max_length=max_length, max_tokens=sampling_params.max_tokens)
@@ -105,7 +126,11 @@ class RolloutEngine:
             self._drop("prompt_too_long", f"{num_tokens} tokens, --data.max_len {max_length}")
             return []
         runner = build_runner(
-            generate=ServiceGenerate(client=self.client, deadline_s=self.service.request_timeout_s),
+            generate=ServiceGenerate(
+                client=self.client,
+                deadline_s=self.service.queue_timeout_s,
+                work_limit_s=self.service.request_timeout_s,
+            ),
             reward=self.reward,
             tokenizer=hf_tokenizer,
             tool=self.tool,
@@ -122,14 +147,22 @@ class RolloutEngine:
         )
         self.unfinished += num_samples
         try:
-            episodes = await _all_or_first_error(
-                [
-                    runner(request_id=uuid4().hex, task=task, sampling=sampling)
-                    for _ in range(num_samples)
-                ]
+            episodes = await self.watch.unless_all_are_gone(
+                _all_or_first_error(
+                    [
+                        runner(request_id=uuid4().hex, task=task, sampling=sampling)
+                        for _ in range(num_samples)
+                    ]
+                )
             )
         except (RewardUnavailable, ToolLostError) as error:
             self._drop(error.reason, error.detail)
+            return []
+        except NoServerLeft:
+            raise
+        except tuple(LOST_REQUESTS) as error:
+            self.num_lost += 1
+            self._drop(_reason_of(error), str(error))
             return []
         finally:
             self.unfinished -= num_samples
@@ -171,10 +204,14 @@ async def _all_or_first_error(episodes: list[Any]) -> list[Episode]:
             tasks = [group.create_task(episode) for episode in episodes]
     except ExceptionGroup as errors:
         # A fatal error must not be hidden by a lost episode, which only drops the group.
-        lost = (RewardUnavailable, ToolLostError)
+        lost: tuple[type[Exception], ...] = (RewardUnavailable, ToolLostError, *LOST_REQUESTS)
         fatal = [e for e in errors.exceptions if not isinstance(e, lost)]
         raise (fatal or errors.exceptions)[0] from None
     return [task.result() for task in tasks]
+
+
+def _reason_of(error: Exception) -> str:
+    return next(reason for kind, reason in LOST_REQUESTS.items() if isinstance(error, kind))
 
 
 def build_reward(remote_urls: Sequence[str]) -> Reward:

@@ -113,12 +113,24 @@ SEAMS = (
         f"{_PPO_UTILS}.samples_generator:SamplesGenerator.",
         "experience:AlpSamplesGenerator",
         _generate_vllm="self dataloader_iter num_prompts dynamic_filtering",
+        _dispatch_prompts_to_vllm="self prompts labels images generate_kwargs",
+    ),
+    *_methods(
+        f"{_PPO_UTILS}.samples_generator:",  # called, not replaced
+        "experience:AlpSamplesGenerator",
+        _collect_prompt_batch="dataloader_iter num_prompts",
     ),
     *_methods(
         "openrlhf.trainer.ppo_trainer:PPOTrainer.",
         "trainer:RemoteAlpPPOTrainer",
         save_logs_and_checkpoints="self global_step logs_dict client_states",
         train_step="self rollout_samples global_step",
+        evaluate="self global_step generate_kwargs",
+    ),
+    *_methods(
+        "openrlhf.trainer.ppo_trainer:",
+        "evaluation:eval_metrics",
+        compute_eval_metrics="eval_dataloader samples_list n_samples_per_prompt",
     ),
     *_methods(
         f"{_ASYNC}:TrainingActor.",
@@ -132,6 +144,7 @@ SEAMS = (
         f"{_ASYNC}:GenerateSamplesActor.",
         "trainer:RemoteAlpGenerateSamplesActor",
         fit="self episode total_consumed_prompts",
+        _run_eval="self",
     ),
     *_methods(
         f"{_ASYNC}:PPOTrainerAsync.",

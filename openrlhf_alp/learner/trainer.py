@@ -16,7 +16,9 @@ from unittest import mock
 import ray
 from openrlhf.trainer import ppo_trainer, ppo_trainer_async
 
+from openrlhf_alp.learner.batches import BatchShape, fitting_part
 from openrlhf_alp.learner.compat import undecorated
+from openrlhf_alp.learner.evaluation import counting_every_prompt
 from openrlhf_alp.learner.experience import (
     AlpExperienceMaker,
     AlpSamplesGenerator,
@@ -31,7 +33,7 @@ _UpstreamGenerate = undecorated(ppo_trainer_async.GenerateSamplesActor)
 
 
 class _ServiceTraining:
-    """What both trainers add to `BasePPOTrainer` when rollouts come from the service."""
+    """What both trainers add to `BasePPOTrainer`: equal ranks, and rollouts from the service."""
 
     args: Any
     vllm_engines: Any
@@ -39,6 +41,7 @@ class _ServiceTraining:
     def _start_counting(self) -> None:
         """Set the step counter and the gate, once upstream's constructor has set `args`."""
         self.num_steps = 0
+        self.num_left_out = 0
         rollout = self.args.rollout
         self.gate = StalenessGate(
             samples_per_prompt=rollout.n_samples_per_prompt,
@@ -51,16 +54,34 @@ class _ServiceTraining:
         return bool(self.args.rollout_service.urls)
 
     def train_step(self, rollout_samples: list[Any], global_step: int) -> tuple[dict, int]:
-        """One update, or none (no status, the same step) while fresh samples are missing."""
+        """One update, or none (no status, the same step) while there are too few samples."""
         if not self.uses_service:
-            return super().train_step(rollout_samples, global_step)  # type: ignore[misc]
+            return self._train_equally(rollout_samples, global_step)
         # What is updated is the version of the last push; samples from a queue may be older.
         version = ray.get(self.vllm_engines[0].get_version.remote())
         admitted = self.gate.admit(rollout_samples, version)
-        if not admitted:
+        status, global_step = self._train_equally(admitted, global_step)
+        if status:
+            status = {**with_ratios(status), **self.gate.take_metrics()}
+        return status, global_step
+
+    def _train_equally(self, samples: list[Any], global_step: int) -> tuple[dict, int]:
+        """One update with the part of `samples` that gives each rank the same micro-batches."""
+        shape = BatchShape.of(self.args)
+        fit = shape.fit(len(samples))
+        kept = fitting_part(samples, fit, group_size=shape.group_size, seed=global_step)
+        if left_out := len(samples) - len(kept):
+            self.num_left_out += left_out
+            logger.warning(
+                "left out %d of %d samples: they do not give %d rank(s) equal micro-batches",
+                *(left_out, len(samples), shape.num_ranks),
+            )
+        if not kept:
             return {}, global_step
-        status, global_step = super().train_step(admitted, global_step)  # type: ignore[misc]
-        return {**with_ratios(status), **self.gate.take_metrics()}, global_step
+        size = fit.rollout_micro_batch_size
+        with mock.patch.object(self.args.rollout, "micro_batch_size", size):
+            status, global_step = super().train_step(kept, global_step)  # type: ignore[misc]
+        return {**status, "rollout/left_out_samples": float(left_out)}, global_step
 
     def save_logs_and_checkpoints(
         self, global_step: int, logs_dict: dict | None = None, client_states: dict | None = None
@@ -86,6 +107,12 @@ class _ServiceTraining:
                 len(self.gate.waiting),
             )
         dropped = self._take_dropped_groups() if self.uses_service else None
+        if self.num_steps == 0 and self.num_left_out:
+            raise RuntimeError(
+                f"no step was made: all {self.num_left_out} samples were left out, as no batch "
+                "gave every rank a micro-batch. Give more prompts, fewer ranks "
+                "(--actor.num_gpus_per_node) or a smaller --train.micro_batch_size."
+            )
         if self.num_steps == 0 and dropped:
             reasons = ", ".join(f"{count} x {reason}" for reason, count in dropped.items())
             raise RuntimeError(
@@ -125,6 +152,13 @@ class AlpPPOTrainer(_ServiceTraining, undecorated(ppo_trainer.PPOTrainer)):  # t
         super().fit(global_step)
         self._require_some_groups()
 
+    def evaluate(self, global_step: int, **generate_kwargs: Any) -> dict[str, float]:
+        with counting_every_prompt(ppo_trainer):
+            logs = super().evaluate(global_step, **generate_kwargs)
+        if self.uses_service:
+            self._take_dropped_groups()  # logged here; they are none of the next step's
+        return logs
+
 
 class AlpTrainingActor(_ServiceTraining, _UpstreamTraining):  # type: ignore[misc,valid-type]
     """Upstream: `openrlhf.trainer.ppo_trainer_async.TrainingActor`."""
@@ -151,6 +185,10 @@ class AlpGenerateSamplesActor(_UpstreamGenerate):  # type: ignore[misc,valid-typ
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         with mock.patch.multiple(ppo_trainer_async, SamplesGenerator=AlpSamplesGenerator):
             super().__init__(*args, **kwargs)
+
+    def _run_eval(self) -> dict[str, float]:
+        with counting_every_prompt(ppo_trainer_async):
+            return super()._run_eval()
 
 
 class AlpPPOTrainerAsync(undecorated(ppo_trainer_async.PPOTrainerAsync)):  # type: ignore[misc]

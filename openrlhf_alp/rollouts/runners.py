@@ -136,6 +136,9 @@ class ServiceGenerate:
     deadline_s: float
     """Server-side deadline of one request in seconds; after it the engine slot is freed."""
 
+    work_limit_s: float | None = None
+    """The same, from the first sampled token on; None: no such limit."""
+
     async def __call__(
         self, *, request_id: str, prompt_ids: Sequence[int], sampling: SamplingConfig
     ) -> Completion:
@@ -152,6 +155,7 @@ class ServiceGenerate:
                 # config, and the log-probs would then be those of another distribution.
                 sampling=Sampling(**dataclasses.asdict(sampling)),
                 deadline_s=self.deadline_s,
+                work_limit_s=self.work_limit_s,
             )
         )
         sample = reply.samples[0]

@@ -1,10 +1,11 @@
 """One request in, n samples out, each stamped with the weight versions that drew it."""
 
 import asyncio
+import contextlib
 import itertools
 import math
 import time
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from functools import partial
 
 from services.rollout import metrics
@@ -21,6 +22,9 @@ from services.rollout.wire.schemas import (
 
 SampleSink = Callable[[int, list[int], list[float]], None]
 """Receives (sample index, new token ids, their log-probs) as they are drawn."""
+
+_LOOK_EVERY_S = 1.0
+"""How late the start of `work_limit_s` may be noticed."""
 
 
 class GenerateError(RolloutError):
@@ -119,18 +123,47 @@ class Generator:
     async def _within(
         self, limit_s: float | None, request: GenerateRequest, on_tokens: SampleSink | None
     ) -> list[Sample]:
-        try:
-            async with asyncio.timeout(limit_s):
-                return await self._draw(request, on_tokens)
-        except TimeoutError as error:
-            message = f"The request was not done within its deadline of {limit_s} s."
-            raise GenerateError("deadline_exceeded", message) from error
-
-    async def _draw(self, request: GenerateRequest, on_tokens: SampleSink | None) -> list[Sample]:
-        """All samples concurrently; the first failure cancels the others."""
         # A request id is used again when a failed run is retried; a job id never is.
         serial = next(self._serials)
         job_ids = [f"{request.request_id}:{serial}:{index}" for index in range(request.n)]
+        started_s = time.monotonic()
+        try:
+            async with asyncio.timeout(limit_s) as limit, self._work_limit(request, job_ids, limit):
+                return await self._draw(request, job_ids, on_tokens)
+        except TimeoutError as error:
+            message = (
+                f"The request was not done after {time.monotonic() - started_s:.3g} s (deadline_s "
+                f"{limit_s}, work_limit_s {request.work_limit_s})."
+            )
+            raise GenerateError("deadline_exceeded", message) from error
+
+    @contextlib.asynccontextmanager
+    async def _work_limit(
+        self, request: GenerateRequest, job_ids: list[str], limit: asyncio.Timeout
+    ) -> AsyncIterator[None]:
+        """Lower `limit` to `work_limit_s` once the engine draws tokens for one of the jobs."""
+        work_s = request.work_limit_s
+        if work_s is None:
+            yield
+            return
+
+        async def lower() -> None:
+            # Engines tell a caller of each token only at a cost, but can always be asked.
+            while not any(self._engine.num_tokens(job_id) for job_id in job_ids):
+                await asyncio.sleep(min(_LOOK_EVERY_S, work_s / 20))
+            due_s = asyncio.get_running_loop().time() + work_s
+            limit.reschedule(min(due_s, limit.when() or due_s))
+
+        watch = asyncio.create_task(lower())
+        try:
+            yield
+        finally:
+            watch.cancel()
+
+    async def _draw(
+        self, request: GenerateRequest, job_ids: list[str], on_tokens: SampleSink | None
+    ) -> list[Sample]:
+        """All samples concurrently; the first failure cancels the others."""
         if request.n == 1:  # the usual case, without the cost of a task
             return [await self._sample(request, job_ids[0], 0, on_tokens)]
         try:

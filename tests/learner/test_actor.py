@@ -107,15 +107,32 @@ def test_an_update_moves_theta_and_sigma_and_reports_the_ratio(parse: Parse) -> 
     assert "alp/sample_id" not in status
 
 
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("aggregate", ["token-mean", "seq-mean-token-mean"])
 @pytest.mark.parametrize("method", ["seq-alp", "token-alp"])
-def test_an_update_on_void_episodes_only_changes_nothing(parse: Parse, method: str) -> None:
+def test_an_update_on_void_episodes_only_changes_nothing(
+    parse: Parse, monkeypatch: pytest.MonkeyPatch, method: str, aggregate: str, dynamic: bool
+) -> None:
     """Nothing is left to train on: no normaliser of 0, no NaN, no gradient."""
-    actor = build_actor(parse("--alp.enable", *SIGMA, "--alp.method", method))
+    flags = ("--alp.method", method, "--actor.loss_agg_mode", aggregate)
+    args = parse("--alp.enable", *SIGMA, *flags)
+    args.train.dynamic_batch_enable = dynamic  # after parsing: it asks for flash attention
+    args.train.max_tokens_per_gpu = 24
+    actor = build_actor(args)
     before = weights(actor)
+    losses: list[torch.Tensor] = []
+    backward = actor.strategy.backward
+
+    def spy(loss: torch.Tensor, *rest: Any) -> None:
+        losses.append(loss.detach())
+        backward(loss, *rest)
+
+    monkeypatch.setattr(actor.strategy, "backward", spy)
     experience = rollouts(actor)
     experience.action_mask = torch.zeros_like(experience.action_mask)
     actor.append(experience)
     status = actor.fit()
+    assert losses and all(loss == 0.0 for loss in losses)
     assert status["policy_loss"] == 0.0
     assert all(math.isfinite(value) for value in status.values())
     for name, parameter in weights(actor).items():
@@ -276,3 +293,21 @@ def test_a_nan_rollout_log_prob_stops_the_update_and_says_where(parse: Parse) ->
         actor.fit()
     after = weights(actor)
     assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_a_shorter_batch_is_a_whole_optimizer_step(parse: Parse) -> None:
+    """Three micro-batches where four are accumulated: the same gradient as where three are."""
+    flags = ("--rollout.batch_size", "4", "--alp.enable", "--alp.sigma0", "0.01")
+    short = build_actor(parse(*flags, "--train.batch_size", "8"))
+    exact = build_actor(parse(*flags, "--train.batch_size", "6"))
+    norms = []
+    for actor in (short, exact):
+        torch.manual_seed(0)  # the order of the samples
+        actor.append(rollouts(actor, num_samples=6))
+        status = actor.fit()
+        norms.append(status["actor_grad_norm"])
+        assert actor.trainer.update_number == 1
+    assert norms[0] == pytest.approx(norms[1], rel=1e-3) and norms[0] > 0
+    short.append(rollouts(short, num_samples=8))
+    short.fit()
+    assert short.trainer.update_number == 2

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
+from collections import defaultdict
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import ray
 import torch
 from openrlhf.trainer.ppo_utils.experience import Experience
-from openrlhf.trainer.ppo_utils.samples_generator import SamplesGenerator
 
 from openrlhf_alp.learner.experience import (
     SAMPLE_ID,
@@ -17,6 +19,7 @@ from openrlhf_alp.learner.experience import (
     AlpSamplesGenerator,
     _masked_rollout_log_probs,
 )
+from openrlhf_alp.learner.flags.config import ServiceConfig
 
 
 def response(prompt: str) -> dict[str, Any]:
@@ -37,7 +40,7 @@ def response(prompt: str) -> dict[str, Any]:
 def generator(samples_per_prompt: int = 2) -> AlpSamplesGenerator:
     args = SimpleNamespace(
         rollout=SimpleNamespace(n_samples_per_prompt=samples_per_prompt),
-        rollout_service=SimpleNamespace(urls=("http://127.0.0.1:1",)),
+        rollout_service=ServiceConfig(urls=("http://127.0.0.1:1",)),
     )
     return AlpSamplesGenerator(SimpleNamespace(args=args), None, None, None, [])
 
@@ -66,36 +69,80 @@ def test_a_rollout_without_log_probs_is_refused() -> None:
         _masked_rollout_log_probs(Experience(sequences=torch.zeros(1, 2)))
 
 
-def fake_upstream(monkeypatch: pytest.MonkeyPatch, dropped: set[str]) -> list[list[str]]:
-    """Upstream's `_generate_vllm` without engines; some prompts lose their group."""
-    asked: list[list[str]] = []
+@ray.remote
+class Engine:
+    """Answers a prompt when its turn has come; loses the groups that it is told to."""
 
-    def generate(
-        self: Any, prompts: Iterator[str], num_prompts: int, dynamic: bool, **kwargs: Any
-    ) -> tuple[list[Experience], int, bool]:
-        taken = [p for _, p in zip(range(num_prompts), prompts, strict=False)]
-        asked.append(taken)
-        kept = [
-            self._process_response_into_experience(response(p))
-            for p in taken
-            if p not in dropped
-            for _ in range(2)
-        ]
-        return kept, len(taken), len(taken) < num_prompts
+    def __init__(self, dropped: str, slow: dict[str, str], num_lost: int = 0) -> None:
+        self.dropped, self.slow, self.num_lost = set(dropped), slow, num_lost
+        self.started: list[str] = []
+        self.events: dict[str, asyncio.Event] = defaultdict(asyncio.Event)
 
-    monkeypatch.setattr(SamplesGenerator, "_generate_vllm", generate)
-    return asked
+    async def generate_responses(
+        self, prompt: str, num_samples: int, **_: Any
+    ) -> list[dict[str, Any]]:
+        self.started.append(prompt)
+        self.events[prompt].set()
+        if prompt in self.slow:  # until another prompt has been asked for
+            await asyncio.wait_for(self.events[self.slow[prompt]].wait(), 20)
+        if prompt in self.dropped:
+            return []
+        return [response(prompt)] * num_samples
+
+    def get_num_unfinished_requests(self) -> int:
+        return 0
+
+    def get_num_lost_groups(self) -> int:
+        lost = self.dropped & set(self.started)
+        return len(lost) if self.num_lost else 0
+
+    def get_started(self) -> list[str]:
+        return self.started
 
 
-def test_a_dropped_group_is_replaced_by_the_next_prompt(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = fake_upstream(monkeypatch, dropped={"b", "d"})
-    experiences, consumed, exhausted = generator()._generate_vllm(iter("abcdef"), 3, False)
-    assert [e.prompts[0] for e in experiences] == list("aaccee")
-    assert asked == [["a", "b", "c"], ["d"], ["e"]]
+@pytest.fixture(scope="module")
+def local_ray() -> Iterator[None]:
+    ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False)
+    yield
+    ray.shutdown()
+
+
+def batch(engine: Any, prompts: str, num_prompts: int) -> tuple[list[str], int, bool]:
+    """Prompts of the samples that came, prompts taken, and whether the data ran out."""
+    ours = generator()
+    ours.vllm_engines = [engine]
+    ours.args.algo = SimpleNamespace(advantage=SimpleNamespace(is_correction_level="off"))
+    rows = iter([(["set"], [prompt], ["7"], [None]) for prompt in prompts])
+    experiences, consumed, exhausted = ours._generate_vllm(
+        rows, num_prompts, False, max_new_tokens=4
+    )
+    return sorted(e.prompts[0] for e in experiences), consumed, exhausted
+
+
+@pytest.mark.e2e
+@pytest.mark.filterwarnings("ignore")  # Ray leaves pipes open
+def test_a_dropped_group_is_replaced_while_the_others_still_run(local_ray: None) -> None:
+    # c ends only once e has been asked for, so a second wave after c would never begin.
+    engine = Engine.remote("bd", {"c": "e"})
+    came, consumed, exhausted = batch(engine, "abcdef", 3)
+    assert came == list("aaccee")
+    assert ray.get(engine.get_started.remote()) == list("abcde")
     assert consumed == 5 and not exhausted
 
 
-def test_a_data_set_that_runs_out_ends_the_search(monkeypatch: pytest.MonkeyPatch) -> None:
-    fake_upstream(monkeypatch, dropped={"a", "b"})
-    experiences, consumed, exhausted = generator()._generate_vllm(iter("ab"), 2, False)
-    assert experiences == [] and consumed == 2 and exhausted
+@pytest.mark.e2e
+@pytest.mark.filterwarnings("ignore")  # Ray leaves pipes open
+def test_a_data_set_that_runs_out_ends_the_search(local_ray: None) -> None:
+    assert batch(Engine.remote("ab", {}), "ab", 2) == ([], 2, True)
+    assert batch(Engine.remote("a", {}), "abc", 3) == (list("bbcc"), 3, True)
+    assert batch(Engine.remote("", {}), "", 3) == ([], 0, True)
+
+
+@pytest.mark.e2e
+@pytest.mark.filterwarnings("ignore")  # Ray leaves pipes open
+def test_a_batch_that_loses_most_of_its_requests_ends_the_run(local_ray: None) -> None:
+    assert batch(Engine.remote("ab", {}, 1), "abcdefgh", 4)[0] == list("ccddeeff")
+    with pytest.raises(RuntimeError, match=r"3 groups of a batch of 4 .*max_lost_share 0\.5"):
+        batch(Engine.remote("abc", {}, 1), "abcdefgh", 4)
+    # What the data is to blame for does not end it.
+    assert batch(Engine.remote("abc", {}), "abcdefgh", 4)[0] == list("ddeeffgg")

@@ -151,3 +151,53 @@ def test_ray_starts_with_openrlhfs_variables_and_our_shims(parse: Parse) -> None
             "OMP_NUM_THREADS", str(os.cpu_count())
         )
         assert "RAY_ADDRESS" in os.environ or options["num_gpus"] == LOGICAL_DEVICES
+
+
+def data_flags(folder: Path, rows: list[dict]) -> list[str]:
+    """Flags of a run on `rows`; the file begins as Windows writes it."""
+    data = folder / "data.jsonl"
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    data.write_text(text, encoding="utf-8-sig")
+    keys = ["--data.input_key", "input", "--data.label_key", "label"]
+    return ["--data.prompt_dataset", str(data), *keys]
+
+
+@pytest.mark.parametrize("labels", [[5, 7.0], ["1/2", "x+1"], [["5"], ["6"]], [5, None]])
+def test_labels_that_can_be_earned_or_named_let_a_run_start(
+    parse: Parse, tmp_path: Path, labels: list, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = [{"input": "q", "label": label} for label in labels]
+    check_data(parse(*data_flags(tmp_path, rows)))
+    assert ("cannot be earned" in caplog.text) == (None in labels)
+
+
+def test_rows_that_cannot_be_earned_are_named_with_their_numbers(
+    parse: Parse, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    labels = ["4", None, "", "17", *([""] * 20)]
+    check_data(parse(*data_flags(tmp_path, [{"input": "q", "label": v} for v in labels])))
+    assert "the reward of row 2 (None), 3 ('')" in caplog.text and "and 12 more" in caplog.text
+    assert "22 of 24 rows cannot be earned" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        ([None, ""], r"any of its 2 labels .*--data\.label_key"),
+        ([True, False], "truth value"),
+        ([{"value": "7"}], "object with the fields value"),
+        (["4", "5", 6], r"label of row 1 is a text and that of row 3 a number.*prepare-data"),
+        ([4, ["5"]], "row 2 a list"),
+    ],
+)
+def test_labels_that_no_run_can_use_are_refused(
+    parse: Parse, tmp_path: Path, labels: list, message: str
+) -> None:
+    args = parse(*data_flags(tmp_path, [{"input": "q", "label": v} for v in labels]))
+    with pytest.raises(ValueError, match=message):
+        check_data(args)
+
+
+def test_a_reward_of_ones_own_reads_its_own_labels(parse: Parse, tmp_path: Path) -> None:
+    flags = data_flags(tmp_path, [{"input": "q", "label": None}])
+    check_data(parse(*flags, "--reward.remote_url", "reward.py"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections import Counter
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -11,8 +12,18 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
+from openrlhf_alp.clients.errors import (
+    DeadlineExceeded,
+    IncompleteReply,
+    InvalidReply,
+    RequestRejected,
+    ServiceUnavailable,
+)
+from openrlhf_alp.clients.rollout import RolloutClient
+from openrlhf_alp.episodes.records import BadCompletionError
 from openrlhf_alp.learner.flags.config import ServiceConfig
 from openrlhf_alp.learner.rollout_engine import RolloutEngine
+from openrlhf_alp.learner.server_watch import NoServerLeft, ServerWatch
 from openrlhf_alp.rewards.protocol import RewardResult, RewardUnavailable
 
 pytestmark = [pytest.mark.e2e, pytest.mark.filterwarnings("ignore")]
@@ -93,6 +104,65 @@ async def test_one_failed_reward_drops_the_whole_group_and_is_counted(
     assert await generate(engine, tiny_model) == []
     assert Counter(engine.take_dropped_groups()) == {"timeout": 1}
     assert engine.take_dropped_groups() == {}
+
+
+class BrokenClient(RolloutClient):
+    """The real client, until it is told what the first requests suffer."""
+
+    errors: list[Exception]
+
+    async def generate(self, request: Any) -> Any:
+        if self.errors:
+            raise self.errors.pop()
+        return await super().generate(request)
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (DeadlineExceeded("too slow"), "request_too_slow"),
+        (InvalidReply("no log-probs"), "invalid_reply"),
+        (IncompleteReply("cut"), "invalid_reply"),
+        (ServiceUnavailable("gone for a while"), "request_lost"),
+        (BadCompletionError("empty"), "bad_completion"),
+    ],
+)
+async def test_one_lost_request_drops_its_group_by_name(
+    engine: RolloutEngine, hf_service: Any, tiny_model: Path, error: Exception, reason: str
+) -> None:
+    engine.client = BrokenClient([hf_service.url], api_key="api-key-of-a-test")
+    engine.client.errors = [error]
+    assert await generate(engine, tiny_model) == []
+    assert engine.take_dropped_groups() == {reason: 1}
+    assert engine.get_num_lost_groups() == 1
+    # The next group is not touched by it.
+    assert len(await generate(engine, tiny_model)) == 3
+    assert engine.get_num_lost_groups() == 1 and engine.get_num_unfinished_requests() == 0
+
+
+async def test_a_refused_request_ends_the_run(engine: RolloutEngine, tiny_model: Path) -> None:
+    wrong = SimpleNamespace(**{**vars(SAMPLING), "max_tokens": 10_000})
+    with pytest.raises(RequestRejected):
+        await generate(engine, tiny_model, sampling_params=wrong, max_length=20_000)
+
+
+async def test_without_any_server_the_wait_ends_with_their_names() -> None:
+    client = RolloutClient(["http://127.0.0.1:9"], api_key="k")
+    watch = ServerWatch(client, patience_s=0.5)
+    with pytest.raises(
+        NoServerLeft, match=r"none of http://127\.0\.0\.1:9 has been ready for 0\.5 s"
+    ):
+        await asyncio.gather(*(watch.unless_all_are_gone(asyncio.sleep(60)) for _ in range(3)))
+    await client.aclose()
+
+
+async def test_a_wait_longer_than_the_patience_is_no_loss_while_a_server_is_there(
+    hf_service: Any,
+) -> None:
+    client = RolloutClient(["http://127.0.0.1:9", hf_service.url], api_key="k")
+    watch = ServerWatch(client, patience_s=0.5)
+    assert await watch.unless_all_are_gone(asyncio.sleep(2, "answer")) == "answer"
+    await client.aclose()
 
 
 async def test_a_prompt_without_room_for_an_answer_is_dropped_by_name(

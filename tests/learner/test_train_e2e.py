@@ -156,7 +156,7 @@ def test_a_service_that_dies_in_a_step_ends_the_run_with_its_name(
     assert status == 1
     assert not left
     # Lost while it generates, or while new weights are on their way.
-    assert re.search(r"error: training stopped: (ServiceUnavailable|WeightUpdateFailed)", output)
+    assert re.search(r"error: training stopped: (NoServerLeft|WeightUpdateFailed)", output)
     assert service.url in output[-2000:]
 
 
@@ -226,3 +226,25 @@ def test_a_policy_that_calls_its_tool_is_trained_with_both_services(
         assert step["tir/status_ok"] > 0.5 and step["tir/tool_latency_s"] > 0
         assert 0 < step["tir/action_share"] < 1
         assert step["rollout/dropped_groups"] == 0
+
+
+def test_prompts_that_do_not_divide_among_two_ranks_end_in_an_export(
+    tiny_model: Path, hf_service: Any, tmp_path: Path
+) -> None:
+    """Seven prompts: a full step, then three groups that make three forwards for two ranks."""
+    flags = (
+        *("--alp.enable", "--alp.sigma0", "0.01", "--actor.num_gpus_per_node", "2"),
+        *("--rollout.batch_size", "4", "--train.batch_size", "8"),
+    )
+    arguments = command(tiny_model, tmp_path, hf_service.url, steps=1, flags=flags)
+    rows = [{"input": f"What is {i} + 1?", "label": i + 1} for i in range(7)]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    log = tmp_path / "train.log"
+    status, output, left = finish(start(arguments, log), log)
+    assert status == 0, output[-4000:]
+    assert not left
+    steps = metrics(tmp_path)
+    assert [step["rollout/num_samples"] for step in steps] == [8, 4]
+    assert [step["rollout/left_out_samples"] for step in steps] == [0, 2]
+    assert "left out 2 of 6 samples" in output
+    assert (tmp_path / "export" / "model.safetensors").exists()

@@ -113,7 +113,13 @@ class ServiceConfig:
     $OPENRLHF_ALP_ROLLOUT_API_KEY and $OPENRLHF_ALP_ROLLOUT_ADMIN_KEY. Without it OpenRLHF starts
     its own vLLM engines."""
     request_timeout_s: float = 300.0
-    """Longest time of one episode in seconds, retries included."""
+    """Longest time in seconds that a service may work on one request, from its first token on; its
+    prompt's group is then dropped. After this time without any service the run ends."""
+    queue_timeout_s: float = 3600.0
+    """Longest wait for one request in seconds, queueing and retries included."""
+    max_lost_share: float = field(default=0.5, metadata={"metavar": "SHARE"})
+    """End the run when more than this share of a batch's groups is lost to slow, failed or invalid
+    requests; a single group never ends it."""
     ready_timeout_s: float = 120.0
     """Longest wait for a service that is still starting, in seconds."""
     weight_transport: WeightTransport = "file"
@@ -140,6 +146,17 @@ class ServiceConfig:
     def __post_init__(self) -> None:
         # Clients join the path of a route to it.
         object.__setattr__(self, "urls", tuple(url.rstrip("/") for url in self.urls))
+        for name, seconds in (
+            ("request_timeout_s", self.request_timeout_s),
+            ("queue_timeout_s", self.queue_timeout_s),
+        ):
+            if not seconds > 0:
+                raise ValueError(f"--rollout.{name} is {seconds}; it must be above 0")
+        if not 0 <= self.max_lost_share <= 1:
+            raise ValueError(
+                f"--rollout.max_lost_share is {self.max_lost_share}; it must be in 0..1. 1 never "
+                "ends the run."
+            )
 
     @property
     def meeting(self) -> Meeting:

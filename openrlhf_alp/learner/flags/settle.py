@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 from dataclasses import replace
 from types import SimpleNamespace
 
 from openrlhf_alp.clients.weights.gpu_carrier import Meeting
+from openrlhf_alp.learner.batches import BatchShape
 from openrlhf_alp.learner.flags.config import MATH_VERIFY, AlpConfig, ServiceConfig
 from openrlhf_alp.learner.flags.spec import add_flags, read_flags
 from openrlhf_alp.rollouts.runners import ToolConfig
@@ -46,8 +48,7 @@ def settle(args: SimpleNamespace) -> SimpleNamespace:
         _settle_alp(args)
     if args.rollout_service.urls:
         _settle_service(args)
-    if args.alp.enable or args.rollout_service.urls:
-        _check_ranks(args)
+    _check_batches(args)
     _check_transport(args)
     _check_staleness(args.rollout_service)
     _check_preflight(args)
@@ -78,6 +79,12 @@ def _settle_alp(args: SimpleNamespace) -> None:
             "split tokens and hidden dimensions, which key the noise. Set --ds.ring_attn_size 1 "
             "and --ds.tensor_parallel_size 1."
         )
+    if args.ds.deepcompile and args.alp.perturbed:
+        raise ValueError(
+            "--ds.deepcompile compiles the model's forward once, and whether and with which keys a "
+            "layer adds its noise is decided anew for every micro-batch. Drop --ds.deepcompile, or "
+            "use --alp.method *-bypass."
+        )
     if args.actor.optim == "muon" and args.alp.perturbed:
         raise ValueError(
             "--actor.optim muon has no parameter group for sigma in DeepSpeed. Use "
@@ -101,6 +108,12 @@ def _settle_service(args: SimpleNamespace) -> None:
     if args.data.max_images_per_prompt > 0:
         raise ValueError(
             "--rollout.service_urls serves text only. Drop --data.max_images_per_prompt."
+        )
+    if args.vllm.enable_sleep:
+        raise ValueError(
+            "--vllm.enable_sleep lets OpenRLHF's own vLLM engines share the learner's GPUs, and "
+            "--rollout.service_urls replaces those engines. Drop --vllm.enable_sleep and run the "
+            "services on GPUs of their own."
         )
     if args.ds.lora.rank > 0:
         raise ValueError(
@@ -126,14 +139,34 @@ def _settle_service(args: SimpleNamespace) -> None:
     args.reward.remote_url = args.reward.remote_url or MATH_VERIFY
 
 
-def _check_ranks(args: SimpleNamespace) -> None:
-    num_ranks = args.actor.num_nodes * args.actor.num_gpus_per_node
-    if args.rollout.batch_size < num_ranks:
+def _check_batches(args: SimpleNamespace) -> None:
+    """A full batch gives every rank something to do; see `learner/batches.py`."""
+    shape = BatchShape.of(args)
+    ranks, micro = shape.num_ranks, shape.train_micro_batch_size
+    divisor = ranks if shape.dynamic else ranks * micro
+    if shape.train_batch_size % divisor:
+        each = "" if shape.dynamic else f" with --train.micro_batch_size {micro}"
         raise ValueError(
-            f"--rollout.batch_size is {args.rollout.batch_size}, but the learner has {num_ranks} "
-            "ranks (--actor.num_nodes times --actor.num_gpus_per_node): with fewer groups than "
-            "ranks some have nothing to train on. Set --rollout.batch_size to a multiple of "
-            f"{num_ranks}, or use fewer ranks."
+            f"--train.batch_size {shape.train_batch_size} does not divide among {ranks} rank(s)"
+            f"{each}. Set it to a multiple of {divisor}."
+        )
+    num_samples = args.rollout.batch_size * shape.group_size
+    asked = (
+        f"--rollout.batch_size {args.rollout.batch_size} x --rollout.n_samples_per_prompt "
+        f"{shape.group_size} = {num_samples} samples"
+    )
+    if not shape.fit(num_samples).num_samples:
+        unit = math.lcm(shape.group_size, divisor)
+        raise ValueError(
+            f"{asked} give {ranks} rank(s) no whole micro-batch each. Set --rollout.batch_size to "
+            f"a multiple of {unit // shape.group_size}, or use fewer ranks "
+            "(--actor.num_gpus_per_node)."
+        )
+    if num_samples // shape.rollout_micro_batch_size < ranks:
+        raise ValueError(
+            f"{asked} in forwards of --rollout.micro_batch_size {shape.rollout_micro_batch_size} "
+            f"leave some of {ranks} ranks without one. Set --rollout.micro_batch_size to at most "
+            f"{num_samples // ranks}."
         )
 
 

@@ -108,6 +108,9 @@ class GenerateRequest(Wire):
     deadline_s: float | None = Field(default=None, gt=0.0, le=86_400.0)
     """Seconds from arrival after which the request is cancelled and answered with 504."""
 
+    work_limit_s: float | None = Field(default=None, gt=0.0, le=86_400.0)
+    """The same, but from the first sampled token on: waiting for a slot of the engine is free."""
+
 
 class BatchRequest(Wire):
     """Many generate requests in one call; each has its own id, by which it is retried."""

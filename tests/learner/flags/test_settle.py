@@ -115,12 +115,13 @@ def test_with_a_service_there_is_one_engine_per_url(parse: Parse, service_keys: 
         (["--alp.enable", "--alp.sequence_ratio", "geometric"], "no effect on --alp.method token"),
         (
             ["--alp.enable", "--actor.num_gpus_per_node", "4", "--train.batch_size", "8"],
-            "--rollout.batch_size is 2, but the learner has 4",
+            "--rollout.batch_size 2",
         ),
         (["--alp.enable", "--alp.lr", "inf"], "--alp.lr is inf"),
         (["--alp.enable", "--alp.lr", "nan"], "--alp.lr is nan"),
         (["--alp.enable", "--alp.dual_clip", "1"], "Set 10, or inf"),
         (["--alp.enable", "--alp.dual_clip", "nan"], "--alp.dual_clip is nan"),
+        (["--alp.enable", "--ds.deepcompile"], r"Drop --ds\.deepcompile"),
         (["--alp.enable", "--alp.sigma_min", "1"], "--alp.sigma_min is 1"),
         (["--alp.enable", "--alp.lr", "-1"], "--alp.lr is -1"),
         (["--alp.enable", "--alp.dual_clip", "0.5"], "--alp.dual_clip is 0.5"),
@@ -142,6 +143,11 @@ def test_contradictions_are_named(parse: Parse, flags: list[str], message: str) 
     [
         (["--train.agent_func_path", "agent.py"], "--train.agent_func_path"),
         (["--ds.lora.rank", "8"], "--ds.lora.rank 0"),
+        (["--vllm.enable_sleep"], r"Drop --vllm\.enable_sleep"),
+        (["--vllm.enable_sleep", "--train.colocate_all"], r"Drop --vllm\.enable_sleep"),
+        (["--rollout.request_timeout_s", "0"], "--rollout.request_timeout_s is 0"),
+        (["--rollout.queue_timeout_s", "-1"], "--rollout.queue_timeout_s is -1"),
+        (["--rollout.max_lost_share", "1.5"], "--rollout.max_lost_share is 1.5"),
         (["--data.max_images_per_prompt", "1"], "serves text only"),
         (["--algo.dynamic_filtering_enable"], "divides by zero"),
         (["--rollout.max_staleness", "-1"], "--rollout.max_staleness is -1"),
@@ -154,8 +160,42 @@ def test_what_the_service_cannot_do_is_refused(
         parse("--rollout.service_urls", "http://127.0.0.1:1", *flags)
 
 
+def test_a_bypass_run_may_be_compiled(parse: Parse) -> None:
+    flags = ("--alp.enable", "--alp.method", "token-bypass", "--ds.deepcompile")
+    assert parse(*flags).ds.deepcompile
+
+
 def test_missing_keys_are_named(parse: Parse, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("OPENRLHF_ALP_ROLLOUT_API_KEY", raising=False)
     monkeypatch.delenv("OPENRLHF_ALP_ROLLOUT_ADMIN_KEY", raising=False)
     with pytest.raises(ValueError, match="OPENRLHF_ALP_ROLLOUT_API_KEY and"):
         parse("--rollout.service_urls", "http://127.0.0.1:1")
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (
+            ["--train.batch_size", "6", "--actor.num_gpus_per_node", "2"],
+            r"--train\.batch_size 6 does not divide among 2 rank\(s\) .* multiple of 4",
+        ),
+        (["--train.batch_size", "1"], r"--train\.batch_size 1 does not divide .* multiple of 2"),
+        (
+            ["--actor.num_gpus_per_node", "4", "--train.batch_size", "8"],
+            r"= 4 samples give 4 rank\(s\) no whole .*--rollout\.batch_size to a multiple of 4",
+        ),
+        (
+            ["--rollout.n_samples_per_prompt", "3", "--rollout.batch_size", "1"],
+            r"= 3 samples give 1 rank\(s\) .*--rollout\.batch_size to a multiple of 2",
+        ),
+        (
+            ["--actor.num_gpus_per_node", "2", "--rollout.micro_batch_size", "4"],
+            r"--rollout\.micro_batch_size to at most 2",
+        ),
+    ],
+)
+def test_a_batch_that_leaves_a_rank_idle_is_refused_with_the_fix(
+    parse: Parse, flags: list[str], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        parse(*flags)

@@ -121,6 +121,36 @@ async def test_a_deadline_cancels_the_work_and_frees_the_slot(
     assert (await http.post("/v1/generate", json=body(request_id="r-2"))).status_code == 200
 
 
+async def test_time_in_the_queue_is_no_time_of_work(
+    http: httpx.AsyncClient, service: RolloutService
+) -> None:
+    await service.engine.pause("keep")
+    request = body(work_limit_s=0.2, sampling={"max_tokens": 1})
+    waiting = asyncio.create_task(http.post("/v1/generate", json=request))
+    await asyncio.sleep(0.5)  # nothing is drawn for longer than the limit
+    assert not waiting.done()
+    await service.engine.resume()
+    # Its first token is its last, so its work takes no time at all.
+    assert (await waiting).status_code == 200
+
+
+async def test_work_that_takes_too_long_is_cancelled(
+    http: httpx.AsyncClient, service: RolloutService
+) -> None:
+    started = asyncio.create_task(http.post("/v1/generate", json=body(work_limit_s=0.2)))
+    while service.engine._running == {} or not any(  # type: ignore[attr-defined]
+        running.token_ids
+        for running in service.engine._running.values()  # type: ignore[attr-defined]
+    ):
+        assert not started.done()
+        await asyncio.sleep(0)
+    await service.engine.pause("keep")
+    response = await started
+    assert response.status_code == 504
+    assert "work_limit_s 0.2" in response.json()["error"]["message"]
+    assert service.versions.num_running == 0
+
+
 async def test_a_nan_log_prob_is_an_error_and_never_a_sample(
     http: httpx.AsyncClient, service: RolloutService
 ) -> None:

@@ -1,0 +1,87 @@
+"""Tells a request that must wait from one that nobody will ever answer.
+
+A request may queue at a busy server for as long as it takes, so no limit on its whole time can say
+that the servers are gone. They are asked instead.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Coroutine
+from typing import Any, TypeVar
+
+from openrlhf_alp.clients.errors import ServiceError, ServiceUnavailable
+from openrlhf_alp.clients.fleet import Server
+from openrlhf_alp.clients.rollout import RolloutClient
+
+Result = TypeVar("Result")
+
+_MOST_BETWEEN_PROBES_S = 10.0
+
+
+class NoServerLeft(ServiceUnavailable):
+    """No server has answered for longer than the run is willing to wait."""
+
+
+class ServerWatch:
+    """Asks the servers of one client whether they are there, while something waits for them.
+
+    Args:
+        client: whose servers are asked.
+        patience_s: how long all of them may be gone.
+    """
+
+    def __init__(self, client: RolloutClient, *, patience_s: float) -> None:
+        self._client = client
+        self._patience_s = patience_s
+        self._between_s = min(_MOST_BETWEEN_PROBES_S, patience_s / 5)
+        self._seen_s = 0.0  # monotonic; when a server last answered
+        self._num_waiting = 0
+        self._probing: asyncio.Task[None] | None = None
+
+    async def unless_all_are_gone(self, work: Coroutine[Any, Any, Result]) -> Result:
+        """Wait for `work`; cancel it when no server is left.
+
+        Raises:
+            NoServerLeft: names the servers.
+            Exception: whatever `work` raises.
+        """
+        if not self._num_waiting:
+            self._seen_s = time.monotonic()
+        self._num_waiting += 1
+        # One probe serves all that wait: a step has hundreds of groups at once.
+        if self._probing is None or self._probing.done():
+            self._probing = asyncio.create_task(self._probe_while_waiting())
+        task = asyncio.ensure_future(work)
+        try:
+            await asyncio.wait({task, self._probing}, return_when=asyncio.FIRST_COMPLETED)
+            if not task.done():
+                self._probing.result()  # raises NoServerLeft
+            return await task
+        finally:
+            self._num_waiting -= 1
+            task.cancel()
+
+    async def _probe_while_waiting(self) -> None:
+        while self._num_waiting:
+            await asyncio.sleep(self._between_s)
+            asked = await asyncio.gather(*map(self._serves, self._client.control.fleet.servers))
+            now_s = time.monotonic()
+            if any(asked):
+                self._seen_s = now_s
+            elif now_s - self._seen_s > self._patience_s:
+                urls = ", ".join(s.channel.url for s in self._client.control.fleet.servers)
+                raise NoServerLeft(
+                    f"none of {urls} has been ready for {self._patience_s:g} s "
+                    "(--rollout.request_timeout_s). Fix: look at their logs, start them again and "
+                    "resume from the last checkpoint."
+                )
+
+    async def _serves(self, server: Server) -> bool:
+        give_up_s = time.monotonic() + self._between_s
+        try:
+            response = await server.channel.send("GET", "/readyz", give_up_s=give_up_s)
+        except ServiceError:
+            return False
+        return response.status_code == 200 and not server.stale
