@@ -53,8 +53,10 @@ class Census:
             return 0
 
 
-def baseline_bytes(proc: int) -> int:
-    """Data and stack of the calling process in bytes, as RLIMIT_DATA counts them."""
+def baseline_bytes(proc: int | None) -> int:
+    """Data and stack of the calling process in bytes, as RLIMIT_DATA counts them; 0 if unknown."""
+    if proc is None:
+        return 0
     fields = _read(proc, "self/statm").split()
     return int(fields[5]) * _PAGE_BYTES
 

@@ -19,7 +19,15 @@ from typing import NoReturn
 
 from services.tool.sandbox import channel
 from services.tool.sandbox.channel import Event
-from services.tool.sandbox.inside import filesystem, kernel, preload, program, slot, watchdog
+from services.tool.sandbox.inside import (
+    filesystem,
+    janitor,
+    kernel,
+    preload,
+    program,
+    slot,
+    watchdog,
+)
 from services.tool.sandbox.plan import Level, Plan
 
 _WATCH_INTERVAL_MS = 50
@@ -44,15 +52,25 @@ class _Slot:
     """Whether it was killed for that."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ways:
+    """Descriptors that zygotes inherit from the factory."""
+
+    proc: int | None
+    """/proc of the zygotes' pid namespace, where it can be seen."""
+    outside: int
+    """Pid descriptor that leads out of every room; -1 below level full."""
+    leftovers: int
+    """Pipe to the janitor."""
+
+
 @dataclass(slots=True, kw_only=True)
 class _Zygote:
     plan: Plan
     preset: str
     channel: socket.socket
     factory: socket.socket
-    proc: int | None
-    outside: int
-    """Pid descriptor that leads out of every room; -1 below level full."""
+    ways: Ways
     fences: slot.Fences
     slots: dict[int, _Slot] = field(default_factory=dict)
     """Live slots by their pid descriptor."""
@@ -61,7 +79,7 @@ class _Zygote:
     """Slots whose memory is looked at."""
 
 
-def run(plan: Plan, factories: list[socket.socket], proc: int | None, outside: int) -> NoReturn:
+def run(plan: Plan, factories: list[socket.socket], ways: Ways) -> NoReturn:
     """Load a preset, fork a child for the next one and serve this one. Never returns."""
     index = 0
     while True:
@@ -83,9 +101,8 @@ def run(plan: Plan, factories: list[socket.socket], proc: int | None, outside: i
             preset=plan.presets[index],
             channel=socket.socket(fileno=plan.channels[index]),
             factory=factories[index],
-            proc=proc,
-            outside=outside,
-            fences=slot.prepare_fences(plan, watchdog.baseline_bytes(proc) if proc else 0),
+            ways=ways,
+            fences=slot.prepare_fences(plan, watchdog.baseline_bytes(ways.proc)),
         )
         _serve(zygote)
     finally:
@@ -97,7 +114,7 @@ def _serve(zygote: _Zygote) -> None:
     for _ in range(_REHEARSALS):
         program.rehearse_fork()
         program.rehearse()
-    collapsed = preload.collapse_heap(zygote.proc)
+    collapsed = preload.collapse_heap(zygote.ways.proc)
     # A collection writes into the header of every object, so it would copy every page that is
     # shared with the slots.
     gc.collect()
@@ -149,7 +166,7 @@ def _spawn(zygote: _Zygote, number: int, cgroup: list[int]) -> None:
     """Fork a slot. `cgroup` holds the descriptor that leads into its cgroup, or nothing."""
     plan = zygote.plan
     full = plan.level is Level.FULL
-    folder = slot.make_folder(plan, f"{os.getpid()}-{number}")
+    folder = slot.folder_of(plan, f"{os.getpid()}-{number}")
     uid = _free_uid(zygote, number)
     stdin, stdout, stderr = os.pipe(), os.pipe(), os.pipe()
     ours, theirs = (sock.detach() for sock in socket.socketpair())
@@ -162,7 +179,7 @@ def _spawn(zygote: _Zygote, number: int, cgroup: list[int]) -> None:
         slot.enter(zygote.fences, (stdin[0], stdout[1], stderr[1], theirs), uid, folder, cgroup)
     pid_fd = os.pidfd_open(pid)
     if full:
-        filesystem.enter_room(zygote.outside)
+        filesystem.enter_room(zygote.ways.outside)
         _request_room(zygote)  # the factory builds the next one while this slot runs
     kill_fd = room if full else pid_fd  # the death of a room's first process kills all inside
     zygote.slots[pid_fd] = _Slot(
@@ -206,10 +223,10 @@ def _reap(zygote: _Zygote, child: _Slot) -> None:
     # At level uid they are found by their user id, which the next slot may get after this.
     if child.uid is not None and zygote.plan.level is not Level.FULL:
         slot.sweep(child.uid)
-    # Nobody is left who could write into the folder while it is removed.
-    slot.remove_folder(child.folder)
+    if child.folder is not None:
+        janitor.hand_over(zygote.ways.leftovers, child.folder)
     cpu_s, peak_bytes = usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024
-    # Last: on this event the caller gets its answer, and its next program must meet no leftovers.
+    # Last: on this event the caller gets its answer, and the slot's processes are gone by then.
     ended = Event(channel.EXIT, child.number, status, cpu_s, peak_bytes, child.too_large)
     zygote.channel.send(ended.encode())
 
@@ -221,9 +238,9 @@ def _kill(child: _Slot) -> None:
 
 def _watch(zygote: _Zygote) -> None:
     """Kill the slots whose processes together hold more memory than allowed."""
-    if zygote.proc is None:
+    if zygote.ways.proc is None:
         return
-    census = watchdog.Census(zygote.proc, zygote.plan.level)
+    census = watchdog.Census(zygote.ways.proc, zygote.plan.level)
     for child in zygote.slots.values():
         limit = child.limit_bytes
         if not limit or child.too_large:
