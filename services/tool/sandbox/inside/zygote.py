@@ -91,6 +91,8 @@ def run(plan: Plan, factories: list[socket.socket], ways: Ways) -> NoReturn:
         if index + 1 == len(plan.presets) or os.fork() != 0:
             break
         index += 1
+    if plan.level is Level.BASIC:
+        preload.tolerate_refused_attributes()
     for other in range(len(plan.presets)):
         if other != index:
             os.close(plan.channels[other])

@@ -343,6 +343,7 @@ OTHERS = [
         row="51-setuid-bit",
         code="import os\nopen('p', 'w').close()\nos.chmod('p', 0o4777)\nprint('harmless')",
         says="harmless\n",
+        levels=FORKING,  # at level basic modes cannot be set at all
     ),
     *(
         denied(f"74-{name}", f"open('/dev/{name}', 'rb')")
