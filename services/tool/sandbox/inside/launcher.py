@@ -19,7 +19,7 @@ import socket
 import sys
 from typing import NoReturn
 
-from services.tool.sandbox.inside import filesystem, janitor, kernel, slot, zygote
+from services.tool.sandbox.inside import filesystem, janitor, kernel, slot, watchdog, zygote
 from services.tool.sandbox.plan import Level, Plan
 
 _NAMESPACES = (
@@ -114,6 +114,7 @@ def _run_factory(plan: Plan) -> NoReturn:
     """Fork the first zygote, then build rooms until any zygote or the launcher is gone."""
     kernel.die_with_parent(signal.SIGKILL)
     proc = _open_proc(plan)
+    watchdogs = watchdog.start(plan, proc)  # while there is nothing else that it would hold open
     pairs = [socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET) for _ in plan.presets]
     builder = _RoomBuilder(plan) if plan.level is Level.FULL else None
     names, leftovers = janitor.open_pipe()
@@ -123,11 +124,13 @@ def _run_factory(plan: Plan) -> NoReturn:
         ends = [theirs for _, theirs in pairs]
         os.close(names)
         outside = builder.outside if builder is not None else -1
-        zygote.run(plan, ends, zygote.Ways(proc=proc, outside=outside, leftovers=leftovers))
+        ways = zygote.Ways(proc=proc, outside=outside, leftovers=leftovers, watchdogs=watchdogs)
+        zygote.run(plan, ends, ways)
     for channel in plan.channels:
         os.close(channel)
     for _, theirs in pairs:
         theirs.close()
+    watchdogs.clear()
     zygotes = [ours for ours, _ in pairs]
     if builder is not None:
         with contextlib.suppress(ConnectionError):  # a zygote died in between

@@ -30,7 +30,6 @@ from services.tool.sandbox.inside import (
 )
 from services.tool.sandbox.plan import Level, Plan
 
-_WATCH_INTERVAL_MS = 50
 _REHEARSALS = 20  # CPython 3.11 specialises a function from its eighth call on
 
 
@@ -46,10 +45,8 @@ class _Slot:
     """Pid descriptor of the slot's room at level full, of its first process otherwise."""
     uid: int | None
     folder: str | None
-    limit_bytes: int = 0
-    """Limit on the sum of the slot's processes; 0 while nobody asks for a watch."""
-    too_large: bool = False
-    """Whether it was killed for that."""
+    watched: bool = False
+    """Whether the watchdog looks at its memory."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,6 +59,8 @@ class Ways:
     """Pid descriptor that leads out of every room; -1 below level full."""
     leftovers: int
     """Pipe to the janitor."""
+    watchdogs: list[watchdog.Link]
+    """One for each zygote."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -71,12 +70,11 @@ class _Zygote:
     channel: socket.socket
     factory: socket.socket
     ways: Ways
+    watchdog: watchdog.Link
     fences: slot.Fences
     slots: dict[int, _Slot] = field(default_factory=dict)
     """Live slots by their pid descriptor."""
     poller: select.poll = field(default_factory=select.poll)
-    watched: int = 0
-    """Slots whose memory is looked at."""
 
 
 def run(plan: Plan, factories: list[socket.socket], ways: Ways) -> NoReturn:
@@ -104,6 +102,7 @@ def run(plan: Plan, factories: list[socket.socket], ways: Ways) -> NoReturn:
             channel=socket.socket(fileno=plan.channels[index]),
             factory=factories[index],
             ways=ways,
+            watchdog=ways.watchdogs[index],
             fences=slot.prepare_fences(plan, watchdog.baseline_bytes(ways.proc)),
         )
         _serve(zygote)
@@ -126,13 +125,11 @@ def _serve(zygote: _Zygote) -> None:
     zygote.channel.send(Event(channel.READY, collapsed).encode())
     zygote.poller.register(zygote.channel.fileno(), select.POLLIN)
     while True:
-        for descriptor, _ in zygote.poller.poll(_WATCH_INTERVAL_MS if zygote.watched else None):
+        for descriptor, _ in zygote.poller.poll():
             if descriptor in zygote.slots:
                 _reap(zygote, zygote.slots[descriptor])
             elif not _obey(zygote):
                 return
-        if zygote.watched:
-            _watch(zygote)
 
 
 def _obey(zygote: _Zygote) -> bool:
@@ -146,8 +143,8 @@ def _obey(zygote: _Zygote) -> bool:
         return True
     for child in zygote.slots.values():
         if child.number == number:
-            zygote.watched += bool(limit_bytes) - bool(child.limit_bytes)
-            child.limit_bytes = limit_bytes
+            child.watched = True
+            zygote.watchdog.watch(number, child.pid, child.uid, limit_bytes, child.kill_fd)
     return True
 
 
@@ -190,7 +187,8 @@ def _spawn(zygote: _Zygote, number: int, cgroup: list[int]) -> None:
     zygote.poller.register(pid_fd, select.POLLIN)
     handed = (ours, stdin[1], stdout[0], stderr[0])
     event = Event(channel.SLOT, number).encode()
-    socket.send_fds(zygote.channel, [event], (*handed, kill_fd))
+    # Not the room: all processes of a slot dying at once would hold up the one that is waited for.
+    socket.send_fds(zygote.channel, [event], (*handed, pid_fd))
     for descriptor in (*handed, theirs, stdin[0], stdout[1], stderr[1], *cgroup):
         os.close(descriptor)
 
@@ -216,7 +214,7 @@ def _reap(zygote: _Zygote, child: _Slot) -> None:
     _, status, usage = os.wait4(child.pid, 0)
     del zygote.slots[child.pid_fd]
     zygote.poller.unregister(child.pid_fd)
-    zygote.watched -= bool(child.limit_bytes)
+    too_large = child.watched and zygote.watchdog.forget(child.number)
     # At level full the slot's other processes die with the room.
     if child.kill_fd != child.pid_fd:
         _kill(child)
@@ -229,24 +227,10 @@ def _reap(zygote: _Zygote, child: _Slot) -> None:
         janitor.hand_over(zygote.ways.leftovers, child.folder)
     cpu_s, peak_bytes = usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024
     # Last: on this event the caller gets its answer, and the slot's processes are gone by then.
-    ended = Event(channel.EXIT, child.number, status, cpu_s, peak_bytes, child.too_large)
+    ended = Event(channel.EXIT, child.number, status, cpu_s, peak_bytes, too_large)
     zygote.channel.send(ended.encode())
 
 
 def _kill(child: _Slot) -> None:
     with contextlib.suppress(ProcessLookupError):
         signal.pidfd_send_signal(child.kill_fd, signal.SIGKILL)
-
-
-def _watch(zygote: _Zygote) -> None:
-    """Kill the slots whose processes together hold more memory than allowed."""
-    if zygote.ways.proc is None:
-        return
-    census = watchdog.Census(zygote.ways.proc, zygote.plan.level)
-    for child in zygote.slots.values():
-        limit = child.limit_bytes
-        if not limit or child.too_large:
-            continue
-        if census.memory_bytes(child.pid, child.uid, limit) > limit:
-            child.too_large = True
-            _kill(child)

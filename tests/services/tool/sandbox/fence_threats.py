@@ -151,4 +151,55 @@ DATAGRAMS = [
     ),
 ]
 
-FENCE = [*LEFTOVERS, *ONE_USER, *DATAGRAMS]
+_HIDDEN_MEMORY = """
+import ctypes, os, time
+ctypes.CDLL(None).prctl(4, 0, 0, 0, 0)
+for _ in range(10):
+    if os.fork() == 0:
+        block = bytearray(b'x') * (55 << 20)
+        time.sleep(20)
+        os._exit(0)
+time.sleep(20)
+"""
+_MEMORY_OF_ORPHANS = """
+import os, time
+for _ in range(10):
+    if os.fork() == 0:
+        os.setsid()
+        if os.fork(): os._exit(0)
+        block = bytearray(b'x') * (55 << 20)
+        time.sleep(20)
+        os._exit(0)
+    os.wait()
+time.sleep(20)
+"""
+_PAGE_TABLES = """
+import mmap
+blocks = []
+for _ in range(4):
+    block = mmap.mmap(-1, 1 << 37, flags=0x4022, prot=1)
+    blocks.append(block)
+    for place in range(0, 1 << 37, 2 << 20): block[place]
+"""
+_SHARED_MEMORY = """
+import mmap, os, time
+block = mmap.mmap(-1, 1 << 30)
+for start in range(0, 1 << 30, 1 << 20): block[start:start + (1 << 20)] = b'x' * (1 << 20)
+time.sleep(20)
+"""
+MEMORY = [
+    Threat(row="96-hidden", code=_HIDDEN_MEMORY, expect=("memory_limit",), levels=FORKING),
+    Threat(row="96-orphans", code=_MEMORY_OF_ORPHANS, expect=("memory_limit",), levels=FORKING),
+    Threat(row="96-shared", code=_SHARED_MEMORY, expect=("memory_limit",)),
+    # 192 MB of page tables and no other memory.
+    Threat(row="96-page-tables", code=_PAGE_TABLES, expect=("memory_limit",)),
+    *(
+        denied(
+            f"96-hide-{value}",
+            f"import ctypes\n    if ctypes.CDLL(None).prctl({value}, 0, 0, 0): raise OSError",
+        )
+        for value in ("4, 0", "4, 2", "0x700000004, 0")
+    ),
+]
+
+FENCE = [*LEFTOVERS, *ONE_USER, *DATAGRAMS, *MEMORY]
