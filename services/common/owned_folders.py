@@ -5,19 +5,38 @@ dies, however it dies, so a folder whose lock can be taken is abandoned.
 """
 
 import fcntl
+import logging
 import os
-import shutil
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
+
+from services.common import trees
+
+logger = logging.getLogger(__name__)
 
 LOCK_NAME = ".lock"
 """A file and not the folder itself: over NFS a lock on a directory is invisible to other hosts."""
 
 
+_REMOVAL_S = 10.0
+"""For what one owner left. Who left more than that must not keep the next one from starting."""
+_START_S = 20.0
+"""For what all dead owners left."""
+
+
 def remove_tree(folder: Path) -> None:
-    """Remove a folder with everything in it; what cannot be removed stays."""
-    shutil.rmtree(folder, ignore_errors=True)
+    """Remove an owned folder with everything in it. Never raises: what cannot be removed within 10
+    s stays, with its lock, so that the next start goes on."""
+    deadline = time.monotonic() + _REMOVAL_S
+    try:
+        inside = [each for each in folder.iterdir() if each.name != LOCK_NAME]
+    except OSError:
+        inside = []
+    gone = [trees.remove_tree(each, max(deadline - time.monotonic(), 0.0)) for each in inside]
+    if not all(gone) or not trees.remove_tree(folder, _REMOVAL_S):
+        logger.warning("%s could not be removed as a whole; the next start goes on", folder)
 
 
 class OwnedFolder:
@@ -57,12 +76,6 @@ class OwnedFolder:
                 return cls(folder, lock, remove)
             os.close(lock)
 
-    def empty(self) -> None:
-        """Remove the folders in it and keep the folder itself."""
-        for folder in self.path.iterdir():
-            if folder.is_dir():
-                remove_tree(folder)
-
     def remove(self) -> None:
         """Remove the folder with everything in it, then release the lock. May be called twice."""
         if self._lock is not None:
@@ -81,7 +94,9 @@ def remove_abandoned_folders(
     """Remove the folders `parent/prefix*` whose owner is dead.
 
     A folder without a lock file is not one of ours, or is being made at this moment: it stays.
+    What cannot be removed stays as well; after 20 s the rest waits for the next call.
     """
+    deadline = time.monotonic() + _START_S
     for folder in parent.glob(f"{prefix}*"):
         try:
             lock = _lock(folder / lock_name)
@@ -89,8 +104,12 @@ def remove_abandoned_folders(
             continue  # in use, without a lock, or of another user
         try:
             remove(folder)
+        except OSError as error:
+            logger.warning("%s, which a dead process left, stays: %s", folder, error)
         finally:
             os.close(lock)
+        if time.monotonic() > deadline:
+            return
 
 
 def _lock(file: Path, flags: int = 0) -> int:

@@ -63,7 +63,7 @@ def _system_call(x86_64: int, aarch64: int, *arguments: int) -> str:
 
 
 @asynccontextmanager
-async def canaries(memory_layer: str) -> AsyncIterator[list[Canary]]:
+async def canaries(memory_layer: str, *, one_user: bool) -> AsyncIterator[list[Canary]]:
     """Every forbidden thing that is tried, with the layer that is to stop it.
 
     While inside, there are targets outside of the sandbox to reach for, with no protection of their
@@ -72,6 +72,8 @@ async def canaries(memory_layer: str) -> AsyncIterator[list[Canary]]:
     Args:
         memory_layer: who counts the memory of all processes, `cgroup` or `memory_watchdog`; the
             other one is not tested.
+        one_user: whether programs have the user id of the service. Elsewhere the canaries of
+            `same_user` would tell nothing: they would be refused, or find the program's own files.
     """
     name = "TOOL_SERVICE_CANARY_" + secrets.token_hex(4)
     with (
@@ -87,6 +89,7 @@ async def canaries(memory_layer: str) -> AsyncIterator[list[Canary]]:
         file.chmod(0o666)
         programs = [*_too_much(), *_system_calls(tcp.getsockname()[1], "\0" + name)]
         programs += _out_of_the_box(name, file)
+        programs += _same_user() if one_user else []
         summed = Canary(
             layer=memory_layer, name="sum", code=_MEMORY_OF_MANY, status=Status.MEMORY_LIMIT
         )
@@ -114,15 +117,39 @@ def _too_much() -> list[tuple[str, str, str]]:
     ]
 
 
+def _same_user() -> list[tuple[str, str, str]]:
+    """Layer, name and code of the programs that reach for what their user id alone would allow."""
+    names = "import os, resource\nparent = os.getppid() or 1\n"
+    bodies = {
+        "limits of another": "resource.prlimit(parent, resource.RLIMIT_CORE, (0, 0))",
+        "priority of the user": "os.setpriority(os.PRIO_USER, os.getuid(), 1)",
+        "cores of another": "os.sched_setaffinity(parent, os.sched_getaffinity(0))",
+        "scheduler of another": "os.sched_setscheduler(parent, os.SCHED_BATCH, os.sched_param(0))",
+        "mode of a file": "os.chmod(os.__file__, 0o644)",
+        "mode by descriptor": "os.fchmod(os.open(os.__file__, os.O_RDONLY), 0o644)",
+        "owner of a file": "os.chown(os.__file__, os.getuid(), os.getgid())",
+        "times of a file": "os.utime(os.__file__)",
+        "attributes of a file": "os.setxattr(os.__file__, 'user.canary', b'')",
+    }
+    programs = {name: names + _attempt(body) for name, body in bodies.items()}
+    programs["input and output of the user"] = _system_call(251, 30, 3, os.getuid(), 0x4000)
+    return [("same_user", name, code) for name, code in programs.items()]
+
+
 def _system_calls(port: int, abstract: str) -> list[tuple[str, str, str]]:
     """Layer, name and code of the programs that make system calls of the filter's list."""
     tcp = f"import socket\nsocket.create_connection(('127.0.0.1', {port}), 2)"
     unix = f"import socket\nsocket.socket(socket.AF_UNIX).connect({abstract!r})"
+    datagrams = "import socket\nsocket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)"
+    hiding = "import ctypes\nif ctypes.CDLL(None).prctl(4, 0, 0, 0, 0): raise OSError"
     return [
         ("seccomp", "io_uring", _system_call(425, 425, 1, 0)),
         ("seccomp", "keyctl", _system_call(250, 219, 0, -3, 0)),
         ("seccomp", "ptrace", _system_call(101, 117, 0, 0, 0, 0)),
         ("seccomp", "tcp", _attempt(tcp)),
+        ("seccomp", "datagram socket", _attempt(datagrams)),
+        ("seccomp", "hiding", _attempt(hiding)),
+        ("seccomp", "unknown call", _system_call(600, 600, 0)),
         ("seccomp", "abstract socket", _attempt(unix)),
         ("seccomp", "program", _attempt("import os\nos.execv('/bin/true', ['t'])")),
     ]

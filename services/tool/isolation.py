@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 REQUIRED = {
     Level.FULL: ("process", "rlimits", "seccomp", "landlock", "namespaces", "private_files"),
     Level.UID: ("process", "rlimits", "seccomp", "landlock", "user"),
-    Level.BASIC: ("process", "rlimits", "seccomp", "landlock", "no_fork"),
+    Level.BASIC: ("process", "rlimits", "seccomp", "landlock", "no_fork", "same_user"),
     Level.NONE: (),
 }
 """Layers without which a level does not count as reached."""
@@ -40,6 +40,7 @@ FIXES = {
     "private_files": "as for namespaces",
     "user": "run the service as root with CAP_SETUID, CAP_SETGID and CAP_KILL",
     "no_fork": "as for seccomp",
+    "same_user": "as for seccomp",
     "memory_watchdog": "a mountable /proc in the sandbox's pid namespace (Docker masks it)",
     "cgroup": "start the service alone in a delegated cgroup v2: systemd-run --user --scope "
     "-p Delegate=yes, a unit with Delegate=yes, or a container that may write /sys/fs/cgroup; on a "
@@ -143,7 +144,8 @@ async def _run_canaries(sandbox: Sandbox) -> tuple[dict[str, list[str]], int]:
     """Run every canary. Returns, per layer, those that were NOT blocked, and how many were run."""
     failed: dict[str, list[str]] = {}
     memory_layer = "memory_watchdog" if sandbox.cgroups is None else "cgroup"
-    async with canaries(memory_layer) as programs:
+    one_user = sandbox.config.level is Level.BASIC
+    async with canaries(memory_layer, one_user=one_user) as programs:
         for canary in programs:
             failed_here = failed.setdefault(canary.layer, [])
             # The second run finds what the first one left behind.
@@ -159,7 +161,9 @@ def _layer_report(name: str, sandbox: Sandbox, failed: list[str] | None) -> Laye
     level = sandbox.config.level
     required = name in REQUIRED[level]
     detail, fix = "every canary was blocked", FIXES[name]
-    if failed:
+    if failed is None:
+        detail = "not tried at this level"
+    elif failed:
         detail = "not blocked: " + ", ".join(failed)
     if name == "cgroup" and sandbox.cgroups is not None:
         detail += f"; holds {', '.join(sandbox.cgroups.controllers)}"

@@ -177,17 +177,25 @@ def _execution_routes(service: ToolService) -> APIRouter:
 def _probe_routes(service: ToolService) -> APIRouter:
     router = APIRouter(tags=["probes"])
 
-    @router.get("/livez")
-    async def livez() -> dict[str, str]:
-        """Whether the service answers."""
-        return {"status": "alive"}
+    @router.get("/livez", responses={503: {"description": "no launcher can be started"}})
+    async def livez() -> Response:
+        """Whether the service answers and could run a program, now or soon."""
+        if service.sandbox.down:
+            body = {"status": "down", "reason": service.sandbox.failure}
+            return JSONResponse(body, status_code=503)
+        return JSONResponse({"status": "alive"})
 
     @router.get("/readyz", responses={503: {"description": "a launcher is being replaced"}})
     async def readyz() -> Response:
         """Whether programs would run, and which layers of isolation are active."""
         layers = {name: layer.active for name, layer in service.isolation.layers.items()}
         ready = service.sandbox.healthy
-        body = {"ready": ready, "isolation": service.isolation.level, "layers": layers}
+        body = {
+            "ready": ready,
+            "reason": service.sandbox.failure,
+            "isolation": service.isolation.level,
+            "layers": layers,
+        }
         return JSONResponse(body, status_code=200 if ready else 503)
 
     @router.get("/metrics", response_class=PlainTextResponse)

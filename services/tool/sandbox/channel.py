@@ -14,7 +14,7 @@ SPAWN, WATCH = b"s", b"w"
 READY, SLOT, EXIT = b"r", b"f", b"e"
 
 ORDER = struct.Struct("<cIQ")
-"""Kind, slot, memory limit in bytes (0 ends a watch)."""
+"""Kind, slot, memory limit in bytes."""
 EVENT = struct.Struct("<cIidQ?")
 """The fields of Event, in order."""
 

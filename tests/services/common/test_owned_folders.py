@@ -33,10 +33,46 @@ def test_a_folder_is_removed_with_everything_in_it(tmp_path: Path) -> None:
     folder = OwnedFolder.create(tmp_path, "mine-")
     (folder.path / "slot").mkdir()
     (folder.path / "slot" / "file").write_text("x")
-    folder.empty()
-    assert [each.name for each in folder.path.iterdir()] == [LOCK_NAME]
     folder.remove()
     folder.remove()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_left_overs_that_cannot_be_removed_stay_locked_and_do_not_stop_the_next_owner(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    abandoned = leave_abandoned(tmp_path)
+    (abandoned / "folder" / "below").mkdir(parents=True)
+    monkeypatch.setattr(owned_folders, "_REMOVAL_S", -1.0)  # no time for anything
+    OwnedFolder.create(tmp_path, "mine-").remove()
+    assert (abandoned / LOCK_NAME).exists() and (abandoned / "folder").exists()
+    monkeypatch.undo()
+    OwnedFolder.create(tmp_path, "mine-").remove()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_error_of_a_removal_does_not_stop_the_next_owner(tmp_path: Path) -> None:
+    leave_abandoned(tmp_path)
+
+    def fail(folder: Path) -> None:
+        raise PermissionError(f"{folder} is not for us")
+
+    folder = OwnedFolder.create(tmp_path, "mine-", remove=fail)
+    assert folder.path.exists()
+
+
+def test_a_tree_deeper_than_the_recursion_limit_does_not_stop_the_next_owner(
+    tmp_path: Path,
+) -> None:
+    abandoned = leave_abandoned(tmp_path)
+    here = os.open(abandoned, os.O_RDONLY)
+    for _ in range(1100):
+        os.mkdir("d", dir_fd=here)
+        below = os.open("d", os.O_RDONLY, dir_fd=here)
+        os.close(here)
+        here = below
+    os.close(here)
+    OwnedFolder.create(tmp_path, "mine-").remove()
     assert list(tmp_path.iterdir()) == []
 
 

@@ -63,6 +63,30 @@ async def test_killing_a_zygote_is_noticed_and_repaired(
     assert answer.json()["stdout"] == "2\n"
 
 
+async def test_a_launcher_that_cannot_be_started_is_tried_again_and_probes_say_so(
+    client: httpx.AsyncClient, service: ToolService, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (launcher,) = service.sandbox.processes()
+    monkeypatch.setattr("services.tool.sandbox.host.pool.sys.executable", "/bin/false")
+    os.kill(launcher, signal.SIGKILL)
+    while not service.sandbox.down:
+        await asyncio.sleep(0.01)
+    for _ in range(3):
+        refused = await client.post("/v1/execute", json={"code": "print(1)"})
+        assert refused.json()["status"] == "sandbox_error", refused.text
+        assert refused.status_code < 500 or refused.status_code == 503
+    for probe in ("/readyz", "/livez"):
+        answer = await client.get(probe)
+        assert answer.status_code == 503 and answer.json()["reason"]
+    monkeypatch.undo()
+    while not service.sandbox.healthy:
+        await asyncio.sleep(0.05)
+    answer = await client.post("/v1/execute", json={"code": "print(3)"})
+    assert answer.json()["stdout"] == "3\n"
+    assert (await client.get("/readyz")).status_code == 200
+    assert (await client.get("/livez")).json() == {"status": "alive"}
+
+
 async def test_a_flood_of_instant_timeouts_hurts_nobody_and_leaves_nothing(
     client: httpx.AsyncClient, service: ToolService
 ) -> None:

@@ -17,11 +17,13 @@ import sys
 import sysconfig
 import tempfile
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from services.common.owned_folders import OwnedFolder
+from services.common.trees import remove_tree
 from services.tool.sandbox.host import execution
 from services.tool.sandbox.host.cgroups import Cgroups, CgroupUnavailableError
 from services.tool.sandbox.host.execution import Job, Limits
@@ -64,6 +66,11 @@ _SIGNS = {
 }
 _READY_S = 120.0
 _RETRIES = 3
+_MAX_DEATHS = 16
+_LATELY_S = 60.0
+_MAX_DELAY_S = 10.0
+"""Between two starts of a launcher that does not come up."""
+_CLEARING_S = 300.0
 
 
 @dataclass(slots=True, kw_only=True)
@@ -72,6 +79,8 @@ class LauncherHandle:
 
     process: subprocess.Popen[bytes]
     zygotes: dict[str, ZygoteHandle]
+    folder: Path | None
+    """Holds its slots' folders at the levels that cannot mount private ones."""
     alive: bool = True
 
     @classmethod
@@ -104,7 +113,8 @@ class LauncherHandle:
             zygotes[preset] = ZygoteHandle(
                 preset=preset, link=ours, target=warm_slots, cgroups=cgroups, on_lost=on_lost
             )
-        return cls(process=process, zygotes=zygotes)
+        folder = Path(plan.work_root) if plan.work_root else None
+        return cls(process=process, zygotes=zygotes, folder=folder)
 
     def stop(self) -> None:
         """Kill the launcher, and its children with it. Waits for the process, which is instant."""
@@ -123,14 +133,24 @@ class Sandbox:
     def __init__(self, config: SandboxConfig) -> None:
         self.config = config
         self._launchers: list[LauncherHandle] = []
-        self._restarting: set[asyncio.Task[None]] = set()
+        self._restarting: dict[int, asyncio.Task[None]] = {}
+        """Replacements on their way, by the launcher's index."""
+        self._clearing: set[asyncio.Task[None]] = set()
+        """Removals of the folders of dead launchers."""
+        self._changed = asyncio.Event()
+        """Set, and replaced by another, whenever a launcher has started or failed to."""
+        self._deaths: deque[float] = deque(maxlen=_MAX_DEATHS)
+        """When the last launchers died, or failed to start, on the monotonic clock."""
         self._folder: OwnedFolder | None = None
-        """Holds the slots' working folders at the levels that cannot mount private ones."""
+        """Holds a folder for each launcher at the levels whose slots have theirs on the disk."""
+        self._num_launched = 0
         self._stopping = False
         self.cgroups: Cgroups | None = None
         self.no_cgroups = "not asked for"
         """Why there are no cgroups; empty if there are."""
         self.restarts = 0
+        self.failure = ""
+        """Why the last start of a launcher failed; empty once one has started."""
 
     async def start(self) -> None:
         """Start every launcher and wait until its zygotes have loaded and filled their queues.
@@ -140,9 +160,9 @@ class Sandbox:
         """
         try:
             if self.config.level is not Level.FULL:
-                self._folder = OwnedFolder.create(Path(tempfile.gettempdir()), _FOLDER_PREFIX)
-                # Slots of level uid pass through as other users; nobody may list what is in it.
-                self._folder.path.chmod(0o711 if os.geteuid() == 0 else 0o700)
+                self._folder = await asyncio.to_thread(
+                    OwnedFolder.create, Path(tempfile.gettempdir()), _FOLDER_PREFIX
+                )
             if self.config.cgroup and self.config.level is not Level.NONE:
                 self._divide_cgroup()
             self._launchers = [self._launch(index) for index in range(self.config.launchers)]
@@ -154,12 +174,12 @@ class Sandbox:
     async def stop(self) -> None:
         """Kill everything and remove the working folder."""
         self._stopping = True
-        for task in self._restarting:
+        for task in self._restarting.values():
             task.cancel()
         for launcher in self._launchers:
             launcher.stop()
         if self._folder is not None:
-            self._folder.remove()
+            await asyncio.to_thread(self._folder.remove)
             self._folder = None
         if self.cgroups is not None:
             await asyncio.to_thread(self.cgroups.close)
@@ -213,8 +233,13 @@ class Sandbox:
 
     @property
     def healthy(self) -> bool:
-        """Whether every launcher is alive."""
-        return bool(self._launchers) and all(launcher.alive for launcher in self._launchers)
+        """Whether every launcher is alive and has its zygotes."""
+        return bool(self._launchers) and not self._restarting
+
+    @property
+    def down(self) -> bool:
+        """Whether no program can run, because no launcher is alive and the last start failed."""
+        return bool(self.failure) and not any(launcher.alive for launcher in self._launchers)
 
     def _zygotes(self) -> list[ZygoteHandle]:
         return [each for launcher in self._launchers for each in launcher.zygotes.values()]
@@ -227,10 +252,14 @@ class Sandbox:
             if alive:
                 zygotes = [launcher.zygotes[preset] for launcher in alive]
                 return min(zygotes, key=lambda zygote: zygote.load)
-            await asyncio.wait(self._restarting, return_when=asyncio.FIRST_COMPLETED)
-        raise ZygoteLostError("no launcher is alive")
+            if self.failure or self._stopping:
+                break  # it is tried again, but nobody can say whether that will help
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._changed.wait(), deadline - time.monotonic())
+        raise ZygoteLostError(f"no launcher is alive: {self.failure or 'none has come up'}")
 
     def _launch(self, index: int) -> LauncherHandle:
+        """Start a launcher. Raises OSError, RuntimeError."""
         return LauncherHandle.start(
             self._plan(index), self.config.warm_slots, self.cgroups, lambda: self._on_lost(index)
         )
@@ -264,23 +293,73 @@ class Sandbox:
         if launcher is None or not launcher.alive:
             return  # each of its zygotes reports the loss
         launcher.stop()
-        if self._stopping:
-            return
+        if self._stopping or index in self._restarting:
+            return  # one that is coming up is waited for by `_restart`, which tries again
         self.restarts += 1
+        self._deaths.append(time.monotonic())
         logger.error("launcher %d (pid %d) died, starting another", index, launcher.process.pid)
-        # A dead zygote leaves its slots' folders, named by pids that this process does not know.
-        if self._folder is not None and not any(each.alive for each in self._launchers):
-            self._folder.empty()
+        self._clear(launcher)
         task = asyncio.get_running_loop().create_task(self._restart(index))
-        self._restarting.add(task)
-        task.add_done_callback(self._restarting.discard)
+        self._restarting[index] = task
 
     async def _restart(self, index: int) -> None:
-        # One that cannot come up at all is tried again more and more slowly.
-        await asyncio.sleep(min(0.1 * self.restarts, 5.0) if self.restarts > 3 else 0)
-        self._launchers[index] = self._launch(index)
-        with contextlib.suppress(RuntimeError):
-            await self._warm(self._launchers[index])
+        """Start a launcher again and again, more and more slowly, until one is up."""
+        while True:
+            await asyncio.sleep(self._delay_s())
+            launcher = None
+            try:
+                launcher = self._launchers[index] = self._launch(index)
+                await self._warm(launcher)
+            except Exception as error:  # whatever it is: without this loop nothing would run again
+                self._deaths.append(time.monotonic())
+                self.failure = f"{type(error).__name__}: {error}"
+                logger.error("launcher %d cannot be started, trying again: %s", index, self.failure)
+                if launcher is not None:
+                    launcher.stop()
+                    self._clear(launcher)
+                self._announce()
+                continue
+            self.failure = ""
+            del self._restarting[index]
+            self._announce()
+            return
+
+    def _delay_s(self) -> float:
+        """Seconds to wait before the next start: none at first, more the more launchers died
+        lately."""
+        lately = sum(time.monotonic() - death < _LATELY_S for death in self._deaths)
+        return min(0.1 * 2.0 ** (lately - 4), _MAX_DELAY_S) if lately > 3 else 0.0
+
+    def _announce(self) -> None:
+        """Wake up the callers that wait for a launcher."""
+        self._changed.set()
+        self._changed = asyncio.Event()
+
+    def _clear(self, launcher: LauncherHandle) -> None:
+        """Remove, in a thread, what the slots of a dead launcher left on the disk."""
+        if launcher.folder is None:
+            return
+        task = asyncio.get_running_loop().create_task(
+            asyncio.to_thread(_remove_slots, launcher.folder)
+        )
+        self._clearing.add(task)
+        task.add_done_callback(self._clearing.discard)
+
+    def _make_work_root(self) -> str:
+        """A new folder for the slots of one launcher; empty where none is needed. Raises OSError.
+
+        A launcher that comes after a dead one has another, which nobody is removing.
+        """
+        if self._folder is None:
+            return ""
+        self._num_launched += 1
+        folder = self._folder.path / str(self._num_launched)
+        # Slots of level uid pass through as other users; nobody may list what is in it.
+        mode = 0o711 if os.geteuid() == 0 else 0o700
+        self._folder.path.chmod(mode)
+        folder.mkdir(mode)
+        folder.chmod(mode)  # whatever the umask is
+        return str(folder)
 
     def _plan(self, index: int) -> Plan:
         level = self.config.level
@@ -295,10 +374,15 @@ class Sandbox:
             read_paths=read_paths(),
             uid_base=uid_base(index) if os.geteuid() == 0 and fenced else None,
             uid_count=_UIDS_PER_LAUNCHER,
-            work_root=str(self._folder.path) if self._folder is not None else "",
+            work_root=self._make_work_root(),
             seccomp=compile_filter(allow_fork=True) if fenced else "",
             no_fork_filter=compile_filter(allow_fork=False) if level is Level.BASIC else "",
         )
+
+
+def _remove_slots(folder: Path) -> None:
+    if not remove_tree(folder, _CLEARING_S):
+        logger.warning("%s, which a dead launcher left, could not be removed as a whole", folder)
 
 
 def preset_for(code: str, presets: tuple[str, ...]) -> str:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from services.tool.sandbox import wire
-from services.tool.sandbox.host.execution import WATCH_AFTER_S, Job, Limits, Output, job_message
+from services.tool.sandbox.host.execution import Job, Limits, Output, job_message
 from services.tool.sandbox.host.slots import SlotHandle
 from services.tool.sandbox.host.verdict import (
     Outcome,
@@ -75,6 +75,7 @@ class SandboxSession:
         if not answer.get("opened"):
             session.close()
             raise SessionLostError("the sandbox could not open a session")
+        slot.watch(limits.memory_bytes)  # between cells as well: a cell may leave processes
         return session
 
     @property
@@ -85,9 +86,6 @@ class SandboxSession:
         """Run one cell. A lost session is told in the outcome, never raised."""
         overflow = asyncio.Event()
         output = Output(self._slot, limits.output_bytes, overflow.set)
-        watching = asyncio.get_running_loop().call_later(
-            WATCH_AFTER_S, self._slot.watch, limits.memory_bytes
-        )
         started = time.perf_counter()
         stopped: Status | None = None
         try:
@@ -101,9 +99,6 @@ class SandboxSession:
             self.close()
             raise
         finally:
-            watching.cancel()
-            if not self._closed and time.perf_counter() - started >= WATCH_AFTER_S:
-                self._slot.watch(0)
             if not self._closed:
                 output.drain_now()
             output.stop()

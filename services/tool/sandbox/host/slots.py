@@ -56,7 +56,7 @@ class SlotHandle:
     """Whether a caller has it and will close it."""
 
     def kill(self) -> None:
-        """Kill every process of the slot (level full), or its first one; the zygote then kills the
+        """Kill the first process of the slot; the zygote, which waits for it, then kills the
         rest."""
         with contextlib.suppress(ProcessLookupError):
             signal.pidfd_send_signal(self.kill_fd, signal.SIGKILL)
@@ -67,7 +67,7 @@ class SlotHandle:
             self.cgroup.limit_memory(limit_bytes)
 
     def watch(self, limit_bytes: int) -> None:
-        """Have the zygote watch the slot's memory, unless a cgroup does; 0 ends the watch."""
+        """Have the slot's memory watched until it ends, unless a cgroup does that."""
         if self.cgroup is None:
             self.zygote.order(channel.WATCH, self.number, limit_bytes)
 

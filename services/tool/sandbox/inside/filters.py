@@ -10,10 +10,12 @@ Every Debian and Ubuntu image has libseccomp.so.2: apt depends on its package, l
 
 import base64
 import errno
+import struct
 import tempfile
+from typing import Any
 
 _DENIED = """
-    _sysctl acct add_key adjtimex afs_syscall bpf capset chroot clock_adjtime clock_settime
+    _sysctl acct add_key adjtimex afs_syscall bpf capset chroot clock_adjtime clock_settime connect
     create_module delete_module execve execveat fanotify_init finit_module fsconfig fsmount
     fsopen fspick get_kernel_syms init_module io_uring_enter io_uring_register io_uring_setup
     ioperm iopl kcmp kexec_file_load kexec_load keyctl listmount lookup_dcookie
@@ -28,6 +30,29 @@ _DENIED = """
     umount2 unshare uselib userfaultfd ustat vhangup vm86 vm86old vmsplice vserver
 """
 
+# What reaches files of the same user and what Landlock does not govern; `basic` has no user id of
+# its own that would stop it. Calls that name a file by descriptor are no better: one that is open
+# for reading will do.
+_DENIED_OF_ONE_USER = """
+    chmod chown fchmod fchmodat fchown fchownat fremovexattr fsetxattr futimesat lchown
+    lremovexattr lsetxattr removexattr setxattr utime utimensat utimes
+"""
+_OWN_PROCESS_ONLY = """
+    prlimit64 sched_setaffinity sched_setattr sched_setparam sched_setscheduler
+"""
+"""Calls whose first argument is a pid; 0 is the caller itself."""
+_PRIO_PROCESS, _IOPRIO_WHO_PROCESS = 0, 1
+_FILE_ATTRIBUTES = (0x40086602, 0x401C5820, 0x40087602, 0x40806685, 0x40046602, 0x40047602)
+"""FS_IOC_SETFLAGS, FSSETXATTR, SETVERSION, ENABLE_VERITY, and the 32-bit forms of two.
+They change a file that is open for reading only."""
+
+_FIRST_UNKNOWN, _FIRST_X32 = 450, 0x4000_0000
+"""System calls from here on, such as fchmodat2 and setxattrat, are newer than C libraries need;
+libseccomp may not know their names, and more of them come with every kernel."""
+_BPF_LOAD_NUMBER = (0x20, 0, 0, 0)
+_BPF_IF_AT_LEAST, _BPF_RETURN = 0x35, 0x06
+_SECCOMP_RET_ERRNO = 0x0005_0000
+
 _CLONE_THREAD = 0x00010000
 _CLONE_NAMESPACES = (
     0x00000080,  # time
@@ -41,6 +66,9 @@ _CLONE_NAMESPACES = (
 )
 _TERMINAL_INJECTION = (0x5412, 0x541C)  # TIOCSTI, TIOCLINUX
 _AF_UNIX = 1
+_NOT_A_STREAM = (0x2, 0x4, 0x8)
+"""Bits of a socket type of which SOCK_STREAM, 1, has none."""
+_PR_SET_DUMPABLE = 4
 _MASK_32 = 0xFFFFFFFF
 
 
@@ -48,7 +76,8 @@ def compile_filter(*, allow_fork: bool) -> str:
     """Compile the deny list to BPF, as base64 for a Plan.
 
     Args:
-        allow_fork: False adds the rule of the `basic` level: threads yes, processes no.
+        allow_fork: False adds the rules of the `basic` level: threads yes, processes no, and
+            nothing that reaches other processes or files of the same user.
 
     Raises:
         RuntimeError: libseccomp is not installed; the message says how to get it.
@@ -71,13 +100,39 @@ def compile_filter(*, allow_fork: bool) -> str:
     for flag in _CLONE_NAMESPACES:
         _add(program, deny, "clone", pyseccomp.Arg(0, pyseccomp.MASKED_EQ, flag, flag))
     _add(program, deny, "socketpair", pyseccomp.Arg(0, pyseccomp.NE, _AF_UNIX))
+    # Other pairs can send to any address, and services of the host listen on Unix sockets.
+    for bit in _NOT_A_STREAM:
+        _add(program, deny, "socketpair", pyseccomp.Arg(1, pyseccomp.MASKED_EQ, bit, bit))
+    _add(program, deny, "sendto", pyseccomp.Arg(4, pyseccomp.NE, 0))
+    # It would hide the process from the watchdog.
+    hide = pyseccomp.Arg(0, pyseccomp.MASKED_EQ, _MASK_32, _PR_SET_DUMPABLE)
+    _add(program, deny, "prctl", hide, pyseccomp.Arg(1, pyseccomp.NE, 1))
     for request in _TERMINAL_INJECTION:
         _add(program, deny, "ioctl", pyseccomp.Arg(1, pyseccomp.MASKED_EQ, _MASK_32, request))
     if not allow_fork:
         _add(program, deny, "fork")
         _add(program, deny, "vfork")
         _add(program, deny, "clone", pyseccomp.Arg(0, pyseccomp.MASKED_EQ, _CLONE_THREAD, 0))
+        _keep_off_the_user(program, deny)
     return _export(program)
+
+
+def _keep_off_the_user(program, deny: int) -> None:  # type: ignore[no-untyped-def]
+    """Add the rules against other processes and files of the user who runs the program."""
+    import pyseccomp
+
+    def other_than(index: int, value: int) -> Any:
+        return pyseccomp.Arg(index, pyseccomp.NE, value)
+
+    for name in _DENIED_OF_ONE_USER.split():
+        _add(program, deny, name)
+    for name in _OWN_PROCESS_ONLY.split():
+        _add(program, deny, name, other_than(0, 0))
+    for name, itself in (("setpriority", _PRIO_PROCESS), ("ioprio_set", _IOPRIO_WHO_PROCESS)):
+        _add(program, deny, name, other_than(0, itself))
+        _add(program, deny, name, other_than(1, 0))
+    for request in _FILE_ATTRIBUTES:
+        _add(program, deny, "ioctl", pyseccomp.Arg(1, pyseccomp.MASKED_EQ, _MASK_32, request))
 
 
 def _add(program, action: int, name: str, *arguments) -> None:  # type: ignore[no-untyped-def]
@@ -96,4 +151,16 @@ def _export(program) -> str:  # type: ignore[no-untyped-def]
     with tempfile.TemporaryFile() as file:
         program.export_bpf(file)
         file.seek(0)
-        return base64.b64encode(file.read()).decode()
+        return base64.b64encode(_refusing_unknown_calls() + file.read()).decode()
+
+
+def _refusing_unknown_calls() -> bytes:
+    """BPF that goes before a filter: ENOSYS from _FIRST_UNKNOWN on, except for x32 calls, at which
+    the filter itself kills."""
+    steps = [
+        _BPF_LOAD_NUMBER,
+        (_BPF_IF_AT_LEAST, 0, 2, _FIRST_UNKNOWN),  # two steps on if not
+        (_BPF_IF_AT_LEAST, 1, 0, _FIRST_X32),  # one step on if so
+        (_BPF_RETURN, 0, 0, _SECCOMP_RET_ERRNO | errno.ENOSYS),
+    ]
+    return b"".join(struct.pack("HBBI", *step) for step in steps)

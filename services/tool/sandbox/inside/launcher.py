@@ -19,7 +19,7 @@ import socket
 import sys
 from typing import NoReturn
 
-from services.tool.sandbox.inside import filesystem, kernel, slot, zygote
+from services.tool.sandbox.inside import filesystem, janitor, kernel, slot, watchdog, zygote
 from services.tool.sandbox.plan import Level, Plan
 
 _NAMESPACES = (
@@ -114,25 +114,44 @@ def _run_factory(plan: Plan) -> NoReturn:
     """Fork the first zygote, then build rooms until any zygote or the launcher is gone."""
     kernel.die_with_parent(signal.SIGKILL)
     proc = _open_proc(plan)
+    watchdogs = watchdog.start(plan, proc)  # while there is nothing else that it would hold open
     pairs = [socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET) for _ in plan.presets]
     builder = _RoomBuilder(plan) if plan.level is Level.FULL else None
+    names, leftovers = janitor.open_pipe()
     if os.fork() == 0:
         for ours, _ in pairs:
             ours.close()
         ends = [theirs for _, theirs in pairs]
-        zygote.run(plan, ends, proc, builder.outside if builder is not None else -1)
+        os.close(names)
+        outside = builder.outside if builder is not None else -1
+        ways = zygote.Ways(proc=proc, outside=outside, leftovers=leftovers, watchdogs=watchdogs)
+        zygote.run(plan, ends, ways)
     for channel in plan.channels:
         os.close(channel)
     for _, theirs in pairs:
         theirs.close()
+    watchdogs.clear()
     zygotes = [ours for ours, _ in pairs]
     if builder is not None:
         with contextlib.suppress(ConnectionError):  # a zygote died in between
             builder.serve(zygotes)
     else:
-        select.select(zygotes, [], [])  # they never write: readable means gone
+        _keep_janitor(plan, names, zygotes)
     # Without one of its zygotes a launcher has to be replaced: this exit ends the others as well.
     os._exit(1)
+
+
+def _keep_janitor(plan: Plan, names: int, zygotes: list[socket.socket]) -> None:
+    """Have one janitor at all times; return when a zygote is gone."""
+    while True:
+        helper = janitor.start(names, plan.work_root)
+        # They never write: a zygote's socket is readable once it is gone.
+        gone = [zygote.fileno() for zygote in zygotes]
+        ready, _, _ = select.select([helper, *gone], [], [])
+        if ready != [helper]:
+            return
+        os.waitid(os.P_PIDFD, helper, os.WEXITED)
+        os.close(helper)
 
 
 def _open_proc(plan: Plan) -> int | None:

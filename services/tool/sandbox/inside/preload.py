@@ -4,9 +4,12 @@ The first call of many library functions builds caches: sympy's `solve` takes 36
 in a child of a zygote that has solved something. So each preset runs a few typical operations once.
 """
 
+import contextlib
+import functools
 import importlib
 import os
 import threading
+from collections.abc import Callable
 
 from services.tool.sandbox.inside import kernel
 
@@ -36,6 +39,25 @@ def load(preset: str) -> None:
         _warm_scipy()
     if threading.active_count() != 1:
         raise RuntimeError(f"preset {preset} left threads running: a fork would lose them")
+
+
+def tolerate_refused_attributes() -> None:
+    """At level basic, where modes and times of files cannot be set, have the standard library copy
+    files and open databases without them."""
+    import dbm.dumb
+    import shutil
+
+    for owner, name in ((shutil, "copymode"), (shutil, "copystat"), (dbm.dumb._Database, "_chmod")):
+        setattr(owner, name, _tolerant(getattr(owner, name)))
+
+
+def _tolerant(function: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(function)
+    def call(*arguments: object, **options: object) -> None:
+        with contextlib.suppress(PermissionError):
+            function(*arguments, **options)
+
+    return call
 
 
 def collapse_heap(proc: int | None) -> int:

@@ -93,22 +93,10 @@ def prepare_fences(plan: Plan, baseline_bytes: int) -> Fences:
     )
 
 
-def make_folder(plan: Plan, name: str) -> str | None:
-    """The working folder of a slot at the levels that cannot mount one."""
-    if plan.level is Level.FULL:
-        return None
-    folder = f"{plan.work_root}/{name}"
-    os.mkdir(folder, 0o755)
-    filesystem.make_box_folders(folder)
-    return folder
-
-
-def remove_folder(folder: str | None) -> None:
-    """Remove what a slot left, whose processes must be dead. rmtree does not follow links."""
-    if folder is not None:
-        import shutil  # maps three compressors: at level full every fork would pay for them
-
-        shutil.rmtree(folder, ignore_errors=True)
+def folder_of(plan: Plan, name: str) -> str | None:
+    """Path of a slot's folder at the levels that cannot mount one. The slot makes it itself: if
+    the disk is full, that costs one slot and not the zygote."""
+    return None if plan.level is Level.FULL else f"{plan.work_root}/{name}"
 
 
 def sweep(uid: int) -> None:
@@ -146,6 +134,8 @@ def enter(
         if fences.plan.cgroup:
             os.write(cgroup[0], b"0")  # first: only memory touched from here on counts there
         if folder is not None:
+            os.mkdir(folder, 0o755)
+            filesystem.make_box_folders(folder)
             place = replace(place, home=f"{folder}/{WORK}")
             _set_home(place.home)
         _fence(fences, uid, folder)

@@ -24,7 +24,7 @@ from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
 from services.tool.sandbox import wire
-from services.tool.sandbox.inside import kernel, program
+from services.tool.sandbox.inside import kernel, program, sweep
 
 # Together what wait4 reports of a dead process.
 _SELF_AND_CHILDREN = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
@@ -217,7 +217,14 @@ def _on_state_message(session: _Session, message: wire.Message) -> None:
             _kill_group(old, own_group=False)
         _answer(session, message)
     elif "died" in message:
+        _sweep(session)
         _answer(session, {**message, "lost": False})
+
+
+def _sweep(session: _Session) -> None:
+    """Kill what a killed cell has left running, before its answer is sent."""
+    if session.place.alone and session.cell_pid > 1:
+        sweep.kill_since(session.cell_pid, {os.getpid(), session.state_pid})
 
 
 def _answer(session: _Session, message: wire.Message) -> None:
@@ -237,6 +244,7 @@ def _reap(session: _Session) -> None:
         if pid == session.state_pid:
             session.state_pid = 0
             if session.cell_pid:
+                _sweep(session)
                 _answer(session, {"died": status, "lost": True, **_usage(used, session.spent_s)})
 
 

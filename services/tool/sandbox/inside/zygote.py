@@ -19,10 +19,17 @@ from typing import NoReturn
 
 from services.tool.sandbox import channel
 from services.tool.sandbox.channel import Event
-from services.tool.sandbox.inside import filesystem, kernel, preload, program, slot, watchdog
+from services.tool.sandbox.inside import (
+    filesystem,
+    janitor,
+    kernel,
+    preload,
+    program,
+    slot,
+    watchdog,
+)
 from services.tool.sandbox.plan import Level, Plan
 
-_WATCH_INTERVAL_MS = 50
 _REHEARSALS = 20  # CPython 3.11 specialises a function from its eighth call on
 
 
@@ -38,10 +45,22 @@ class _Slot:
     """Pid descriptor of the slot's room at level full, of its first process otherwise."""
     uid: int | None
     folder: str | None
-    limit_bytes: int = 0
-    """Limit on the sum of the slot's processes; 0 while nobody asks for a watch."""
-    too_large: bool = False
-    """Whether it was killed for that."""
+    watched: bool = False
+    """Whether the watchdog looks at its memory."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ways:
+    """Descriptors that zygotes inherit from the factory."""
+
+    proc: int | None
+    """/proc of the zygotes' pid namespace, where it can be seen."""
+    outside: int
+    """Pid descriptor that leads out of every room; -1 below level full."""
+    leftovers: int
+    """Pipe to the janitor."""
+    watchdogs: list[watchdog.Link]
+    """One for each zygote."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -50,18 +69,15 @@ class _Zygote:
     preset: str
     channel: socket.socket
     factory: socket.socket
-    proc: int | None
-    outside: int
-    """Pid descriptor that leads out of every room; -1 below level full."""
+    ways: Ways
+    watchdog: watchdog.Link
     fences: slot.Fences
     slots: dict[int, _Slot] = field(default_factory=dict)
     """Live slots by their pid descriptor."""
     poller: select.poll = field(default_factory=select.poll)
-    watched: int = 0
-    """Slots whose memory is looked at."""
 
 
-def run(plan: Plan, factories: list[socket.socket], proc: int | None, outside: int) -> NoReturn:
+def run(plan: Plan, factories: list[socket.socket], ways: Ways) -> NoReturn:
     """Load a preset, fork a child for the next one and serve this one. Never returns."""
     index = 0
     while True:
@@ -73,6 +89,8 @@ def run(plan: Plan, factories: list[socket.socket], proc: int | None, outside: i
         if index + 1 == len(plan.presets) or os.fork() != 0:
             break
         index += 1
+    if plan.level is Level.BASIC:
+        preload.tolerate_refused_attributes()
     for other in range(len(plan.presets)):
         if other != index:
             os.close(plan.channels[other])
@@ -83,9 +101,9 @@ def run(plan: Plan, factories: list[socket.socket], proc: int | None, outside: i
             preset=plan.presets[index],
             channel=socket.socket(fileno=plan.channels[index]),
             factory=factories[index],
-            proc=proc,
-            outside=outside,
-            fences=slot.prepare_fences(plan, watchdog.baseline_bytes(proc) if proc else 0),
+            ways=ways,
+            watchdog=ways.watchdogs[index],
+            fences=slot.prepare_fences(plan, watchdog.baseline_bytes(ways.proc)),
         )
         _serve(zygote)
     finally:
@@ -97,7 +115,7 @@ def _serve(zygote: _Zygote) -> None:
     for _ in range(_REHEARSALS):
         program.rehearse_fork()
         program.rehearse()
-    collapsed = preload.collapse_heap(zygote.proc)
+    collapsed = preload.collapse_heap(zygote.ways.proc)
     # A collection writes into the header of every object, so it would copy every page that is
     # shared with the slots.
     gc.collect()
@@ -107,13 +125,11 @@ def _serve(zygote: _Zygote) -> None:
     zygote.channel.send(Event(channel.READY, collapsed).encode())
     zygote.poller.register(zygote.channel.fileno(), select.POLLIN)
     while True:
-        for descriptor, _ in zygote.poller.poll(_WATCH_INTERVAL_MS if zygote.watched else None):
+        for descriptor, _ in zygote.poller.poll():
             if descriptor in zygote.slots:
                 _reap(zygote, zygote.slots[descriptor])
             elif not _obey(zygote):
                 return
-        if zygote.watched:
-            _watch(zygote)
 
 
 def _obey(zygote: _Zygote) -> bool:
@@ -127,8 +143,8 @@ def _obey(zygote: _Zygote) -> bool:
         return True
     for child in zygote.slots.values():
         if child.number == number:
-            zygote.watched += bool(limit_bytes) - bool(child.limit_bytes)
-            child.limit_bytes = limit_bytes
+            child.watched = True
+            zygote.watchdog.watch(number, child.pid, child.uid, limit_bytes, child.kill_fd)
     return True
 
 
@@ -149,7 +165,7 @@ def _spawn(zygote: _Zygote, number: int, cgroup: list[int]) -> None:
     """Fork a slot. `cgroup` holds the descriptor that leads into its cgroup, or nothing."""
     plan = zygote.plan
     full = plan.level is Level.FULL
-    folder = slot.make_folder(plan, f"{os.getpid()}-{number}")
+    folder = slot.folder_of(plan, f"{os.getpid()}-{number}")
     uid = _free_uid(zygote, number)
     stdin, stdout, stderr = os.pipe(), os.pipe(), os.pipe()
     ours, theirs = (sock.detach() for sock in socket.socketpair())
@@ -162,7 +178,7 @@ def _spawn(zygote: _Zygote, number: int, cgroup: list[int]) -> None:
         slot.enter(zygote.fences, (stdin[0], stdout[1], stderr[1], theirs), uid, folder, cgroup)
     pid_fd = os.pidfd_open(pid)
     if full:
-        filesystem.enter_room(zygote.outside)
+        filesystem.enter_room(zygote.ways.outside)
         _request_room(zygote)  # the factory builds the next one while this slot runs
     kill_fd = room if full else pid_fd  # the death of a room's first process kills all inside
     zygote.slots[pid_fd] = _Slot(
@@ -171,7 +187,8 @@ def _spawn(zygote: _Zygote, number: int, cgroup: list[int]) -> None:
     zygote.poller.register(pid_fd, select.POLLIN)
     handed = (ours, stdin[1], stdout[0], stderr[0])
     event = Event(channel.SLOT, number).encode()
-    socket.send_fds(zygote.channel, [event], (*handed, kill_fd))
+    # Not the room: all processes of a slot dying at once would hold up the one that is waited for.
+    socket.send_fds(zygote.channel, [event], (*handed, pid_fd))
     for descriptor in (*handed, theirs, stdin[0], stdout[1], stderr[1], *cgroup):
         os.close(descriptor)
 
@@ -197,7 +214,7 @@ def _reap(zygote: _Zygote, child: _Slot) -> None:
     _, status, usage = os.wait4(child.pid, 0)
     del zygote.slots[child.pid_fd]
     zygote.poller.unregister(child.pid_fd)
-    zygote.watched -= bool(child.limit_bytes)
+    too_large = child.watched and zygote.watchdog.forget(child.number)
     # At level full the slot's other processes die with the room.
     if child.kill_fd != child.pid_fd:
         _kill(child)
@@ -206,28 +223,14 @@ def _reap(zygote: _Zygote, child: _Slot) -> None:
     # At level uid they are found by their user id, which the next slot may get after this.
     if child.uid is not None and zygote.plan.level is not Level.FULL:
         slot.sweep(child.uid)
-    # Nobody is left who could write into the folder while it is removed.
-    slot.remove_folder(child.folder)
+    if child.folder is not None:
+        janitor.hand_over(zygote.ways.leftovers, child.folder)
     cpu_s, peak_bytes = usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024
-    # Last: on this event the caller gets its answer, and its next program must meet no leftovers.
-    ended = Event(channel.EXIT, child.number, status, cpu_s, peak_bytes, child.too_large)
+    # Last: on this event the caller gets its answer, and the slot's processes are gone by then.
+    ended = Event(channel.EXIT, child.number, status, cpu_s, peak_bytes, too_large)
     zygote.channel.send(ended.encode())
 
 
 def _kill(child: _Slot) -> None:
     with contextlib.suppress(ProcessLookupError):
         signal.pidfd_send_signal(child.kill_fd, signal.SIGKILL)
-
-
-def _watch(zygote: _Zygote) -> None:
-    """Kill the slots whose processes together hold more memory than allowed."""
-    if zygote.proc is None:
-        return
-    census = watchdog.Census(zygote.proc, zygote.plan.level)
-    for child in zygote.slots.values():
-        limit = child.limit_bytes
-        if not limit or child.too_large:
-            continue
-        if census.memory_bytes(child.pid, child.uid, limit) > limit:
-            child.too_large = True
-            _kill(child)

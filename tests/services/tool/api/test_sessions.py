@@ -54,6 +54,53 @@ async def test_a_cell_is_charged_for_its_own_cpu_time_alone(
     assert after["usage"]["cpu_ms"] < 200  # type: ignore[index]
 
 
+DAEMON = """
+import os, time
+if os.fork() == 0:
+    os.setsid()
+    if os.fork(): os._exit(0)
+    while True:
+        os.write(1, b'daemon')
+        time.sleep(0.02)
+os.wait()
+time.sleep(0.1)
+"""
+
+
+@pytest.mark.parametrize(
+    "end", ["time.sleep(60)", "os.kill(os.getpid(), 9)", "os.abort()"], ids=["time", "kill", "core"]
+)
+async def test_a_daemon_of_a_killed_cell_dies_with_it_and_older_children_live(
+    client: httpx.AsyncClient, end: str
+) -> None:
+    session = await open_session(client)
+    code = "import os, time\nchild = os.fork()\nif child == 0:\n    time.sleep(30)\n    os._exit(0)"
+    await cell(client, session, code)
+    killed = await cell(client, session, DAEMON + end, timeout_s=1.0)
+    assert killed["rolled_back"] and "daemon" in str(killed["stdout"])
+    after = await cell(client, session, "import time\ntime.sleep(0.3)\nos.kill(child, 0)")
+    assert (after["status"], after["stdout"]) == ("ok", "")
+
+
+async def test_memory_that_is_taken_after_a_cell_ends_the_session(
+    client: httpx.AsyncClient, service: ToolService
+) -> None:
+    if service.sandbox.cgroups is not None:
+        pytest.skip("the kernel counts the memory of a slot at all times")
+    session = await open_session(client, memory_mb=128)
+    code = (
+        "import os, time\nfor _ in range(8):\n    if os.fork() == 0:\n        time.sleep(0.5)\n"
+        "        block = bytearray(b'x') * (100 << 20)\n        time.sleep(20)\n        os._exit(0)"
+    )
+    assert (await cell(client, session, code))["status"] == "ok"
+    for _ in range(200):
+        answer = await client.get(f"/v1/sessions/{session}")
+        if answer.status_code == 410:
+            break
+        await asyncio.sleep(0.05)
+    assert answer.status_code == 410 and "died" in answer.text
+
+
 async def test_an_exception_and_sys_exit_keep_partial_effects(client: httpx.AsyncClient) -> None:
     session = await open_session(client)
     failed = await cell(client, session, "x = 1\n1/0")

@@ -1,59 +1,22 @@
 # ruff: noqa: E501 - programs are easier to compare when each of their lines is one line here
 """The threat list: what hostile or unlucky code does, and the exact class of answer that is right.
 
-`row` counts as in the design's threat table. A program that is meant to be denied something prints
+`row` counts as in the design's threat table; fence_threats.py has those found later. A program that is meant to be denied something prints
 `denied` when it was; `expect` names every status that is correct, `says` what stdout must then
 contain.
 """
 
 import functools
 import json
-from dataclasses import dataclass, field
 
-ALL = ("full", "uid", "basic")
-FORKING = ("full", "uid")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Threat:
-    """One program and the answer that is right at the given levels."""
-
-    row: str
-    code: str
-    expect: tuple[str, ...] = ("ok",)
-    says: str | None = None
-    errors: tuple[str, ...] = ()
-    """Exception types that are right when the status is `error`; empty accepts any."""
-    signal: str | None = None
-    levels: tuple[str, ...] = ALL
-    stdin: str = ""
-    files: dict[str, str] = field(default_factory=dict)
-    x86_only: bool = False
-
-
-def denied(row: str, body: str, levels: tuple[str, ...] = ALL) -> Threat:
-    """A statement that has to raise OSError."""
-    code = f"try:\n    {body}\nexcept OSError:\n    print('denied')\nelse:\n    print('ALLOWED')\n"
-    return Threat(row=row, code=code, says="denied\n", levels=levels)
+from fence_threats import FENCE
+from threat import FORKING, Threat, denied, system_call
 
 
 def _report(frame: dict[str, object]) -> str:
     """A statement that writes a frame of ours on the slot's own socket."""
     body = json.dumps(frame).encode()
     return f"import os, struct\nos.write(3, struct.pack('>I', {len(body)}) + {body!r})\n"
-
-
-def system_call(row: str, *calls: str) -> list[Threat]:
-    """System calls of x86_64 by number and arguments that have to fail with EPERM or ENOSYS."""
-    code = (
-        "import ctypes\nlibc = ctypes.CDLL(None, use_errno=True)\n"
-        "result = libc.syscall({call})\nnumber = ctypes.get_errno()\n"
-        "print('denied' if result == -1 and number in (1, 38) else f'ALLOWED {{result}} {{number}}')\n"
-    )
-    return [
-        Threat(row=f"{row}-{call}", code=code.format(call=call), says="denied\n", x86_only=True)
-        for call in calls
-    ]
 
 
 _EXHAUST = """
@@ -380,6 +343,7 @@ OTHERS = [
         row="51-setuid-bit",
         code="import os\nopen('p', 'w').close()\nos.chmod('p', 0o4777)\nprint('harmless')",
         says="harmless\n",
+        levels=FORKING,  # at level basic modes cannot be set at all
     ),
     *(
         denied(f"74-{name}", f"open('/dev/{name}', 'rb')")
@@ -563,4 +527,4 @@ PROGRAMS = [
     ),
 ]
 
-THREATS = [*RESOURCES, *OTHERS, *PROGRAMS]
+THREATS = [*RESOURCES, *OTHERS, *PROGRAMS, *FENCE]
