@@ -17,6 +17,7 @@ from fastapi import FastAPI
 from services.rollout.engines.protocol import (
     EngineDeadError,
     EngineInfo,
+    Hold,
     Job,
     JobResult,
     LoadPlan,
@@ -268,7 +269,7 @@ class HfEngine:
         if self._dead is not None:
             raise EngineDeadError(self._dead)
 
-    async def add_native_routes(self, app: FastAPI, keys: tuple[str, ...]) -> None:
+    async def add_native_routes(self, app: FastAPI, keys: tuple[str, ...], hold: Hold) -> None:
         """Add nothing: this engine has no routes of its own."""
 
     async def close(self) -> None:
