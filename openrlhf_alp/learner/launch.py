@@ -13,6 +13,7 @@ import logging
 import os
 import sys
 import traceback
+from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,13 +24,15 @@ from transformers import AutoConfig, AutoTokenizer
 
 from openrlhf_alp.clients.contract import LearnerExpectation, check_contract, require_transport
 from openrlhf_alp.clients.control import ControlClient
-from openrlhf_alp.clients.errors import ServiceError
+from openrlhf_alp.clients.errors import ServiceError, WeightUpdateFailed
+from openrlhf_alp.clients.weights.carry import require_fit
 from openrlhf_alp.episodes.observation import chat_template
 from openrlhf_alp.episodes.records import EpisodeError
 from openrlhf_alp.learner import seams
 from openrlhf_alp.learner.flags.config import MATH_VERIFY, ServiceConfig
 from openrlhf_alp.learner.flags.labels import check_labels_of
 from openrlhf_alp.learner.flags.settle import add_arguments, settle
+from openrlhf_alp.learner.weight_sync import pushed_tensors
 from openrlhf_alp.rollouts.runners import ToolConfig, tool_client
 from services.common.wire import ADMIN_KEY_VARIABLE, API_KEY_VARIABLE, TOOL_KEY_VARIABLE
 from services.tool.wire.schemas import ExecuteRequest
@@ -193,7 +196,8 @@ def check_services(args: SimpleNamespace, tokenizer: Any) -> None:
     Raises:
         ServiceError: not reachable within `--rollout.ready_timeout_s`, wrong key, or a
             ContractMismatch that lists each field with both values and the fix, or the transports
-            that the service has.
+            that the service has; WeightUpdateFailed: its tensors are not the learner's.
+        ValueError: the learner's model cannot be built.
     """
     model = AutoConfig.from_pretrained(args.actor.model_name_or_path, trust_remote_code=True)
     expected = LearnerExpectation.from_tokenizer(
@@ -204,6 +208,10 @@ def check_services(args: SimpleNamespace, tokenizer: Any) -> None:
     )
     for url in args.rollout_service.urls:
         asyncio.run(_check_service(url, args.rollout_service, expected))
+    # After the contract: whoever serves another model reads of its name, not of its tensors.
+    tensors = pushed_tensors(args.actor.model_name_or_path)
+    for url in args.rollout_service.urls:
+        asyncio.run(_check_weights(url, tensors))
 
 
 async def _check_service(url: str, service: ServiceConfig, expected: LearnerExpectation) -> None:
@@ -213,6 +221,16 @@ async def _check_service(url: str, service: ServiceConfig, expected: LearnerExpe
         contract = await client.contract()
     check_contract(contract, expected)
     require_transport(contract, service.weight_transport, url)
+
+
+async def _check_weights(url: str, tensors: Mapping[str, torch.Tensor]) -> None:
+    api_key, admin_key = os.environ[API_KEY_VARIABLE], os.environ[ADMIN_KEY_VARIABLE]
+    async with ControlClient([url], api_key=api_key, admin_key=admin_key) as client:
+        (status,) = await client.weights()
+    try:
+        require_fit(tensors, status.tensors)
+    except WeightUpdateFailed as error:
+        raise WeightUpdateFailed(f"{url} cannot take this learner's weights. {error}") from error
 
 
 def check_tools(args: SimpleNamespace, tokenizer: Any) -> None:

@@ -1,18 +1,22 @@
 """Theta to the rollout service; sigma never leaves the learner.
 
-every rank: gather a bucket of parameters (ZeRO-3) -> rank 0: WeightPusher carries it to the servers
+every rank: gather a bucket of parameters (ZeRO-3) -> rank 0: give them the names and shapes of the
+checkpoint -> WeightPusher carries it to the servers
 (--rollout.weight_transport), prepares on every server, commits on every server
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import deepspeed
 import torch
+from openrlhf.utils.utils import is_vlm_model
 from torch import nn
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
-from openrlhf_alp.clients.weights.carry import BUCKET_BYTES, in_buckets
+from openrlhf_alp.clients.weights.carry import BUCKET_BYTES, packed_groups
+from openrlhf_alp.clients.weights.layout import CheckpointLayout, stored_tensors, to_checkpoint
 from openrlhf_alp.clients.weights.push import PushResult, WeightPusher
 
 
@@ -50,6 +54,29 @@ def push_weights(
     return pushed
 
 
+def pushed_tensors(name_or_path: str) -> Mapping[str, torch.Tensor]:
+    """What a learner of this model will push: names, shapes and dtypes, on the meta device.
+
+    Args:
+        name_or_path: folder or Hugging Face id; only the headers of its weight files are read.
+
+    Raises:
+        ValueError: the model cannot be built.
+        WeightUpdateFailed: its weights cannot be pushed bucket by bucket.
+    """
+    kind = AutoModelForImageTextToText if is_vlm_model(name_or_path) else AutoModelForCausalLM
+    try:
+        model = kind.from_pretrained(name_or_path, trust_remote_code=True, device_map="meta")
+    except Exception as error:
+        raise ValueError(
+            f"--actor.model_name_or_path {name_or_path}: its model cannot be built ({error}). Give "
+            "a folder or id with config.json and unquantised .safetensors weights."
+        ) from error
+    layout = CheckpointLayout.of(model)
+    layout.require_convertible(model)
+    return layout.tensors
+
+
 def gathered_parameters(
     model: nn.Module, zero_stage: int, *, keep: bool, bucket_bytes: int = BUCKET_BYTES
 ) -> Iterator[tuple[str, torch.Tensor]]:
@@ -61,19 +88,26 @@ def gathered_parameters(
 def gathered_buckets(
     model: nn.Module, zero_stage: int, *, keep: bool, bucket_bytes: int = BUCKET_BYTES
 ) -> Iterator[list[tuple[str, torch.Tensor]]]:
-    """Every parameter in full, bucket by bucket; under ZeRO-3 with one collective per bucket.
-
-    Tied parameters (an lm_head that is the embedding) come once, under their first name, as they do
-    in a Hugging Face checkpoint. Every rank must exhaust the iterator.
+    """Every tensor of the model's checkpoint in full, bucket by bucket; under ZeRO-3 with one
+    collective per bucket. Every rank must exhaust the iterator.
 
     Args:
-        bucket_bytes: what a rank holds beside its shards; a larger parameter is gathered alone.
+        bucket_bytes: what a rank holds beside its shards, and once more where a conversion copies;
+            a larger parameter is gathered alone.
 
     Yields:
-        (Hugging Face name, tensor in the model's dtype) pairs; the tensors are empty unless `keep`.
-        A tensor is the parameter itself: read it before the next bucket or update.
+        (name as in save_pretrained's files, tensor in the model's dtype) pairs; none unless `keep`.
+        A tensor may share the parameter's memory: read it before the next bucket or update.
     """
-    for bucket in in_buckets(model.named_parameters(remove_duplicate=True), bucket_bytes):
-        parameters = [parameter for _, parameter in bucket]
-        with deepspeed.zero.GatheredParameters(parameters, enabled=zero_stage == 3):
-            yield [(name, p.detach() if keep else torch.empty(0)) for name, p in bucket]
+    layout = CheckpointLayout.of(model)
+    stored = stored_tensors(model)
+    groups = [[(name, stored[name]) for name in group] for group in layout.groups]
+    for packed in packed_groups(groups, bucket_bytes):
+        bucket = {name: tensor for group in packed for name, tensor in group}
+        sharded = [t for t in bucket.values() if isinstance(t, nn.Parameter)]
+        with deepspeed.zero.GatheredParameters(sharded, enabled=zero_stage == 3):
+            if not keep:
+                yield []
+                continue
+            whole = {name: tensor.detach() for name, tensor in bucket.items()}
+            yield list(to_checkpoint(model, whole).items())

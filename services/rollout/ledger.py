@@ -12,10 +12,11 @@ a grace period in which a retry can attach, and is then cancelled. Finished repl
 """
 
 import asyncio
+import contextlib
 import math
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -155,6 +156,20 @@ class Ledger:
             self._drop(request_id)
             return "dropped"
         return "unknown"
+
+    @contextlib.contextmanager
+    def hold(self, num_samples: int) -> Iterator[None]:
+        """Count samples that are drawn without a request id, while the body runs.
+
+        Raises:
+            LedgerError: as `submit`, `overloaded` or `too_many_samples`.
+        """
+        self._admit(num_samples)
+        self.pending_samples += num_samples
+        try:
+            yield
+        finally:
+            self.pending_samples -= num_samples
 
     async def close(self) -> None:
         """Cancel every running request."""

@@ -1,9 +1,17 @@
 """Settings of the rollout service, and the faults that its deterministic engine can inject."""
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationInfo, field_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    FilePath,
+    SecretStr,
+    ValidationInfo,
+    field_validator,
+)
 from pydantic_settings import SettingsConfigDict
 
 from services.common.settings import ServiceSettings
@@ -81,6 +89,14 @@ class RolloutSettings(ServiceSettings):
     sleep_mode: bool = False
     """Let POST /v1/sleep free the GPU's memory (GPU engine)."""
 
+    tool_call_parser: str | None = None
+    """vLLM's parser of the tool calls in answers of /v1/chat/completions, such as hermes for Qwen
+    models or llama3_json; without one, tools are never called (vLLM engine)."""
+
+    chat_template: FilePath | None = None
+    """File with the chat template of /v1/chat/completions, in place of the model's own; the other
+    routes take tokens and never apply one (vLLM engine)."""
+
     weights_dir: Path | None = None
     """Folder for weight updates, shared with the learner; by default a new one in /dev/shm."""
 
@@ -108,3 +124,10 @@ class RolloutSettings(ServiceSettings):
         if faults != FaultPlan() and info.data.get("engine") != "hf":
             raise ValueError("only the deterministic engine can inject faults: --engine hf")
         return faults
+
+    @field_validator("tool_call_parser", "chat_template")
+    @classmethod
+    def _with_openai_routes(cls, value: Any, info: ValidationInfo) -> Any:
+        if value is not None and info.data.get("engine") == "hf":
+            raise ValueError("only the vLLM engine has OpenAI routes: --engine vllm")
+        return value

@@ -1,5 +1,6 @@
 """The client against the real app and a tiny real model, without sockets."""
 
+import shutil
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
@@ -24,11 +25,22 @@ ADMIN_KEY = "admin-key-for-tests"
 
 
 @pytest.fixture(scope="session")
-def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tokenizers import AddedToken, Tokenizer
     from tokenizers.models import WordLevel
 
-    folder = tmp_path_factory.mktemp("models") / "tied"
+    folder = tmp_path_factory.mktemp("tokenizer")
+    backend = Tokenizer(WordLevel(vocab={f"w{i}": i for i in range(32)}, unk_token="w0"))
+    backend.add_special_tokens([AddedToken("<eos>"), AddedToken("<pad>")])
+    PreTrainedTokenizerFast(
+        tokenizer_object=backend, eos_token="<eos>", pad_token="<pad>"
+    ).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory: pytest.TempPathFactory, tokenizer_folder: Path) -> Path:
+    folder = shutil.copytree(tokenizer_folder, tmp_path_factory.mktemp("models") / "tied")
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=34,
@@ -45,11 +57,6 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         initializer_range=0.3,
     )
     LlamaForCausalLM(config).save_pretrained(folder)
-    backend = Tokenizer(WordLevel(vocab={f"w{i}": i for i in range(32)}, unk_token="w0"))
-    backend.add_special_tokens([AddedToken("<eos>"), AddedToken("<pad>")])
-    PreTrainedTokenizerFast(
-        tokenizer_object=backend, eos_token="<eos>", pad_token="<pad>"
-    ).save_pretrained(folder)
     return folder
 
 

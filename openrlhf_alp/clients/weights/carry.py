@@ -73,20 +73,29 @@ class CarriedWeights:
 def in_buckets(
     named: Iterable[tuple[str, Named]], bucket_bytes: int = BUCKET_BYTES
 ) -> Iterator[list[tuple[str, Named]]]:
-    """Tensors in their order, as many at a time as fit `bucket_bytes`; a larger one alone.
+    """Tensors in their order, as many at a time as fit `bucket_bytes`; a larger one alone."""
+    for groups in packed_groups(([pair] for pair in named), bucket_bytes):
+        yield [pair for group in groups for pair in group]
+
+
+def packed_groups(
+    groups: Iterable[Sequence[tuple[str, Named]]], bucket_bytes: int = BUCKET_BYTES
+) -> Iterator[list[Sequence[tuple[str, Named]]]]:
+    """Groups of named tensors in their order, as many at a time as fit `bucket_bytes`; a larger
+    group alone. No group is cut.
 
     Deterministic in the names and full sizes. These are the same on every rank of a learner, so all
     ranks gather the same buckets.
     """
-    bucket: list[tuple[str, Named]] = []
+    bucket: list[Sequence[tuple[str, Named]]] = []
     held_bytes = 0
-    for name, tensor in named:
+    for group in groups:
         # `ds_numel` is the full size of a parameter of which this rank holds only a shard.
-        num_bytes = getattr(tensor, "ds_numel", tensor.numel()) * tensor.element_size()
+        num_bytes = sum(getattr(t, "ds_numel", t.numel()) * t.element_size() for _, t in group)
         if bucket and held_bytes + num_bytes > bucket_bytes:
             yield bucket
             bucket, held_bytes = [], 0
-        bucket.append((name, tensor))
+        bucket.append(group)
         held_bytes += num_bytes
     if bucket:
         yield bucket
@@ -161,19 +170,61 @@ def _serving(
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Each tensor checked against what the server has, and cast to the serving dtype."""
     for name, tensor in bucket:
-        spec = expected.get(name)
-        if spec is None:
-            # The server lists a tied head under the name of the embedding only.
-            if name == TIED_HEAD:
-                continue
-            raise WeightUpdateFailed(
-                f"The server does not serve a tensor {name}. Fix: push Hugging Face names of the "
-                "served model only; ALP's own parameters and LoRA adapters stay in the learner."
-            )
-        if list(tensor.shape) != spec.shape:
-            raise WeightUpdateFailed(
-                f"{name} has shape {list(tensor.shape)}, the server expects {spec.shape}. Fix: "
-                "serve and train the same model; under ZeRO-3 gather the parameter first."
-            )
+        # The server lists a tied head under the name of the embedding only.
+        if name == TIED_HEAD and name not in expected:
+            continue
+        misfit = _misfit(name, tensor, expected.get(name))
+        if misfit is not None:
+            raise WeightUpdateFailed(misfit)
         device = tensor.device if on_device else "cpu"
-        yield name, tensor.detach().to(device, DTYPES[spec.dtype]).contiguous()
+        yield name, tensor.detach().to(device, DTYPES[expected[name].dtype]).contiguous()
+
+
+def require_fit(tensors: Mapping[str, torch.Tensor], expected: Mapping[str, TensorSpec]) -> None:
+    """Refuse a learner whose tensors are not those that the server serves, before the first push.
+
+    Args:
+        tensors: everything the learner would push; only shapes and dtypes are looked at.
+        expected: as for `carry_weights`.
+
+    Raises:
+        WeightUpdateFailed: the number of tensors that do not fit, and the first of them by name
+            with the cause and the fix.
+    """
+    misfits = [
+        misfit
+        for name, tensor in tensors.items()
+        if not (name == TIED_HEAD and name not in expected)
+        and (misfit := _misfit(name, tensor, expected.get(name))) is not None
+    ]
+    misfits += [
+        f"The server serves a tensor {name} of dtype {expected[name].dtype}, which the learner's "
+        "model does not have. Fix: serve and train the same model, unquantised."
+        for name in sorted(expected.keys() - tensors.keys())
+    ]
+    if misfits:
+        raise WeightUpdateFailed(
+            f"{len(misfits)} tensors of learner and server do not fit. The first: {misfits[0]}"
+        )
+
+
+def _misfit(name: str, tensor: torch.Tensor, spec: TensorSpec | None) -> str | None:
+    """Why the server cannot take `tensor` under `name`, and what to do; None: it can."""
+    if spec is None:
+        return (
+            f"The server does not serve a tensor {name}. Fix: push Hugging Face names of the "
+            "served model only; ALP's own parameters and LoRA adapters stay in the learner."
+        )
+    if list(tensor.shape) != spec.shape:
+        return (
+            f"{name} has shape {list(tensor.shape)}, the server expects {spec.shape}. Fix: "
+            "serve and train the same model; under ZeRO-3 gather the parameter first."
+        )
+    dtype = DTYPES.get(spec.dtype)
+    # A cast from fractions to integers would not be a rounding but another model.
+    if dtype is None or (tensor.is_floating_point() and not dtype.is_floating_point):
+        return (
+            f"{name} is served as {spec.dtype}, which cannot be made of the learner's "
+            f"{tensor.dtype}. Fix: serve an unquantised folder (bfloat16, float16 or float32)."
+        )
+    return None

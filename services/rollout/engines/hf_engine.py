@@ -6,6 +6,7 @@ one plain forward pass. For tests, fault injection and machines without vLLM; no
 
 import asyncio
 import math
+import threading
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +17,7 @@ from fastapi import FastAPI
 from services.rollout.engines.protocol import (
     EngineDeadError,
     EngineInfo,
+    Hold,
     Job,
     JobResult,
     LoadPlan,
@@ -24,8 +26,11 @@ from services.rollout.engines.protocol import (
 )
 from services.rollout.model_folder import ModelFolder
 from services.rollout.settings import RolloutSettings
-from services.rollout.weights.checkpoint import read_tensors
+from services.rollout.weights.checkpoint import BadCheckpointError, read_tensors
 from services.rollout.wire.schemas import PauseMode, Sampling, SleepLevel, SleepMode
+
+_LOADING = threading.Lock()
+"""Transformers' from_pretrained swaps state of the whole process, such as torch's initialisers."""
 
 
 def _processors(sampling: Sampling) -> transformers.LogitsProcessorList:
@@ -95,13 +100,14 @@ class HfEngine:
         """Load a model folder. Weights keep the precision of `dtype`; arithmetic is float32."""
         model = transformers.AutoModelForCausalLM.from_pretrained(folder.path, dtype=settings.dtype)
         model = model.float().eval()
+        text = model.config.get_text_config()  # of a multimodal model its language model's
         info = EngineInfo(
             engine="hf",
             engine_version=transformers.__version__,
             architecture=model.config.architectures[0],
             dtype=settings.dtype,
-            vocab_size=model.config.vocab_size,
-            max_model_len=settings.max_model_len or model.config.max_position_embeddings,
+            vocab_size=text.vocab_size,
+            max_model_len=settings.max_model_len or text.max_position_embeddings,
             eos_token_ids=folder.eos_token_ids,
         )
         return cls(model, folder.tokenizer, info, settings)
@@ -233,13 +239,28 @@ class HfEngine:
         await self.resume()
 
     async def load_weights(self, plan: LoadPlan) -> None:
-        def load() -> None:
-            for path, names in plan.items():
-                self._model.load_state_dict(dict(read_tensors(path, names)), strict=False)
-            # Loading copies into the parameters; a head that is the embedding must stay tied.
-            self._model.tie_weights()
+        def load() -> Any:
+            tensors = {
+                name: tensor.float() if tensor.is_floating_point() else tensor
+                for path, names in plan.items()
+                for name, tensor in read_tensors(path, names)
+            }
+            # As from a folder: a checkpoint's names and shapes may differ from those in memory.
+            with _LOADING:
+                model, info = type(self._model).from_pretrained(
+                    None,
+                    config=self._model.config,
+                    dtype=torch.float32,
+                    state_dict=tensors,
+                    output_loading_info=True,
+                )
+            # Transformers would fill what is missing with random numbers, and warn.
+            wrong = [info[part] for part in ("missing_keys", "unexpected_keys", "mismatched_keys")]
+            if any(wrong):
+                raise BadCheckpointError(f"the model does not take {wrong}")
+            return model.float().eval()
 
-        await asyncio.to_thread(load)
+        self._model = await asyncio.to_thread(load)
 
     async def reset_cache(self, *, recompute_running: bool) -> None:
         """Do nothing: every token is drawn from a full forward pass."""
@@ -248,7 +269,7 @@ class HfEngine:
         if self._dead is not None:
             raise EngineDeadError(self._dead)
 
-    async def add_native_routes(self, app: FastAPI, keys: tuple[str, ...]) -> None:
+    async def add_native_routes(self, app: FastAPI, keys: tuple[str, ...], hold: Hold) -> None:
         """Add nothing: this engine has no routes of its own."""
 
     async def close(self) -> None:

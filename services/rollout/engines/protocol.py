@@ -1,6 +1,7 @@
 """What the service needs from an engine; vllm_engine.py and hf_engine.py implement it."""
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -25,6 +26,10 @@ TokenSink = Callable[[list[int], list[float]], None]
 """Receives newly drawn token ids and their log-probs, in order, as they are drawn."""
 
 LOGPROBS_MODE = "processed_logprobs"
+
+Hold = Callable[[int], AbstractContextManager[None]]
+"""Admits a number of samples for as long as it is entered; raises LedgerError if there is no room.
+"""
 
 
 class EngineDeadError(RuntimeError):
@@ -148,8 +153,9 @@ class Engine(Protocol):
     async def check(self) -> None:
         """Return when the engine answers; raise EngineDeadError when it is dead."""
 
-    async def add_native_routes(self, app: FastAPI, keys: tuple[str, ...]) -> None:
-        """Add the engine's own public routes to `app`, behind `keys`, if it has any."""
+    async def add_native_routes(self, app: FastAPI, keys: tuple[str, ...], hold: Hold) -> None:
+        """Add the engine's own public routes to `app`, behind `keys`, if it has any; each holds
+        room for its samples while they are drawn."""
 
     async def close(self) -> None:
         """End the engine and all its processes."""

@@ -16,6 +16,7 @@ from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.exceptions import VLLMClientError
 from vllm.platforms import current_platform
 from vllm.sampling_params import RequestOutputKind
+from vllm.tool_parsers import ToolParserManager
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError as VllmDeadError
 from vllm.v1.executor import Executor
@@ -28,6 +29,7 @@ from services.rollout.engines.protocol import (
     BadJobError,
     EngineDeadError,
     EngineInfo,
+    Hold,
     Job,
     JobResult,
     LoadPlan,
@@ -149,10 +151,12 @@ class _OutputBarrier:
 class VllmEngine:
     """vLLM behind the Engine protocol. Build with `start`, inside the event loop."""
 
-    def __init__(self, llm: AsyncLLM, info: EngineInfo, model: Path, sockets: OwnedFolder) -> None:
+    def __init__(
+        self, llm: AsyncLLM, info: EngineInfo, settings: RolloutSettings, sockets: OwnedFolder
+    ) -> None:
         self._llm = llm
         self._sockets = sockets
-        self._model = model
+        self._settings = settings
         self._info = info
         self._barrier = _OutputBarrier(llm.engine_core)
         self._live: dict[str, str | None] = {}  # job -> vLLM's own request id, None until added
@@ -160,6 +164,12 @@ class VllmEngine:
     @classmethod
     def start(cls, settings: RolloutSettings, eos_token_ids: tuple[int, ...]) -> "VllmEngine":
         """Load the model. Takes seconds to minutes and blocks."""
+        parsers = ToolParserManager.list_registered()
+        if settings.tool_call_parser not in (None, *parsers):
+            raise ConfigError(
+                f"vLLM has no --tool-call-parser {settings.tool_call_parser}. Fix: one of "
+                f"{', '.join(sorted(parsers))}."
+            )
         prepare_environment(settings)
         # vLLM never removes the sockets to its processes, by default in the temporary folder.
         sockets = OwnedFolder.create(Path(tempfile.gettempdir()), _SOCKETS_PREFIX)
@@ -185,7 +195,7 @@ class VllmEngine:
             link_backends=link_backends(settings.tensor_parallel_size),
             num_workers=settings.tensor_parallel_size,
         )
-        return cls(llm, info, settings.model, sockets)
+        return cls(llm, info, settings, sockets)
 
     @property
     def info(self) -> EngineInfo:
@@ -310,9 +320,9 @@ class VllmEngine:
         except (VllmDeadError, TimeoutError) as error:
             raise EngineDeadError("vLLM's engine process does not answer") from error
 
-    async def add_native_routes(self, app: FastAPI, keys: tuple[str, ...]) -> None:
+    async def add_native_routes(self, app: FastAPI, keys: tuple[str, ...], hold: Hold) -> None:
         """vLLM's OpenAI routes: chat completions, completions, models."""
-        await add_openai_routes(app, self._llm, self._model, keys=keys)
+        await add_openai_routes(app, self._llm, self._settings, keys=keys, hold=hold)
 
     async def close(self) -> None:
         await asyncio.to_thread(self._llm.shutdown, _CLOSE_TIMEOUT_S)
