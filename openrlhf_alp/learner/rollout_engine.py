@@ -77,7 +77,9 @@ class RolloutEngine:
             admin_key=admin_key,
             timeouts=Timeouts(total_s=service.queue_timeout_s, read_s=service.queue_timeout_s),
         )
-        self.watch = ServerWatch(self.client, patience_s=service.request_timeout_s)
+        self.watch = ServerWatch(
+            lambda: self.client.control.fleet.servers, patience_s=service.request_timeout_s
+        )
         self.service = service
         self.reward = build_reward(reward_urls)
         self.tool = tool or ToolConfig()
@@ -204,7 +206,7 @@ async def _all_or_first_error(episodes: list[Any]) -> list[Episode]:
             tasks = [group.create_task(episode) for episode in episodes]
     except ExceptionGroup as errors:
         # A fatal error must not be hidden by a lost episode, which only drops the group.
-        lost = (RewardUnavailable, ToolLostError, *LOST_REQUESTS)
+        lost: tuple[type[Exception], ...] = (RewardUnavailable, ToolLostError, *LOST_REQUESTS)
         fatal = [e for e in errors.exceptions if not isinstance(e, lost)]
         raise (fatal or errors.exceptions)[0] from None
     return [task.result() for task in tasks]
