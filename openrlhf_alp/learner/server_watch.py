@@ -78,7 +78,7 @@ class ServerWatch:
                 )
 
     async def _serves(self, server: Server) -> bool:
-        give_up_s = time.monotonic() + self._between_s
+        give_up_s = time.monotonic() + self._patience_s  # a busy server may be slow to answer
         try:
             response = await server.channel.send("GET", "/readyz", give_up_s=give_up_s)
         except ServiceError:

@@ -160,8 +160,8 @@ async def test_a_wait_longer_than_the_patience_is_no_loss_while_a_server_is_ther
     hf_service: Any,
 ) -> None:
     client = RolloutClient(["http://127.0.0.1:9", hf_service.url], api_key="k")
-    watch = ServerWatch(lambda: client.control.fleet.servers, patience_s=0.5)
-    assert await watch.unless_all_are_gone(asyncio.sleep(2, "answer")) == "answer"
+    watch = ServerWatch(lambda: client.control.fleet.servers, patience_s=3.0)
+    assert await watch.unless_all_are_gone(asyncio.sleep(4, "answer")) == "answer"
     await client.aclose()
 
 
