@@ -79,7 +79,7 @@ data=(
 rollout=(
   --rollout.service_urls "${rollout_urls[@]}"
   --rollout.ready_timeout_s 900            # ours: vLLM loads and compiles
-  --rollout.request_timeout_s 3600         # ours: one turn, waiting not included
+  --rollout.request_timeout_s 1800         # ours: one turn, waiting not included
   --rollout.batch_size "$PROMPTS"
   --rollout.n_samples_per_prompt "$SAMPLES"
   --rollout.max_new_tokens $((EPISODE_TOKENS - PROMPT_TOKENS))  # all turns and outputs together

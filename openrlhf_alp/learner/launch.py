@@ -162,14 +162,16 @@ def check_data(args: SimpleNamespace) -> None:
         )
     if Path(dataset).suffix in {".json", ".jsonl", ".parquet"} and not Path(dataset).is_file():
         raise ValueError(f"--data.prompt_dataset {dataset}: there is no such file.")
-    if args.reward.remote_url == MATH_VERIFY and not args.data.label_key:
+    # OpenRLHF's validation, which may have run, makes a list of it.
+    is_math = args.reward.remote_url in (MATH_VERIFY, [MATH_VERIFY])
+    if is_math and not args.data.label_key:
         raise ValueError(
             "--reward.remote_url math-verify compares answers with a label: name its field with "
             "--data.label_key."
         )
     if Path(dataset).suffix == ".jsonl":
         _check_first_row(args, Path(dataset))
-    if args.reward.remote_url == MATH_VERIFY:
+    if is_math:
         check_labels_of(dataset, args.data.label_key, split=args.data.prompt_split)
 
 

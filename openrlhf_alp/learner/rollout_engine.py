@@ -77,7 +77,9 @@ class RolloutEngine:
             admin_key=admin_key,
             timeouts=Timeouts(total_s=service.queue_timeout_s, read_s=service.queue_timeout_s),
         )
-        self.watch = ServerWatch(self.client, patience_s=service.request_timeout_s)
+        self.watch = ServerWatch(
+            lambda: self.client.control.fleet.servers, patience_s=service.request_timeout_s
+        )
         self.service = service
         self.reward = build_reward(reward_urls)
         self.tool = tool or ToolConfig()

@@ -125,7 +125,7 @@ SEAMS = (
         "trainer:RemoteAlpPPOTrainer",
         save_logs_and_checkpoints="self global_step logs_dict client_states",
         train_step="self rollout_samples global_step",
-        evaluate="self global_step generate_kwargs",
+        evaluate="self global_step",
     ),
     *_methods(
         "openrlhf.trainer.ppo_trainer:",

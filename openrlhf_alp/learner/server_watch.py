@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, TypeVar
 
 from openrlhf_alp.clients.errors import ServiceError, ServiceUnavailable
 from openrlhf_alp.clients.fleet import Server
-from openrlhf_alp.clients.rollout import RolloutClient
 
 Result = TypeVar("Result")
 
@@ -25,15 +24,15 @@ class NoServerLeft(ServiceUnavailable):
 
 
 class ServerWatch:
-    """Asks the servers of one client whether they are there, while something waits for them.
+    """Asks servers whether they are there, while something waits for them.
 
     Args:
-        client: whose servers are asked.
+        servers: returns those to ask.
         patience_s: how long all of them may be gone.
     """
 
-    def __init__(self, client: RolloutClient, *, patience_s: float) -> None:
-        self._client = client
+    def __init__(self, servers: Callable[[], Sequence[Server]], *, patience_s: float) -> None:
+        self._servers = servers
         self._patience_s = patience_s
         self._between_s = min(_MOST_BETWEEN_PROBES_S, patience_s / 5)
         self._seen_s = 0.0  # monotonic; when a server last answered
@@ -66,12 +65,12 @@ class ServerWatch:
     async def _probe_while_waiting(self) -> None:
         while self._num_waiting:
             await asyncio.sleep(self._between_s)
-            asked = await asyncio.gather(*map(self._serves, self._client.control.fleet.servers))
+            asked = await asyncio.gather(*map(self._serves, self._servers()))
             now_s = time.monotonic()
             if any(asked):
                 self._seen_s = now_s
             elif now_s - self._seen_s > self._patience_s:
-                urls = ", ".join(s.channel.url for s in self._client.control.fleet.servers)
+                urls = ", ".join(s.channel.url for s in self._servers())
                 raise NoServerLeft(
                     f"none of {urls} has been ready for {self._patience_s:g} s "
                     "(--rollout.request_timeout_s). Fix: look at their logs, start them again and "
@@ -79,7 +78,7 @@ class ServerWatch:
                 )
 
     async def _serves(self, server: Server) -> bool:
-        give_up_s = time.monotonic() + self._between_s
+        give_up_s = time.monotonic() + self._patience_s  # a busy server may be slow to answer
         try:
             response = await server.channel.send("GET", "/readyz", give_up_s=give_up_s)
         except ServiceError:

@@ -148,7 +148,7 @@ async def test_a_refused_request_ends_the_run(engine: RolloutEngine, tiny_model:
 
 async def test_without_any_server_the_wait_ends_with_their_names() -> None:
     client = RolloutClient(["http://127.0.0.1:9"], api_key="k")
-    watch = ServerWatch(client, patience_s=0.5)
+    watch = ServerWatch(lambda: client.control.fleet.servers, patience_s=0.5)
     with pytest.raises(
         NoServerLeft, match=r"none of http://127\.0\.0\.1:9 has been ready for 0\.5 s"
     ):
@@ -160,8 +160,8 @@ async def test_a_wait_longer_than_the_patience_is_no_loss_while_a_server_is_ther
     hf_service: Any,
 ) -> None:
     client = RolloutClient(["http://127.0.0.1:9", hf_service.url], api_key="k")
-    watch = ServerWatch(client, patience_s=0.5)
-    assert await watch.unless_all_are_gone(asyncio.sleep(2, "answer")) == "answer"
+    watch = ServerWatch(lambda: client.control.fleet.servers, patience_s=3.0)
+    assert await watch.unless_all_are_gone(asyncio.sleep(4, "answer")) == "answer"
     await client.aclose()
 
 

@@ -152,6 +152,12 @@ class ServiceConfig:
         ):
             if not seconds > 0:
                 raise ValueError(f"--rollout.{name} is {seconds}; it must be above 0")
+        if self.queue_timeout_s < self.request_timeout_s:
+            raise ValueError(
+                f"--rollout.queue_timeout_s {self.queue_timeout_s:g} includes the work itself, for "
+                f"which --rollout.request_timeout_s allows {self.request_timeout_s:g}. Raise it to "
+                "at least that."
+            )
         if not 0 <= self.max_lost_share <= 1:
             raise ValueError(
                 f"--rollout.max_lost_share is {self.max_lost_share}; it must be in 0..1. 1 never "

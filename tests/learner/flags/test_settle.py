@@ -146,6 +146,7 @@ def test_contradictions_are_named(parse: Parse, flags: list[str], message: str) 
         (["--vllm.enable_sleep"], r"Drop --vllm\.enable_sleep"),
         (["--vllm.enable_sleep", "--train.colocate_all"], r"Drop --vllm\.enable_sleep"),
         (["--rollout.request_timeout_s", "0"], "--rollout.request_timeout_s is 0"),
+        (["--rollout.queue_timeout_s", "9"], "--rollout.queue_timeout_s 9 includes the work"),
         (["--rollout.queue_timeout_s", "-1"], "--rollout.queue_timeout_s is -1"),
         (["--rollout.max_lost_share", "1.5"], "--rollout.max_lost_share is 1.5"),
         (["--data.max_images_per_prompt", "1"], "serves text only"),
