@@ -92,7 +92,7 @@ def test_a_given_relative_sigma_is_checked_too_and_its_layers_are_logged(
     status = actors.update(actor)
     assert status["alp/sigma0"] == 0.02
     for place in ("first", "middle", "last"):
-        assert status[f"alp/layer_{place}_sigma_over_scale"] == pytest.approx(0.02, rel=0.1)
+        assert status[f"alp/layer_{place}_sigma_over_scale"] == pytest.approx(0.02, rel=0.25)
         assert status[f"alp/layer_{place}_changed_share"] > 0.5
     assert status["alp/noise_k3_kl"] > 0
 
