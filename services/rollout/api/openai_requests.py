@@ -7,6 +7,8 @@ from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from services.rollout.engines.protocol import Hold
+from services.rollout.ledger import LedgerError
+from services.rollout.wire.schemas import MAX_SAMPLES
 
 
 class AdmittedApp:
@@ -39,11 +41,18 @@ class AdmittedApp:
 
 
 def num_samples(fields: dict[str, Any]) -> int:
-    """Samples that a request asks for: `n` of every prompt. What vLLM will refuse counts as 1."""
+    """Samples that a request asks for: `n` of every prompt. What vLLM will refuse counts as 1.
+
+    Raises:
+        LedgerError: `too_many_samples`, where /v1/generate would take no such `n` either.
+    """
     n, prompt = fields.get("n"), fields.get("prompt")
     prompts = prompt if isinstance(prompt, list) else [prompt]
     several = any(isinstance(part, str | list) for part in prompts)
     per_prompt = n if isinstance(n, int) and n > 0 else 1
+    if per_prompt > MAX_SAMPLES:
+        message = f"n is {per_prompt}; one prompt is sampled at most {MAX_SAMPLES} times."
+        raise LedgerError("too_many_samples", message)
     return int(per_prompt) * (len(prompts) if several else 1)
 
 

@@ -1,6 +1,7 @@
 """What reaches an engine's OpenAI routes, and what is refused before."""
 
 import asyncio
+import dataclasses
 import json
 from typing import Any
 
@@ -54,6 +55,17 @@ async def test_samples_of_openai_requests_count_until_they_are_answered() -> Non
         assert (await running).status_code == 200
         assert ledger.pending_samples == 0
         assert (await ask(http, n=8)).status_code == 200
+
+
+async def test_a_prompt_is_sampled_no_more_often_than_by_generate() -> None:
+    roomy = dataclasses.replace(LIMITS, max_pending_samples=100_000)
+    release = asyncio.Event()
+    release.set()
+    async with app_over(Ledger(roomy), release) as http:
+        assert (await ask(http, n=1024)).status_code == 200
+        refused = await ask(http, n=4000)
+    assert (refused.status_code, refused.json()["error"]["field"]) == (422, "n")
+    assert "at most 1024" in refused.json()["error"]["message"]
 
 
 @pytest.mark.parametrize(

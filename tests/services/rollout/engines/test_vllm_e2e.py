@@ -175,7 +175,7 @@ async def test_an_update_swaps_weights_and_splits_the_spans_of_running_requests(
 
 
 async def test_the_openai_routes_work_with_the_openai_client_and_need_the_key(url: str) -> None:
-    from openai import AsyncOpenAI, AuthenticationError
+    from openai import AsyncOpenAI, AuthenticationError, UnprocessableEntityError
 
     async with AsyncOpenAI(base_url=f"{url}/v1", api_key=API_KEY, max_retries=0) as openai:
         model = (await openai.models.list()).data[0].id
@@ -187,11 +187,16 @@ async def test_the_openai_routes_work_with_the_openai_client_and_need_the_key(ur
             messages=[{"role": "user", "content": "Hello"}],
             max_tokens=5,
             logprobs=True,
+            extra_body={"top_logprobs": None},
         )
+        with pytest.raises(UnprocessableEntityError, match="too_many_samples"):
+            await openai.completions.create(model=model, prompt="a", n=4000)
     logprobs = completion.choices[0].logprobs
     assert logprobs is not None and logprobs.token_logprobs is not None
     assert 1 <= len(logprobs.token_logprobs) <= 5
-    assert chat.choices[0].logprobs is not None
+    chat_logprobs = chat.choices[0].logprobs
+    assert chat_logprobs is not None and chat_logprobs.content is not None
+    assert 1 <= len(chat_logprobs.content) <= 5
     async with AsyncOpenAI(base_url=f"{url}/v1", api_key="wrong", max_retries=0) as openai:
         with pytest.raises(AuthenticationError):
             await openai.models.list()
