@@ -3,14 +3,15 @@
 A slot never sees this channel, so both ends can be trusted. Records and not JSON, because every
 memory page that a zygote touches between two forks has to be copied.
 
-    order  API -> zygote   SPAWN slot, with a descriptor where there are cgroups | WATCH slot, bytes
+    order  API -> zygote   SPAWN slot, with a descriptor where there are cgroups | KILL slot |
+                           WATCH slot, bytes
     event  zygote -> API   READY collapsed | SLOT slot, with descriptors | EXIT slot, how it ended
 """
 
 import struct
 from typing import NamedTuple
 
-SPAWN, WATCH = b"s", b"w"
+SPAWN, WATCH, KILL = b"s", b"w", b"k"
 READY, SLOT, EXIT = b"r", b"f", b"e"
 
 ORDER = struct.Struct("<cIQ")

@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import resource
 import signal
 import time
 
@@ -67,7 +68,7 @@ async def test_a_launcher_that_cannot_be_started_is_tried_again_and_probes_say_s
     client: httpx.AsyncClient, service: ToolService, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (launcher,) = service.sandbox.processes()
-    monkeypatch.setattr("services.tool.sandbox.host.pool.sys.executable", "/bin/false")
+    monkeypatch.setattr("services.tool.sandbox.host.launcher_handle.sys.executable", "/bin/false")
     os.kill(launcher, signal.SIGKILL)
     while not service.sandbox.down:
         await asyncio.sleep(0.01)
@@ -85,6 +86,31 @@ async def test_a_launcher_that_cannot_be_started_is_tried_again_and_probes_say_s
     assert answer.json()["stdout"] == "3\n"
     assert (await client.get("/readyz")).status_code == 200
     assert (await client.get("/livez")).json() == {"status": "alive"}
+
+
+async def test_a_service_without_descriptors_loses_no_launcher(
+    client: httpx.AsyncClient, service: ToolService
+) -> None:
+    before = service.sandbox.restarts
+    flying = asyncio.create_task(
+        client.post("/v1/execute", json={"code": "import time\ntime.sleep(3)\nprint(5)"})
+    )
+    while service.sandbox.busy() == 0:
+        await asyncio.sleep(0.01)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    # Room for two more: a slot needs five.
+    resource.setrlimit(
+        resource.RLIMIT_NOFILE, (max(map(int, os.listdir("/proc/self/fd"))) + 3, hard)
+    )
+    try:
+        for _ in range(6):
+            answer = await client.post("/v1/execute", json={"code": "print(4)"})
+            assert answer.json()["status"] in ("ok", "sandbox_error"), answer.text
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert (await flying).json()["stdout"] == "5\n"
+    assert (await client.post("/v1/execute", json={"code": "print(6)"})).json()["stdout"] == "6\n"
+    assert service.sandbox.restarts == before
 
 
 async def test_a_flood_of_instant_timeouts_hurts_nobody_and_leaves_nothing(

@@ -11,15 +11,12 @@ import logging
 import os
 import re
 import site
-import socket
-import subprocess
 import sys
 import sysconfig
 import tempfile
 import time
 from collections import deque
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 from services.common.owned_folders import OwnedFolder
@@ -27,6 +24,7 @@ from services.common.trees import remove_tree
 from services.tool.sandbox.host import execution
 from services.tool.sandbox.host.cgroups import Cgroups, CgroupUnavailableError
 from services.tool.sandbox.host.execution import Job, Limits
+from services.tool.sandbox.host.launcher_handle import LauncherHandle
 from services.tool.sandbox.host.slots import (
     SlotFailedError,
     SlotHandle,
@@ -38,21 +36,6 @@ from services.tool.sandbox.inside.filters import compile_filter
 from services.tool.sandbox.plan import Level, Plan, SandboxConfig
 
 logger = logging.getLogger(__name__)
-
-ENVIRONMENT = {
-    "PATH": "/usr/bin:/bin",
-    "LANG": "C.UTF-8",
-    "LC_ALL": "C.UTF-8",
-    "TZ": "UTC",
-    "PYTHONHASHSEED": "0",
-    "OPENBLAS_NUM_THREADS": "1",
-    "OMP_NUM_THREADS": "1",
-    "MKL_NUM_THREADS": "1",
-    "MALLOC_ARENA_MAX": "2",
-    "LD_BIND_NOW": "1",
-    "MPLBACKEND": "Agg",
-}
-"""Everything a snippet finds in os.environ, besides HOME and TMPDIR."""
 
 _LIBRARY_FOLDERS = ("/lib", "/lib64", "/usr/lib", "/usr/lib64", "/usr/local/lib")
 _LIBRARY_FILES = ("/etc/ld.so.cache", "/usr/share/zoneinfo")
@@ -68,63 +51,9 @@ _READY_S = 120.0
 _RETRIES = 3
 _MAX_DEATHS = 16
 _LATELY_S = 60.0
-_MAX_DELAY_S = 10.0
+_MAX_DELAY_S = 5.0
 """Between two starts of a launcher that does not come up."""
 _CLEARING_S = 300.0
-
-
-@dataclass(slots=True, kw_only=True)
-class LauncherHandle:
-    """One launcher process with its zygotes."""
-
-    process: subprocess.Popen[bytes]
-    zygotes: dict[str, ZygoteHandle]
-    folder: Path | None
-    """Holds its slots' folders at the levels that cannot mount private ones."""
-    alive: bool = True
-
-    @classmethod
-    def start(
-        cls, plan: Plan, warm_slots: int, cgroups: Cgroups | None, on_lost: Callable[[], None]
-    ) -> "LauncherHandle":
-        """Start the process and its channels; returns before the zygotes are ready."""
-        pairs = [socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET) for _ in plan.presets]
-        plan.channels[:] = [theirs.fileno() for _, theirs in pairs]
-        code = (
-            f"import sys; sys.path[:0] = {[plan.code_root, *plan.package_paths]!r}; "
-            "from services.tool.sandbox.inside.launcher import main; main()"
-        )
-        # Without the site module and the current folder, `code` alone adds to sys.path.
-        process = subprocess.Popen(
-            [sys.executable, "-P", "-s", "-S", "-B", "-c", code],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.DEVNULL,
-            env=ENVIRONMENT,
-            cwd="/",
-            pass_fds=plan.channels,
-            start_new_session=True,  # a Ctrl-C at the service's terminal is not for the slots
-        )
-        assert process.stdin is not None
-        process.stdin.write(plan.to_json().encode())
-        process.stdin.close()
-        zygotes = {}
-        for preset, (ours, theirs) in zip(plan.presets, pairs, strict=True):
-            theirs.close()  # or the channel would stay open after the zygote's death
-            zygotes[preset] = ZygoteHandle(
-                preset=preset, link=ours, target=warm_slots, cgroups=cgroups, on_lost=on_lost
-            )
-        folder = Path(plan.work_root) if plan.work_root else None
-        return cls(process=process, zygotes=zygotes, folder=folder)
-
-    def stop(self) -> None:
-        """Kill the launcher, and its children with it. Waits for the process, which is instant."""
-        if not self.alive:
-            return
-        self.alive = False
-        for zygote in self.zygotes.values():
-            zygote.close()
-        self.process.kill()
-        self.process.wait()
 
 
 class Sandbox:
@@ -238,8 +167,8 @@ class Sandbox:
 
     @property
     def down(self) -> bool:
-        """Whether no program can run, because no launcher is alive and the last start failed."""
-        return bool(self.failure) and not any(launcher.alive for launcher in self._launchers)
+        """Whether no program can run, because no launcher is up and the last start failed."""
+        return bool(self.failure) and len(self._restarting) == len(self._launchers)
 
     def _zygotes(self) -> list[ZygoteHandle]:
         return [each for launcher in self._launchers for each in launcher.zygotes.values()]

@@ -251,12 +251,7 @@ class ZygoteHandle:
                 return
             except OSError:
                 data, descriptors = b"", []
-            # When this process may open no more, descriptors are dropped and cannot be asked again:
-            # that slot could never be killed, so the whole launcher is replaced.
-            missed = data[:1] == channel.SLOT and len(descriptors) < _DESCRIPTORS_PER_SLOT
-            if not data or missed:
-                for descriptor in descriptors:
-                    os.close(descriptor)
+            if not data:
                 self.on_lost()
                 return
             self._on_event(channel.Event(*channel.EVENT.unpack(data)), descriptors)
@@ -265,10 +260,25 @@ class ZygoteHandle:
         if event.kind == channel.READY:
             self.ready.set_result(event.slot)
         elif event.kind == channel.SLOT:
-            self._adopt(event.slot, descriptors)
+            # When this process may open no more, descriptors are dropped and cannot be asked again.
+            if len(descriptors) == _DESCRIPTORS_PER_SLOT:
+                self._adopt(event.slot, descriptors)
+            else:
+                self._renounce(event.slot, descriptors)
         elif event.slot in self.slots:
             slot = self.slots[event.slot]
             self._finish(slot, _exit_facts(event, slot.cgroup))
+
+    def _renounce(self, number: int, descriptors: list[int]) -> None:
+        """Have a slot killed some of whose descriptors were lost; one caller learns of it."""
+        for descriptor in descriptors:
+            os.close(descriptor)
+        self.order(channel.KILL, number)
+        self._give_back(self.joining.pop(number, None))
+        self.pending -= 1
+        message = "the service has no descriptors left (ulimit -n) for another program"
+        logger.error("%s", message)
+        self.queue.fail_next(SlotFailedError(message))
 
     def _adopt(self, number: int, descriptors: list[int]) -> None:
         """Keep the descriptors of a new slot and wait until it is fenced."""

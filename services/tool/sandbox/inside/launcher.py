@@ -1,6 +1,6 @@
 """The launcher and the factory: clean processes behind the outer fences, parents of the zygotes.
 
-The launcher is started by host/pool.py with a fixed environment, the plan on standard input
+host/launcher_handle.py starts the launcher with a fixed environment, the plan on standard input
 and one channel per zygote. At level `full` it enters its own namespaces; as root it first builds
 the directory tree with root's rights, then gives them up for a range of unprivileged user ids. It
 forks the factory, which forks the first zygote and then builds rooms. The launcher dies with the

@@ -142,7 +142,11 @@ def _obey(zygote: _Zygote) -> bool:
         _spawn(zygote, number, descriptors)
         return True
     for child in zygote.slots.values():
-        if child.number == number:
+        if child.number != number:
+            continue
+        if kind == channel.KILL:
+            signal.pidfd_send_signal(child.pid_fd, signal.SIGKILL)
+        else:
             child.watched = True
             zygote.watchdog.watch(number, child.pid, child.uid, limit_bytes, child.kill_fd)
     return True
