@@ -27,7 +27,6 @@ from typing import Any, NoReturn
 
 from services.tool.sandbox import wire
 from services.tool.sandbox.inside import ending, files, kernel
-from services.tool.sandbox.inside.hooks import thread_hook, traceback_hook, unraisable_hook
 from services.tool.sandbox.plan import CPU_GRACE_S
 
 MAIN = "main.py"
@@ -150,9 +149,9 @@ def prepare() -> None:
     site.setquit()
     # Below level full the slot's user id has no entry in /etc/passwd.
     os.environ.update(LOGNAME=_USER, USER=_USER)
-    sys.excepthook = sys.__excepthook__ = traceback_hook
-    sys.unraisablehook = sys.__unraisablehook__ = unraisable_hook
-    threading.excepthook = threading.__excepthook__ = thread_hook
+    sys.excepthook = sys.__excepthook__ = ending.traceback_hook
+    sys.unraisablehook = sys.__unraisablehook__ = ending.unraisable_hook
+    threading.excepthook = threading.__excepthook__ = ending.thread_hook
     ending.remember_libraries()
     sys.stdin = sys.__stdin__ = io.TextIOWrapper(  # type: ignore[misc]
         io.BufferedReader(io.FileIO(0, "r", closefd=False)), "utf-8", "surrogateescape"
