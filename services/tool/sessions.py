@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from services.tool.kept import KeptAnswers
 from services.tool.rules import ExecutionRules, utf8
 from services.tool.sandbox.host.pool import Sandbox
-from services.tool.sandbox.host.session import SandboxSession, SessionLostError
+from services.tool.sandbox.host.session import SandboxSession, SessionLostError, total_bytes
 from services.tool.sandbox.host.slots import SlotFailedError, ZygoteLostError
 from services.tool.wire.schemas import (
     CellRequest,
@@ -121,7 +121,7 @@ class Sessions:
         try:
             # The zygote with most libraries: nobody knows yet what the session will import.
             largest = settings.sandbox.presets[-1]
-            slot = await self._sandbox.take(largest, limits.memory_bytes)
+            slot = await self._sandbox.take(largest, total_bytes(limits.memory_bytes))
             sandbox = await SandboxSession.open(slot, limits, request.seed)
         finally:
             self._opening -= 1

@@ -77,7 +77,7 @@ class RunJupyterRequest(_Request):
 
     cells: list[str] = Field(examples=[["x = 1", "print(x)"]])
     cell_timeout: Number = 0
-    """Seconds per cell; 0 leaves only the total."""
+    """Seconds per cell; 0 or less leaves only the total."""
     total_timeout: Number = Field(default=45, gt=0)
     kernel: Literal["python3"] = "python3"
 
@@ -238,7 +238,8 @@ async def _run_cells(body: RunJupyterRequest, service: ToolService) -> RunJupyte
         for code in body.cells:
             left_s = body.total_timeout - (time.perf_counter() - started)
             # A cell that starts after the total has passed gets a timeout that ends it at once.
-            wall_s = min(left_s, body.cell_timeout or left_s, service.settings.max_timeout_s)
+            cell_s = body.cell_timeout if body.cell_timeout > 0 else left_s
+            wall_s = min(left_s, cell_s, service.settings.max_timeout_s)
             request = CellRequest(code=code, timeout_s=max(wall_s, 0.001))
             last = await service.sessions.run_cell(session.session_id, request)
             cells.append(_to_cell(last))

@@ -19,6 +19,9 @@ BOX = "/scratch/box"
 WORK = "work"
 """Folder below the box in which a snippet starts."""
 
+CPU_GRACE_S = 2
+"""Seconds of CPU time between SIGXCPU, which a program may handle, and SIGKILL."""
+
 
 class Level(StrEnum):
     """How much isolates a snippet from the machine, strongest first."""

@@ -137,6 +137,8 @@ class SessionRequest(_Wire):
     """Open a persistent interpreter."""
 
     memory_mb: Whole | None = Field(default=None, ge=1)
+    """Of each process, on top of the interpreter. All together may hold twice as much, because a
+    snapshot keeps the old copy of what a cell changes."""
     seed: Whole | None = Field(default=None, ge=0, lt=2**32)
     ttl_s: Number | None = Field(default=None, gt=0)
     """Idle seconds after which the session is ended; at most the server's own."""

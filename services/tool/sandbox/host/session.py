@@ -21,9 +21,21 @@ from services.tool.sandbox.host.verdict import (
     judge_wait_status,
 )
 
-_INTERRUPT_S = 1.0
+_INTERRUPT_S = 2.0  # more than the supervisor waits for a cell to start
 _FILE_S = 10.0
+_DIED_BETWEEN = (
+    "the interpreter died after the cell before, so this cell did not run; the next one starts with"
+    " an empty state"
+)
 _OPEN_S = 10.0
+
+
+def total_bytes(memory_bytes: int) -> int:
+    """What all processes of a session may hold together, when each may hold `memory_bytes`.
+
+    While a cell runs, the snapshot keeps the old copy of every page that the cell changes.
+    """
+    return 2 * memory_bytes
 
 
 class SessionLostError(RuntimeError):
@@ -75,7 +87,9 @@ class SandboxSession:
         if not answer.get("opened"):
             session.close()
             raise SessionLostError("the sandbox could not open a session")
-        slot.watch(limits.memory_bytes)  # between cells as well: a cell may leave processes
+        slot.watch(
+            total_bytes(limits.memory_bytes)
+        )  # between cells as well: a cell may leave processes
         return session
 
     @property
@@ -104,6 +118,8 @@ class SandboxSession:
             output.stop()
         wall_s = time.perf_counter() - started
         lost_session = bool(answer.get("lost_session"))
+        if answer.get("done") and stopped is Status.TIMEOUT:
+            stopped = None  # it ended while the interrupt was on its way
         if lost_session:
             self.close()
         outcome = _judge_cell(answer, stopped, self._slot, limits)
@@ -213,6 +229,8 @@ def _judge_cell(
     if slot.exited.done() and slot.exited.result().memory:
         return Outcome(status=Status.MEMORY_LIMIT, message="memory limit exceeded")
     cpu_s = _amount(answer.get("cpu_s"))
+    if answer.get("unrun"):
+        return Outcome(status=Status.CRASHED, message=_DIED_BETWEEN)
     if stopped is not None:
         outcome = judge_stop(stopped)
     elif answer.get("lost_session"):

@@ -3,13 +3,18 @@
 Nothing that a snippet says about itself decides; it only describes.
 """
 
+import math
 import os
 import signal
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Any
 
-_CPU_TOLERANCE = 0.5  # the kernel's limit counts ticks, its usage nanoseconds: they drift apart
+from services.tool.sandbox.plan import CPU_GRACE_S
+
+# The kernel's limit counts ticks, its usage nanoseconds: they drift apart.
+_CPU_TOLERANCE = 0.5
+_KILL_TOLERANCE = 0.8  # nearer, because programs kill themselves, but hardly with SIGXCPU
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -130,9 +135,7 @@ def judge_wait_status(status: int, cpu_s: float, error: Any, cpu_limit_s: int) -
     if os.WIFSIGNALED(status):
         number = os.WTERMSIG(status)
         name = signal.Signals(number).name if number in set(signal.Signals) else f"SIG{number}"
-        # SIGKILL as well: it follows SIGXCPU when a program ignores that one.
-        limit = number in (signal.SIGXCPU, signal.SIGKILL) and cpu_s >= cpu_limit_s * _CPU_TOLERANCE
-        if limit:
+        if cpu_s >= _cpu_of_limit(number, cpu_limit_s):
             message = f"cpu limit of {cpu_limit_s} s exceeded"
             return Outcome(status=Status.CPU_LIMIT, signal=name, message=message)
         return Outcome(status=Status.CRASHED, signal=name, message=f"killed by {name}")
@@ -142,6 +145,15 @@ def judge_wait_status(status: int, cpu_s: float, error: Any, cpu_limit_s: int) -
     described = describe(error)
     status_of_exit = Status.EXIT if described is None else Status.ERROR
     return Outcome(status=status_of_exit, exit_code=code, error=described)
+
+
+def _cpu_of_limit(number: int, cpu_limit_s: int) -> float:
+    """CPU seconds from which a signal is the kernel's for the limit, and not the program's own."""
+    if number == signal.SIGXCPU:
+        return cpu_limit_s * _CPU_TOLERANCE
+    if number == signal.SIGKILL:  # it follows when a program ignores SIGXCPU
+        return (cpu_limit_s + CPU_GRACE_S) * _KILL_TOLERANCE
+    return math.inf
 
 
 def as_wait_status(value: Any) -> int | None:

@@ -6,35 +6,43 @@ a description.
 """
 
 import ast
-import atexit
-import base64
+import builtins
 import contextlib
 import io
 import json
 import linecache
 import os
 import random
+import re
 import resource
 import site
-import stat
 import sys
 import threading
 import traceback
 import types
 from collections.abc import Callable
 from dataclasses import dataclass
+from posix import getpid  # a snippet may replace os.getpid
 from typing import Any, NoReturn
 
 from services.tool.sandbox import wire
-from services.tool.sandbox.inside import kernel
+from services.tool.sandbox.inside import ending, files, kernel
+from services.tool.sandbox.plan import CPU_GRACE_S
 
 MAIN = "main.py"
 """File name of the snippet in tracebacks."""
 
+_USER = "user"
 _EMPTY_JOB = json.dumps({"mode": "run", "code": "0", "files": {}, "fetch": [], "seed": None})
 _MESSAGE_CHARS = 2000
-_CPU_GRACE_S = 2  # between SIGXCPU, which a program may handle, and SIGKILL
-_BESIDE_HOME = ("/mnt/", "/tmp/")
+_AWAIT = ast.PyCF_ALLOW_TOP_LEVEL_AWAIT
+_CO_COROUTINE = 0x80  # inspect.CO_COROUTINE; the module would cost every fork memory
+_IPYTHON_COMMAND = re.compile(
+    r"\s*(?:[\w\s,]+=)?\s*(%%?\w+|!+\s*\w*|\?+\s*[\w.]+)|\s*([\w.]+\s*\?+)\s*$"
+)
+_SEMICOLON = re.compile(rb"(?:[\s)\\]|#.*+)*+;")  # after brackets, which are no part of a node
+_loops: list[Any] = []
+"""The event loop of a session's cells, once one has awaited."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,20 +65,17 @@ def run_program(
 ) -> NoReturn:
     """Run the job's code as a program and end this process with CPython's exit code for it."""
     cpu = job["cpu_s"]
-    resource.setrlimit(resource.RLIMIT_CPU, (cpu, cpu + _CPU_GRACE_S))
+    resource.setrlimit(resource.RLIMIT_CPU, (cpu, cpu + CPU_GRACE_S))
     forbid_processes(place)
-    owner = os.getpid()
-    execution = execute(job["code"], new_main(), MAIN)
-    # A child that the snippet forked returns here as well. It has none of the parent's threads to
-    # wait for, and the report is the parent's.
-    if os.getpid() == owner:
-        threading._shutdown()  # type: ignore[attr-defined]
-    atexit._run_exitfuncs()
-    flush_streams()
-    if os.getpid() == owner and execution.error is not None:
+    owner = getpid()
+    _write_source(job["code"])
+    path = os.path.join(place.home, MAIN)
+    execution = execute(job["code"], new_main(__file__=path, __cached__=None), MAIN)
+    # A child that the snippet forked returns here as well, and the report is the parent's.
+    if getpid() == owner and execution.error is not None:
         report({"error": execution.error})
     # Not sys.exit: the zygote's own frames are below this one.
-    os._exit(execution.exit_code)
+    ending.end_process(execution.exit_code, place.home)
 
 
 def forbid_processes(place: Place) -> None:
@@ -79,11 +84,17 @@ def forbid_processes(place: Place) -> None:
         kernel.run([kernel.loading_seccomp(place.no_fork_filter)])
 
 
-def new_main() -> dict[str, Any]:
-    """Make a new `__main__` and return its namespace."""
+def _write_source(code: str) -> None:
+    """Write main.py into the working folder, unless the request has a file of that name."""
+    with contextlib.suppress(OSError), open(MAIN, "xb") as file:
+        file.write(code.encode("utf-8", "replace"))
+
+
+def new_main(**names: Any) -> dict[str, Any]:
+    """Make a new `__main__` with these names besides the usual ones and return its namespace."""
     module = types.ModuleType("__main__")
     sys.modules["__main__"] = module
-    module.__dict__["__builtins__"] = __builtins__
+    module.__dict__.update(__builtins__=builtins, __annotations__={}, **names)
     return module.__dict__
 
 
@@ -103,12 +114,15 @@ def execute(
 ) -> Execution:
     """Compile and run `code` in `namespace`, printing the traceback of an uncaught exception."""
     code = code.removeprefix("\ufeff")
-    # Tracebacks show the lines of a file that does not exist.
-    linecache.cache[name] = (len(code), None, code.splitlines(keepends=True), name)
+    # Tracebacks show these lines and not those of a file, which may be changed or not exist. Split
+    # as the compiler does: str.splitlines knows more ends of lines.
+    lines = _lines(code)
+    linecache.cache[name] = (len(code), None, lines, name)
     try:
-        body, last = _compile_cell(code, name) if interactive else (_compile(code, name), None)
-        exec(body, namespace)
-        return Execution(value=eval(last, namespace) if last is not None else None)
+        if interactive:
+            return Execution(value=_execute_cell(code, namespace, name))
+        exec(_compile(code, name), namespace)
+        return Execution()
     except SystemExit as error:
         return Execution(exit_code=_exit_code_of(error))
     except BaseException as error:
@@ -133,6 +147,12 @@ def prepare() -> None:
     to 2, behind which each fork puts its own pipes."""
     sys.argv = [MAIN]
     site.setquit()
+    # Below level full the slot's user id has no entry in /etc/passwd.
+    os.environ.update(LOGNAME=_USER, USER=_USER)
+    sys.excepthook = sys.__excepthook__ = ending.traceback_hook
+    sys.unraisablehook = sys.__unraisablehook__ = ending.unraisable_hook
+    threading.excepthook = threading.__excepthook__ = ending.thread_hook
+    ending.remember_libraries()
     sys.stdin = sys.__stdin__ = io.TextIOWrapper(  # type: ignore[misc]
         io.BufferedReader(io.FileIO(0, "r", closefd=False)), "utf-8", "surrogateescape"
     )
@@ -162,7 +182,7 @@ def rehearse() -> None:
     that every program touches.
     """
     job = wire.decode(_EMPTY_JOB.encode())
-    write_files("/", job["files"])
+    files.write_files("/", job["files"])
     execute(job["code"], new_main(), MAIN)
     flush_streams()
 
@@ -183,67 +203,92 @@ def reseed(seed: int | None) -> None:
         numpy.random.seed(seed if seed is not None else int.from_bytes(os.urandom(4), "little"))
 
 
-def _split(home: str, path: str) -> tuple[str, str]:
-    """Split a job's path into its top folder and the rest; /mnt and /tmp lie beside `home`."""
-    for prefix in _BESIDE_HOME:
-        if path.startswith(prefix):
-            return os.path.dirname(home) + prefix.rstrip("/"), path.removeprefix(prefix)
-    return home, path
+def _lines(code: str) -> list[str]:
+    return io.StringIO(f"{code}\n", newline=None).readlines()
 
 
-def write_files(home: str, files: dict[str, str]) -> None:
-    """Write the request's files, whose paths the API process has checked. Raises OSError."""
-    for path, content in files.items():
-        target = os.path.join(*_split(home, path))
-        os.makedirs(os.path.dirname(target), exist_ok=True)
-        with open(target, "wb") as file:
-            file.write(base64.b64decode(content))
-
-
-def read_file(home: str, path: str, max_bytes: int) -> bytes:
-    """Read a regular file. Raises OSError, and ValueError for another kind or too large a file."""
-    folder, path = _split(home, path)
-    descriptor = os.open(folder, os.O_PATH | os.O_DIRECTORY)
-    try:
-        parts = path.split("/")
-        # Step by step and never through a link, which the snippet may have pointed anywhere.
-        for index, part in enumerate(parts):
-            last = index + 1 == len(parts)
-            # Without O_NONBLOCK, opening a named pipe would wait for a writer.
-            flags = os.O_RDONLY | os.O_NONBLOCK if last else os.O_PATH | os.O_DIRECTORY
-            inner = os.open(part, flags | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=descriptor)
-            os.close(descriptor)
-            descriptor = inner
-        status = os.fstat(descriptor)
-        if not stat.S_ISREG(status.st_mode):
-            raise ValueError("not a regular file")
-        if status.st_size > max_bytes:
-            raise ValueError(f"{status.st_size} bytes, the limit is {max_bytes}")
-        with os.fdopen(os.dup(descriptor), "rb") as file:
-            return file.read(max_bytes)
-    finally:
-        os.close(descriptor)
-
-
-def _compile(code: str | ast.Module, name: str) -> types.CodeType:
+def _compile(code: str | ast.Module, name: str, flags: int = 0) -> types.CodeType:
     """Compile statements. Bad characters are a SyntaxError, as for `python file.py`."""
     try:
-        return compile(code, name, "exec", dont_inherit=True)
+        return compile(code, name, "exec", flags, dont_inherit=True)
     except UnicodeError:
         raise SyntaxError("source code contains a lone surrogate") from None
     except ValueError as error:
         raise SyntaxError(str(error)) from None
 
 
-def _compile_cell(code: str, name: str) -> tuple[types.CodeType, types.CodeType | None]:
-    """Compile to (statements, last expression or None)."""
-    _compile(code, name)  # for its errors: ast.parse finds fewer
+def _execute_cell(code: str, namespace: dict[str, Any], name: str) -> Any:
+    """Run a cell with IPython's `await` at top level, `_`, `__`, `___` and closing semicolon.
+
+    Returns:
+        The value of its last expression; None where a semicolon follows.
+    """
+    body, last, silent = _compile_cell(code, name)
+    parts = [body] if last is None else [body, last]
+    if any(part.co_flags & _CO_COROUTINE for part in parts):
+        value = _event_loop().run_until_complete(_awaiting(parts, namespace))
+    else:
+        value = [eval(part, namespace) for part in parts][-1]
+    if silent:
+        return None
+    if value is not None:
+        shown = vars(builtins)  # a cell's own `_` comes first
+        shown.update(___=shown.get("__", ""), __=shown.get("_", ""), _=value)
+    return value
+
+
+async def _awaiting(parts: list[types.CodeType], namespace: dict[str, Any]) -> Any:
+    value = None
+    for part in parts:
+        value = eval(part, namespace)
+        if part.co_flags & _CO_COROUTINE:
+            value = await value
+    return value
+
+
+def _event_loop() -> Any:
+    """The loop of all cells of a session that await, so that tasks outlive their cell."""
+    import asyncio  # not for the many that never await
+    import selectors
+
+    if not _loops or _loops[-1].is_closed():
+        # Not epoll, whose state in the kernel a cell's process would share with its snapshot.
+        _loops[:] = [asyncio.SelectorEventLoop(selectors.PollSelector())]
+    return _loops[-1]
+
+
+def _compile_cell(code: str, name: str) -> tuple[types.CodeType, types.CodeType | None, bool]:
+    """Compile to (statements, last expression or None, whether a semicolon follows that one)."""
+    try:
+        _compile(code, name, _AWAIT)  # for its errors: ast.parse finds fewer
+    except SyntaxError as error:
+        _name_ipython_command(error, _lines(code))
+        raise
     tree = ast.parse(code, name)
-    last = None
-    if tree.body and isinstance(tree.body[-1], ast.Expr):
-        expression = ast.Expression(tree.body.pop().value)  # type: ignore[attr-defined]
-        last = compile(expression, name, "eval", dont_inherit=True)
-    return _compile(tree, name), last
+    if not tree.body or not isinstance(tree.body[-1], ast.Expr):
+        return _compile(tree, name, _AWAIT), None, False
+    statement = tree.body.pop()
+    assert isinstance(statement, ast.Expr)
+    silent = _has_semicolon_after(statement, code)
+    last = compile(ast.Expression(statement.value), name, "eval", _AWAIT, dont_inherit=True)
+    return _compile(tree, name, _AWAIT), last, silent
+
+
+def _has_semicolon_after(statement: ast.Expr, code: str) -> bool:
+    rest = "".join(_lines(code)[(statement.end_lineno or 0) - 1 :]).encode()
+    return _SEMICOLON.match(rest[statement.end_col_offset :]) is not None
+
+
+def _name_ipython_command(error: SyntaxError, lines: list[str]) -> None:
+    """Have the error of a cell with a magic, shell or help command say so."""
+    number = error.lineno or 0
+    first = next((line for line in lines if line.strip()), "")
+    candidates = [first] if first.startswith("%%") else lines[number - 1 : number]
+    for line in candidates:
+        found = _IPYTHON_COMMAND.match(line)
+        if found:
+            command = next(filter(None, found.groups()))
+            error.msg = f"{command} is a command of IPython and not supported here: use Python"
 
 
 def _describe(error: BaseException, name: str) -> dict[str, Any]:
@@ -266,7 +311,4 @@ def _show(error: BaseException, name: str) -> None:
     while trace is not None and trace.tb_frame.f_code.co_filename != name:
         trace = trace.tb_next
     error = error.with_traceback(trace)
-    if sys.excepthook is sys.__excepthook__:
-        traceback.print_exception(type(error), error, trace)
-    else:
-        sys.excepthook(type(error), error, trace)
+    sys.excepthook(type(error), error, trace)

@@ -20,7 +20,7 @@ from py_landlock.abi import get_supported_fs, get_supported_net, get_supported_s
 from py_landlock.errors import LandlockError
 
 from services.tool.sandbox import wire
-from services.tool.sandbox.inside import filesystem, kernel, program, supervisor
+from services.tool.sandbox.inside import files, filesystem, kernel, program, supervisor
 from services.tool.sandbox.plan import BOX, WORK, Level, Plan
 
 _SETUP_FAILED = 70
@@ -178,7 +178,7 @@ def _take_job(place: program.Place) -> NoReturn:
         program.reseed(job["seed"])
     sys.path.insert(0, place.home)
     try:
-        program.write_files(place.home, job["files"])
+        files.write_files(place.home, job["files"])
     except OSError as error:
         wire.send(JOB_FD, {"refused": f"files: {error.strerror or error}"})
         os._exit(1)

@@ -4,8 +4,11 @@ It has two uses. For a job with files to fetch it forks the program, waits for i
 left and reads the files. For a session it supervises a chain of processes:
 
     supervisor -> state process (interpreter after cell n-1) -> cell process (runs cell n)
-      done: the cell process becomes the state process, the old one is killed
+      done, settled: the cell process becomes the state process, the old one is killed
       died: the old state process continues, with the state from before the cell
+
+Whatever a cell starts holds the socket on which the cell's end is told. So the supervisor listens
+to the process that it knows to run the cell, and believes its end when it takes the next order.
 
 A cell that starts while other threads are alive cannot be forked faithfully. It runs in the state
 process itself, and if it dies the state is lost. The same holds at level basic, where snippets may
@@ -14,22 +17,22 @@ not fork at all.
 
 import base64
 import contextlib
+import math
 import os
-import resource
 import select
 import signal
 import socket
-import threading
+import struct
+import time
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
 from services.tool.sandbox import wire
-from services.tool.sandbox.inside import kernel, program, sweep
+from services.tool.sandbox.inside import cells, files, kernel, program, sweep
 
-# Together what wait4 reports of a dead process.
-_SELF_AND_CHILDREN = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
-_RESULT_CHARS = 10_000
-_MAX_LISTED = 1000
+_START_S = 1.0  # between the interrupt of a cell that has not started and the end of the state
+_DONE_KEYS = ("done", "error", "exit_code", "result", "cpu_s", "peak_bytes")
+_CREDENTIALS = struct.Struct("3i")  # pid, user id and group id of a sender
 
 
 def run_and_fetch(job_fd: int, job: wire.Message, place: program.Place) -> NoReturn:
@@ -50,7 +53,7 @@ def run_and_fetch(job_fd: int, job: wire.Message, place: program.Place) -> NoRet
     budget = job["fetch_bytes"]
     for path in job["fetch"]:
         try:
-            content = program.read_file(place.home, path, budget)
+            content = files.read_file(place.home, path, budget)
         except (OSError, ValueError) as error:
             report["missing"][path] = getattr(error, "strerror", None) or str(error)
             continue
@@ -88,24 +91,39 @@ def _first_error(reports: int) -> Any:
 
 
 @dataclass(slots=True, kw_only=True)
+class _Cell:
+    """The cell that was ordered last and is not answered yet."""
+
+    pid: int = 0
+    """The process that runs it; 0 until the state process has named it."""
+    snapshot: bool = False
+    """Whether the state process keeps the state from before the cell."""
+    spent_s: float = 0.0
+    """CPU time that the cell's process had used before the cell."""
+    done: wire.Message | None = None
+    """What the cell's process said of its end, until it has answered `settle`."""
+    settle: str = ""
+    """What the cell's process has to repeat; empty until it said that it was done."""
+    give_up_at: float | None = None
+    """Set by an interrupt that came before `pid` was known."""
+
+
+@dataclass(slots=True, kw_only=True)
 class _Session:
     """What the supervisor knows of its session."""
 
     job_fd: int
-    orders_fd: int
-    """Orders to the state process and the answers to them."""
-    orders_far_fd: int
-    """The state process's end of `orders_fd`."""
     place: program.Place
-    reader: wire.FrameReader = field(default_factory=lambda: wire.FrameReader(1 << 20))
+    poller: select.poll = field(default_factory=select.poll)
+    orders: socket.socket | None = None
+    """Orders to the state process and the answers to them, each with its sender's pid."""
+    readers: dict[int, wire.FrameReader] = field(default_factory=dict)
+    """By pid of the sender: a child may stop in the middle of a frame."""
     state_pid: int = 0
     """The process that holds the state; 0 when there is none."""
-    cell_pid: int = 0
-    """The process that runs the current cell; 0 when idle."""
-    snapshot: bool = False
-    """Whether the state process keeps the state from before the current cell."""
-    spent_s: float = 0.0
-    """CPU time that the cell's process had used before the cell."""
+    died_between: int | None = None
+    """Wait status of a state process that died while no cell ran."""
+    cell: _Cell | None = None
 
 
 def serve_session(job_fd: int, place: program.Place) -> NoReturn:
@@ -118,31 +136,43 @@ def serve_session(job_fd: int, place: program.Place) -> NoReturn:
     os.set_blocking(trigger, False)
     signal.signal(signal.SIGCHLD, lambda *_: None)
     signal.set_wakeup_fd(trigger, warn_on_full_buffer=False)
-    ours, theirs = (sock.detach() for sock in socket.socketpair())
-    session = _Session(job_fd=job_fd, orders_fd=ours, orders_far_fd=theirs, place=place)
+    session = _Session(job_fd=job_fd, place=place)
+    session.poller.register(job_fd, select.POLLIN)
+    session.poller.register(wakeup, select.POLLIN)
     _fork_state_process(session)
     wire.send(job_fd, {"opened": True})
-    poller = select.poll()
-    for descriptor in (job_fd, ours, wakeup):
-        poller.register(descriptor, select.POLLIN)
     try:
         while True:
-            ready = {descriptor for descriptor, _ in poller.poll()}
-            # Answers before deaths: a state process that said "done" and then died has finished.
-            if ours in ready:
-                for message in session.reader.feed(os.read(ours, 1 << 16)):
-                    _on_state_message(session, message)
+            ready = {descriptor for descriptor, _ in session.poller.poll(_patience_ms(session))}
+            if _orders(session).fileno() in ready:
+                _hear(session)
             if wakeup in ready:
                 os.read(wakeup, 4096)
                 _reap(session)
             if job_fd in ready:
                 _obey(session, wire.receive(job_fd))
+            if _patience_ms(session) == 0:
+                _kill(session.state_pid, own_group=False)  # _reap answers
     finally:
         # Also after an error: a broken session ends with its slot, which the API process sees.
         os._exit(0)
 
 
+def _orders(session: _Session) -> socket.socket:
+    assert session.orders is not None, "set with the first state process"
+    return session.orders
+
+
 def _fork_state_process(session: _Session) -> None:
+    """Start with an empty state, and on a new socket: the old one may hold an unread order."""
+    if session.orders is not None:
+        with contextlib.suppress(KeyError):  # its other end was closed before
+            session.poller.unregister(session.orders)
+        session.orders.close()
+    session.orders, far_end = socket.socketpair()
+    # The kernel then names the sender of every frame, which a child of a cell cannot forge.
+    session.orders.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
+    session.poller.register(session.orders, select.POLLIN)
     session.state_pid = os.fork()
     if session.state_pid == 0:
         # Untrusted code runs here from now on: it gets neither the supervisor's handlers nor the
@@ -150,90 +180,149 @@ def _fork_state_process(session: _Session) -> None:
         signal.set_wakeup_fd(-1)
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         os.close(session.job_fd)
-        os.close(session.orders_fd)
+        session.orders.close()
         kernel.die_with_parent(signal.SIGKILL)
-        _run_cells(session.orders_far_fd, session.place)
+        cells.run_cells(far_end.detach(), session.place)
+    far_end.close()
+
+
+def _patience_ms(session: _Session) -> int | None:
+    """How long an interrupted cell that has not started may still take to start."""
+    if session.cell is None or session.cell.give_up_at is None:
+        return None
+    return max(0, math.ceil((session.cell.give_up_at - time.monotonic()) * 1000))
 
 
 def _obey(session: _Session, message: wire.Message) -> None:
     """Carry out one order. Only an interrupt may come before the last one is answered."""
     operation = message["op"]
     if operation == "cell":
-        if session.state_pid == 0:  # the last cell took it down: start again with an empty state
-            _fork_state_process(session)
-        wire.send(session.orders_fd, message)
-    elif operation == "interrupt":
-        target = session.cell_pid if session.snapshot else session.state_pid
-        if target > 1:  # untrusted code named it, and numbers up to 1 reach more than a cell
-            _kill_group(target, own_group=session.snapshot)
-    else:
-        wire.send(session.job_fd, _file_operation(session.place.home, message))
+        _order_cell(session, message)
+    elif operation != "interrupt":
+        wire.send(session.job_fd, files.operate(session.place.home, message))
+    elif session.cell is not None:
+        if session.cell.pid:
+            _kill_cell(session.cell)
+        else:
+            # Which process to kill is known once the fork of the cell is made.
+            session.cell.give_up_at = time.monotonic() + _START_S
 
 
-def _kill_group(pid: int, *, own_group: bool) -> None:
-    with contextlib.suppress(ProcessLookupError):
-        if own_group:
+def _order_cell(session: _Session, message: wire.Message) -> None:
+    session.cell = _Cell()
+    session.readers.clear()  # what was begun between two cells is no part of an answer
+    if session.state_pid and not _exists(session.state_pid):
+        session.state_pid, session.died_between = 0, signal.SIGKILL
+    if session.died_between is not None:
+        # Told once, instead of running the cell on an empty state.
+        died, session.died_between = session.died_between, None
+        _answer(session, {"died": died, "lost": True, "unrun": True})
+        return
+    if session.state_pid == 0:  # the last cell took it down, and its answer said so
+        _fork_state_process(session)
+    _order(session, message)
+
+
+def _order(session: _Session, message: wire.Message) -> None:
+    with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # it has died; _reap answers
+        wire.send(_orders(session).fileno(), message)
+
+
+def _exists(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def _kill_cell(cell: _Cell) -> None:
+    _kill(cell.pid, own_group=cell.snapshot)
+
+
+def _kill(pid: int, *, own_group: bool) -> None:
+    if pid <= 1:
+        return  # these reach more than one process
+    if own_group:
+        with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(pid, signal.SIGKILL)
+    with contextlib.suppress(ProcessLookupError):  # it may have left its group
         os.kill(pid, signal.SIGKILL)
 
 
-def _file_operation(home: str, message: wire.Message) -> wire.Message:
+def _hear(session: _Session) -> None:
+    """Read what was sent on the orders' socket. Only the state process and the cell's count.
+
+    Every process that a cell starts has this socket too, so the kernel's word on the sender
+    decides. It never joins bytes of two senders in one call.
+    """
+    data, ancillary, _, _ = _orders(session).recvmsg(1 << 16, socket.CMSG_SPACE(_CREDENTIALS.size))
+    if not data:
+        session.poller.unregister(_orders(session))  # nobody is left who could write; _reap answers
+        return
+    sender = next((_CREDENTIALS.unpack(item)[0] for *_, item in ancillary), 0)
+    cell = session.cell
+    if cell is None or sender not in (session.state_pid, cell.pid):
+        return
+    reader = session.readers.setdefault(sender, wire.FrameReader(1 << 20))
     try:
-        if message["op"] == "put":
-            program.write_files(home, {message["path"]: message["data"]})
-            return {"reply": None}
-        if message["op"] == "get":
-            content = program.read_file(home, message["path"], message["max_bytes"])
-            return {"reply": base64.b64encode(content).decode("ascii")}
-        return {"reply": _list_files(home)}
-    except (OSError, ValueError) as error:
-        missing = isinstance(error, FileNotFoundError)
-        reason = getattr(error, "strerror", None) or str(error)
-        return {"refused": reason, "missing": missing}
+        for message in reader.feed(data):
+            _on_message(session, sender, message)
+    except (wire.FrameError, KeyError, TypeError, ValueError, OverflowError):
+        # Only untrusted code writes such a frame, and what follows it cannot be read.
+        if session.cell is cell:
+            _kill(sender, own_group=False)
 
 
-def _list_files(home: str) -> list[dict[str, Any]]:
-    listed: list[dict[str, Any]] = []
-    for folder, _, names in os.walk(home):
-        for name in sorted(names):
-            path = os.path.join(folder, name)
-            status = os.lstat(path)
-            listed.append({"path": os.path.relpath(path, home), "size_bytes": status.st_size})
-            if len(listed) == _MAX_LISTED:
-                return listed
-    return listed
-
-
-def _on_state_message(session: _Session, message: wire.Message) -> None:
+def _on_message(session: _Session, sender: int, message: wire.Message) -> None:
     """Follow what the state or cell process says; untrusted code can harm only its own session."""
+    cell = session.cell
+    if cell is None:
+        return
     if "started" in message:
-        session.snapshot = bool(message["snapshot"]) and session.place.can_fork
-        session.cell_pid = int(message["started"]) if session.snapshot else session.state_pid
-        session.spent_s = float(message["spent_s"])
-    elif "done" in message:
-        if session.snapshot and session.cell_pid > 1:
+        if cell.pid == 0:  # otherwise a cell that runs in the state process repeats it
+            _on_started(session, cell, message)
+    elif sender == cell.pid and "done" in message:
+        # Not believed until the process has taken an order, which only code that has ended does: a
+        # cell that writes this frame and continues is still running.
+        cell.done = {key: message.get(key) for key in _DONE_KEYS}
+        if not cell.settle:
+            cell.settle = os.urandom(8).hex()
+            _order(session, {"settle": cell.settle})
+    elif sender == cell.pid and message.get("settled") == cell.settle and cell.done is not None:
+        if cell.snapshot:
             # The old state process still waits for this cell; dead, it cannot report its end.
-            old, session.state_pid = session.state_pid, session.cell_pid
-            _kill_group(old, own_group=False)
-        _answer(session, message)
-    elif "died" in message:
-        _sweep(session)
-        _answer(session, {**message, "lost": False})
+            old, session.state_pid = session.state_pid, cell.pid
+            _kill(old, own_group=False)
+        _answer(session, cell.done)
+    elif cell.snapshot and sender == session.state_pid and "died" in message:
+        _sweep(session, cell)
+        used = {key: message[key] for key in ("died", "cpu_s", "peak_bytes")}
+        _answer(session, {**used, "lost": False})
 
 
-def _sweep(session: _Session) -> None:
+def _on_started(session: _Session, cell: _Cell, message: wire.Message) -> None:
+    cell.spent_s = float(message["spent_s"])
+    cell.snapshot = bool(message["snapshot"]) and session.place.can_fork
+    cell.pid = int(message["started"]) if cell.snapshot else session.state_pid
+    if cell.give_up_at is not None:
+        cell.give_up_at = None
+        _kill_cell(cell)
+
+
+def _sweep(session: _Session, cell: _Cell) -> None:
     """Kill what a killed cell has left running, before its answer is sent."""
-    if session.place.alone and session.cell_pid > 1:
-        sweep.kill_since(session.cell_pid, {os.getpid(), session.state_pid})
+    if session.place.alone and cell.pid > 1:
+        sweep.kill_since(cell.pid, {os.getpid(), session.state_pid})
 
 
 def _answer(session: _Session, message: wire.Message) -> None:
-    session.cell_pid = 0
-    wire.send(session.job_fd, {**message, "snapshot": session.snapshot})
+    cell, session.cell = session.cell, None
+    wire.send(session.job_fd, {**message, "snapshot": cell is not None and cell.snapshot})
 
 
 def _reap(session: _Session) -> None:
-    """Collect dead children and orphans. If the state process died, so did the cell in it."""
+    """Collect dead children and orphans. If the state process died, so does its cell."""
     while True:
         try:
             pid, status, used = os.wait4(-1, os.WNOHANG)
@@ -241,71 +330,14 @@ def _reap(session: _Session) -> None:
             return
         if pid == 0:
             return
-        if pid == session.state_pid:
-            session.state_pid = 0
-            if session.cell_pid:
-                _sweep(session)
-                _answer(session, {"died": status, "lost": True, **_usage(used, session.spent_s)})
-
-
-def _run_cells(orders: int, place: program.Place) -> NoReturn:
-    """The state process: take a cell, fork, let the child run it and replace this one. Never
-    returns."""
-    program.forbid_processes(place)
-    namespace = program.new_main()
-    while True:
-        cell = wire.receive(orders)
-        # A fork keeps the calling thread only; others would be missing in the child.
-        snapshot = place.can_fork and threading.active_count() == 1
-        if snapshot:
-            pid = os.fork()
-            if pid != 0:
-                # This process is the snapshot. It continues only if the cell's process dies.
-                _, status, used = os.wait4(pid, 0)
-                wire.send(orders, {"died": status, **_usage(used, 0.0)})
-                continue
-            os.setpgid(0, 0)  # an interrupt kills the cell with its children, and not the snapshot
-        spent_s = _spent_s(*_SELF_AND_CHILDREN)
-        started = {"started": os.getpid(), "snapshot": snapshot, "spent_s": spent_s}
-        wire.send(orders, started)
-        wire.send(orders, _run_cell(cell, namespace, spent_s))
-
-
-def _run_cell(cell: wire.Message, namespace: dict[str, Any], spent_s: float) -> wire.Message:
-    # The kernel limits this process alone, in whole seconds since its start.
-    budget = round(_spent_s(resource.RUSAGE_SELF)) + cell["cpu_s"]
-    hard = resource.getrlimit(resource.RLIMIT_CPU)[1]
-    if hard == resource.RLIM_INFINITY or budget <= hard:
-        resource.setrlimit(resource.RLIMIT_CPU, (budget, hard))
-    name = f"cell-{cell['step']}.py"
-    execution = program.execute(cell["code"], namespace, name, interactive=True)
-    result = _represent(execution.value)
-    program.flush_streams()
-    return {
-        "done": True,
-        "error": execution.error,
-        "exit_code": execution.exit_code,
-        "result": result,
-        "cpu_s": _spent_s(*_SELF_AND_CHILDREN) - spent_s,
-        "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-    }
-
-
-def _spent_s(*who: int) -> float:
-    """CPU time in seconds."""
-    used = [resource.getrusage(each) for each in who]
-    return sum(each.ru_utime + each.ru_stime for each in used)
-
-
-def _usage(used: resource.struct_rusage, spent_s: float) -> wire.Message:
-    """What the process of a dead cell used: CPU seconds and its largest memory in bytes."""
-    return {"cpu_s": used.ru_utime + used.ru_stime - spent_s, "peak_bytes": used.ru_maxrss * 1024}
-
-
-def _represent(value: Any) -> str | None:
-    if value is None:
-        return None
-    try:
-        return repr(value)[:_RESULT_CHARS]
-    except BaseException as error:
-        return f"<repr raised {type(error).__name__}>"
+        if pid != session.state_pid:
+            continue
+        session.state_pid = 0
+        cell = session.cell
+        if cell is None:
+            session.died_between = status
+            continue
+        if cell.snapshot:
+            _kill_cell(cell)
+        _sweep(session, cell)
+        _answer(session, {"died": status, "lost": True, **cells.usage(used, cell.spent_s)})

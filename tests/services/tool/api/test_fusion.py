@@ -142,6 +142,45 @@ async def test_jupyter_cells_share_state_and_report_each(client: httpx.AsyncClie
     assert answer["files"] == {"f": base64.b64encode(b"z").decode()}
 
 
+async def test_jupyter_has_await_the_last_result_and_the_semicolon(
+    client: httpx.AsyncClient,
+) -> None:
+    cells = [
+        "import asyncio\nasync def f(): return 5\ntask = asyncio.create_task(f())\nawait f()",
+        "_ + await task",
+        "__, _",
+        "x = 5;\n(x);",
+        "x  # ;",
+        "async with asyncio.timeout(9):\n    y = [i async for i in _agen()] if 0 else 3\ny",
+    ]
+    body = {"cells": cells, "cell_timeout": -1}
+    answer = (await client.post("/run_jupyter", json=body)).json()
+    assert [cell["error"] for cell in answer["cells"]] == [[]] * len(cells)
+    shown = [cell["display"] and cell["display"][0]["text/plain"] for cell in answer["cells"]]
+    assert shown == ["5", "10", "(5, 10)", [], "5", "3"]
+
+
+@pytest.mark.parametrize(
+    ("code", "command"),
+    [
+        ("%matplotlib inline", "%matplotlib"),
+        ("x = 1\n%timeit x", "%timeit"),
+        ("%%writefile a.txt\n((", "%%writefile"),
+        ("!pip install x", "!pip"),
+        ("names = !ls", "!ls"),
+        ("print?", "print?"),
+    ],
+)
+async def test_jupyter_refuses_commands_of_ipython_by_name(
+    client: httpx.AsyncClient, code: str, command: str
+) -> None:
+    answer = (await client.post("/run_jupyter", json={"cells": [code, "1"]})).json()
+    refused, after = answer["cells"]
+    assert refused["error"][0]["ename"] == "SyntaxError"
+    assert f"{command} is a command of IPython" in refused["error"][0]["evalue"]
+    assert after["display"] == [{"text/plain": "1"}]
+
+
 async def test_jupyter_stops_at_the_time_limit(
     client: httpx.AsyncClient, service: ToolService
 ) -> None:

@@ -160,6 +160,64 @@ async def test_too_much_memory_is_an_exception_and_the_session_lives(
     assert (await cell(client, session, "x"))["result"] == "5"
 
 
+async def test_a_cell_may_change_a_state_of_nearly_all_its_memory(
+    client: httpx.AsyncClient,
+) -> None:
+    session = await open_session(client, memory_mb=100)
+    await cell(client, session, "import numpy as np\na = np.ones(90 * 131072)")
+    changed = await cell(client, session, "a *= 2\nfloat(a[0])")
+    assert (changed["status"], changed["result"], changed["snapshot"]) == ("ok", "2.0", True)
+    killed = await cell(client, session, "a *= 2\nwhile True: pass", timeout_s=1.0)
+    assert (killed["status"], killed["rolled_back"]) == ("timeout", True)
+    assert (await cell(client, session, "float(a[-1])"))["result"] == "2.0"
+
+
+async def test_a_limit_of_any_length_keeps_the_state(client: httpx.AsyncClient) -> None:
+    session = await open_session(client)
+    await cell(client, session, "x = 41\nstate = bytearray(50 << 20)")
+    for timeout_s in (1e-9, 1e-4, 5e-4, 1e-3, 2e-3, 4e-3, 8e-3) * 3:
+        late = await cell(client, session, "x = 0\nwhile True: pass", timeout_s=timeout_s)
+        assert (late["status"], late["rolled_back"]) == ("timeout", True)
+        assert (await cell(client, session, "x"))["result"] == "41"
+
+
+async def test_a_state_that_dies_between_two_cells_is_told_once(
+    client: httpx.AsyncClient,
+) -> None:
+    session = await open_session(client)
+    code = (
+        "import os, threading\nx = 1\ndef end():\n    while not os.path.exists('go'): pass\n"
+        "    os.kill(os.getpid(), 9)\nthreading.Thread(target=end, daemon=True).start()"
+    )
+    await cell(client, session, code)
+    await client.put(f"/v1/sessions/{session}/files/go", content=b"")
+    answers = [await cell(client, session, "import time\ntime.sleep(1)\n'ran'") for _ in range(2)]
+    assert [answer["status"] for answer in answers] == ["crashed", "ok"]
+    assert [answer["state_lost"] for answer in answers] == [True, False]
+
+
+async def test_special_files_and_deep_folders_are_refused_and_nothing_waits(
+    client: httpx.AsyncClient,
+) -> None:
+    session = await open_session(client)
+    base = f"/v1/sessions/{session}/files"
+    make = (
+        "import os, socket\nos.mkfifo('pipe')\nos.symlink('target', 'link')\nos.mkdir('folder')\n"
+        "os.symlink('folder', 'shortcut')\nhome = os.getcwd()\n"
+        "for _ in range(1500):\n    os.mkdir('d')\n    os.chdir('d')\n"
+        "open('deep', 'w').close()\nos.chdir(home)\nx = 1"
+    )
+    assert (await cell(client, session, make))["status"] == "ok"
+    for path in ("pipe", "link", "folder", "shortcut/a", "pipe/a"):
+        put = await asyncio.wait_for(client.put(f"{base}/{path}", content=b"x"), 5)
+        assert put.status_code == 409, put.text
+        assert (await client.get(f"{base}/{path}")).status_code in (404, 409)
+    assert (await client.put(f"{base}/new/file", content=b"x")).status_code == 204
+    listed = (await client.get(base)).json()["files"]
+    assert [item["path"] for item in listed] == ["link", "new/file", "pipe", "shortcut"]
+    assert (await cell(client, session, "x"))["result"] == "1"
+
+
 async def test_memory_that_no_single_process_limit_sees_ends_the_session_and_is_told(
     client: httpx.AsyncClient,
 ) -> None:

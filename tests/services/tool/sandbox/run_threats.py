@@ -13,10 +13,12 @@ import platform
 import sys
 from dataclasses import asdict, replace
 
+from tool_sessions import SESSIONS, SessionThreat
 from tool_threats import THREATS, Threat
 
 from services.tool.sandbox.host.execution import Job, Limits
 from services.tool.sandbox.host.pool import Sandbox, SandboxConfig
+from services.tool.sandbox.host.session import SandboxSession
 from services.tool.sandbox.plan import Level
 
 LIMITS = Limits(
@@ -75,6 +77,19 @@ async def run_one(sandbox: Sandbox, threat: Threat, gate: asyncio.Semaphore) -> 
     print(json.dumps(line), flush=True)
 
 
+async def run_session(sandbox: Sandbox, threat: SessionThreat, gate: asyncio.Semaphore) -> None:
+    line: dict[str, object] = {"row": f"session-{threat.row}", "answers": [], "lost": []}
+    async with gate:
+        slot = await sandbox.take("numpy", LIMITS.memory_bytes)
+        session = await SandboxSession.open(slot, LIMITS, None)
+        limits = replace(LIMITS, wall_s=1.5 if threat.hangs else 40.0)
+        answers = [await session.run_cell(c, n, limits) for n, c in enumerate(threat.cells)]
+        session.close()
+    line["answers"] = [(answer.outcome.status, answer.result) for answer in answers]
+    line["lost"] = [answer.state_lost for answer in answers]
+    print(json.dumps(line), flush=True)
+
+
 async def main(level: Level) -> None:
     os.environ["PLANTED"] = "PLANTED-SECRET"
     before = resources()
@@ -85,6 +100,8 @@ async def main(level: Level) -> None:
     threats = [t for t in THREATS if level.value in t.levels]
     threats = [t for t in threats if not t.x86_only or platform.machine() == "x86_64"]
     await asyncio.gather(*(run_one(sandbox, threat, gate) for threat in threats))
+    sessions = [s for s in SESSIONS if level.value in s.levels]
+    await asyncio.gather(*(run_session(sandbox, threat, gate) for threat in sessions))
     busy = await settled(sandbox)
     restarts = sandbox.restarts
     await sandbox.stop()

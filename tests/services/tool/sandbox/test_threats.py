@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from tool_privileges import command, environment, unavailable
+from tool_sessions import SESSIONS, SessionThreat
 from tool_threats import THREATS, Threat
 
 ROOM = Path(__file__).parent
@@ -59,6 +60,19 @@ def test_a_threat_gets_the_answer_that_is_right(user: str, level: str, threat: T
         assert answer["error"]["type"] in threat.errors, answer
     if threat.signal is not None:
         assert answer["signal"] == threat.signal, answer
+
+
+@pytest.mark.parametrize("threat", SESSIONS, ids=[threat.row for threat in SESSIONS])
+@pytest.mark.parametrize(("user", "level"), SETUPS, ids=[f"{u}-{lv}" for u, lv in SETUPS])
+def test_cells_are_answered_for_themselves(user: str, level: str, threat: SessionThreat) -> None:
+    reason = reason_to_skip(user, level)
+    if reason is None and level not in threat.levels:
+        reason = f"does not apply at level {level}"
+    if reason:
+        pytest.skip(reason)
+    line = results(user, level)[f"session-{threat.row}"]
+    assert [tuple(answer) for answer in line["answers"]] == list(threat.expect)
+    assert line["lost"] == list(threat.lost or [False] * len(threat.cells))
 
 
 @pytest.mark.parametrize(("user", "level"), SETUPS, ids=[f"{u}-{lv}" for u, lv in SETUPS])

@@ -35,6 +35,8 @@ def killed(number: signal.Signals) -> int:
         (ExitFacts(status=killed(signal.SIGKILL), memory=True), {}, None, Status.MEMORY_LIMIT),
         (ExitFacts(status=killed(signal.SIGXCPU), cpu_s=2.0), {}, None, Status.CPU_LIMIT),
         (ExitFacts(status=killed(signal.SIGXCPU), cpu_s=0.1), {}, None, Status.CRASHED),
+        (ExitFacts(status=killed(signal.SIGKILL), cpu_s=3.9), {}, None, Status.CPU_LIMIT),
+        (ExitFacts(status=killed(signal.SIGKILL), cpu_s=1.9), {}, None, Status.CRASHED),
         (ExitFacts(lost=True), {}, None, Status.SANDBOX_ERROR),
         (ExitFacts(status=exited(1)), {"refused": "files: no space"}, None, Status.REJECTED),
         (ExitFacts(), {"wait_status": exited(4)}, None, Status.EXIT),

@@ -525,6 +525,73 @@ PROGRAMS = [
             ("huge", "sys.exit(10**30)", "exit"),
         )
     ),
+    # What CPython does between the last line of a program and its exit.
+    Threat(
+        row="ending-file",
+        code="import atexit, os\nf = open('a', 'w')\nf.write('42')\nclass A:\n    def __del__(self): print(os.path.getsize('a'))\na = A()\natexit.register(print, 'exit')",
+        says="exit\n2\n",
+    ),
+    Threat(
+        row="ending-generator",
+        code="def g():\n    try: yield\n    finally: print('finally')\nh = g()\nnext(h)",
+        says="finally\n",
+    ),
+    Threat(
+        row="ending-error-keeps-files",
+        code="f = open('a', 'w')\nf.write('42')\nclass A:\n    def __del__(self): print('del')\na = A()\n1 / 0",
+        expect=("error",),
+        errors=("ZeroDivisionError",),
+    ),
+    Threat(
+        row="ending-hangs",
+        code="class A:\n    def __del__(self):\n        while True: pass\na = A()",
+        expect=("timeout",),
+    ),
+    Threat(
+        row="ending-hangs-at-exit",
+        code="import atexit, time\natexit.register(time.sleep, 60)",
+        expect=("timeout",),
+    ),
+    Threat(
+        row="ending-crashes",
+        code="import os\nclass A:\n    def __del__(self, kill=os.kill, pid=os.getpid()): kill(pid, 11)\na = A()",
+        expect=("crashed",),
+        signal="SIGSEGV",
+    ),
+    Threat(
+        row="ending-exit-code",
+        code="import os\nclass A:\n    def __del__(self, exit=os._exit): exit(7)\na = A()",
+        expect=("exit",),
+    ),
+    Threat(
+        row="ending-thread",
+        code="import threading, time\ndef f():\n    time.sleep(0.1)\n    print('thread')\nthreading.Thread(target=f).start()\nprint('main')",
+        says="main\nthread\n",
+    ),
+    Threat(
+        row="ending-of-c", code="import ctypes\nctypes.CDLL(None).printf(b'from C')", says="from C"
+    ),
+    Threat(
+        row="ending-flush",
+        code="import sys\nsys.stdout = open('/dev/full', 'w')\nprint('x')",
+        expect=("exit",),
+    ),
+    Threat(
+        row="ending-child",
+        code="import os\nf = open('a', 'w')\nif os.fork() == 0: f.write('child')\nelse: os.wait(); print(open('a').read())",
+        says="child\n",
+        levels=FORKING,
+    ),
+    Threat(
+        row="main-file",
+        code="import os, sys, __main__\nprint(os.path.basename(__file__), open(__file__).readline() == open(sys.argv[0]).readline(), type(__builtins__).__name__, os.path.isabs(__file__))",
+        says="main.py True module True\n",
+    ),
+    Threat(
+        row="user-name",
+        code="import getpass, os\nprint(getpass.getuser() == os.environ['USER'])",
+        says="True\n",
+    ),
 ]
 
 THREATS = [*RESOURCES, *OTHERS, *PROGRAMS, *FENCE]

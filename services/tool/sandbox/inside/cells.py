@@ -1,0 +1,107 @@
+"""The state process of a session: takes a cell, forks, lets the child run it and replace this one.
+
+supervisor.py follows what is said here; all of it runs in the same process as untrusted code.
+"""
+
+import os
+import resource
+import threading
+from posix import getpid  # a cell may replace os.getpid
+from typing import Any, NoReturn
+
+from services.tool.sandbox import wire
+from services.tool.sandbox.inside import ending, program
+
+# Together what wait4 reports of a dead process.
+_SELF_AND_CHILDREN = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
+_RESULT_CHARS = 10_000
+
+
+def run_cells(orders: int, place: program.Place) -> NoReturn:
+    """The state process: take a cell, fork, let the child run it and replace this one. Never
+    returns."""
+    program.forbid_processes(place)
+    namespace = program.new_main()
+    while True:
+        order = wire.receive(orders)
+        if "settle" in order:
+            wire.send(orders, {"settled": order["settle"]})
+            continue
+        # A fork keeps the calling thread only; others would be missing in the child.
+        snapshot = place.can_fork and threading.active_count() == 1 and _fork_cell(orders)
+        if snapshot is None:
+            continue  # this process is the snapshot, and the cell's process has died
+        spent_s = _spent_s(*_SELF_AND_CHILDREN)
+        owner = getpid()
+        if not snapshot:
+            wire.send(orders, {"started": owner, "snapshot": False, "spent_s": spent_s})
+        answer = _run_cell(order, namespace, spent_s)
+        if getpid() != owner:
+            # A child that the cell forked came out of the cell as well: its work ends here.
+            ending.end_process(answer["exit_code"], place.home)
+        wire.send(orders, answer)
+
+
+def _fork_cell(orders: int) -> bool | None:
+    """Fork the process of a cell. True in that process, False where no fork was possible; None in
+    the calling one, after the cell's process has died: with what it then says."""
+    waiting, release = os.pipe()
+    try:
+        pid = os.fork()
+    except OSError:  # the cells before have left too many processes
+        os.close(waiting)
+        os.close(release)
+        return False
+    if pid == 0:
+        os.close(release)
+        os.read(waiting, 1)  # until it is known which process runs the cell
+        os.close(waiting)
+        return True
+    os.close(waiting)
+    # An interrupt kills the cell with its children, and not the snapshot.
+    os.setpgid(pid, pid)
+    wire.send(orders, {"started": pid, "snapshot": True, "spent_s": 0.0})
+    os.close(release)
+    _, status, used = os.wait4(pid, 0)
+    wire.send(orders, {"died": status, **usage(used, 0.0)})
+    return None
+
+
+def _run_cell(cell: wire.Message, namespace: dict[str, Any], spent_s: float) -> wire.Message:
+    # The kernel limits this process alone, in whole seconds since its start.
+    budget = round(_spent_s(resource.RUSAGE_SELF)) + cell["cpu_s"]
+    hard = resource.getrlimit(resource.RLIMIT_CPU)[1]
+    if hard == resource.RLIM_INFINITY or budget <= hard:
+        resource.setrlimit(resource.RLIMIT_CPU, (budget, hard))
+    name = f"cell-{cell['step']}.py"
+    execution = program.execute(cell["code"], namespace, name, interactive=True)
+    result = _represent(execution.value)
+    program.flush_streams()
+    return {
+        "done": True,
+        "error": execution.error,
+        "exit_code": execution.exit_code,
+        "result": result,
+        "cpu_s": _spent_s(*_SELF_AND_CHILDREN) - spent_s,
+        "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+    }
+
+
+def _spent_s(*who: int) -> float:
+    """CPU time in seconds."""
+    used = [resource.getrusage(each) for each in who]
+    return sum(each.ru_utime + each.ru_stime for each in used)
+
+
+def usage(used: resource.struct_rusage, spent_s: float) -> wire.Message:
+    """What the process of a dead cell used: CPU seconds and its largest memory in bytes."""
+    return {"cpu_s": used.ru_utime + used.ru_stime - spent_s, "peak_bytes": used.ru_maxrss * 1024}
+
+
+def _represent(value: Any) -> str | None:
+    if value is None:
+        return None
+    try:
+        return repr(value)[:_RESULT_CHARS]
+    except BaseException as error:
+        return f"<repr raised {type(error).__name__}>"
