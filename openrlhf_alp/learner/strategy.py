@@ -133,7 +133,12 @@ class AlpStrategy(DeepspeedStrategy):
             "sigma and the moments of Adam start anew."
         )
         options |= {"load_module_strict": False, "load_optimizer_states": False}
-        return super().load_ckpt(model, load_dir, tag, **options)
+        # The stored schedule knows no learning rate for sigma, so a new one catches up instead.
+        options["load_lr_scheduler_states"] = False
+        loaded = super().load_ckpt(model, load_dir, tag, **options)
+        for _ in range(model.global_steps):
+            model.lr_scheduler.step()
+        return loaded
 
     def moving_average(
         self, model: nn.Module, model_ema: nn.Module, beta: float = 0.992, device: str = "cpu"
