@@ -6,7 +6,7 @@ Every cell is answered for itself: `expect` holds (status, result) of each.
 
 from dataclasses import dataclass
 
-from tool_threats import ALL, FORKING
+from threat import ALL, FORKING
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
