@@ -62,7 +62,7 @@ async def test_level_2_drops_the_weights_until_wake_up(
     await http.post("/v1/sleep", json={"level": 2})
     assert not any(parameter.any() for parameter in model.parameters())
     await http.post("/v1/wake_up")
-    assert all(map(torch.equal, model.parameters(), whole))
+    assert all(map(torch.equal, service.engine._model.parameters(), whole))  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("route", ["pause", "resume", "weights/commit"])
