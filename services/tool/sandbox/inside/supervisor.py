@@ -24,15 +24,22 @@ import signal
 import socket
 import struct
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
 from services.tool.sandbox import wire
-from services.tool.sandbox.inside import cells, files, kernel, program, sweep
+from services.tool.sandbox.inside import cells, files, kernel, program
 
 _START_S = 1.0  # between the interrupt of a cell that has not started and the end of the state
 _DONE_KEYS = ("done", "error", "exit_code", "result", "cpu_s", "peak_bytes")
 _CREDENTIALS = struct.Struct("3i")  # pid, user id and group id of a sender
+_PASSES = 5  # what forks while it is swept has children with pids that are newer still
+_RESERVED_PIDS = 300
+"""Below this no pid is handed out a second time."""
+_PID_LIMIT = 1 << 15
+_FARTHEST = 1 << 16
+"""Pids that are tried at most, which takes about 50 ms."""
 
 
 def run_and_fetch(job_fd: int, job: wire.Message, place: program.Place) -> NoReturn:
@@ -313,7 +320,7 @@ def _on_started(session: _Session, cell: _Cell, message: wire.Message) -> None:
 def _sweep(session: _Session, cell: _Cell) -> None:
     """Kill what a killed cell has left running, before its answer is sent."""
     if session.place.alone and cell.pid > 1:
-        sweep.kill_since(cell.pid, {os.getpid(), session.state_pid})
+        _kill_since(cell.pid, {os.getpid(), session.state_pid})
 
 
 def _answer(session: _Session, message: wire.Message) -> None:
@@ -341,3 +348,44 @@ def _reap(session: _Session) -> None:
             _kill_cell(cell)
         _sweep(session, cell)
         _answer(session, {"died": status, "lost": True, **cells.usage(used, cell.spent_s)})
+
+
+def _kill_since(first: int, spared: set[int]) -> None:
+    """Kill the processes that were started since process `first`, and it, if this one may.
+
+    A session sees no /proc. But the kernel hands out pids in order, so everything that was started
+    since a process has a pid between that process's and the newest one.
+
+    Args:
+        first: pid of a process, which may be dead.
+        spared: pids that live on.
+    """
+    for _ in range(_PASSES):
+        killed = False
+        for pid in _pids_between(first, _newest_pid(first)):
+            if pid in spared:
+                continue
+            with contextlib.suppress(OSError):  # mostly: there is no such process
+                os.kill(pid, signal.SIGKILL)
+                killed = True
+        if not killed:
+            return
+
+
+def _newest_pid(first: int) -> int:
+    try:
+        pid = os.fork()
+    except OSError:  # the cell has taken all processes
+        return first + _RESERVED_PIDS
+    if pid == 0:
+        os._exit(0)
+    os.waitpid(pid, 0)
+    return pid
+
+
+def _pids_between(first: int, newest: int) -> Iterator[int]:
+    if first <= newest:
+        yield from range(first, min(newest, first + _FARTHEST))
+        return
+    yield from range(first, max(_PID_LIMIT, first + 1))  # the kernel has begun again
+    yield from range(_RESERVED_PIDS, min(newest, _FARTHEST))
