@@ -22,7 +22,7 @@ from openrlhf.utils.agent import SingleTurnAgentExecutor
 from openrlhf_alp.clients.channel import Timeouts
 from openrlhf_alp.clients.errors import DeadlineExceeded, InvalidReply, ServiceUnavailable
 from openrlhf_alp.clients.rollout import RolloutClient
-from openrlhf_alp.episodes.protocols import Task
+from openrlhf_alp.episodes.protocols import EpisodeRunner, Task
 from openrlhf_alp.episodes.records import (
     BadCompletionError,
     Episode,
@@ -127,17 +127,7 @@ class RolloutEngine:
             num_tokens = len(task.prompt_ids)
             self._drop("prompt_too_long", f"{num_tokens} tokens, --data.max_len {max_length}")
             return []
-        runner = build_runner(
-            generate=ServiceGenerate(
-                client=self.client,
-                deadline_s=self.service.queue_timeout_s,
-                work_limit_s=self.service.request_timeout_s,
-            ),
-            reward=self.reward,
-            tokenizer=hf_tokenizer,
-            tool=self.tool,
-            client=self.tool_client,
-        )
+        runner = self._runner(hf_tokenizer)
         sampling = SamplingConfig(
             temperature=sampling_params.temperature,
             top_p=sampling_params.top_p,
@@ -170,6 +160,19 @@ class RolloutEngine:
             self.unfinished -= num_samples
         tool = self.tool if self.tool_client else None
         return [to_response(episode, tool=tool) for episode in episodes]
+
+    def _runner(self, tokenizer: Any) -> EpisodeRunner:
+        return build_runner(
+            generate=ServiceGenerate(
+                client=self.client,
+                deadline_s=self.service.queue_timeout_s,
+                work_limit_s=self.service.request_timeout_s,
+            ),
+            reward=self.reward,
+            tokenizer=tokenizer,
+            tool=self.tool,
+            client=self.tool_client,
+        )
 
     def _drop(self, reason: str, detail: str) -> None:
         self.dropped[reason] += 1
