@@ -263,7 +263,12 @@ def _hear(session: _Session) -> None:
     Every process that a cell starts has this socket too, so the kernel's word on the sender
     decides. It never joins bytes of two senders in one call.
     """
-    data, ancillary, _, _ = _orders(session).recvmsg(1 << 16, socket.CMSG_SPACE(_CREDENTIALS.size))
+    try:
+        data, ancillary, *_ = _orders(session).recvmsg(
+            1 << 16, socket.CMSG_SPACE(_CREDENTIALS.size)
+        )
+    except ConnectionResetError:  # killed before it took its last order
+        data, ancillary = b"", []
     if not data:
         session.poller.unregister(_orders(session))  # nobody is left who could write; _reap answers
         return
