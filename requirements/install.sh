@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Make .venv with the CPU stack of cpu.lock. Resumable: a second call does nothing, a broken one goes on.
+# Make .venv with the CPU stack of cpu.lock. Resumable: a second call does nothing, an interrupted one continues.
 # Mirrors and certificates come from pip's own environment variables.
 set -euo pipefail
 cd "$(dirname "$0")/.."

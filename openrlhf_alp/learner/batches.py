@@ -1,7 +1,7 @@
 """How much of a batch all ranks can train on together.
 
-The ranks meet in a collective call for every micro-batch. A rank with fewer of them would leave the
-others waiting for ever, and a dropped group or the end of the data makes a batch that does not
+The ranks meet in a collective call forevery micro-batch. A rank with fewer of them would leave the
+others waiting forever, and a dropped group or the end of the data makes a batch that does not
 divide. So a batch is cut to what divides before any rank sees it, and the rest is counted.
 """
 
