@@ -14,7 +14,6 @@ REWARD = "rollout/reward_mean"
 RESPONSE_LENGTH = "rollout/response_length_mean"
 NUM_SAMPLES = "rollout/num_samples"
 GENERATION_S = "timing/generation"
-STEP_S = "timing/step_total"
 LOG_RATIO_QUANTILES = {
     1: "alp/log_ratio_p01",
     25: "alp/log_ratio_p25",

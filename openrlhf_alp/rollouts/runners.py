@@ -151,8 +151,7 @@ class ServiceGenerate:
             GenerateRequest(
                 request_id=request_id,
                 token_ids=list(prompt_ids),
-                # Every field is sent: the server fills an omitted one from the model's generation
-                # config, and the log-probs would then be those of another distribution.
+                # Every field is sent, so that no default of the server changes the distribution.
                 sampling=Sampling(**dataclasses.asdict(sampling)),
                 deadline_s=self.deadline_s,
                 work_limit_s=self.work_limit_s,
