@@ -28,7 +28,7 @@ _START_S = 20.0
 
 def remove_tree(folder: Path) -> None:
     """Remove an owned folder with everything in it. Never raises: what cannot be removed within 10
-    s stays, with its lock, so that the next start goes on."""
+    s stays, with its lock, and is removed by a later start."""
     deadline = time.monotonic() + _REMOVAL_S
     try:
         inside = [each for each in folder.iterdir() if each.name != LOCK_NAME]
@@ -36,7 +36,7 @@ def remove_tree(folder: Path) -> None:
         inside = []
     gone = [trees.remove_tree(each, max(deadline - time.monotonic(), 0.0)) for each in inside]
     if not all(gone) or not trees.remove_tree(folder, _REMOVAL_S):
-        logger.warning("%s could not be removed as a whole; the next start goes on", folder)
+        logger.warning("%s could not be removed completely; the next start tries again", folder)
 
 
 class OwnedFolder:

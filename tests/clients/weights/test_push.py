@@ -26,6 +26,7 @@ from services.rollout.wire.schemas import (
     PrepareRequest,
     Sampling,
     TensorSpec,
+    WeightTransport,
 )
 
 
@@ -120,6 +121,16 @@ async def push(pusher: WeightPusher, model: LlamaForCausalLM) -> Any:
     return await asyncio.to_thread(pusher.push, in_buckets(model.state_dict().items()))
 
 
+def pusher_of(make_client: Any, *urls: str, transport: WeightTransport = "file") -> WeightPusher:
+    return WeightPusher(
+        urls,
+        api_key="x",
+        admin_key="x",
+        transport=transport,
+        make_client=lambda: make_client(*urls).control,
+    )
+
+
 def served_equal(service: RolloutService, model: LlamaForCausalLM) -> bool:
     own = service.engine._model.state_dict()  # type: ignore[attr-defined]
     return all(torch.equal(tensor, own[name]) for name, tensor in model.state_dict().items())
@@ -130,9 +141,7 @@ async def test_a_push_reaches_every_server_and_leaves_no_file(
 ) -> None:
     service = make_service()
     url = network.add("a", service)
-    pusher = WeightPusher(
-        [url], api_key="x", admin_key="x", make_client=lambda: make_client(url).control
-    )
+    pusher = pusher_of(make_client, url)
     model = new_model(model_folder, 0.5)
     first = await push(pusher, model)
     assert served_equal(service, model)
@@ -166,9 +175,7 @@ async def test_a_new_learner_takes_over_from_one_killed_in_mid_push(
         (weights_dir / "update-1-half").mkdir()
         reply = await client.generate(request("r"))
         assert {span.version for sample in reply.samples for span in sample.spans} == {0}
-    pusher = WeightPusher(
-        [url], api_key="x", admin_key="x", make_client=lambda: make_client(url).control
-    )
+    pusher = pusher_of(make_client, url)
     await push(pusher, new)
     assert served_equal(service, new)
     assert [path.name.split("-")[0] for path in weights_dir.iterdir()] == [".staging"]
@@ -189,13 +196,7 @@ async def test_a_push_over_http_needs_no_shared_folder_and_resumes(
             sent.stream = Half(sent.stream)
 
     network.before = lose_half_on_b
-    pusher = WeightPusher(
-        urls,
-        api_key="x",
-        admin_key="x",
-        transport="http",
-        make_client=lambda: make_client(*urls).control,
-    )
+    pusher = pusher_of(make_client, *urls, transport="http")
     model = new_model(model_folder, 0.5)
     assert (await push(pusher, model)).version == 1
     for service in services:
@@ -222,9 +223,7 @@ async def test_servers_without_a_common_folder_are_told_apart(
 ) -> None:
     services = [make_service(own_folder=True), make_service(own_folder=True)]
     urls = [network.add(host, service) for host, service in zip("ab", services, strict=True)]
-    pusher = WeightPusher(
-        urls, api_key="x", admin_key="x", make_client=lambda: make_client(*urls).control
-    )
+    pusher = pusher_of(make_client, *urls)
     with pytest.raises(WeightUpdateFailed, match=r"weights-0.*weights-1.*--weights-dir"):
         await push(pusher, new_model(model_folder, 0.5))
 
@@ -241,9 +240,7 @@ async def test_a_push_that_one_server_refuses_changes_no_server(
         return None
 
     network.before = refuse_on_b
-    pusher = WeightPusher(
-        urls, api_key="x", admin_key="x", make_client=lambda: make_client(*urls).control
-    )
+    pusher = pusher_of(make_client, *urls)
     with pytest.raises(WeightUpdateFailed, match=r"1 of 2 servers.*http://b"):
         await push(pusher, new_model(model_folder, 0.5))
     for service in services:
@@ -263,9 +260,7 @@ async def test_a_server_that_dies_between_prepare_and_commit_gets_no_traffic_unt
             raise httpx.ConnectError("refused")
 
     network.before = lose_b_at_commit
-    pusher = WeightPusher(
-        urls, api_key="x", admin_key="x", make_client=lambda: make_client(*urls).control
-    )
+    pusher = pusher_of(make_client, *urls)
     model = new_model(model_folder, 0.5)
     assert (await push(pusher, model)).version == 1
     assert (services["a"].contract().version, services["b"].contract().version) == (1, 0)
@@ -298,13 +293,7 @@ async def test_a_server_that_comes_back_in_mid_push_waits_for_the_next_one(
             raise httpx.ConnectError("refused")
 
     network.before = lose_b_at_first
-    pusher = WeightPusher(
-        urls,
-        api_key="x",
-        admin_key="x",
-        transport=transport,
-        make_client=lambda: make_client(*urls).control,
-    )
+    pusher = pusher_of(make_client, *urls, transport=transport)
     model = new_model(model_folder, 0.5)
     assert (await push(pusher, model)).version == 1
     assert (services["a"].contract().version, services["b"].contract().version) == (1, 0)
@@ -378,9 +367,7 @@ async def test_a_reply_kept_from_before_an_update_keeps_its_label(
 ) -> None:
     service = make_service()
     url = network.add("a", service)
-    pusher = WeightPusher(
-        [url], api_key="x", admin_key="x", make_client=lambda: make_client(url).control
-    )
+    pusher = pusher_of(make_client, url)
     async with make_client(url) as client:
         first = await client.generate(request("same"))
         pushed = await push(pusher, new_model(model_folder, 0.5))

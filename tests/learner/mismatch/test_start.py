@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 from collections.abc import Callable
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,18 +12,6 @@ import torch
 
 Parse = Callable[..., SimpleNamespace]
 pytestmark = [pytest.mark.e2e, pytest.mark.filterwarnings("ignore")]
-
-
-@pytest.fixture(scope="module")
-def actors() -> Any:
-    """The helpers of test_actor.py: a real actor and samples of a known mismatch."""
-    spec = importlib.util.spec_from_file_location(
-        "actors", Path(__file__).parents[1] / "test_actor.py"
-    )
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def forward_shapes(actor: Any) -> list[tuple[int, ...]]:

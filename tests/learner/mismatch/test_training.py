@@ -5,10 +5,8 @@ The asynchronous way, which asks the service, is in test_train_e2e.py.
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 from collections.abc import Callable
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -20,18 +18,6 @@ Parse = Callable[..., SimpleNamespace]
 pytestmark = [pytest.mark.e2e, pytest.mark.filterwarnings("ignore")]
 
 EVERY_2 = ("--alp.enable", "--alp.sigma0", "0.01", "--rollout.preflight_every", "2")
-
-
-@pytest.fixture(scope="module")
-def actors() -> Any:
-    """The helpers of test_actor.py: a real actor and samples of a known mismatch."""
-    spec = importlib.util.spec_from_file_location(
-        "actors", Path(__file__).parents[1] / "test_actor.py"
-    )
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def test_every_second_step_reports_the_mismatch_of_its_own_samples(
