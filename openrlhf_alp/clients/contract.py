@@ -39,12 +39,14 @@ class LearnerExpectation:
     """Longest prompt plus answer that the learner will ask for; the server may allow more."""
 
     @classmethod
-    def from_tokenizer(cls, tokenizer: Any, **fields: Any) -> "LearnerExpectation":
-        """Fill both hashes from a Hugging Face tokenizer."""
+    def of(cls, tokenizer: Any, model: Any, *, min_model_len: int) -> "LearnerExpectation":
+        """What a learner with this Hugging Face tokenizer and model config can train on."""
         return cls(
             tokenizer_hash=tokenizer_hash(tokenizer),
             chat_template_hash=chat_template_hash(tokenizer),
-            **fields,
+            vocab_size=model.get_text_config().vocab_size,
+            architecture=(model.architectures or [None])[0],
+            min_model_len=min_model_len,
         )
 
 

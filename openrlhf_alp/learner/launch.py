@@ -202,12 +202,7 @@ def check_services(args: SimpleNamespace, tokenizer: Any) -> None:
         ValueError: the learner's model cannot be built.
     """
     model = AutoConfig.from_pretrained(args.actor.model_name_or_path, trust_remote_code=True)
-    expected = LearnerExpectation.from_tokenizer(
-        tokenizer,
-        vocab_size=model.get_text_config().vocab_size,
-        architecture=(model.architectures or [None])[0],
-        min_model_len=args.data.max_len,
-    )
+    expected = LearnerExpectation.of(tokenizer, model, min_model_len=args.data.max_len)
     for url in args.rollout_service.urls:
         asyncio.run(_check_service(url, args.rollout_service, expected))
     # After the contract: whoever serves another model reads of its name, not of its tensors.

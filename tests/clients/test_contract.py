@@ -3,7 +3,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer
 
 from openrlhf_alp.clients.contract import LearnerExpectation, check_contract
 from openrlhf_alp.clients.errors import ContractMismatch
@@ -11,14 +11,9 @@ from services.rollout.wire.fingerprint import tokenizer_hash
 
 
 def expectation(folder: Path, **fields: Any) -> LearnerExpectation:
-    return LearnerExpectation.from_tokenizer(
-        AutoTokenizer.from_pretrained(folder),
-        vocab_size=34,
-        architecture="LlamaForCausalLM",
-        dtype="float32",
-        min_model_len=64,
-        **fields,
-    )
+    tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoConfig.from_pretrained(folder)
+    expected = LearnerExpectation.of(tokenizer, model, min_model_len=64)
+    return replace(expected, dtype="float32", **fields)
 
 
 async def test_the_same_folder_agrees(make_service: Any, model_folder: Path) -> None:

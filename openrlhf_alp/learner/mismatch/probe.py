@@ -177,13 +177,8 @@ def _client(config: ProbeConfig) -> RolloutClient:
 async def _check_services(
     config: ProbeConfig, tokenizer: Any, actor: Actor, tasks: Sequence[Task]
 ) -> None:
-    model = actor.model.config
-    expected = LearnerExpectation.from_tokenizer(
-        tokenizer,
-        vocab_size=model.get_text_config().vocab_size,
-        architecture=(model.architectures or [None])[0],
-        min_model_len=max(len(task.prompt_ids) for task in tasks) + config.max_tokens,
-    )
+    longest = max(len(task.prompt_ids) for task in tasks) + config.max_tokens
+    expected = LearnerExpectation.of(tokenizer, actor.model.config, min_model_len=longest)
     async with _client(config) as client:
         await client.control.wait_ready(config.timeout_s)
         check_contract(await client.control.contract(), expected)
