@@ -14,7 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from openrlhf_alp.alp import PerturbationConfig, attach
-from openrlhf_alp.objective.loss import unified_ratio_loss
+from openrlhf_alp.objective.loss import policy_loss
 from openrlhf_alp.objective.methods import METHODS
 from openrlhf_alp.objective.ratio import k3_kl
 
@@ -97,12 +97,12 @@ def main() -> None:
             attention_mask=torch.ones_like(sequences),
         ):
             log_probs = answer_log_probs(policy, sequences)
-            output = unified_ratio_loss(
+            output = policy_loss(
                 log_probs=log_probs,
                 rollout_log_probs=rollout_log_probs,
                 advantages=advantages,
                 action_mask=action_mask,
-                config=preset.ratio,
+                config=preset.objective,
             )
             optimizer.zero_grad()
             output.loss.backward()

@@ -34,8 +34,8 @@ from openrlhf_alp.learner.mismatch.measure import learner_log_probs, log_ratio, 
 from openrlhf_alp.learner.mismatch.start import NUM_SAMPLES, SigmaStart
 from openrlhf_alp.learner.strategy import perturbation_of, without_sigma
 from openrlhf_alp.learner.weight_sync import push_weights
-from openrlhf_alp.objective.loss import LossOutput, unified_ratio_loss
-from openrlhf_alp.objective.methods import UnifiedRatioConfig
+from openrlhf_alp.objective.config import ObjectiveConfig
+from openrlhf_alp.objective.loss import LossOutput, policy_loss
 from openrlhf_alp.objective.telemetry import RatioTelemetry
 
 LOSS_FRACTIONS = (
@@ -43,6 +43,7 @@ LOSS_FRACTIONS = (
     "clip_low_fraction",
     "clip_high_fraction",
     "dual_clip_fraction",
+    "mask_fraction",
     "guard_fraction",
     "approx_kl",
 )
@@ -53,20 +54,18 @@ _NO_WEIGHT = 1e-6
 mean."""
 
 
-class UnifiedPolicyLoss(nn.Module):
-    """The unified ratio in the shape of OpenRLHF 0.11.2's `PolicyLoss`: its call and its 5-tuple.
-
-    `old_log_probs` is not read: the rollout log-probs are the only denominator.
+class AlpPolicyLoss(nn.Module):
+    """`--alp.method` in the shape of OpenRLHF 0.11.2's `PolicyLoss`: its call and its 5-tuple.
 
     Args:
-        config: level, clip window and dual clip of the ratio.
+        config: what the loss is made of; `old_log_probs` is read only if it needs an old policy.
         aggregate: OpenRLHF's `aggregate_loss`; it knows the global token and sample counts.
         token_level_loss: mean over all tokens of the optimizer step, or over samples.
     """
 
     def __init__(
         self,
-        config: UnifiedRatioConfig,
+        config: ObjectiveConfig,
         *,
         aggregate: Callable[..., Tensor],
         token_level_loss: bool,
@@ -93,12 +92,14 @@ class UnifiedPolicyLoss(nn.Module):
         """
         if rollout_log_probs is None:
             raise ValueError(
-                "the batch has no rollout log-probs, the denominator of the single ratio. Generate "
-                "through --rollout.service_urls, or with OpenRLHF's engines and --alp.enable."
+                "the batch has no rollout log-probs, by which --alp.method divides or corrects. "
+                "Generate through --rollout.service_urls, or with OpenRLHF's engines and "
+                "--alp.enable."
             )
-        output = unified_ratio_loss(
+        output = policy_loss(
             log_probs=log_probs,
             rollout_log_probs=rollout_log_probs,
+            old_log_probs=old_log_probs,
             advantages=advantages,
             action_mask=action_mask,
             config=self.config,
@@ -122,8 +123,8 @@ class AlpActorPPOTrainer(ppo_actor.ActorPPOTrainer):
         self.perturbation = perturbation_of(self.actor)
         self.num_trainings = 0
         if self.alp.enable:
-            self.actor_loss_fn = UnifiedPolicyLoss(
-                self.alp.ratio_config(),
+            self.actor_loss_fn = AlpPolicyLoss(
+                self.alp.objective(),
                 aggregate=aggregate_loss,
                 token_level_loss=self.args.actor.loss_agg_mode == "token-mean",
             )
@@ -275,7 +276,7 @@ class AlpActorPPOTrainer(ppo_actor.ActorPPOTrainer):
             batch=self._batch,
             log_probs=partial(learner_log_probs, self.actor),
             perturbed=lambda batch: self._perturbed(batch, batch.info[SAMPLE_ID]),
-            ratio=self.alp.ratio_config(),
+            objective=self.alp.objective(),
         )
         return start.measure(auto=self.alp.calibrates, factor=self.alp.calibration_factor)
 

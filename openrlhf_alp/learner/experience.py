@@ -1,4 +1,4 @@
-"""From rollouts to experience: numbered samples, no pass for "old" log-probs, no stale groups.
+"""From rollouts to experience: numbered samples, "old" log-probs where read, no stale groups.
 
 The staleness of a token is the number of weight pushes between the version that sampled it and the
 version that is updated: 0 in a synchronous run; in an asynchronous one the queue lets it grow.
@@ -43,7 +43,8 @@ class AlpExperienceMaker(RemoteExperienceMaker):
     """Upstream: `RemoteExperienceMaker`, built in `BasePPOTrainer.__init__`.
 
     With one denominator, pi_theta,sigma / mu, nothing reads pi_old: the rollout log-probs take its
-    place and one of the four forwards of a step is saved.
+    place and one of the four forwards of a step is saved. Methods that divide by pi_old keep
+    upstream's forward pass for it, which is clean whatever `--alp.method` perturbs.
     """
 
     def make_experience(self, samples_list: list[Experience]) -> list[Experience]:
@@ -63,7 +64,7 @@ class AlpExperienceMaker(RemoteExperienceMaker):
         return super().compute_advantages_and_returns(experiences)
 
     def _dispatch_forward(self, group: Any, sync_condition: bool, **kwargs: Any) -> Any:
-        if group is not self.actor_model_group or not self.args.alp.enable:
+        if group is not self.actor_model_group or self.args.alp.needs_old_policy:
             return super()._dispatch_forward(group, sync_condition, **kwargs)
         # Upstream keeps every duplicate-th entry: one per ring-attention / tensor-parallel copy.
         copies = self.args.ds.ring_attn_size * self.args.ds.tensor_parallel_size

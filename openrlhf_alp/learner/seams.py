@@ -11,7 +11,7 @@ is copied.
       get_strategy                -> AlpStrategy
       ray.init                    + our shims in every worker
       create_vllm_engines         -> one RolloutEngine per service URL
-      PolicyModelActor            -> AlpPolicyModelActor -> AlpActorPPOTrainer -> UnifiedPolicyLoss
+      PolicyModelActor            -> AlpPolicyModelActor -> AlpActorPPOTrainer -> AlpPolicyLoss
       PPOTrainer                  -> AlpPPOTrainer -> AlpExperienceMaker, AlpSamplesGenerator
       PPOTrainerAsync             -> AlpPPOTrainerAsync -> AlpTrainingActor -> AlpExperienceMaker
                                                         -> AlpGenerateSamplesActor
@@ -95,13 +95,13 @@ SEAMS = (
     ),
     *_methods(
         "openrlhf.models:PolicyLoss.",
-        "actor:UnifiedPolicyLoss",
+        "actor:AlpPolicyLoss",
         forward="self log_probs old_log_probs advantages action_mask rollout_log_probs dp_size "
         "batch_num_tokens global_batch_size",
     ),
     *_methods(
         "openrlhf.models:",  # called, not replaced
-        "actor:UnifiedPolicyLoss",
+        "actor:AlpPolicyLoss",
         aggregate_loss="loss loss_mask token_level_loss dp_size batch_num_tokens global_batch_size",
     ),
     *_methods(

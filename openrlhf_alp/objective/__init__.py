@@ -1,10 +1,12 @@
-"""The policy objective with one ratio (arXiv 2603.19470), in plain PyTorch.
+"""Policy objectives in plain PyTorch: ALP's single ratio (arXiv 2603.19470) and its rivals.
 
-    log pi_theta,sigma --+
-                         +-> ratio.py: log r per token -> loss.py: clip(r) * advantage -> optimizer
-    log mu (rollout) ----+                  |                  ^
-                                            v                  |
-                             telemetry.py: tails, KL     methods.py: level and clip window
+    methods.py: the table of presets  -> config.py: what one loss is made of
+                                                    |
+    log pi_theta,sigma ----+                        v
+                           +-> ratio.py: log r -> loss.py: clip(r) * A * factors.py -> optimizer
+    log mu or log pi_old --+                        |
+                                                    v
+                                             telemetry.py: tails, KL
 
 It knows neither the noise (`openrlhf_alp.alp`) nor OpenRLHF, Ray or vLLM.
 """

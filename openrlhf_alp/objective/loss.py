@@ -1,21 +1,26 @@
-"""The policy loss with one ratio, perturbed learner over rollout engine.
+"""The policy loss of every method: ratio, clip, correction, trust region, aggregation.
 
 Letters: B samples, A positions of the action axis.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from openrlhf_alp.objective.methods import UnifiedRatioConfig
-from openrlhf_alp.objective.ratio import per_token_log_ratio, token_log_ratio
+from openrlhf_alp.objective.config import ObjectiveConfig
+from openrlhf_alp.objective.factors import correction_factor, inside_trust_region
+from openrlhf_alp.objective.ratio import (
+    MAX_LOG_RATIO,
+    guarded_exp,
+    per_token_log_ratio,
+    token_log_ratio,
+)
 
-MAX_LOG_RATIO = 20.0
-"""|log r| above this is cut before exp: e**20 = 5e8 is far outside every clip window, and the
-gradient there is meant to vanish, while exp of a sequence's summed log-ratio could overflow."""
+Aggregate = Callable[[Tensor, Tensor], Tensor]
+"""(per-token loss (B, A), action mask (B, A)) -> scalar."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,20 +30,26 @@ class LossOutput:
     loss: Tensor
     """() float, with gradient."""
     log_ratio: Tensor
-    """(B, A) float, detached l_t - rho_t of each token whatever the level, before the guard; 0.0
-    off the action mask. Its sum over A is the sequence's log-ratio."""
+    """(B, A) float, detached l_t - log mu_t of each token, learner over rollout engine whatever the
+    level and the denominator, before the guard; 0.0 off the action mask. Its sum over A is the
+    sequence's log-ratio."""
+    cuts: Mapping[str, Tensor]
+    """(B, A) bool of each field below that ends in `_fraction`, by its name; false off the mask."""
     clip_fraction: float
-    """Tokens whose gradient the clip window cut (either side)."""
+    """Tokens cut by the clip window (either side): without gradient, or with cispo with a bounded
+    weight."""
     clip_low_fraction: float
-    """Tokens cut at 1 - clip_low: negative advantage, ratio already low."""
+    """Tokens cut at 1 - clip_low: negative advantage, ratio already low; cispo: any advantage."""
     clip_high_fraction: float
-    """Tokens cut at 1 + clip_high: positive advantage, ratio already high."""
+    """Tokens cut at 1 + clip_high: positive advantage, ratio already high; cispo: any advantage."""
     dual_clip_fraction: float
     """Tokens cut by the dual clip: negative advantage, ratio above c."""
+    mask_fraction: float
+    """Tokens without gradient because of the correction's mask or the trust region."""
     guard_fraction: float
     """Tokens whose |log r| exceeded MAX_LOG_RATIO."""
     approx_kl: float
-    """Mean of rho_t - l_t: the k1 estimate of KL(rollout || perturbed learner)."""
+    """Mean of log mu_t - l_t: the k1 estimate of KL(rollout || learner)."""
 
 
 class NonFiniteLogProbError(FloatingPointError):
@@ -50,79 +61,161 @@ def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
     return (values * mask).sum() / mask.sum().clamp(min=1)
 
 
-def unified_ratio_loss(
+def sequence_mean(values: Tensor, mask: Tensor) -> Tensor:
+    """Mean over sequences of their means of values (B, A) where mask (B, A); without the empty."""
+    counts = mask.sum(dim=-1)
+    means = (values * mask).sum(dim=-1) / counts.clamp(min=1)
+    return means.sum() / (counts > 0).sum().clamp(min=1)
+
+
+AGGREGATIONS: dict[str, Aggregate] = {
+    "token-mean": masked_mean,
+    "seq-mean-token-mean": sequence_mean,
+}
+"""`ObjectiveConfig.aggregation` over one micro-batch."""
+
+
+def policy_loss(
     *,
     log_probs: Tensor,
     rollout_log_probs: Tensor,
     advantages: Tensor,
     action_mask: Tensor,
-    config: UnifiedRatioConfig,
-    aggregate: Callable[[Tensor, Tensor], Tensor] = masked_mean,
+    config: ObjectiveConfig,
+    old_log_probs: Tensor | None = None,
+    aggregate: Aggregate | None = None,
 ) -> LossOutput:
-    """Clipped policy loss on the single ratio of ALP (arXiv 2603.19470, eq. 2 and 3).
+    """The loss of any method of `methods.METHODS`; eq. 1 to 3 of arXiv 2603.19470 among them.
 
-        r_t  = pi_theta,sigma(y_t) / mu(y_t)              (per token, or of the whole sequence)
-        L_t  = max(-A_t r_t, -A_t clip(r_t, 1 - low, 1 + high))
-        L_t  = min(L_t, -A_t c)                           where A_t < 0, the dual clip
-        loss = aggregate(L, action_mask)
+        r_t  = pi(y_t) / d(y_t)                    (per token, or of the whole sequence)
+        L_t  = max(-A_t r_t, -A_t clip(r_t, 1 - low, 1 + high))                          ppo
+        L_t  = min(L_t, -A_t c)                    where A_t < 0, the dual clip
+        L_t  = -A_t sg(clip(r_t, 1 - low, 1 + high)) log pi(y_t)                         cispo
+        L_t  = -A_t r_t                                                                  none
+        loss = aggregate(L_t * correction_t * inside_t, action_mask)
 
-    mu is the engine that sampled the tokens, so r corrects staleness and training-inference
-    mismatch at once; there is no proxy policy and no second weight. The expectation over the noise
-    is taken with one draw, as in the paper's algorithm. Without noise the same function is the
-    Bypass baseline. KL and entropy terms are the caller's.
+    pi is the learner, perturbed or clean as the caller's forward pass was; d is the rollout engine
+    or the old policy. With the rollout engine, r corrects staleness and training-inference mismatch
+    at once, and no old policy is needed. The expectation over the noise is taken with one draw, as
+    in the paper's algorithm. Masked tokens still count in the aggregation, as in the authors' code
+    and OpenRLHF. KL and entropy terms are the caller's.
 
     Args:
-        log_probs: (B, A) float, of the perturbed learner, with gradient.
+        log_probs: (B, A) float, of the learner, with gradient.
         rollout_log_probs: (B, A) float, as the rollout engine reported them.
         advantages: (B, A) float.
         action_mask: (B, A) bool or 0/1; other positions contribute nothing.
-        config: level and clip window.
+        config: what the loss is made of.
+        old_log_probs: (B, A) float, of the clean learner at the start of the step; read only if
+            `config.needs_old_policy`.
         aggregate: (per-token loss (B, A), action mask (B, A)) -> scalar. Pass the global normaliser
-            in through it: the default is the mean over this micro-batch only.
+            in through it: the default is `config.aggregation` over this micro-batch only.
 
     Raises:
         NonFiniteLogProbError: nan or infinity on an action token.
+        ValueError: the objective needs an old policy, and `old_log_probs` is None.
     """
     mask = action_mask.bool()
-    _require_finite("log_probs", log_probs, mask)
-    _require_finite("rollout_log_probs", rollout_log_probs, mask)
-    _require_finite("advantages", advantages, mask)
+    reference = _denominator(config, rollout_log_probs, old_log_probs)
+    inputs = {"log_probs": log_probs, "rollout_log_probs": rollout_log_probs}
+    if config.needs_old_policy:
+        inputs["old_log_probs"] = reference
+    for name, values in {**inputs, "advantages": advantages}.items():
+        _require_finite(name, values, mask)
     # A nan off the mask would survive the multiplication by 0 in the mean.
     advantages = torch.where(mask, advantages, 0.0)
 
-    log_ratio = per_token_log_ratio(log_probs, rollout_log_probs, mask, config.level)
-    ratio = log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
-    window = (1 - config.clip_low, 1 + config.clip_high)
-    per_token = torch.maximum(-advantages * ratio, -advantages * ratio.clamp(*window))
-    if config.dual_clip is not None:
-        ceiling = torch.where(advantages < 0, -advantages * config.dual_clip, math.inf)
-        per_token = torch.minimum(per_token, ceiling)
+    log_ratio = per_token_log_ratio(log_probs, reference, mask, config.level)
+    ratio = guarded_exp(log_ratio)
+    per_token = _surrogate(ratio, torch.where(mask, log_probs, 0.0), advantages, config)
+    factor, kept = _factor(log_probs, rollout_log_probs, reference, advantages, mask, config)
+    if factor is not None:
+        per_token = per_token * factor
 
     token = token_log_ratio(log_probs, rollout_log_probs, mask).detach()
+    cuts = _cuts(log_ratio.detach(), ratio.detach(), advantages, config)
+    cuts = {name: cut & mask for name, cut in {**cuts, "mask_fraction": ~kept}.items()}
     return LossOutput(
-        loss=aggregate(per_token, mask),
+        loss=(aggregate or AGGREGATIONS[config.aggregation])(per_token, mask),
         log_ratio=token,
-        **_cut_fractions(log_ratio.detach(), ratio.detach(), advantages, mask, config),
+        cuts=cuts,
+        **_fractions(cuts, mask),
         # In float64: the mean of many small differences would lose digits in bfloat16.
         approx_kl=-masked_mean(token.double(), mask).item(),
     )
 
 
-def _cut_fractions(
-    log_ratio: Tensor, ratio: Tensor, advantages: Tensor, mask: Tensor, config: UnifiedRatioConfig
-) -> dict[str, float]:
-    """The fields of LossOutput that say how many tokens a clip or the guard cut."""
-    # A clip cuts the gradient only on the side to which the advantage pushes the ratio.
-    low = (advantages < 0) & (ratio < 1 - config.clip_low)
-    high = (advantages > 0) & (ratio > 1 + config.clip_high)
-    dual = (advantages < 0) & (ratio > (config.dual_clip or math.inf))
-    cuts = {
-        "clip_fraction": low | high,
-        "clip_low_fraction": low,
-        "clip_high_fraction": high,
-        "dual_clip_fraction": dual,
+def _denominator(config: ObjectiveConfig, rollout: Tensor, old: Tensor | None) -> Tensor:
+    if not config.needs_old_policy:
+        return rollout
+    if old is None:
+        raise ValueError(
+            "the objective divides by the old policy, and old_log_probs is None. Compute the clean "
+            "learner's log-probs before the step's first update"
+        )
+    return old.detach()
+
+
+def _surrogate(
+    ratio: Tensor, log_probs: Tensor, advantages: Tensor, config: ObjectiveConfig
+) -> Tensor:
+    """L_t of `policy_loss` before its factors, (B, A)."""
+    if config.clip == "none":
+        return -advantages * ratio
+    clipped = ratio.clamp(1 - config.clip_low, 1 + config.clip_high)
+    if config.clip == "cispo":
+        return -advantages * clipped.detach() * log_probs
+    per_token = torch.maximum(-advantages * ratio, -advantages * clipped)
+    if config.dual_clip is None:
+        return per_token
+    ceiling = torch.where(advantages < 0, -advantages * config.dual_clip, math.inf)
+    return torch.minimum(per_token, ceiling)
+
+
+def _factor(
+    log_probs: Tensor,
+    rollout_log_probs: Tensor,
+    reference: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    config: ObjectiveConfig,
+) -> tuple[Tensor | None, Tensor]:
+    """Product of correction and trust region (None for none), and the tokens both keep, (B, A)."""
+    factor, kept = None, torch.ones_like(mask)
+    if config.correction is not None:
+        corrected = reference if config.needs_old_policy else log_probs
+        log_ratio = token_log_ratio(corrected, rollout_log_probs, mask)
+        factor, kept = correction_factor(log_ratio, mask, config.correction)
+    if config.trust_region is not None:
+        # Off the mask anything may stand; 0 keeps it finite.
+        now, before = (torch.where(mask, values, 0.0) for values in (log_probs, reference))
+        inside = inside_trust_region(now, before, advantages, config.trust_region)
+        factor = inside.to(log_probs.dtype) if factor is None else factor * inside
+        kept = kept & inside
+    return factor, kept
+
+
+def _cuts(
+    log_ratio: Tensor, ratio: Tensor, advantages: Tensor, config: ObjectiveConfig
+) -> dict[str, Tensor]:
+    """Which tokens a clip or the guard cut, by the field of LossOutput that counts them."""
+    below, above = ratio < 1 - config.clip_low, ratio > 1 + config.clip_high
+    if config.clip == "ppo":
+        # A clip cuts the gradient only on the side to which the advantage pushes the ratio.
+        below, above = below & (advantages < 0), above & (advantages > 0)
+    elif config.clip == "none":
+        below, above = torch.zeros_like(below), torch.zeros_like(above)
+    dual_clip = config.dual_clip if config.clip == "ppo" else None
+    return {
+        "clip_fraction": below | above,
+        "clip_low_fraction": below,
+        "clip_high_fraction": above,
+        "dual_clip_fraction": (advantages < 0) & (ratio > (dual_clip or math.inf)),
         "guard_fraction": log_ratio.abs() > MAX_LOG_RATIO,
     }
+
+
+def _fractions(cuts: Mapping[str, Tensor], mask: Tensor) -> dict[str, float]:
     # One transfer from the device for all of them instead of one each.
     fractions = torch.stack([masked_mean(cut.double(), mask) for cut in cuts.values()])
     return dict(zip(cuts, fractions.tolist(), strict=True))

@@ -1,6 +1,7 @@
-"""Log-ratios of the perturbed policy to the rollout policy, and the KL estimated from them.
+"""Log-ratios of two policies on the sampled tokens, and the KL estimated from them.
 
-With l_t = log pi_theta,sigma(y_t) of the learner and rho_t = log mu(y_t) of the rollout engine:
+With l_t = log pi_theta,sigma(y_t) of the learner and rho_t = log mu(y_t) of the denominator, the
+rollout engine or the old policy:
 
     token      log r_t = l_t - rho_t
     sequence   s = sum_t (l_t - rho_t)            log r_t = sg(s) + l_t - sg(l_t)
@@ -16,23 +17,32 @@ Letters: B samples, A positions of the action axis.
 import torch
 from torch import Tensor
 
-from openrlhf_alp.objective.methods import RatioLevel
+from openrlhf_alp.objective.config import RatioLevel
+
+MAX_LOG_RATIO = 20.0
+"""|log r| above this is cut before exp: e**20 = 5e8 is far outside every clip window, and the
+gradient there is meant to vanish, while exp of a sequence's summed log-ratio could overflow."""
 
 
-def token_log_ratio(log_probs: Tensor, rollout_log_probs: Tensor, action_mask: Tensor) -> Tensor:
+def token_log_ratio(log_probs: Tensor, reference_log_probs: Tensor, action_mask: Tensor) -> Tensor:
     """l_t - rho_t, (B, A), and exactly 0 (with zero gradient) off `action_mask`."""
     # where, not a product: whatever stands at a masked position, inf and nan included, is dropped.
-    return torch.where(action_mask.bool(), log_probs - rollout_log_probs, 0.0)
+    return torch.where(action_mask.bool(), log_probs - reference_log_probs, 0.0)
+
+
+def guarded_exp(log_ratio: Tensor) -> Tensor:
+    """exp of a log-ratio cut to +-MAX_LOG_RATIO; no gradient where it was cut."""
+    return log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
 
 
 def per_token_log_ratio(
-    log_probs: Tensor, rollout_log_probs: Tensor, action_mask: Tensor, level: RatioLevel
+    log_probs: Tensor, reference_log_probs: Tensor, action_mask: Tensor, level: RatioLevel
 ) -> Tensor:
     """Log-ratio that each token carries into the loss.
 
     Args:
-        log_probs: (B, A) float, of the perturbed learner, with gradient.
-        rollout_log_probs: (B, A) float, as the rollout engine reported them.
+        log_probs: (B, A) float, of the learner, with gradient.
+        reference_log_probs: (B, A) float, of the rollout engine or the old policy.
         action_mask: (B, A) bool or 0/1, true where the model chose the token. Prompt, tool output
             and padding are false and contribute nothing.
         level: what one ratio spans.
@@ -41,7 +51,7 @@ def per_token_log_ratio(
         (B, A) float, 0 off `action_mask`.
     """
     mask = action_mask.bool()
-    token = token_log_ratio(log_probs, rollout_log_probs, mask)
+    token = token_log_ratio(log_probs, reference_log_probs, mask)
     if level == "token":
         return token
     # Detached, so that a token's gradient is that of its own log-probability alone.

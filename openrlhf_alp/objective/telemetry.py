@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from openrlhf_alp.objective.loss import MAX_LOG_RATIO
+from openrlhf_alp.objective.ratio import MAX_LOG_RATIO
 
 METRICS: dict[str, str] = {
     "alp/log_ratio_p01": "1 % quantile of the tokens' log-ratio, perturbed learner over rollout",

@@ -5,8 +5,8 @@ import torch
 from torch import nn
 
 from openrlhf_alp.alp import attach
-from openrlhf_alp.objective.loss import unified_ratio_loss
-from openrlhf_alp.objective.methods import UnifiedRatioConfig
+from openrlhf_alp.objective.config import ObjectiveConfig
+from openrlhf_alp.objective.loss import policy_loss
 
 TOKENS = torch.arange(14).reshape(2, 7) * 4
 MASK = torch.tensor([[1, 1, 1, 1, 1, 1, 1], [0, 0, 0, 1, 1, 1, 1]])
@@ -86,13 +86,13 @@ def test_delta_gradient_of_the_policy_loss(build_exact, kind, level):
     that of sum_t -A_t exp(s) l_t / n with s fixed, and this is what the differences are taken of.
     """
     model = build_exact("llama", kind)
-    config = UnifiedRatioConfig(level=level, clip_low=1.0, clip_high=1e6, dual_clip=None)
+    config = ObjectiveConfig(level=level, clip_low=1.0, clip_high=1e6, dual_clip=None)
     advantages = torch.tensor([[1.5], [-0.5]], dtype=torch.float64).expand(2, 6)
     log_probs = perturbed_log_probs(model)
     rollout = log_probs.detach() - torch.linspace(-0.1, 0.2, 6, dtype=torch.float64)
 
-    def policy_loss(log_probs):
-        return unified_ratio_loss(
+    def loss_of(log_probs):
+        return policy_loss(
             log_probs=log_probs,
             rollout_log_probs=rollout,
             advantages=advantages,
@@ -100,14 +100,14 @@ def test_delta_gradient_of_the_policy_loss(build_exact, kind, level):
             config=config,
         ).loss
 
-    policy_loss(log_probs).backward()
+    loss_of(log_probs).backward()
     gaps = (log_probs.detach() - rollout) * ACTIONS
     sequence = gaps.sum(dim=1, keepdim=True)
     ratio = {"sequence": sequence, "geometric": sequence / ACTIONS.sum(dim=1, keepdim=True)}
 
     def loss():
         if level == "token":
-            return policy_loss(perturbed_log_probs(model))
+            return loss_of(perturbed_log_probs(model))
         weights = -advantages * ratio[level].exp() * ACTIONS / ACTIONS.sum()
         return (weights * perturbed_log_probs(model)).sum()
 

@@ -164,7 +164,7 @@ def test_single_turn_training_is_the_papers(train_args):
     assert args.train.batch_size % samples_at_once == 0
     assert (args.data.max_len, args.rollout.max_new_tokens) == (4096, 2048)
     assert args.data.apply_chat_template
-    ratio = args.alp.ratio_config()
+    ratio = args.alp.objective()
     assert args.alp.perturbed and ratio.level == "token"
     assert (ratio.clip_low, ratio.clip_high, ratio.dual_clip) == (0.2, 0.28, 10.0)
     assert (args.alp.noise.kind, args.alp.noise.layers) == ("vector", "all")
@@ -185,7 +185,7 @@ def test_tool_integrated_training_is_the_papers(train_args):
     assert args.rollout.max_new_tokens + 4096 == args.data.max_len == 24000
     assert args.train.max_tokens_per_gpu >= args.data.max_len
     assert not args.data.apply_chat_template
-    ratio = args.alp.ratio_config()
+    ratio = args.alp.objective()
     assert args.alp.perturbed and ratio.level == "sequence"
     assert (ratio.clip_low, ratio.clip_high, ratio.dual_clip) == (0.5, 3.0, 3.0)
     assert args.algo.kl.init_coef == 0 and not args.algo.kl.use_loss

@@ -9,8 +9,9 @@ import pytest
 import torch
 from openrlhf.models import PolicyLoss, aggregate_loss
 
-from openrlhf_alp.learner.actor import UnifiedPolicyLoss
-from openrlhf_alp.objective.methods import METHODS, UnifiedRatioConfig
+from openrlhf_alp.learner.actor import AlpPolicyLoss
+from openrlhf_alp.objective.config import ObjectiveConfig
+from openrlhf_alp.objective.methods import METHODS
 
 
 def batch(seed: int = 0) -> dict[str, torch.Tensor]:
@@ -34,8 +35,8 @@ def test_token_bypass_is_upstreams_ppo_with_the_rollout_as_old_policy(
 ) -> None:
     data = batch()
     upstream = PolicyLoss(0.2, 0.28, dual_clip, token_level_loss=token_level)
-    config = UnifiedRatioConfig(level="token", clip_low=0.2, clip_high=0.28, dual_clip=dual_clip)
-    ours = UnifiedPolicyLoss(config, aggregate=aggregate_loss, token_level_loss=token_level)
+    config = ObjectiveConfig(level="token", clip_low=0.2, clip_high=0.28, dual_clip=dual_clip)
+    ours = AlpPolicyLoss(config, aggregate=aggregate_loss, token_level_loss=token_level)
     counts = {"dp_size": 2, "batch_num_tokens": 50.0, "global_batch_size": 7.0}
     losses, gradients = [], []
     for loss_fn, old in ((upstream, data["rollout"]), (ours, torch.zeros_like(data["rollout"]))):
@@ -54,8 +55,8 @@ def test_token_bypass_is_upstreams_ppo_with_the_rollout_as_old_policy(
 
 def test_the_old_log_probs_are_not_read() -> None:
     data = batch()
-    loss_fn = UnifiedPolicyLoss(
-        METHODS["seq-alp"].ratio, aggregate=aggregate_loss, token_level_loss=True
+    loss_fn = AlpPolicyLoss(
+        METHODS["seq-alp"].objective, aggregate=aggregate_loss, token_level_loss=True
     )
     values = [
         loss_fn(data["log_probs"], old, data["advantages"], data["mask"], data["rollout"])[0]
@@ -67,8 +68,8 @@ def test_the_old_log_probs_are_not_read() -> None:
 def test_two_ranks_give_the_loss_of_one() -> None:
     """DeepSpeed averages gradients over ranks; dp_size and the global count undo that."""
     data = batch()
-    loss_fn = UnifiedPolicyLoss(
-        METHODS["token-alp"].ratio, aggregate=aggregate_loss, token_level_loss=True
+    loss_fn = AlpPolicyLoss(
+        METHODS["token-alp"].objective, aggregate=aggregate_loss, token_level_loss=True
     )
 
     def loss(rows: slice, **counts: float) -> torch.Tensor:
@@ -88,8 +89,8 @@ def test_two_ranks_give_the_loss_of_one() -> None:
 
 def test_missing_rollout_log_probs_are_an_error_that_says_what_to_do() -> None:
     data = batch()
-    loss_fn = UnifiedPolicyLoss(
-        METHODS["token-alp"].ratio, aggregate=aggregate_loss, token_level_loss=True
+    loss_fn = AlpPolicyLoss(
+        METHODS["token-alp"].objective, aggregate=aggregate_loss, token_level_loss=True
     )
     with pytest.raises(ValueError, match=r"--rollout\.service_urls"):
         loss_fn(data["log_probs"], data["rollout"], data["advantages"], data["mask"])

@@ -16,7 +16,7 @@ from openrlhf_alp.episodes.records import (
     TurnKind,
     VersionSpan,
 )
-from openrlhf_alp.learner.actor import UnifiedPolicyLoss
+from openrlhf_alp.learner.actor import AlpPolicyLoss
 from openrlhf_alp.learner.experience import AlpSamplesGenerator
 from openrlhf_alp.objective.methods import METHODS
 from openrlhf_alp.rollouts.response import to_response
@@ -61,8 +61,8 @@ def test_logits_that_predict_tool_tokens_get_no_gradient_at_all(method: str) -> 
     logits = torch.randn(1, 10, VOCABULARY, requires_grad=True)
     predicted = torch.log_softmax(logits[:, :-1], -1)
     log_probs = predicted.gather(-1, experience.sequences[:, 1:, None])[..., 0]
-    loss_of = UnifiedPolicyLoss(
-        METHODS[method].ratio, aggregate=aggregate_loss, token_level_loss=True
+    loss_of = AlpPolicyLoss(
+        METHODS[method].objective, aggregate=aggregate_loss, token_level_loss=True
     )
     # Rollout log-probs close by, so that no ratio is clipped, and noise where nothing was sampled:
     # whatever stands at a tool token must not matter.
@@ -70,7 +70,7 @@ def test_logits_that_predict_tool_tokens_get_no_gradient_at_all(method: str) -> 
     rollout += torch.randn(rollout.shape) * (1 - experience.action_mask)
     loss, *_ = loss_of(
         log_probs,
-        None,
+        rollout,
         torch.ones_like(log_probs),
         action_mask=experience.action_mask,
         rollout_log_probs=rollout,

@@ -8,25 +8,26 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
+from openrlhf_alp.objective.config import ObjectiveConfig
 from openrlhf_alp.objective.loss import (
     MAX_LOG_RATIO,
     NonFiniteLogProbError,
     masked_mean,
-    unified_ratio_loss,
+    policy_loss,
 )
-from openrlhf_alp.objective.methods import METHODS, UnifiedRatioConfig
+from openrlhf_alp.objective.methods import METHODS
 
 
 def config(**changes):
     defaults = {"level": "token", "clip_low": 0.2, "clip_high": 0.28, "dual_clip": 10.0}
-    return UnifiedRatioConfig(**{**defaults, **changes})
+    return ObjectiveConfig(**{**defaults, **changes})
 
 
 def loss_of(ratios, advantages, actions=None, *, settings=None, **kwargs):
     """Loss with rollout log-probs -3 and the given ratios; also the gradient in the log-probs."""
     log_ratio = torch.tensor(ratios, dtype=torch.float64).log()
     log_probs = (log_ratio - 3.0).requires_grad_()
-    output = unified_ratio_loss(
+    output = policy_loss(
         log_probs=log_probs,
         rollout_log_probs=torch.full_like(log_ratio, -3.0),
         advantages=torch.tensor(advantages, dtype=torch.float64),
@@ -93,7 +94,7 @@ def test_sequence_ratio_by_hand():
         [[2.0, 0.9, 1.5], [0.5, 0.8, 7.0]],
         [[1.0] * 3, [-1.0] * 3],
         [[1, 1, 1], [1, 1, 0]],
-        settings=METHODS["seq-alp"].ratio,
+        settings=METHODS["seq-alp"].objective,
     )
     assert output.loss.item() == pytest.approx((-8.1 + 1.0) / 5)
     expected = torch.tensor([[-2.7 / 5] * 3, [0.0] * 3], dtype=torch.float64)
@@ -172,7 +173,7 @@ def test_two_ranks_with_a_global_count_sum_to_one_rank():
 def test_masked_garbage_reaches_neither_loss_nor_gradient():
     """Tool output and padding may hold anything, nan included."""
     log_probs = torch.tensor([[-1.0, math.nan, -math.inf]], requires_grad=True)
-    output = unified_ratio_loss(
+    output = policy_loss(
         log_probs=log_probs,
         rollout_log_probs=torch.tensor([[-1.0, math.inf, math.nan]]),
         advantages=torch.tensor([[1.0, math.nan, math.inf]]),
@@ -196,7 +197,7 @@ def test_a_non_finite_action_token_is_an_error_that_says_where(name, value):
     inputs = {n: torch.zeros(2, 3) for n in ("log_probs", "rollout_log_probs", "advantages")}
     inputs[name][1, 2] = value
     with pytest.raises(NonFiniteLogProbError) as caught:
-        unified_ratio_loss(**inputs, action_mask=torch.ones(2, 3), config=config())
+        policy_loss(**inputs, action_mask=torch.ones(2, 3), config=config())
     message = str(caught.value)
     assert message.startswith(f"1 of 6 action tokens have a nan or infinite value in {name}")
     assert "[(1, 2)]" in message
@@ -226,13 +227,13 @@ def test_bad_settings_name_the_flag(changes, flag):
 def test_alp_and_bypass_differ_in_the_noise_only():
     for level in ("token", "seq", "gspo"):
         alp, bypass = METHODS[f"{level}-alp"], METHODS[f"{level}-bypass"]
-        assert alp.ratio == bypass.ratio
+        assert alp.objective == bypass.objective
         assert alp.perturbed and not bypass.perturbed
 
 
 def test_presets_hold_the_papers_windows():
-    assert METHODS["token-alp"].ratio == config()
-    assert METHODS["seq-alp"].ratio == config(level="sequence", clip_low=0.5, clip_high=3.0)
+    assert METHODS["token-alp"].objective == config()
+    assert METHODS["seq-alp"].objective == config(level="sequence", clip_low=0.5, clip_high=3.0)
 
 
 @hypothesis_settings(deadline=None)

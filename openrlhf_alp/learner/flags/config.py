@@ -8,12 +8,14 @@ nothing below the command line parses a flag again.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Literal
 
 from openrlhf_alp.alp import PerturbationConfig
 from openrlhf_alp.clients.weights.gpu_carrier import Meeting
-from openrlhf_alp.objective.methods import MAX_GEOMETRIC_WINDOW, METHODS, UnifiedRatioConfig
+from openrlhf_alp.objective.adapt import adapted
+from openrlhf_alp.objective.config import ObjectiveConfig
+from openrlhf_alp.objective.methods import DEFAULT_METHOD, METHODS, MethodPreset
 from services.rollout.wire.schemas import WeightTransport
 
 MATH_VERIFY = "math-verify"
@@ -25,11 +27,12 @@ class AlpConfig:
     """Adaptive Layerwise Perturbation, arXiv 2603.19470."""
 
     enable: bool = False
-    """Train on the single ratio pi_theta,sigma / mu instead of OpenRLHF's own policy loss."""
-    method: str = field(default="token-alp", metadata={"choices": sorted(METHODS)})
-    """Ratio with its clip window: of a token, of a sequence (seq: the product over its tokens,
-    eq. 3; gspo: their geometric mean, averaged over sequences). *-alp perturbs the forward pass of
-    the update, *-bypass does not."""
+    """Train with --alp.method instead of OpenRLHF's own policy loss; --alp.method alone does so as
+    well."""
+    method: str | None = field(default=None, metadata={"choices": sorted(METHODS)})
+    """Loss of the policy: what its ratio divides by and spans, how it is clipped and corrected; see
+    docs/methods.md (default with --alp.enable: token-alp). *-alp* perturbs the forward pass of the
+    update, the others do not."""
     noise: PerturbationConfig = field(default_factory=PerturbationConfig)
     calibration_factor: float = 1.0
     """--alp.sigma0 auto aims at this multiple of the measured mismatch (k3 KL), as far as the clip
@@ -45,9 +48,19 @@ class AlpConfig:
     """Dual clip c for negative advantages; default: the method's own."""
     sequence_ratio: Literal["product", "geometric"] | None = None
     """How a sequence method joins its tokens; default: the method's own. geometric needs a clip
-    window of its own, which gspo-* have."""
+    window of its own, which gspo* have."""
+    correction_low_high: tuple[float, float] | None = field(
+        default=None, metadata={"metavar": ("LOW", "HIGH")}
+    )
+    """Bounds beyond which tis, icepop, *-mis and trm truncate or mask; default: the method's
+    own."""
+    trust_region: float | None = field(default=None, metadata={"metavar": "DELTA"})
+    """Largest divergence of dppo-*; default: the method's own."""
 
     def __post_init__(self) -> None:
+        # A method without --alp.enable would silently train with OpenRLHF's own loss.
+        object.__setattr__(self, "enable", self.enable or self.method is not None)
+        object.__setattr__(self, "method", self.method or DEFAULT_METHOD)
         if not 0 < self.calibration_factor < math.inf:
             raise ValueError(
                 f"--alp.calibration_factor is {self.calibration_factor}; it must be above 0 and "
@@ -55,52 +68,43 @@ class AlpConfig:
             )
         if not 0 <= self.lr < math.inf:
             raise ValueError(f"--alp.lr is {self.lr}; it must be 0 (fixed sigma) or above")
-        self.ratio_config()
+        self.objective()
+
+    @property
+    def preset(self) -> MethodPreset:
+        """The row of `--alp.method`."""
+        return METHODS[self.method or DEFAULT_METHOD]
 
     @property
     def perturbed(self) -> bool:
-        """Whether the update forward is noisy (ALP) or clean (Bypass)."""
-        return self.enable and METHODS[self.method].perturbed
+        """Whether the update forward is noisy (ALP) or clean (the others)."""
+        return self.enable and self.preset.perturbed
 
     @property
     def calibrates(self) -> bool:
         """Whether sigma0 is measured before the first update."""
         return self.perturbed and self.noise.sigma0 is None
 
-    def ratio_config(self) -> UnifiedRatioConfig:
-        """The method's ratio with what the flags change of it.
+    @property
+    def needs_old_policy(self) -> bool:
+        """Whether a step needs the clean learner's log-probs from before its first update."""
+        return not self.enable or self.preset.objective.needs_old_policy
+
+    def objective(self) -> ObjectiveConfig:
+        """The method's objective with what the flags change of it.
 
         Raises:
-            ValueError: a value is out of range; the message names its flag.
+            ValueError: a value is out of range, or a flag has no effect on the method; the message
+                names the flag.
         """
-        preset = METHODS[self.method].ratio
-        level = preset.level
-        if self.sequence_ratio and level == "token":
-            raise ValueError(
-                f"--alp.sequence_ratio {self.sequence_ratio} has no effect on --alp.method "
-                f"{self.method}, whose ratios are of single tokens. Drop it, or use a method seq-* "
-                "or gspo-*"
-            )
-        if self.sequence_ratio == "product" and level == "geometric":
-            raise ValueError(
-                f"--alp.sequence_ratio product contradicts --alp.method {self.method}, which takes "
-                "the geometric mean. Drop it, or use --alp.method seq-alp or seq-bypass"
-            )
-        if self.sequence_ratio == "geometric":
-            level = "geometric"
-        low, high = self.clip_low_high or (preset.clip_low, preset.clip_high)
-        if level == "geometric" and max(low, high) > MAX_GEOMETRIC_WINDOW:
-            raise ValueError(
-                f"the clip window {low} {high} of --alp.clip_low_high or --alp.method is that of a "
-                "product of ratios, which a geometric mean never leaves: nothing would be clipped. "
-                "Use --alp.method gspo-alp or gspo-bypass, or set --alp.clip_low_high 3e-4 4e-4"
-            )
-        return replace(
-            preset,
-            level=level,
-            clip_low=low,
-            clip_high=high,
-            dual_clip=preset.dual_clip if self.dual_clip is None else self.dual_clip,
+        return adapted(
+            self.preset.objective,
+            method=self.method or DEFAULT_METHOD,
+            clip_low_high=self.clip_low_high,
+            dual_clip=self.dual_clip,
+            sequence_ratio=self.sequence_ratio,
+            correction_low_high=self.correction_low_high,
+            trust_region=self.trust_region,
         )
 
 

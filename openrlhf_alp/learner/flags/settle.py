@@ -90,7 +90,7 @@ def _settle_alp(args: SimpleNamespace) -> None:
             "--actor.optim muon has no parameter group for sigma in DeepSpeed. Use "
             "--actor.optim adam with --alp.method *-alp."
         )
-    if args.alp.ratio_config().level == "geometric":
+    if args.alp.objective().aggregation == "seq-mean-token-mean":
         # GSPO's gradient weighs every sequence the same; the token mean would weigh by length.
         args.actor.loss_agg_mode = "seq-mean-token-mean"
     if not args.rollout_service.urls:

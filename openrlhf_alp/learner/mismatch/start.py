@@ -18,7 +18,7 @@ from torch import Tensor
 
 from openrlhf_alp.alp import LayerwisePerturbation, calibrate_sigma0
 from openrlhf_alp.learner.mismatch.forwards import MicroBatch, of_all_ranks
-from openrlhf_alp.objective.methods import UnifiedRatioConfig, noise_budget
+from openrlhf_alp.objective.config import ObjectiveConfig, noise_budget
 from openrlhf_alp.objective.ratio import k3_kl, per_token_log_ratio
 
 logger = logging.getLogger(__name__)
@@ -72,7 +72,7 @@ class SigmaStart:
         batch: makes one batch of a micro-batch's samples, with `rollout_log_probs`.
         log_probs: forward of a batch, (B, T-1), clean or within `perturbed` noisy.
         perturbed: turns the noise on for a batch; the same noise at every call.
-        ratio: level and clip window of the loss.
+        objective: level and clip window of the loss.
     """
 
     def __init__(
@@ -83,14 +83,14 @@ class SigmaStart:
         batch: Callable[[list[Experience]], Experience],
         log_probs: Callable[[Experience], Tensor],
         perturbed: Callable[[Experience], AbstractContextManager[None]],
-        ratio: UnifiedRatioConfig,
+        objective: ObjectiveConfig,
     ) -> None:
         self.perturbation = perturbation
         self.forwards = forwards
         self.batch = batch
         self.log_probs = log_probs
         self.perturbed = perturbed
-        self.ratio = ratio
+        self.objective = objective
         self.clean: list[Tensor] = []
         self.layer_scales: dict[int, float] = {}
 
@@ -160,12 +160,12 @@ class SigmaStart:
     def _target(self, mismatch: _Totals, factor: float) -> float:
         wanted = mismatch.kl * factor
         length = mismatch.tokens / mismatch.sequences
-        budget = noise_budget(self.ratio, length)
+        budget = noise_budget(self.objective, length)
         if wanted > budget:
             logger.info(
                 "sigma0 auto: the mismatch has a k3 KL of %.2e nats per token, of which noise may "
                 "take %.2e: more would not fit into the %s window over %.0f tokens",
-                wanted, budget, self.ratio.level, length,
+                wanted, budget, self.objective.level, length,
             )  # fmt: skip
         return min(wanted, budget)
 
@@ -204,8 +204,8 @@ class SigmaStart:
     def _totals(self, log_probs: Tensor, reference: Tensor, batch: Experience) -> _Totals:
         mask = batch.action_mask.bool()
         tokens = int(mask.sum())
-        ratio = per_token_log_ratio(log_probs, reference, mask, self.ratio.level)[mask].exp()
-        outside = (ratio < 1 - self.ratio.clip_low) | (ratio > 1 + self.ratio.clip_high)
+        ratio = per_token_log_ratio(log_probs, reference, mask, self.objective.level)[mask].exp()
+        outside = (ratio < 1 - self.objective.clip_low) | (ratio > 1 + self.objective.clip_high)
         return _Totals(
             k3_sum=k3_kl(log_probs, reference, mask) * tokens,
             outside=float(outside.sum()),

@@ -28,7 +28,7 @@ def test_sigma0_is_measured_by_default(parse: Parse) -> None:
 def test_a_bypass_method_does_not_perturb(parse: Parse) -> None:
     alp = parse("--alp.enable", "--alp.method", "seq-bypass").alp
     assert not alp.perturbed and not alp.calibrates
-    assert alp.ratio_config().level == "sequence"
+    assert alp.objective().level == "sequence"
 
 
 def test_alp_and_bypass_share_their_clip_window(parse: Parse) -> None:
@@ -36,13 +36,13 @@ def test_alp_and_bypass_share_their_clip_window(parse: Parse) -> None:
         windows = {
             (c.clip_low, c.clip_high, c.dual_clip)
             for kind in ("alp", "bypass")
-            for c in [parse("--alp.enable", "--alp.method", f"{level}-{kind}").alp.ratio_config()]
+            for c in [parse("--alp.enable", "--alp.method", f"{level}-{kind}").alp.objective()]
         }
         assert len(windows) == 1
 
 
 def test_a_clip_window_given_by_hand_wins(parse: Parse) -> None:
-    ratio = parse("--alp.enable", "--alp.clip_low_high", "0.1", "0.3").alp.ratio_config()
+    ratio = parse("--alp.enable", "--alp.clip_low_high", "0.1", "0.3").alp.objective()
     assert (ratio.clip_low, ratio.clip_high) == (0.1, 0.3)
 
 
@@ -51,7 +51,7 @@ def test_the_geometric_mean_has_gspos_window_and_weighs_sequences_the_same(
     parse: Parse, method: str
 ) -> None:
     args = parse("--alp.enable", "--alp.method", method)
-    ratio = args.alp.ratio_config()
+    ratio = args.alp.objective()
     assert (ratio.level, ratio.clip_low, ratio.clip_high) == ("geometric", 3e-4, 4e-4)
     assert args.actor.loss_agg_mode == "seq-mean-token-mean"
     assert args.alp.perturbed == (method == "gspo-alp")
@@ -64,7 +64,7 @@ def test_a_geometric_mean_with_a_window_given_by_hand_is_a_choice_of_seq_methods
     args = parse(
         *("--alp.enable", "--alp.method", "seq-alp", "--alp.sequence_ratio", "geometric"), *window
     )
-    ratio = args.alp.ratio_config()
+    ratio = args.alp.objective()
     assert (ratio.level, ratio.clip_low, ratio.clip_high) == ("geometric", 1e-3, 2e-3)
     assert args.actor.loss_agg_mode == "seq-mean-token-mean"
 
