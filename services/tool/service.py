@@ -90,6 +90,7 @@ class ToolService:
                 stdin=utf8(request.stdin),
                 files=request.files,
                 fetch=request.fetch,
+                figures=request.figures,
                 seed=request.seed,
             )
             async with self.rules.slot(request.deadline_s, waited_s) as queue_s:

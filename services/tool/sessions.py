@@ -12,13 +12,19 @@ import secrets
 import time
 from collections import OrderedDict
 from collections.abc import AsyncIterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from services.tool.kept import KeptAnswers
 from services.tool.rules import ExecutionRules, utf8
 from services.tool.sandbox.host.pool import Sandbox
-from services.tool.sandbox.host.session import SandboxSession, SessionLostError, total_bytes
+from services.tool.sandbox.host.session import (
+    SandboxSession,
+    SessionFileError,
+    SessionLostError,
+    total_bytes,
+)
 from services.tool.sandbox.host.slots import SlotFailedError, ZygoteLostError
+from services.tool.sandbox.host.verdict import Outcome
 from services.tool.wire.schemas import (
     CellRequest,
     CellResult,
@@ -186,13 +192,16 @@ class Sessions:
                 # Admission comes after the lock: a cell that waits for its session holds no slot.
                 async with self._rules.slot(request.deadline_s) as queue_s:
                     try:
-                        cell = await session.sandbox.run_cell(request.code, step, limits)
+                        cell = await session.sandbox.run_cell(
+                            request.code, step, limits, figures=request.figures
+                        )
+                        outcome = await _with_figures(session, cell.outcome, request)
                     except asyncio.CancelledError:
                         # The cell ran in part, so the state is that of no step.
                         self.end(session_id, "a caller hung up while a cell was running")
                         raise
                 answer = CellResult(
-                    **self._rules.finish(cell.outcome, queue_s, None).model_dump(),
+                    **self._rules.finish(outcome, queue_s, None).model_dump(),
                     session_id=session_id,
                     step=step,
                     result=cell.result,
@@ -270,3 +279,14 @@ class Sessions:
         session.next_step = step + 1
         self._answers.put((session.session_id, step), digest, answer)
         self._answers.drop((session.session_id, step - _KEPT_STEPS))
+
+
+async def _with_figures(session: Session, outcome: Outcome, request: CellRequest) -> Outcome:
+    """Add the figures of a cell, also of one that was killed after it showed some."""
+    if not request.figures or not session.sandbox.alive:
+        return outcome
+    try:
+        files, missing = await session.sandbox.take_figures()
+    except (SessionFileError, SessionLostError) as error:
+        files, missing = {}, {"figure-1.png": str(error)}
+    return replace(outcome, files=files, missing=missing)

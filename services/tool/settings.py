@@ -1,6 +1,7 @@
 """Settings of the tool service: flags win over OPENRLHF_ALP_TOOL_* variables."""
 
 import os
+from importlib.util import find_spec
 from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -8,7 +9,7 @@ from pydantic_settings import SettingsConfigDict
 
 from services.common.settings import ServiceSettings
 from services.common.wire import TOOL_VARIABLES
-from services.tool.sandbox.plan import PRESETS, Level, SandboxConfig
+from services.tool.sandbox.plan import PRESETS, USUAL_PRESETS, Level, SandboxConfig
 
 
 class ToolSettings(ServiceSettings):
@@ -37,8 +38,9 @@ class ToolSettings(ServiceSettings):
     """Below this level, exit with 3 and a table of what is missing."""
     allow_insecure: bool = False
     """Run without any isolation."""
-    presets: str = ",".join(PRESETS)
-    """Libraries that are loaded ahead: the first one, two or all of the default."""
+    presets: str = ",".join(USUAL_PRESETS)
+    """Libraries that are loaded ahead: the first few of numpy,sympy,scipy,pandas,matplotlib.
+    Programs import others themselves, which takes about a second for matplotlib."""
     launchers: int | None = Field(default=None, ge=1)
     """Fork servers; one per slot when absent."""
     warm_slots: int = Field(default=SandboxConfig().warm_slots, ge=1)
@@ -83,6 +85,12 @@ class ToolSettings(ServiceSettings):
         choices = [",".join(PRESETS[: count + 1]) for count in range(len(PRESETS))]
         if presets not in choices:
             raise ValueError(f"{presets} is none of {' '.join(choices)}")
+        missing = [name for name in presets.split(",") if find_spec(name) is None]
+        if missing:
+            raise ValueError(
+                f"{', '.join(missing)} cannot be loaded ahead: not installed. "
+                "Fix: pip install 'openrlhf-alp[tool,figures]'"
+            )
         return presets
 
     @model_validator(mode="after")

@@ -175,6 +175,7 @@ def to_native(body: RunCodeRequest, settings: ToolSettings) -> ExecuteRequest:
         output_bytes=None,
         seed=None,
         deadline_s=body.compile_timeout + body.run_timeout,
+        figures=False,
         request_id=None,
     )
 
@@ -240,7 +241,7 @@ async def _run_cells(body: RunJupyterRequest, service: ToolService) -> RunJupyte
             # A cell that starts after the total has passed gets a timeout that ends it at once.
             cell_s = body.cell_timeout if body.cell_timeout > 0 else left_s
             wall_s = min(left_s, cell_s, service.settings.max_timeout_s)
-            request = CellRequest(code=code, timeout_s=max(wall_s, 0.001))
+            request = CellRequest(code=code, timeout_s=max(wall_s, 0.001), figures=True)
             last = await service.sessions.run_cell(session.session_id, request)
             cells.append(_to_cell(last))
             if last.status in ("timeout", "sandbox_error", "memory_limit"):
@@ -278,5 +279,7 @@ def _to_cell(result: CellResult) -> CellRunResult:
         )
     elif result.status != "ok":
         errors.append({"ename": result.status, "evalue": result.message, "traceback": []})
-    display = [{"text/plain": result.result}] if result.result is not None else []
+    display = [{"image/png": content} for content in result.files.values()]
+    if result.result is not None:
+        display.insert(0, {"text/plain": result.result})
     return CellRunResult(stdout=result.stdout, stderr=result.stderr, display=display, error=errors)

@@ -102,12 +102,15 @@ def build_mcp_server(service: ToolService) -> MCPServer:
         ctx: Context[Any, Any],
         timeout_s: Annotated[float | None, Field(gt=0)] = None,
         session_id: SessionId = None,
+        figures: bool = False,
     ) -> CellResult:
         """Run Python code. Print what you need, or end with an expression. Variables and files
-        persist in the session of the answer: name it by session_id to continue."""
+        persist in the session of the answer: name it by session_id to continue. `figures` returns
+        matplotlib's figures as PNG files in base64."""
         with _explained():
             found = await connections.session_id(ctx, session_id, answers_id=True)
-            return await sessions.run_cell(found, CellRequest(code=code, timeout_s=timeout_s))
+            cell = CellRequest(code=code, timeout_s=timeout_s, figures=figures)
+            return await sessions.run_cell(found, cell)
 
     @server.tool()
     async def list_files(ctx: Context[Any, Any], session_id: SessionId = None) -> list[FileInfo]:

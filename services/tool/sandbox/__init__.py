@@ -6,7 +6,7 @@
                +- factory, pid 1 of the outer namespaces  launcher.py
                     +- zygote: numpy [+ sympy [+ scipy]]  zygote.py
                     |    +- slot: fenced, takes one job   slot.py
-                    |         runs one program            program.py
+                    |         runs one program            snippet/program.py
                     |         or supervises a session     supervisor.py
                     +- room: pid 1 of one slot's own namespaces
 

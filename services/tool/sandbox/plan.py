@@ -8,8 +8,12 @@ import json
 from dataclasses import asdict, dataclass
 from enum import StrEnum
 
-PRESETS = ("numpy", "sympy", "scipy")
+PRESETS = ("numpy", "sympy", "scipy", "pandas", "matplotlib")
 """Libraries that zygotes load, in order of size; each zygote is forked from the one before."""
+USUAL_PRESETS = PRESETS[:3]
+"""What is loaded unless more is asked for: the others take seconds and memory at every start."""
+FIGURES_PRESET = "matplotlib"
+"""What draws the figures that a request asks for."""
 JAIL = "/jail"
 """Directory below the launcher's new root that snippets see as `/`; /proc stays outside of it."""
 SCRATCH = "/scratch"
@@ -46,7 +50,7 @@ class SandboxConfig:
     level: Level = Level.FULL
     launchers: int = 1
     """Fork servers; throughput scales up to one per core."""
-    presets: tuple[str, ...] = PRESETS
+    presets: tuple[str, ...] = USUAL_PRESETS
     """Zygotes per launcher, a prefix of PRESETS."""
     warm_slots: int = 2
     """Fenced slots kept waiting per zygote."""

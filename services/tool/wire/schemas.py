@@ -62,6 +62,9 @@ class ExecuteRequest(_Wire):
     """Relative path to base64 content, written before the code runs."""
     fetch: list[SafePath] = Field(default_factory=list, max_length=_MAX_FILES)
     """Files to return after the code has ended."""
+    figures: bool = False
+    """Return matplotlib's figures in `files`, as figure-1.png and so on: those that `plt.show()`
+    showed, then those that are open when the code ends."""
     timeout_s: Number | None = Field(default=None, gt=0)
     """Wall time of the execution; waiting for a slot does not count."""
     cpu_s: Whole | None = Field(default=None, ge=1, le=86_400)
@@ -166,6 +169,8 @@ class CellRequest(_Wire):
     cpu_s: Whole | None = Field(default=None, ge=1, le=86_400)
     output_bytes: Whole | None = Field(default=None, ge=1)
     deadline_s: Number | None = Field(default=None, gt=0)
+    figures: bool = False
+    """Return matplotlib's figures in `files`, as for a program."""
 
 
 class CellResult(ExecuteResult):

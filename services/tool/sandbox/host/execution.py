@@ -49,6 +49,8 @@ class Job:
     files: dict[str, str] = field(default_factory=dict)
     """Relative path to base64 content."""
     fetch: list[str] = field(default_factory=list)
+    figures: bool = False
+    """Whether matplotlib's figures are returned as files."""
     seed: int | None = None
 
 
@@ -166,7 +168,9 @@ async def run(slot: SlotHandle, job: Job, limits: Limits) -> Outcome:
 
     output = Output(slot, limits.output_bytes, lambda: stop_for(Status.OUTPUT_LIMIT))
     # Twice the files: base64 and JSON make them larger. The rest is for the error's description.
-    reports = _Reports(slot, limits.fetch_bytes * 2 + (1 << 16), listen=bool(job.fetch))
+    reports = _Reports(
+        slot, limits.fetch_bytes * 2 + (1 << 16), listen=bool(job.fetch) or job.figures
+    )
     timers = [
         loop.call_later(limits.wall_s, stop_for, Status.TIMEOUT),
         loop.call_later(WATCH_AFTER_S, slot.watch, limits.memory_bytes),
@@ -200,11 +204,11 @@ async def run(slot: SlotHandle, job: Job, limits: Limits) -> Outcome:
     report = reports.merged
     limit = stopped[0] if stopped else None
     outcome = judge(facts, stopped=limit, report=report, cpu_limit_s=limits.cpu_s)
-    files, missing = _texts(report.get("files")), _texts(report.get("missing"))
+    files, missing = texts(report.get("files")), texts(report.get("missing"))
     return output.added_to(replace(outcome, files=files, missing=missing, wall_s=wall_s))
 
 
-def _texts(value: Any) -> dict[str, str]:
+def texts(value: Any) -> dict[str, str]:
     """The texts of a mapping that untrusted code may have written."""
     if not isinstance(value, dict):
         return {}
@@ -218,6 +222,7 @@ def job_message(job: Job, limits: Limits, mode: str) -> wire.Message:
         "code": job.code,
         "files": job.files,
         "fetch": job.fetch,
+        "figures": job.figures,
         "fetch_bytes": limits.fetch_bytes,
         "memory_bytes": limits.memory_bytes,
         "cpu_s": limits.cpu_s,

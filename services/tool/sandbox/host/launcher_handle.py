@@ -9,6 +9,7 @@ from pathlib import Path
 
 from services.tool.sandbox.host.cgroups import Cgroups
 from services.tool.sandbox.host.slots import ZygoteHandle
+from services.tool.sandbox.inside.snippet.figures import BACKEND
 from services.tool.sandbox.plan import Plan
 
 ENVIRONMENT = {
@@ -22,9 +23,10 @@ ENVIRONMENT = {
     "MKL_NUM_THREADS": "1",
     "MALLOC_ARENA_MAX": "2",
     "LD_BIND_NOW": "1",
-    "MPLBACKEND": "Agg",
+    "MPLBACKEND": BACKEND,
 }
-"""Everything a snippet finds in os.environ, besides HOME and TMPDIR."""
+"""Everything a snippet finds in os.environ, besides HOME, TMPDIR and what
+inside/slot.py and inside/snippet/program.py add."""
 
 
 @dataclass(slots=True, kw_only=True)

@@ -33,7 +33,7 @@ from services.tool.sandbox.host.slots import (
 )
 from services.tool.sandbox.host.verdict import Outcome, Status
 from services.tool.sandbox.inside.filters import compile_filter
-from services.tool.sandbox.plan import Level, Plan, SandboxConfig
+from services.tool.sandbox.plan import FIGURES_PRESET, Level, Plan, SandboxConfig
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +46,8 @@ _MAX_LAUNCHERS = 256
 _SIGNS = {
     "sympy": re.compile(r"\bsympy\b"),
     "scipy": re.compile(r"\b(scipy|lambdify)\b"),  # sympy.lambdify imports scipy
+    "pandas": re.compile(r"\bpandas\b"),
+    "matplotlib": re.compile(r"\b(matplotlib|pylab|seaborn)\b|\.(plot|hist|boxplot)\b"),
 }
 _READY_S = 120.0
 _RETRIES = 3
@@ -117,7 +119,8 @@ class Sandbox:
     async def run(self, job: Job, limits: Limits) -> Outcome:
         """Run one job on a fresh slot. Never raises for what the code does."""
         try:
-            slot = await self.take(job.code, limits.memory_bytes)
+            needs = f"{job.code}\n{FIGURES_PRESET}" if job.figures else job.code
+            slot = await self.take(needs, limits.memory_bytes)
         except (SlotFailedError, ZygoteLostError) as error:
             return Outcome(status=Status.SANDBOX_ERROR, message=f"{error}; the code never ran")
         return await execution.run(slot, job, limits)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from services.tool.sandbox import wire
-from services.tool.sandbox.host.execution import Job, Limits, Output, job_message
+from services.tool.sandbox.host.execution import Job, Limits, Output, job_message, texts
 from services.tool.sandbox.host.slots import SlotHandle
 from services.tool.sandbox.host.verdict import (
     Outcome,
@@ -96,14 +96,21 @@ class SandboxSession:
     def alive(self) -> bool:
         return not self._closed and not self._slot.exited.done()
 
-    async def run_cell(self, code: str, step: int, limits: Limits) -> CellOutcome:
-        """Run one cell. A lost session is told in the outcome, never raised."""
+    async def run_cell(
+        self, code: str, step: int, limits: Limits, *, figures: bool = False
+    ) -> CellOutcome:
+        """Run one cell. A lost session is told in the outcome, never raised.
+
+        Args:
+            figures: whether matplotlib's figures are returned as files.
+        """
         overflow = asyncio.Event()
         output = Output(self._slot, limits.output_bytes, overflow.set)
         started = time.perf_counter()
         stopped: Status | None = None
         try:
-            await self._send({"op": "cell", "code": code, "step": step, "cpu_s": limits.cpu_s})
+            order = {"op": "cell", "code": code, "step": step, "cpu_s": limits.cpu_s}
+            await self._send({**order, "figures": figures})
             stopped, answer = await self._wait_for_cell(limits.wall_s, overflow)
         except SessionLostError:
             answer = {"lost_session": True}
@@ -147,6 +154,17 @@ class SandboxSession:
             return base64.b64decode(reply, validate=True)
         except ValueError as error:
             raise self._confused() from error
+
+    async def take_figures(self) -> tuple[dict[str, str], dict[str, str]]:
+        """Take the figures of the cells before: base64 by name, and the reasons for missing ones.
+
+        Raises:
+            SessionLostError: the session is dead.
+        """
+        reply = await self._file({"op": "figures", "max_bytes": self._limits.fetch_bytes})
+        if not isinstance(reply, dict):
+            raise self._confused()
+        return texts(reply.get("files")), texts(reply.get("missing"))
 
     async def list_files(self) -> list[dict[str, Any]]:
         """Paths and sizes below the working folder. Raises SessionLostError."""

@@ -13,17 +13,18 @@ from typing import Any
 
 from services.tool.sandbox import wire
 
-_BESIDE_HOME = ("/mnt/", "/tmp/")
+_BESIDE_HOME = ("/mnt/", "/tmp/", "/figures/")
 _FOLDER = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _MAX_LISTED = 1000
 _MAX_SEEN = 20_000
 """Entries looked at for one listing, which takes about 0.1 s."""
+MAX_FIGURES = 32
 _MAX_PATH_CHARS = 512
 """No request can name a file with a longer path (wire/schemas.py)."""
 
 
 def operate(home: str, message: wire.Message) -> wire.Message:
-    """Carry out one operation on a session's files: put, get or list."""
+    """Carry out one operation on a session's files: put, get, list, or take the figures."""
     try:
         if message["op"] == "put":
             write_files(home, {message["path"]: message["data"]})
@@ -31,6 +32,10 @@ def operate(home: str, message: wire.Message) -> wire.Message:
         if message["op"] == "get":
             content = read_file(home, message["path"], message["max_bytes"])
             return {"reply": base64.b64encode(content).decode("ascii")}
+        if message["op"] == "figures":
+            report: wire.Message = {"files": {}, "missing": {}}
+            add_figures(report, home, message["max_bytes"])
+            return {"reply": report}
         return {"reply": list_files(home)}
     except (OSError, ValueError, MemoryError) as error:
         missing = isinstance(error, FileNotFoundError)
@@ -63,6 +68,38 @@ def read_file(home: str, path: str, max_bytes: int) -> bytes:
         return file.read(max_bytes)
 
 
+def figure_path(home: str, number: int) -> str:
+    """Where a program saves its figure of this number, counted from 1."""
+    return os.path.join(os.path.dirname(home), "figures", f"{number}.png")
+
+
+def add_figures(report: wire.Message, home: str, max_bytes: int) -> None:
+    """Move the figures that were saved into `report`, as figure-1.png and so on.
+
+    Args:
+        report: has `files`, where no file of this name is replaced, and `missing`, with reasons.
+        max_bytes: of all of them together.
+    """
+    name_number = 0
+    for number in range(1, MAX_FIGURES + 1):
+        name_number += 1
+        while f"figure-{name_number}.png" in report["files"]:
+            name_number += 1
+        try:
+            content = read_file(home, f"/figures/{number}.png", max_bytes)
+        except FileNotFoundError:
+            return
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or str(error)
+            report["missing"][f"figure-{name_number}.png"] = reason
+        else:
+            max_bytes -= len(content)
+            encoded = base64.b64encode(content).decode("ascii")
+            report["files"][f"figure-{name_number}.png"] = encoded
+        with contextlib.suppress(OSError):  # no file: the program made something else there
+            os.unlink(figure_path(home, number))
+
+
 def _open(home: str, path: str, flags: int, *, make_folders: bool = False) -> int:
     """Open a regular file step by step and never through a link, which may point anywhere."""
     home, path = _split(home, path)
@@ -88,7 +125,7 @@ def _open(home: str, path: str, flags: int, *, make_folders: bool = False) -> in
 
 
 def _split(home: str, path: str) -> tuple[str, str]:
-    """Split a job's path into its top folder and the rest; /mnt and /tmp lie beside `home`."""
+    """Split a job's path into its top folder, in or beside `home`, and the rest."""
     for prefix in _BESIDE_HOME:
         if path.startswith(prefix):
             return os.path.dirname(home) + prefix.rstrip("/"), path.removeprefix(prefix)

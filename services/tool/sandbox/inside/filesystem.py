@@ -20,7 +20,7 @@ DEVICES = ("null", "zero", "full", "random", "urandom")
 ROOM_NAMESPACES = kernel.CLONE_NEWNS | kernel.CLONE_NEWIPC
 """What a room has of its own besides its pid namespace."""
 
-_BOX_FOLDERS = ("work", "tmp", "shm", "mnt")
+_BOX_FOLDERS = ("work", "tmp", "shm", "mnt", "figures")
 _LINKS = {"tmp": "tmp", "var/tmp": "tmp", "dev/shm": "shm", "mnt": "mnt"}
 _ROOT_BYTES = 1 << 20
 _STAGE = "/sys"  # exists everywhere, and no interpreter or library lives below it
@@ -85,7 +85,7 @@ def mount_box(plan: Plan) -> None:
 
 
 def make_box_folders(box: str) -> None:
-    """Create work, tmp, shm and mnt below `box`, writable for whoever owns the slot."""
+    """Create work, tmp, shm, mnt and figures below `box`, writable for whoever owns the slot."""
     for name in _BOX_FOLDERS:
         path = f"{box}/{name}"
         os.mkdir(path)

@@ -7,9 +7,11 @@ in a child of a zygote that has solved something. So each preset runs a few typi
 import contextlib
 import functools
 import importlib
+import io
 import os
+import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from services.tool.sandbox.inside import kernel
 
@@ -27,16 +29,15 @@ _COMMON = """
 _HUGE_PAGE = 2 << 20
 
 
-def load(preset: str) -> None:
-    """Import one preset on top of what is loaded already, and warm it."""
-    if preset == "numpy":
-        for name in _COMMON.split():
-            _import_if_present(name)
-        _warm_numpy()
-    elif preset == "sympy":
-        _warm_sympy()
-    else:
-        _warm_scipy()
+def load(preset: str, folder: str) -> None:
+    """Import one preset on top of what is loaded already, and warm it.
+
+    Args:
+        folder: where libraries may write while they are imported; it is gone afterwards.
+    """
+    os.environ["MPLCONFIGDIR"] = folder  # matplotlib insists on one, for its list of fonts
+    _WARM_UPS[preset]()
+    del os.environ["MPLCONFIGDIR"]
     if threading.active_count() != 1:
         raise RuntimeError(f"preset {preset} left threads running: a fork would lose them")
 
@@ -85,7 +86,19 @@ def _import_if_present(name: str) -> None:
         return  # optional parts of the standard library, such as sqlite3, may not be built
 
 
+@contextlib.contextmanager
+def _hidden(name: str) -> Iterator[None]:
+    """Have imports of a library fail while inside."""
+    sys.modules[name] = None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        del sys.modules[name]
+
+
 def _warm_numpy() -> None:
+    for name in _COMMON.split():
+        _import_if_present(name)
     import numpy as np
 
     generator = np.random.default_rng(0)
@@ -136,3 +149,36 @@ def _warm_scipy() -> None:
     special.comb(10, 3)
     stats.norm.cdf(0.0)
     sympy.lambdify(sympy.Symbol("x"), 1)(2)  # imports scipy by itself, and much else
+
+
+def _warm_pandas() -> None:
+    # pyarrow, which pandas imports if it is there, starts a thread that forks would lose. Programs
+    # can still import it, and pandas then uses it for its files.
+    with _hidden("pyarrow"):
+        import pandas as pd
+    frame = pd.DataFrame({"a": [1.0, 2.0, 3.0], "b": ["x", "y", "x"]})
+    frame["c"] = pd.to_datetime(["2020-01-01", "2020-01-02", "2020-01-03"])
+    repr(frame), repr(frame["a"]), frame.describe().to_string()
+    frame.groupby("b")["a"].mean(), frame.merge(frame, on="a"), frame.sort_values("a")
+    frame.pivot_table(index="b", values="a"), frame[frame["a"] > 1].to_csv()
+    pd.read_csv(io.StringIO("a,b\n1,2\n"))
+
+
+def _warm_matplotlib() -> None:
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots()
+    axes.plot([0, 1], [0, 1], label="$x^2$")
+    axes.set(title="title", xlabel="x", ylabel="y")
+    axes.legend()
+    figure.savefig(io.BytesIO(), format="png")
+    plt.close(figure)
+
+
+_WARM_UPS = {
+    "numpy": _warm_numpy,
+    "sympy": _warm_sympy,
+    "scipy": _warm_scipy,
+    "pandas": _warm_pandas,
+    "matplotlib": _warm_matplotlib,
+}

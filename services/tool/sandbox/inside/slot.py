@@ -20,7 +20,8 @@ from py_landlock.abi import get_supported_fs, get_supported_net, get_supported_s
 from py_landlock.errors import LandlockError
 
 from services.tool.sandbox import wire
-from services.tool.sandbox.inside import files, filesystem, kernel, program, supervisor
+from services.tool.sandbox.inside import files, filesystem, kernel, supervisor
+from services.tool.sandbox.inside.snippet import program
 from services.tool.sandbox.plan import BOX, WORK, Level, Plan
 
 _SETUP_FAILED = 70
@@ -161,7 +162,7 @@ def _take_job(place: program.Place) -> NoReturn:
     """Say that the slot is ready, wait for a job and run it. Never returns.
 
     A job has: mode (run or session), code, files {path: base64}, fetch [path], fetch_bytes,
-    memory_bytes, cpu_s, seed.
+    figures (whether they are asked for), memory_bytes, cpu_s, seed.
     """
     program.reseed(None)
     program.rehearse()
@@ -186,7 +187,7 @@ def _take_job(place: program.Place) -> NoReturn:
         supervisor.serve_session(JOB_FD, place)
     # From here on untrusted code may write on this socket as well: a refusal no longer counts.
     os.write(JOB_FD, _STARTED)
-    if job["fetch"]:
+    if job["fetch"] or job["figures"]:
         supervisor.run_and_fetch(JOB_FD, job, place)
     program.run_program(job, place, lambda report: wire.send(JOB_FD, report))
 
@@ -225,7 +226,9 @@ def _own_landlock(plan: Plan, folder: str | None) -> list[kernel.Step]:
 
 
 def _set_home(home: str) -> None:
-    os.environ.update(HOME=home, TMPDIR=os.path.dirname(home) + "/tmp")
+    temporary = os.path.dirname(home) + "/tmp"
+    # Otherwise matplotlib would put its files into the working folder.
+    os.environ.update(HOME=home, TMPDIR=temporary, MPLCONFIGDIR=temporary)
 
 
 def _limits(plan: Plan) -> list[tuple[int, tuple[int, int]]]:

@@ -29,7 +29,8 @@ from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
 from services.tool.sandbox import wire
-from services.tool.sandbox.inside import cells, files, kernel, program
+from services.tool.sandbox.inside import files, kernel
+from services.tool.sandbox.inside.snippet import cells, program
 
 _START_S = 1.0  # between the interrupt of a cell that has not started and the end of the state
 _DONE_KEYS = ("done", "error", "exit_code", "result", "cpu_s", "peak_bytes")
@@ -66,6 +67,8 @@ def run_and_fetch(job_fd: int, job: wire.Message, place: program.Place) -> NoRet
             continue
         budget -= len(content)
         report["files"][path] = base64.b64encode(content).decode("ascii")
+    if job["figures"]:
+        files.add_figures(report, place.home, budget)
     # The program's description of its error stays on a socket of its own: on the job socket it
     # could pass for what this process says.
     report["error"] = _first_error(ours)

@@ -24,11 +24,11 @@ from services.tool.sandbox.inside import (
     janitor,
     kernel,
     preload,
-    program,
     slot,
     watchdog,
 )
-from services.tool.sandbox.plan import Level, Plan
+from services.tool.sandbox.inside.snippet import program
+from services.tool.sandbox.plan import BOX, Level, Plan
 
 _REHEARSALS = 20  # CPython 3.11 specialises a function from its eighth call on
 
@@ -84,7 +84,7 @@ def run(plan: Plan, factories: list[socket.socket], ways: Ways) -> NoReturn:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         signal.signal(signal.SIGINT, signal.default_int_handler)
         kernel.die_with_parent(signal.SIGKILL)
-        preload.load(plan.presets[index])
+        _load(plan, plan.presets[index], factories[index], ways)
         # The child loads the next preset on top of this one, so both share its memory.
         if index + 1 == len(plan.presets) or os.fork() != 0:
             break
@@ -108,6 +108,23 @@ def run(plan: Plan, factories: list[socket.socket], ways: Ways) -> NoReturn:
         _serve(zygote)
     finally:
         os._exit(1)
+
+
+def _load(plan: Plan, preset: str, factory: socket.socket, ways: Ways) -> None:
+    """Load a preset where it can write: in a room, or in a folder for the janitor."""
+    if plan.level is Level.FULL:
+        factory.send(b"r")
+        room = _receive_room(factory)
+        filesystem.enter_room(room)
+        preload.load(preset, f"{BOX}/tmp")
+        filesystem.enter_room(ways.outside)
+        signal.pidfd_send_signal(room, signal.SIGKILL)
+        os.close(room)
+        return
+    folder = f"{plan.work_root}/{preset}"
+    os.mkdir(folder)
+    preload.load(preset, folder)
+    janitor.hand_over(ways.leftovers, folder)
 
 
 def _serve(zygote: _Zygote) -> None:
@@ -157,9 +174,9 @@ def _request_room(zygote: _Zygote) -> None:
         zygote.factory.send(b"r")
 
 
-def _receive_room(zygote: _Zygote) -> int:
-    """Take the room that was requested after the last fork."""
-    data, descriptors, _, _ = socket.recv_fds(zygote.factory, 1, 1)
+def _receive_room(factory: socket.socket) -> int:
+    """Take the room that was requested before."""
+    data, descriptors, _, _ = socket.recv_fds(factory, 1, 1)
     if not data or not descriptors:
         raise ConnectionError("the factory of rooms is gone")
     return descriptors[0]
@@ -173,7 +190,7 @@ def _spawn(zygote: _Zygote, number: int, cgroup: list[int]) -> None:
     uid = _free_uid(zygote, number)
     stdin, stdout, stderr = os.pipe(), os.pipe(), os.pipe()
     ours, theirs = (sock.detach() for sock in socket.socketpair())
-    room = _receive_room(zygote) if full else -1
+    room = _receive_room(zygote.factory) if full else -1
     if full:
         filesystem.enter_room(room)
     # The slot starts in the room that its parent stands in; only a fork enters a pid namespace.

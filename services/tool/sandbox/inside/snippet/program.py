@@ -26,7 +26,8 @@ from posix import getpid  # a snippet may replace os.getpid
 from typing import Any, NoReturn
 
 from services.tool.sandbox import wire
-from services.tool.sandbox.inside import ending, files, kernel
+from services.tool.sandbox.inside import files, kernel
+from services.tool.sandbox.inside.snippet import ending, figures
 from services.tool.sandbox.plan import CPU_GRACE_S
 
 MAIN = "main.py"
@@ -69,6 +70,7 @@ def run_program(
     forbid_processes(place)
     owner = getpid()
     _write_source(job["code"])
+    figures.ask(job["figures"], place.home)
     path = os.path.join(place.home, MAIN)
     execution = execute(job["code"], new_main(__file__=path, __cached__=None), MAIN)
     # A child that the snippet forked returns here as well, and the report is the parent's.

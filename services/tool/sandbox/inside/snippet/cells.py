@@ -1,6 +1,6 @@
 """The state process of a session: takes a cell, forks, lets the child run it and replace this one.
 
-supervisor.py follows what is said here; all of it runs in the same process as untrusted code.
+../supervisor.py follows what is said here; all of it runs in the same process as untrusted code.
 """
 
 import os
@@ -10,7 +10,7 @@ from posix import getpid  # a cell may replace os.getpid
 from typing import Any, NoReturn
 
 from services.tool.sandbox import wire
-from services.tool.sandbox.inside import ending, program
+from services.tool.sandbox.inside.snippet import ending, figures, program
 
 # Together what wait4 reports of a dead process.
 _SELF_AND_CHILDREN = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
@@ -35,7 +35,7 @@ def run_cells(orders: int, place: program.Place) -> NoReturn:
         owner = getpid()
         if not snapshot:
             wire.send(orders, {"started": owner, "snapshot": False, "spent_s": spent_s})
-        answer = _run_cell(order, namespace, spent_s)
+        answer = _run_cell(order, namespace, spent_s, place.home)
         if getpid() != owner:
             # A child that the cell forked came out of the cell as well: its work ends here.
             ending.end_process(answer["exit_code"], place.home)
@@ -67,15 +67,19 @@ def _fork_cell(orders: int) -> bool | None:
     return None
 
 
-def _run_cell(cell: wire.Message, namespace: dict[str, Any], spent_s: float) -> wire.Message:
+def _run_cell(
+    cell: wire.Message, namespace: dict[str, Any], spent_s: float, home: str
+) -> wire.Message:
     # The kernel limits this process alone, in whole seconds since its start.
     budget = round(_spent_s(resource.RUSAGE_SELF)) + cell["cpu_s"]
     hard = resource.getrlimit(resource.RLIMIT_CPU)[1]
     if hard == resource.RLIM_INFINITY or budget <= hard:
         resource.setrlimit(resource.RLIMIT_CPU, (budget, hard))
     name = f"cell-{cell['step']}.py"
+    figures.ask(cell["figures"], home)
     execution = program.execute(cell["code"], namespace, name, interactive=True)
     result = _represent(execution.value)
+    figures.save_open()
     program.flush_streams()
     return {
         "done": True,

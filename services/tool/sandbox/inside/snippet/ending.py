@@ -29,6 +29,8 @@ from collections.abc import Callable, Iterator
 from posix import _exit  # a snippet may replace os._exit
 from typing import Any, NoReturn
 
+from services.tool.sandbox.inside.snippet import figures
+
 _FLUSH_FAILED = 120
 """CPython's exit code when standard output could not be flushed."""
 _WRITERS = (io.TextIOWrapper, io.BufferedWriter, io.BufferedRandom, io.BufferedRWPair)
@@ -38,7 +40,7 @@ _libc = ctypes.CDLL(None)
 _libraries: set[str] = set()
 _ctypes_users = 0
 """References to ctypes without a snippet's: only what calls C can fill C's own streams."""
-_INSIDE = os.path.join(os.path.dirname(__file__), "")
+_OWN_FOLDER = os.path.join(os.path.dirname(__file__), "")
 
 
 def remember_libraries() -> None:
@@ -56,6 +58,7 @@ def end_process(exit_code: int, home: str) -> NoReturn:
     """
     try:
         _attempt(threading._shutdown)  # type: ignore[attr-defined]
+        _attempt(figures.save_open)  # before matplotlib's exit handler, which closes them
         atexit._run_exitfuncs()
         if not _flush_standard():
             exit_code = _FLUSH_FAILED
@@ -199,7 +202,7 @@ def unraisable_hook(args: Any, /) -> None:
         lines[0] += f" {_representation(args.object)}"
     lines[0] += "\n"
     trace = args.exc_traceback
-    while trace is not None and trace.tb_frame.f_code.co_filename.startswith(_INSIDE):
+    while trace is not None and trace.tb_frame.f_code.co_filename.startswith(_OWN_FOLDER):
         trace = trace.tb_next  # what called the finaliser or handler is no part of the program
     if trace is not None:
         lines += ["Traceback (most recent call last):\n", *traceback.format_tb(trace)]
