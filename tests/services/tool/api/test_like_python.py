@@ -5,6 +5,7 @@ Each program runs under this interpreter too, in a folder of its own, and both a
 """
 
 import base64
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -42,6 +43,17 @@ PROGRAMS = {
     "failed last flush": "import sys\nsys.stdout = open('/dev/full', 'w')\nprint('x')",
     "failed last flush after exit": "import sys\nsys.stdout = open('/dev/full', 'w')\nprint('x')\nsys.exit(3)",
     "flush that raises": "import sys\nclass S:\n    def write(self, text): pass\n    def flush(self): raise KeyError(1)\nsys.stdout = S()",
+    "closed descriptor of stdout": "import os\nos.close(1)\nprint()",
+    "closed descriptor of stdout and exit": "import os, sys\nos.close(1)\nprint('x')\nsys.exit(3)",
+    "closed descriptor, flushed by hand": "import os, sys\nos.close(1)\nprint('x')\ntry: sys.stdout.flush()\nexcept OSError as e: print(e, file=sys.stderr)",
+    "closed descriptor, flushed by print": "import os\nos.close(1)\nprint('x', flush=True)",
+    "closed descriptor of stderr": "import os\nos.close(2)\n1 / 0",
+    "closed descriptor of stdin": "import os\nos.close(0)\ninput()",
+    "full device behind stdout": "import os\nos.dup2(os.open('/dev/full', 1), 1)\nprint('x')",
+    "streams": "import sys\nprint(sys.stdout, sys.stderr, sys.stdin, sys.stdout.isatty())",
+    "half a surrogate pair": "print('\\ud800')",
+    "help": "help(len)",
+    "user": "import getpass\nprint(type(getpass.getuser()).__name__)",
     "closed stdout": "import sys\nsys.stdout.close()",
     "no stdout": "import sys\nsys.stdout = sys.stderr = None\nprint('x')\n1 / 0",
     "stdout of C": "import ctypes\nctypes.CDLL(None).printf(b'from C\\n')",
@@ -55,6 +67,10 @@ PROGRAMS = {
     "traceback of a thread": "import threading\ndef f():\n    return 1 / 0\nt = threading.Thread(target=f)\nt.start()\nt.join()",
     "traceback of a hook": "import sys\ndef hook(*a):\n    print('hook')\n    sys.__excepthook__(*a)\nsys.excepthook = hook\n1 / 0",
     "traceback with a cause": "try: 1 / 0\nexcept ZeroDivisionError as e: raise KeyError('x') from e",
+    "exception without text": "class E(Exception):\n    def __str__(self): raise ValueError('s')\nraise E",
+    "no hook": "import sys\ndel sys.excepthook\n1 / 0",
+    "failing hook": "import sys\ndef hook(*a): raise KeyError('hook')\nsys.excepthook = hook\n1 / 0",
+    "exiting hook": "import sys\nsys.excepthook = lambda *a: sys.exit(5)\n1 / 0",
     "syntax error": "x = 1\ny = = 2",
 }  # fmt: skip
 
@@ -62,7 +78,17 @@ PROGRAMS = {
 def under_python(folder: Path, code: str) -> subprocess.CompletedProcess[str]:
     (folder / "main.py").write_bytes(code.encode())
     argv = [sys.executable, "main.py"]
-    return subprocess.run(argv, cwd=folder, capture_output=True, text=True, timeout=60)
+    environment = {"PATH": os.defpath, "LANG": "C.UTF-8", "LC_ALL": "C.UTF-8"}  # as in the sandbox
+    return subprocess.run(
+        argv,
+        cwd=folder,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        errors="replace",
+        timeout=60,
+    )
 
 
 def comparable(text: str, folder: str) -> list[str]:

@@ -183,6 +183,28 @@ def traceback_hook(
         traceback.print_exception(kind, error, trace)
 
 
+def report_failed_hook(second: BaseException, error: BaseException, name: str) -> None:
+    """Say that sys.excepthook failed with `second` and what it was to report, as CPython does."""
+    print("Error in sys.excepthook:", file=sys.stderr)
+    trace = frames_of_snippet(second.__traceback__, name)
+    second.__context__ = None  # CPython calls the hook where no exception is handled
+    traceback_hook(type(second), second, trace)
+    print("\nOriginal exception was:", file=sys.stderr)
+    traceback_hook(type(error), error, error.__traceback__)
+
+
+def frames_of_snippet(trace: types.TracebackType | None, name: str) -> types.TracebackType | None:
+    """Cut off our frames: those before the first one of file `name`, and those of our streams."""
+    while trace is not None and trace.tb_frame.f_code.co_filename != name:
+        trace = trace.tb_next
+    step = trace
+    while step is not None and step.tb_next is not None:
+        if step.tb_next.tb_frame.f_code.co_filename.startswith(_OWN_FOLDER):
+            step.tb_next = None
+        step = step.tb_next
+    return trace
+
+
 def thread_hook(args: Any, /) -> None:
     """threading.excepthook: say which thread an exception ended; SystemExit is silent."""
     if args.exc_type is SystemExit or sys.stderr is None:

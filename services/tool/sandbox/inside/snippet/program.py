@@ -27,7 +27,7 @@ from typing import Any, NoReturn
 
 from services.tool.sandbox import wire
 from services.tool.sandbox.inside import files, kernel
-from services.tool.sandbox.inside.snippet import ending, figures
+from services.tool.sandbox.inside.snippet import ending, figures, streams
 from services.tool.sandbox.plan import CPU_GRACE_S
 
 MAIN = "main.py"
@@ -128,8 +128,22 @@ def execute(
     except SystemExit as error:
         return Execution(exit_code=_exit_code_of(error))
     except BaseException as error:
-        code_of_interrupt = 130 if isinstance(error, KeyboardInterrupt) else 1
-        return Execution(error=_describe(error, name), exit_code=code_of_interrupt)
+        return _report(error, name)
+
+
+def _report(error: BaseException, name: str) -> Execution:
+    """Print the traceback of an uncaught exception as CPython would, and describe it."""
+    # All of this may run code of the snippet: of its exception class and of its sys.excepthook.
+    description = _describe(error, name)
+    try:
+        _show(error, name)
+    except SystemExit as end:  # of sys.excepthook
+        return Execution(exit_code=_exit_code_of(end))
+    except BaseException as second:
+        with contextlib.suppress(BaseException):  # the snippet has broken standard error
+            ending.report_failed_hook(second, error, name)
+    interrupted = isinstance(error, KeyboardInterrupt)
+    return Execution(error=description, exit_code=130 if interrupted else 1)
 
 
 def _exit_code_of(error: SystemExit) -> int:
@@ -149,23 +163,21 @@ def prepare() -> None:
     to 2, behind which each fork puts its own pipes."""
     sys.argv = [MAIN]
     site.setquit()
+    site.setcopyright()
+    site.sethelper()
     # Below level full the slot's user id has no entry in /etc/passwd.
     os.environ.update(LOGNAME=_USER, USER=_USER)
     sys.excepthook = sys.__excepthook__ = ending.traceback_hook
     sys.unraisablehook = sys.__unraisablehook__ = ending.unraisable_hook
     threading.excepthook = threading.__excepthook__ = ending.thread_hook
     ending.remember_libraries()
-    sys.stdin = sys.__stdin__ = io.TextIOWrapper(  # type: ignore[misc]
-        io.BufferedReader(io.FileIO(0, "r", closefd=False)), "utf-8", "surrogateescape"
+    sys.stdin = sys.__stdin__ = streams.reader(0, "<stdin>")  # type: ignore[misc]
+    sys.stdout = sys.__stdout__ = streams.writer(  # type: ignore[misc]
+        1, "<stdout>", "surrogateescape"
     )
-    sys.stdout = sys.__stdout__ = _writer(1, "replace")  # type: ignore[misc]
-    sys.stderr = sys.__stderr__ = _writer(2, "backslashreplace")  # type: ignore[misc]
-
-
-def _writer(descriptor: int, errors: str) -> io.TextIOWrapper:
-    raw = io.FileIO(descriptor, "w", closefd=False)
-    # Line-buffered, so that a program that is killed loses at most one line.
-    return io.TextIOWrapper(io.BufferedWriter(raw), "utf-8", errors, line_buffering=True)
+    sys.stderr = sys.__stderr__ = streams.writer(  # type: ignore[misc]
+        2, "<stderr>", "backslashreplace"
+    )
 
 
 def flush_streams() -> None:
@@ -294,23 +306,25 @@ def _name_ipython_command(error: SyntaxError, lines: list[str]) -> None:
 
 
 def _describe(error: BaseException, name: str) -> dict[str, Any]:
-    """Print the traceback as CPython would and return type, message and line of the snippet."""
-    # All of this may run methods of the snippet's own exception class, which may raise in turn.
+    """Type, message and line in the snippet of an exception."""
+    line, message = None, ""
     try:
         steps = traceback.extract_tb(error.__traceback__)
         lines = [step.lineno for step in steps if step.filename == name]
         line = lines[-1] if lines else getattr(error, "lineno", None)
         message = str(error)[:_MESSAGE_CHARS]
-        _show(error, name)
     except BaseException as second:
-        return {"type": type(error).__name__, "message": f"<{type(second).__name__}>", "line": None}
+        message = f"<{type(second).__name__}>"
     return {"type": type(error).__name__, "message": message, "line": line}
 
 
 def _show(error: BaseException, name: str) -> None:
     """Call sys.excepthook with the frames of this file cut off."""
-    trace = error.__traceback__
-    while trace is not None and trace.tb_frame.f_code.co_filename != name:
-        trace = trace.tb_next
+    trace = ending.frames_of_snippet(error.__traceback__, name)
     error = error.with_traceback(trace)
-    sys.excepthook(type(error), error, trace)
+    try:
+        hook = sys.excepthook
+    except AttributeError:
+        print("sys.excepthook is missing", file=sys.stderr)
+        hook = ending.traceback_hook
+    hook(type(error), error, trace)
