@@ -27,12 +27,12 @@ from openrlhf_alp.learner.mismatch import training as mismatch
 from openrlhf_alp.learner.mismatch.forwards import (
     MicroBatch,
     micro_batches,
-    of_all_ranks,
     with_actions,
 )
 from openrlhf_alp.learner.mismatch.measure import learner_log_probs, log_ratio, scorable
 from openrlhf_alp.learner.mismatch.start import NUM_SAMPLES, SigmaStart
 from openrlhf_alp.learner.strategy import perturbation_of, without_sigma
+from openrlhf_alp.learner.telemetry.over_ranks import ratio_metrics
 from openrlhf_alp.learner.weight_sync import push_weights
 from openrlhf_alp.objective.config import ObjectiveConfig
 from openrlhf_alp.objective.loss import LossOutput, policy_loss
@@ -151,7 +151,7 @@ class AlpActorPPOTrainer(ppo_actor.ActorPPOTrainer):
             status = super().ppo_train(kl_ctl)
         status.update(preflight)
         if self.alp.enable:
-            status.update(self._ratio_metrics())
+            status.update(ratio_metrics(self.telemetry))
         if self.perturbation is not None:
             status.update(self._sigma_metrics(self.perturbation))
         return status
@@ -237,17 +237,10 @@ class AlpActorPPOTrainer(ppo_actor.ActorPPOTrainer):
     def _record_ratios(self, experience: Experience, result: dict[str, Any]) -> None:
         output = self.actor_loss_fn.last_output
         assert output is not None, "the update ran without our loss"
-        self.telemetry.add(output.log_ratio, experience.action_mask)
+        self.telemetry.add(output.log_ratio, experience.action_mask, experience.rollout_log_probs)
         for name in LOSS_FRACTIONS:
             result["metrics"][f"alp/{name}"] = getattr(output, name)
             result["weights"][f"alp/{name}"] = "token"
-
-    def _ratio_metrics(self) -> dict[str, float]:
-        """Quantiles over all tokens of the step on all ranks; the same numbers on every rank."""
-        step = RatioTelemetry()
-        for arrays in of_all_ranks(self.telemetry.arrays()):
-            step.merge(arrays)
-        return step.summary()
 
     def _sigma_metrics(self, perturbation: LayerwisePerturbation) -> dict[str, float]:
         """Collective. Layers as rank 0 saw them in its first micro-batch."""

@@ -148,4 +148,8 @@ def test_two_ranks_train_on_a_batch_that_does_not_divide(
     reports = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
     # 8 of 8, 4 (dynamic: 6) of 6 and 8 of 8 samples: three updates on both.
     assert [report["updates"] for report in reports] == [[1, 2, 3], [1, 2, 3]]
-    assert reports[0]["tokens"] == reports[1]["tokens"]
+    # Rank 0 logs what all ranks trained on, and it alone.
+    assert reports[0]["logged_tokens"] == [
+        sum(own) for own in zip(*(report["own_tokens"] for report in reports), strict=True)
+    ]
+    assert reports[1]["logged_tokens"] == [None, None, None]

@@ -29,16 +29,19 @@ def main(rank: int, port: int, args_file: Path, report: Path) -> None:
         strategy = get_strategy(args)
     actor.init_model_from_pretrained(strategy, args.actor.model_name_or_path, 10, None)
     shape = BatchShape.of(args)
-    updates, tokens = [], []
+    updates, own_tokens, logged_tokens = [], [], []
     for number, num_samples in enumerate((8, 6, 8)):
         samples = split_experience_batch(rollouts(actor, num_samples=num_samples, seed=number))
         fit = shape.fit(num_samples)
         kept = fitting_part(samples, fit, group_size=shape.group_size, seed=number)
         own = len(kept) // 2
-        actor.append(make_experience_batch(kept[rank * own : (rank + 1) * own]))
-        tokens.append(actor.fit()["alp/num_tokens"])
+        batch = make_experience_batch(kept[rank * own : (rank + 1) * own])
+        own_tokens.append(int(batch.action_mask.sum()))
+        actor.append(batch)
+        logged_tokens.append(actor.fit().get("alp/num_tokens"))
         updates.append(actor.trainer.update_number)
-    report.write_text(json.dumps({"updates": updates, "tokens": tokens}))
+    figures = {"updates": updates, "own_tokens": own_tokens, "logged_tokens": logged_tokens}
+    report.write_text(json.dumps(figures))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 import pytest
 
-from openrlhf_alp.objective import telemetry
+from openrlhf_alp.objective import metric_names
 from openrlhf_alp.report.metrics import (
     LOG_RATIO_QUANTILES,
     REWARD,
@@ -51,7 +51,7 @@ def test_a_whole_line_that_is_not_a_step_is_an_error_with_its_number(metrics_fil
 
 
 def test_the_quantiles_are_metrics_that_training_really_logs():
-    assert set(LOG_RATIO_QUANTILES.values()) <= telemetry.METRICS.keys()
+    assert set(LOG_RATIO_QUANTILES.values()) <= metric_names.METRICS.keys()
 
 
 def steps_with(*rewards: float) -> list[StepMetrics]:
