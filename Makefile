@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 export PYTHON VENV
 
 .DEFAULT_GOAL := help
-.PHONY: help install lock demo test test-fast lint format bench house serve serve-tool clean
+.PHONY: help install lock demo test test-fast lint format bench house serve serve-tool check-wheel clean
 
 help:  ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -43,6 +43,9 @@ serve: install  ## Serve a model for rollouts: make serve MODEL=/path/to/model
 
 serve-tool: install  ## Serve sandboxed Python: make serve-tool ARGS="--port 8090"
 	$(BIN)/python -m services.tool $(ARGS)
+
+check-wheel:  ## Build the wheel and use it in an empty environment
+	@$(PYTHON) requirements/check_wheel.py
 
 clean:  ## Remove caches and runs/, keep .venv
 	rm -rf runs build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

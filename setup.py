@@ -85,7 +85,6 @@ setup(
     },
     entry_points={"console_scripts": ["openrlhf-alp = openrlhf_alp.cli.main:main"]},
     classifiers=[
-        "License :: OSI Approved :: Apache Software License",
         "Programming Language :: Python :: 3.11",
         "Topic :: Scientific/Engineering :: Artificial Intelligence",
     ],

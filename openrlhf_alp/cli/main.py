@@ -4,12 +4,11 @@ Training has a command of its own, `openrlhf_alp.cli.train_ppo_ray`.
 """
 
 import argparse
+import importlib
 import importlib.metadata
 import sys
 from collections.abc import Sequence
-from typing import Protocol
-
-from openrlhf_alp.cli import demo, preflight, prepare_data
+from typing import Protocol, cast
 
 _DESCRIPTION = """\
 Adaptive Layerwise Perturbation for LLM reinforcement learning, on OpenRLHF, vLLM and Ray.
@@ -39,11 +38,40 @@ class Command(Protocol):
         """Returns the exit status."""
 
 
-COMMANDS: dict[str, Command] = {
-    "demo": demo,
-    "preflight": preflight,
-    "prepare-data": prepare_data,
+COMMANDS = {
+    "demo": "learner,demo",
+    "preflight": "learner",
+    "prepare-data": "learner",
 }
+"""Command -> the extras of the package that bring what its module imports."""
+
+
+class MissingCommand:
+    """Stands in for a command whose packages are not installed, as in an image of one service."""
+
+    def __init__(self, name: str, package: str) -> None:
+        self.HELP = f"needs {package}: pip install 'openrlhf-alp[{COMMANDS[name]}]'"
+        self.DESCRIPTION = f"{name} {self.HELP}"
+
+    def add_arguments(self, parser: argparse.ArgumentParser, /) -> None:
+        """None of its options is known; `main` passes over them."""
+
+    def run(self, arguments: argparse.Namespace, /) -> int:
+        """Says what to install; returns 2."""
+        print(f"openrlhf-alp {self.DESCRIPTION}", file=sys.stderr)
+        return 2
+
+
+def load_command(name: str) -> Command:
+    """The module of a command, or what stands in for it where a package is missing."""
+    try:
+        module = importlib.import_module(f"openrlhf_alp.cli.{name.replace('-', '_')}")
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package in ("openrlhf_alp", "services"):
+            raise  # a file of ours: no installation would help
+        return MissingCommand(name, package)
+    return cast(Command, module)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -55,18 +83,22 @@ def build_parser() -> argparse.ArgumentParser:
     version = importlib.metadata.version("openrlhf-alp")
     parser.add_argument("--version", action="version", version=f"openrlhf-alp {version}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for name, command in COMMANDS.items():
+    for name in COMMANDS:
+        command = load_command(name)
         subparser = commands.add_parser(
             name, help=command.HELP, description=command.DESCRIPTION, formatter_class=raw
         )
         command.add_arguments(subparser)
-        subparser.set_defaults(run=command.run)
+        subparser.set_defaults(run=command.run, is_missing=isinstance(command, MissingCommand))
     return parser
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; returns its exit status (2: the command line is wrong, 130: Ctrl-C)."""
-    parsed = build_parser().parse_args(arguments)
+    parser = build_parser()
+    parsed, unknown = parser.parse_known_args(arguments)
+    if unknown and not parsed.is_missing:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     try:
         status: int = parsed.run(parsed)
     except KeyboardInterrupt:

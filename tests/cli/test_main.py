@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from openrlhf_alp.cli.main import COMMANDS, main
+from openrlhf_alp.cli.main import COMMANDS, load_command, main
 
 
 def test_help_lists_every_command_and_points_to_training_and_services(capsys):
@@ -12,9 +12,9 @@ def test_help_lists_every_command_and_points_to_training_and_services(capsys):
         main(["--help"])
     assert stopped.value.code == 0
     shown = capsys.readouterr().out
-    for name, command in COMMANDS.items():
+    for name in COMMANDS:
         assert name in shown
-        assert command.HELP.split()[0] in shown
+        assert load_command(name).HELP.split()[0] in shown
     assert "openrlhf_alp.cli.train_ppo_ray --help" in shown
     assert "services.rollout --help" in shown
 
@@ -38,6 +38,21 @@ def test_a_demo_without_steps_is_refused_before_anything_starts(capsys, tmp_path
     assert main(["demo", "--steps", "0", "--output", str(tmp_path / "run")]) == 2
     assert "--steps 0: at least 1 step is needed" in capsys.readouterr().out
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["preflight", "--model", "tiny"]])
+def test_a_command_whose_packages_are_missing_says_what_to_install(arguments):
+    script = (
+        "import sys\n"
+        "sys.modules['rich'] = None\n"
+        "from openrlhf_alp.cli.main import main\n"
+        f"sys.exit(main({arguments}))\n"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=False
+    )
+    assert run.returncode == (0 if arguments == ["--help"] else 2), run.stderr
+    assert "pip install 'openrlhf-alp[learner]'" in run.stdout + run.stderr
 
 
 def test_help_does_not_wait_for_torch():
