@@ -15,7 +15,7 @@
 #   export OPENRLHF_ALP_ROLLOUT_API_KEY=$(openssl rand -hex 16)
 #   export OPENRLHF_ALP_ROLLOUT_ADMIN_KEY=$(openssl rand -hex 16)
 #   export OPENRLHF_ALP_TOOL_API_KEY=$(openssl rand -hex 16)
-#   python -m services.tool --port 8100 &
+#   python -m services.tool --port 8090 &
 #   for gpu in 0 1 2 3; do
 #     CUDA_VISIBLE_DEVICES=$gpu python -m services.rollout --model "$MODEL" --port 800$gpu \
 #       --max-model-len 24000 --max-num-seqs 256 &
@@ -34,7 +34,7 @@ set -euo pipefail
 PYTHON=${PYTHON:-python}
 MODEL=${MODEL:-Qwen/Qwen2.5-7B}
 ROLLOUT_URLS=${ROLLOUT_URLS:-$(printf 'http://127.0.0.1:%d ' 8000 8001 8002 8003)}
-TOOL_URLS=${TOOL_URLS:-http://127.0.0.1:8100}
+TOOL_URLS=${TOOL_URLS:-http://127.0.0.1:8090}
 LEARNER_GPUS=${LEARNER_GPUS:-4}
 RUN=${RUN:-runs/tir_qwen2.5_7b}
 DATA=${DATA:-$RUN/data/prompts.jsonl}

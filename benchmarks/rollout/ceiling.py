@@ -133,7 +133,7 @@ def serve_paced(url_file: Path, pace_s: float, max_pending: int) -> None:
         transfer=WeightTransfer(engine, uploads),
         static_contract=contract,
     )
-    app = create_app(RolloutSettings(model=Path("none")), service, api_key=KEY, admin_key=KEY)
+    app = create_app(service, RolloutSettings(model=Path("none")), api_key=KEY, admin_key=KEY)
     run(serve(app, bind_socket("127.0.0.1", 0), url_file=url_file))
 
 

@@ -4,10 +4,10 @@ uvicorn reads heads of any length and waits for them forever. Here every head ha
 connection that has shown no key has a lifetime, and their number is limited, so that a caller
 without a key can neither fill the process nor keep others out.
 
-    connection made -> no key yet: closed `stranger_s` after it was made, among the first when room
-                       is needed
-                    -> KeyGate finds a key (`Peer.trust`): only half heads, unread replies and idle
-                       time end it
+    connection made -> no key yet: closed `unauthenticated_s` after it was made, and
+                       first when room is needed
+                    -> KeyGate finds a key (`Connection.authenticate`): only half heads, unread
+                       replies and idle time end it
 """
 
 import asyncio
@@ -20,7 +20,7 @@ from typing import Any
 from starlette.types import Scope
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-EXTENSION = "openrlhf_alp.peer"
+EXTENSION = "openrlhf_alp.connection"
 """Key of `scope["extensions"]` under which an app finds the connection of its request."""
 
 _PIECE_BYTES = 16 * 1024
@@ -54,7 +54,7 @@ class ConnectionLimits:
     head_s: float = 30.0
     """Seconds from the first byte of a head to its last."""
 
-    stranger_s: float = 30.0
+    unauthenticated_s: float = 30.0
     """Seconds that a connection lives on which no request has shown a key."""
 
     unread_s: float = 60.0
@@ -66,20 +66,20 @@ class ConnectionLimits:
     refused_bytes: int = 16 * 2**20
     """Bytes read and dropped of a body that was refused, so that its sender reads the answer."""
 
-    max_strangers: int = _share_of_descriptors(1 / 2)
+    max_unauthenticated: int = _share_of_descriptors(1 / 2)
     """Connections without a key. One more closes the oldest."""
 
-    max_young: int = _share_of_descriptors(1 / 8)
-    """Connections without a key, beyond which those older than `young_s` are closed."""
+    soft_max_unauthenticated: int = _share_of_descriptors(1 / 8)
+    """Connections without a key, beyond which those older than `new_s` are closed."""
 
-    young_s: float = 1.0
+    new_s: float = 1.0
     """Seconds in which a caller with a key should have sent its first head, even in a burst."""
 
     max_idle: int = _share_of_descriptors(1 / 4)
     """Connections between two requests. One more closes the one that was idle longest."""
 
 
-class Crowd:
+class Connections:
     """All connections of one server: who has shown no key, who is idle.
 
     Args:
@@ -89,47 +89,47 @@ class Crowd:
     def __init__(self, limits: ConnectionLimits) -> None:
         self.limits = limits
         # In order of arrival: dictionaries keep it, and remove in constant time.
-        self._strangers: dict[Peer, float] = {}
-        self._idle: dict[Peer, None] = {}
+        self._unauthenticated: dict[Connection, float] = {}
+        self._idle: dict[Connection, None] = {}
 
-    def connection(self, *args: Any, **kwargs: Any) -> "Peer":
-        """Build a connection of this crowd; uvicorn's `http` option takes this method."""
-        return Peer(self, *args, **kwargs)
+    def connection(self, *args: Any, **kwargs: Any) -> "Connection":
+        """Build a connection of this server; uvicorn's `http` option takes this method."""
+        return Connection(self, *args, **kwargs)
 
-    def arrive(self, peer: "Peer") -> None:
+    def add(self, connection: "Connection") -> None:
         """Count a connection that has shown no key, and make room for it."""
-        now = peer.loop.time()
-        self._strangers[peer] = now
-        num = len(self._strangers)
-        oldest, since = next(iter(self._strangers.items()))
-        old = num > self.limits.max_young and now - since > self.limits.young_s
-        if old or num > self.limits.max_strangers:
+        now = connection.loop.time()
+        self._unauthenticated[connection] = now
+        num = len(self._unauthenticated)
+        oldest, since = next(iter(self._unauthenticated.items()))
+        old = num > self.limits.soft_max_unauthenticated and now - since > self.limits.new_s
+        if old or num > self.limits.max_unauthenticated:
             oldest.drop()
 
-    def rest(self, peer: "Peer") -> None:
+    def mark_idle(self, connection: "Connection") -> None:
         """Count a connection that waits for its next request."""
-        self._idle[peer] = None
+        self._idle[connection] = None
         if len(self._idle) > self.limits.max_idle:
             next(iter(self._idle)).drop()
 
-    def wake(self, peer: "Peer") -> None:
-        """A connection is idle no more."""
-        self._idle.pop(peer, None)
+    def mark_busy(self, connection: "Connection") -> None:
+        """Stop counting a connection as idle."""
+        self._idle.pop(connection, None)
 
-    def accept(self, peer: "Peer") -> None:
-        """A connection is a stranger no more: it has shown a key, or it is gone."""
-        self._strangers.pop(peer, None)
+    def leave_unauthenticated(self, connection: "Connection") -> None:
+        """Stop counting a connection as one without a key: it has shown one, or it is gone."""
+        self._unauthenticated.pop(connection, None)
 
 
-class Peer(HttpToolsProtocol):
+class Connection(HttpToolsProtocol):
     """One connection."""
 
-    def __init__(self, crowd: Crowd, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, connections: Connections, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._crowd = crowd
-        self._limits = crowd.limits
+        self._connections = connections
+        self._limits = connections.limits
         self._timers: dict[str, asyncio.TimerHandle] = {}
-        self._trusted = False
+        self._authenticated = False
         self._refused = False
         self._in_head = False
         self._in_body = False
@@ -139,12 +139,12 @@ class Peer(HttpToolsProtocol):
         trailer or a chunk extension, which the parser keeps in memory."""
         self._dropped_bytes = 0
 
-    def trust(self) -> None:
+    def authenticate(self) -> None:
         """A request of this connection has shown a key."""
-        if not self._trusted:
-            self._trusted = True
-            self._crowd.accept(self)
-            self._disarm("stranger")
+        if not self._authenticated:
+            self._authenticated = True
+            self._connections.leave_unauthenticated(self)
+            self._disarm("unauthenticated")
 
     def drop(self) -> None:
         """Close at once, whatever is unsent."""
@@ -153,15 +153,15 @@ class Peer(HttpToolsProtocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        self._arm("stranger", self._limits.stranger_s, self._too_late)
-        self._crowd.arrive(self)
+        self._arm("unauthenticated", self._limits.unauthenticated_s, self._too_late)
+        self._connections.add(self)
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._forget()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        self._crowd.wake(self)
+        self._connections.mark_busy(self)
         for start in range(0, len(data), _PIECE_BYTES):
             if self._refused or self.transport.is_closing():
                 return
@@ -177,7 +177,7 @@ class Peer(HttpToolsProtocol):
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
-        self.scope["extensions"] = {EXTENSION: {"peer": self}}
+        self.scope["extensions"] = {EXTENSION: {"connection": self}}
         self._in_head = True
         self._gap_bytes = self._num_headers = self._dropped_bytes = 0
 
@@ -221,7 +221,7 @@ class Peer(HttpToolsProtocol):
                 self._arm("refused", self._limits.refused_s, self.transport.close)
         super().on_response_complete()
         if self.timeout_keep_alive_task is not None:
-            self._crowd.rest(self)
+            self._connections.mark_idle(self)
 
     def pause_writing(self) -> None:
         super().pause_writing()
@@ -232,7 +232,7 @@ class Peer(HttpToolsProtocol):
         self._disarm("unread")
 
     def _unsupported_upgrade_warning(self) -> None:
-        """Ignore the upgrade, as HTTP allows; a warning each would let strangers fill the log."""
+        """Ignore the upgrade, as HTTP allows; a warning each would let anybody fill the log."""
 
     def _watch_unread(self, before: int | None = None) -> None:
         """Drop the connection when its caller reads nothing of a reply for `unread_s`."""
@@ -264,8 +264,8 @@ class Peer(HttpToolsProtocol):
         return self.cycle is not None and not self.cycle.response_complete
 
     def _forget(self) -> None:
-        self._crowd.accept(self)
-        self._crowd.wake(self)
+        self._connections.leave_unauthenticated(self)
+        self._connections.mark_busy(self)
         for name in list(self._timers):
             self._disarm(name)
 
@@ -279,8 +279,8 @@ class Peer(HttpToolsProtocol):
             timer.cancel()
 
 
-def trust_peer(scope: Scope) -> None:
+def authenticate_connection(scope: Scope) -> None:
     """Say that the request of `scope` has shown a key; nothing under another server."""
-    peer = scope.get("extensions", {}).get(EXTENSION)
-    if peer is not None:
-        peer["peer"].trust()
+    found = scope.get("extensions", {}).get(EXTENSION)
+    if found is not None:
+        found["connection"].authenticate()

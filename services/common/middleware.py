@@ -18,7 +18,7 @@ from fastapi import FastAPI
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from services.common.connections import trust_peer
+from services.common.connections import authenticate_connection
 from services.common.errors import ApiError, error_response, internal_error
 from services.common.logging import enter_request
 from services.common.routes import check_key
@@ -90,7 +90,7 @@ class KeyGate:
                 except ApiError as error:
                     await error_response(error)(scope, receive, send)
                     return
-            trust_peer(scope)
+            authenticate_connection(scope)
         await self._app(scope, receive, send)
 
 

@@ -3,6 +3,7 @@
 KeyGuard, KeyedApp   bearer keys, checked before a body is read
 WireRoute, reply     JSON and msgpack alike, in both directions
 while_connected      work that stops when nobody is there to receive its result
+answer_patiently     the same, for clients with a read timeout that is shorter than the work
 ItemStream           many results in one reply, each as soon as it is ready
 BoundedItemStream    the same, with a limit on results that nobody has read
 """
@@ -27,6 +28,8 @@ from services.common.json_body import check_containers
 from services.common.wire import JSON_TYPE, MSGPACK_TYPE, NDJSON_TYPE, decode, encode, media_type_of
 
 Result = TypeVar("Result")
+
+_BLANK_EVERY_S = 5.0
 
 
 def check_key(scope: Scope, accepted: Sequence[str]) -> None:
@@ -168,16 +171,69 @@ async def while_connected(request: Request, work: Coroutine[Any, Any, Result]) -
         ClientGone: the client disconnected; `work` has been cancelled.
     """
     job = asyncio.ensure_future(work)
+    try:
+        await _wait_while_connected(request, job)
+        return job.result()
+    finally:
+        # Also reached when this coroutine is cancelled itself, for example at the end of drain_s.
+        job.cancel()
+
+
+async def answer_patiently(
+    request: Request,
+    work: Coroutine[Any, Any, BaseModel],
+    *,
+    after_s: float,
+    failed: Callable[[Exception], BaseModel],
+) -> BaseModel | Response:
+    """Await `work` as `while_connected` does; keep the client waiting if that takes long.
+
+    The read timeout of a client counts from the last byte. So after `after_s` the reply begins, and
+    it has a blank, which JSON allows before a value, every few seconds until `work` is done.
+
+    Args:
+        failed: makes the reply of an error that comes too late for a status of its own.
+
+    Raises:
+        ClientGone: the client disconnected within `after_s`; `work` has been cancelled.
+    """
+    job = asyncio.ensure_future(work)
+    try:
+        async with asyncio.timeout(after_s):
+            await _wait_while_connected(request, job)
+    except TimeoutError:
+        return StreamingResponse(_blanks_until(job, failed), media_type=JSON_TYPE)
+    except BaseException:
+        job.cancel()
+        raise
+    return job.result()
+
+
+async def _blanks_until(
+    job: asyncio.Future[BaseModel], failed: Callable[[Exception], BaseModel]
+) -> AsyncIterator[bytes]:
+    try:
+        while not job.done():
+            yield b" "
+            await asyncio.wait({job}, timeout=_BLANK_EVERY_S)
+        try:
+            result = job.result()
+        except Exception as error:
+            result = failed(error)
+        yield encode(result, JSON_TYPE)
+    finally:
+        job.cancel()
+
+
+async def _wait_while_connected(request: Request, job: asyncio.Future[Any]) -> None:
+    """Wait until `job` is done. Raises ClientGone."""
     gone = asyncio.ensure_future(_disconnected(request))
     try:
         await asyncio.wait({job, gone}, return_when=asyncio.FIRST_COMPLETED)
-        if job.done():
-            return job.result()
-        raise ClientGone
+        if not job.done():
+            raise ClientGone
     finally:
-        # Also reached when this coroutine is cancelled itself, for example at the end of drain_s.
         gone.cancel()
-        job.cancel()
 
 
 async def _disconnected(request: Request) -> None:

@@ -15,7 +15,7 @@ import uvicorn
 import uvloop
 from starlette.types import ASGIApp
 
-from services.common.connections import ConnectionLimits, Crowd
+from services.common.connections import ConnectionLimits, Connections
 from services.common.errors import ConfigError
 
 logger = logging.getLogger(__name__)
@@ -98,11 +98,11 @@ def server_config(
     app: ASGIApp, *, drain_s: float = 10.0, limits: ConnectionLimits | None = None
 ) -> uvicorn.Config:
     """How every service is served. Arguments as of `serve`."""
-    crowd = Crowd(ConnectionLimits() if limits is None else limits)
+    connections = Connections(ConnectionLimits() if limits is None else limits)
     return uvicorn.Config(
         app,
         # uvicorn calls it as it would call a class of protocols.
-        http=crowd.connection,  # type: ignore[arg-type]
+        http=connections.connection,  # type: ignore[arg-type]
         # No route is one; their handshake has limits of its own.
         ws="none",
         log_config=None,

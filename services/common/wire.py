@@ -1,4 +1,4 @@
-"""What clients and services agree on: JSON and msgpack of the pydantic models, names of variables.
+"""What clients and services agree on: JSON and msgpack of the pydantic models, numbers, variables.
 
 float32 survives both formats bit for bit. JSON carries it as the decimal of the equal float64,
 which parses back to the same float32. msgpack carries a list of numbers as one little-endian block:
@@ -8,11 +8,11 @@ import this module, so it needs no web framework.
 
 import array
 import sys
-from typing import Any
+from typing import Annotated, Any
 
 import msgpack
 import orjson
-from pydantic import BaseModel
+from pydantic import BaseModel, BeforeValidator
 
 ROLLOUT_VARIABLES = "OPENRLHF_ALP_ROLLOUT_"
 TOOL_VARIABLES = "OPENRLHF_ALP_TOOL_"
@@ -23,6 +23,18 @@ TOOL_VARIABLES = "OPENRLHF_ALP_TOOL_"
 API_KEY_VARIABLE = ROLLOUT_VARIABLES + "API_KEY"
 ADMIN_KEY_VARIABLE = ROLLOUT_VARIABLES + "ADMIN_KEY"
 TOOL_KEY_VARIABLE = TOOL_VARIABLES + "API_KEY"
+
+
+def _no_boolean(value: object) -> object:
+    # pydantic takes True for 1.
+    if isinstance(value, bool):
+        raise ValueError("must be a number, not a boolean")
+    return value
+
+
+Number = Annotated[float, BeforeValidator(_no_boolean)]
+Whole = Annotated[int, BeforeValidator(_no_boolean)]
+"""Numbers of requests."""
 
 JSON_TYPE = "application/json"
 MSGPACK_TYPE = "application/msgpack"

@@ -33,7 +33,7 @@ async def _serve(settings: RolloutSettings) -> None:
             print(f"generated api key: {api_key}", flush=True)
         if settings.admin_key is None:
             print(f"generated admin key: {admin_key}", flush=True)
-        app = create_app(settings, service, api_key=api_key, admin_key=admin_key)
+        app = create_app(service, settings, api_key=api_key, admin_key=admin_key)
         try:
             await engine.add_native_routes(app, (api_key, admin_key), service.ledger.hold)
             await serve(app, sock, url_file=settings.url_file, drain_s=settings.drain_s)

@@ -51,6 +51,8 @@ class ToolSettings(ServiceSettings):
     """Executions that may wait for a slot."""
     max_wait_s: float = 30.0
     """Longest wait for a slot when the caller names no deadline."""
+    run_code_wait_s: float = Field(default=3600.0, gt=0.0)
+    """Longest wait for a slot on /run_code; blanks keep the client's connection alive meanwhile."""
     default_timeout_s: float = 10.0
     """Wall time when the caller names none."""
     max_timeout_s: float = 120.0

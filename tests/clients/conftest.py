@@ -100,7 +100,7 @@ class Network(httpx.AsyncBaseTransport):
 
     def add(self, host: str, service: RolloutService) -> str:
         settings = RolloutSettings(model=Path("unused"))
-        app = create_app(settings, service, api_key=API_KEY, admin_key=ADMIN_KEY)
+        app = create_app(service, settings, api_key=API_KEY, admin_key=ADMIN_KEY)
         self.apps[host] = httpx.ASGITransport(app=app)
         return f"http://{host}"
 

@@ -191,7 +191,7 @@ def test_tool_integrated_training_is_the_papers(train_args):
     assert args.algo.kl.init_coef == 0 and not args.algo.kl.use_loss
     tool = args.tool_service
     assert (tool.urls, tool.template, tool.void) == (
-        ("http://127.0.0.1:8100",),
+        ("http://127.0.0.1:8090",),
         "plain",
         "trajectory",
     )

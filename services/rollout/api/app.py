@@ -28,7 +28,7 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
 
 
 def create_app(
-    settings: RolloutSettings, service: RolloutService, *, api_key: str, admin_key: str
+    service: RolloutService, settings: RolloutSettings, *, api_key: str, admin_key: str
 ) -> FastAPI:
     """Build the app. The caller owns `service` and closes it.
 

@@ -9,6 +9,8 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from services.common.wire import Number, Whole
+
 API_VERSION = "v1"
 VERSION_HEADER = "x-weight-version"
 """Response header of generate routes: the version serving when the reply was sent."""
@@ -47,33 +49,33 @@ class Wire(BaseModel):
 class Sampling(Wire):
     """How tokens are drawn. The reply's log-probs are those of the distribution described here."""
 
-    max_tokens: int = Field(ge=1, le=10_000_000)
+    max_tokens: Whole = Field(ge=1, le=10_000_000)
     """Largest number of sampled tokens, including an end-of-sequence token. Together with the
     prompt they have to fit into the contract's max_model_len."""
 
-    min_tokens: int = Field(default=0, ge=0, le=10_000_000)
+    min_tokens: Whole = Field(default=0, ge=0, le=10_000_000)
     """End-of-sequence and stop tokens are forbidden before this many tokens."""
 
-    temperature: float = Field(default=1.0, ge=0.0, le=2.0)
+    temperature: Number = Field(default=1.0, ge=0.0, le=2.0)
     """Divides the logits; 0 is greedy. Values between 0 and 0.01 are refused, because the engine
     would replace them."""
 
-    top_p: float = Field(default=1.0, gt=0.0, le=1.0)
+    top_p: Number = Field(default=1.0, gt=0.0, le=1.0)
     """Keep the smallest set of tokens with at least this mass; 1 keeps all."""
 
-    top_k: int = Field(default=0, ge=0, le=MAX_TOKEN_ID)
+    top_k: Whole = Field(default=0, ge=0, le=MAX_TOKEN_ID)
     """Keep the k most likely tokens; 0 keeps all."""
 
-    min_p: float = Field(default=0.0, ge=0.0, le=1.0)
+    min_p: Number = Field(default=0.0, ge=0.0, le=1.0)
     """Drop tokens less likely than this share of the most likely one; 0 drops none."""
 
-    presence_penalty: float = Field(default=0.0, ge=-2.0, le=2.0)
+    presence_penalty: Number = Field(default=0.0, ge=-2.0, le=2.0)
     """Subtracted once from the logit of every token sampled before."""
 
-    frequency_penalty: float = Field(default=0.0, ge=-2.0, le=2.0)
+    frequency_penalty: Number = Field(default=0.0, ge=-2.0, le=2.0)
     """Subtracted from the logit of a token for each time it was sampled before."""
 
-    repetition_penalty: float = Field(default=1.0, gt=0.0, le=100.0)
+    repetition_penalty: Number = Field(default=1.0, gt=0.0, le=100.0)
     """Divides positive and multiplies negative logits of seen tokens; 1 changes nothing."""
 
     stop: tuple[Annotated[str, Field(min_length=1, max_length=1024)], ...] = Field(
@@ -87,7 +89,7 @@ class Sampling(Wire):
     ignore_eos: bool = False
     """Continue after an end-of-sequence token."""
 
-    seed: int | None = Field(default=None, ge=0, le=2**62)
+    seed: Whole | None = Field(default=None, ge=0, le=2**62)
     """Seed of sample 0; sample i uses seed + i. None: not reproducible."""
 
 
@@ -100,15 +102,15 @@ class GenerateRequest(Wire):
     token_ids: list[TokenId] = Field(min_length=1)
     """The prompt, (T,) ids."""
 
-    n: int = Field(default=1, ge=1, le=MAX_SAMPLES)
+    n: Whole = Field(default=1, ge=1, le=MAX_SAMPLES)
     """Independent samples of this prompt."""
 
     sampling: Sampling
 
-    deadline_s: float | None = Field(default=None, gt=0.0, le=86_400.0)
+    deadline_s: Number | None = Field(default=None, gt=0.0, le=86_400.0)
     """Seconds from arrival after which the request is cancelled and answered with 504."""
 
-    work_limit_s: float | None = Field(default=None, gt=0.0, le=86_400.0)
+    work_limit_s: Number | None = Field(default=None, gt=0.0, le=86_400.0)
     """The same, but from the first sampled token on: waiting for a slot of the engine is free."""
 
 
@@ -270,7 +272,7 @@ class WeightsStatus(Wire):
 class PrepareRequest(Wire):
     """Stage an update. The serving version keeps serving whatever happens here."""
 
-    version: int = Field(gt=0, le=2**62)
+    version: Whole = Field(gt=0, le=2**62)
     """Must be above the serving version."""
 
     digest: Digest
@@ -280,7 +282,7 @@ class PrepareRequest(Wire):
     """safetensors files, relative to the contract's weights_dir. Tensors that did not change may be
     left out when `base_version` names the serving version."""
 
-    base_version: int | None = Field(default=None, ge=0)
+    base_version: Whole | None = Field(default=None, ge=0)
     """Version from which the tensors left out are taken; None: nothing is left out."""
 
 
@@ -294,7 +296,7 @@ class UploadStatus(Wire):
 class CommitRequest(Wire):
     """Make the staged update the serving one."""
 
-    version: int = Field(gt=0, le=2**62)
+    version: Whole = Field(gt=0, le=2**62)
     digest: Digest
     pause: PauseMode = "keep"
     """Running requests continue after the swap (keep), finish first (wait), or end (abort)."""
@@ -302,7 +304,7 @@ class CommitRequest(Wire):
     recompute_running: bool = True
     """Running requests rebuild their KV cache under the new weights; False keeps the old KV."""
 
-    timeout_s: float = Field(default=300.0, gt=0.0, le=3600.0)
+    timeout_s: Number = Field(default=300.0, gt=0.0, le=3600.0)
 
 
 class CommitResponse(Wire):

@@ -17,6 +17,7 @@ from typing import Annotated, Any, Literal, TypeVar
 import torch
 from pydantic import BeforeValidator, Field, PlainSerializer, field_validator
 
+from services.common.wire import Number, Whole
 from services.rollout.wire.schemas import DtypeCode, FileName, LinkBackend, Wire
 
 MAX_RANKS = 4096
@@ -50,7 +51,7 @@ Blob = Annotated[
 ]
 """Bytes: raw in msgpack, URL-safe base64 in JSON."""
 
-_Count = Annotated[int, Field(ge=0, le=_MAX_BYTES)]
+_Count = Annotated[Whole, Field(ge=0, le=_MAX_BYTES)]
 
 
 class NcclLink(Wire):
@@ -60,14 +61,14 @@ class NcclLink(Wire):
     master_address: Annotated[str, Field(pattern=r"^[A-Za-z0-9.:_-]{1,255}$")]
     """Host on which the learner waits for the others."""
 
-    master_port: int = Field(ge=1, le=65_535)
-    rank_offset: int = Field(ge=1, lt=MAX_RANKS)
+    master_port: Whole = Field(ge=1, le=65_535)
+    rank_offset: Whole = Field(ge=1, lt=MAX_RANKS)
     """Rank of this server's first worker: 1 plus the workers of the servers before it."""
 
-    world_size: int = Field(ge=2, le=MAX_RANKS)
+    world_size: Whole = Field(ge=2, le=MAX_RANKS)
     """1 plus the workers of all servers."""
 
-    buffer_bytes: int = Field(ge=1, le=_MAX_BYTES)
+    buffer_bytes: Whole = Field(ge=1, le=_MAX_BYTES)
     """Size of the buffers that tensors are packed into; both ends need the same."""
 
 
@@ -83,7 +84,7 @@ class OpenRequest(Wire):
     """Join the learner's group. A link that is still open is closed first."""
 
     link: NcclLink | IpcLink = Field(discriminator="backend")
-    timeout_s: float = Field(default=60.0, gt=0.0, le=3600.0)
+    timeout_s: Number = Field(default=60.0, gt=0.0, le=3600.0)
     """Time limit for joining, and for each bucket received over this link."""
 
 
@@ -102,7 +103,7 @@ class IpcHandle(Wire):
     gpu_uuid: str = Field(min_length=1, max_length=128)
     stride: tuple[_Count, ...] = Field(max_length=8)
     tensor_offset: _Count
-    device: int = Field(ge=0, le=1024)
+    device: Whole = Field(ge=0, le=1024)
     storage_handle: Blob | None
     storage_size_bytes: _Count
     storage_offset_bytes: _Count

@@ -4,10 +4,13 @@
     GET  /v1/ping       "pong"
 
 Its conventions are kept: HTTP 200 whatever the code did; `stdout` and `stderr` are never null; a
-timeout has no return code. verl's client retries on 504 alone, so a full service answers that here.
+timeout has no return code. verl's client retries on 504 alone, so a service whose queue is full
+answers that here. It retries twice only, so a program that has a place in the queue waits for its
+turn, however long that takes.
 """
 
 import base64
+import logging
 import signal
 import time
 from typing import Any, Literal
@@ -17,7 +20,8 @@ from pydantic import BaseModel, Field, TypeAdapter, ValidationError
 
 from services.common.errors import ErrorSpec
 from services.common.json_body import JsonRoute
-from services.common.routes import while_connected
+from services.common.routes import answer_patiently, while_connected
+from services.common.wire import Number, Whole
 from services.tool.rules import LimitError, OverloadedError
 from services.tool.sandbox.host.session import SessionFileError, SessionLostError
 from services.tool.service import ToolService
@@ -29,10 +33,8 @@ from services.tool.wire.schemas import (
     CellResult,
     ExecuteRequest,
     ExecuteResult,
-    Number,
     SafePath,
     SessionRequest,
-    Whole,
 )
 
 Language = Literal[
@@ -41,6 +43,9 @@ Language = Literal[
     "kotlin_script", "jest", "verilog", "python_gpu", "lean", "swift", "racket",
 ]  # fmt: skip
 
+logger = logging.getLogger(__name__)
+
+_PATIENCE_S = 1.0
 _PATH = TypeAdapter(SafePath)
 _CONTENT = TypeAdapter(Base64Text)
 _ANCHORS = ("/mnt/", "/tmp/")
@@ -128,19 +133,16 @@ def fusion_routes(service: ToolService) -> APIRouter:
     """Routes of SandboxFusion's contract."""
     router = APIRouter(route_class=JsonRoute, tags=["SandboxFusion"])
 
-    @router.post("/run_code", responses=_RESPONSES)
-    async def run_code(body: RunCodeRequest, request: Request) -> RunCodeResponse:
+    @router.post("/run_code", responses=_RESPONSES, response_model=RunCodeResponse)
+    async def run_code(body: RunCodeRequest, request: Request) -> Any:
         """Run one program. Languages other than python are answered as not enabled."""
-        if body.language != "python":
-            message = f"language {body.language} is not enabled here, only python is"
-            return RunCodeResponse(status="SandboxError", message=message)
+        # Before the client's own read timeout, which verl sets to 10 s more than these.
+        after_s = max(_PATIENCE_S, (body.compile_timeout + body.run_timeout) / 2)
+        work = _run_program(body, service)
         try:
-            native = to_native(body, service.settings)
-            return to_fusion(await while_connected(request, service.execute(native)))
+            return await answer_patiently(request, work, after_s=after_s, failed=_failed)
         except OverloadedError as error:
             raise _BUSY.fill(error) from error
-        except (LimitError, ValidationError) as error:
-            return RunCodeResponse(status="SandboxError", message=str(error))
 
     @router.post("/run_jupyter", responses=_RESPONSES)
     async def run_jupyter(body: RunJupyterRequest, request: Request) -> RunJupyterResponse:
@@ -160,6 +162,24 @@ def fusion_routes(service: ToolService) -> APIRouter:
     return router
 
 
+async def _run_program(body: RunCodeRequest, service: ToolService) -> RunCodeResponse:
+    if body.language != "python":
+        message = f"language {body.language} is not enabled here, only python is"
+        return RunCodeResponse(status="SandboxError", message=message)
+    try:
+        return to_fusion(await service.execute(to_native(body, service.settings)))
+    except (LimitError, ValidationError) as error:
+        return RunCodeResponse(status="SandboxError", message=str(error))
+
+
+def _failed(error: Exception) -> RunCodeResponse:
+    """The answer when nothing but a body can be sent any more."""
+    if not isinstance(error, OverloadedError):
+        logger.error("an execution failed", exc_info=error)
+        return RunCodeResponse(status="SandboxError", message="the service failed, see its log")
+    return RunCodeResponse(status="SandboxError", message=f"the code never ran: {error}")
+
+
 def to_native(body: RunCodeRequest, settings: ToolSettings) -> ExecuteRequest:
     """Translate a request. Raises ValidationError for paths or contents that are refused."""
     memory = body.memory_limit_MB if body.memory_limit_MB > 0 else settings.default_memory_mb
@@ -174,7 +194,7 @@ def to_native(body: RunCodeRequest, settings: ToolSettings) -> ExecuteRequest:
         memory_mb=min(memory, settings.max_memory_mb),
         output_bytes=None,
         seed=None,
-        deadline_s=body.compile_timeout + body.run_timeout,
+        deadline_s=settings.run_code_wait_s,
         figures=False,
         request_id=None,
     )

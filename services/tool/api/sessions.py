@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Body, Path, Request, Response
+from fastapi import APIRouter, Path, Request, Response
 
 from services.common.errors import ErrorBody
 from services.common.json_body import JsonRoute
@@ -30,11 +30,9 @@ def session_routes(service: ToolService) -> APIRouter:
     sessions = service.sessions
 
     @router.post("", status_code=201)
-    async def open_session(
-        body: Annotated[SessionRequest, Body(default_factory=SessionRequest)],
-    ) -> SessionInfo:
-        """Open a persistent interpreter."""
-        return sessions.info(await sessions.open(body))
+    async def open_session(body: SessionRequest | None = None) -> SessionInfo:
+        """Open a persistent interpreter; without a body, one with the server's limits."""
+        return sessions.info(await sessions.open(body or SessionRequest()))
 
     @router.get("/{session_id}", responses=_GONE)
     async def get_session(session_id: SessionId) -> SessionInfo:

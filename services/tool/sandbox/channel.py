@@ -16,7 +16,7 @@ READY, SLOT, EXIT = b"r", b"f", b"e"
 
 ORDER = struct.Struct("<cIQ")
 """Kind, slot, memory limit in bytes."""
-EVENT = struct.Struct("<cIidQ?")
+EVENT = struct.Struct("<cIidQ?q")
 """The fields of Event, in order."""
 
 
@@ -32,6 +32,9 @@ class Event(NamedTuple):
     peak_bytes: int = 0
     memory: bool = False
     """Whether the watchdog killed it."""
+    soft_cpu_s: int = 0
+    """Its soft limit of CPU time when it ended, which the kernel raises when it signals that the
+    limit is reached."""
 
     def encode(self) -> bytes:
         return EVENT.pack(*self)

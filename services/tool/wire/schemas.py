@@ -4,7 +4,9 @@ import base64
 import binascii
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+
+from services.common.wire import Number, Whole
 
 StatusName = Literal[
     "ok", "error", "exit", "timeout", "cpu_limit", "memory_limit", "output_limit", "crashed",
@@ -34,15 +36,6 @@ def _base64_text(content: str) -> str:
     return content
 
 
-def _no_boolean(value: object) -> object:
-    # pydantic takes True for 1.
-    if isinstance(value, bool):
-        raise ValueError("must be a number, not a boolean")
-    return value
-
-
-Number = Annotated[float, BeforeValidator(_no_boolean)]
-Whole = Annotated[int, BeforeValidator(_no_boolean)]
 SafePath = Annotated[
     str, Field(min_length=1, max_length=_MAX_PATH_CHARS), AfterValidator(_relative_path)
 ]

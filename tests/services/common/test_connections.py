@@ -1,4 +1,4 @@
-"""Strangers on real sockets: what they hold is small, and it is taken from them in time."""
+"""Callers without a key, on real sockets: what they hold is small, and not for long."""
 
 import asyncio
 import contextlib
@@ -64,7 +64,7 @@ async def serving(limits: ConnectionLimits, body_within_s: float = 60.0) -> Asyn
 
 
 async def test_a_half_head_is_cut_and_told_why() -> None:
-    async with serving(ConnectionLimits(stranger_s=0.3)) as served:
+    async with serving(ConnectionLimits(unauthenticated_s=0.3)) as served:
         assert (await served.answer(HALF)).startswith(b"HTTP/1.1 408 ")
         assert await served.answer(b"") == b""
         assert await served.answer(b"\r\n" * 10) == b""
@@ -164,7 +164,7 @@ async def test_a_large_nested_body_without_a_key_is_answered_while_others_are_se
 
 
 async def test_half_requests_without_end_keep_nobody_out() -> None:
-    limits = ConnectionLimits(max_strangers=100, max_young=20, young_s=0.2)
+    limits = ConnectionLimits(max_unauthenticated=100, soft_max_unauthenticated=20, new_s=0.2)
     async with serving(limits) as served, httpx.AsyncClient(headers=RIGHT) as http:
         for _ in range(15):
             await asyncio.gather(*(served.connect(HALF) for _ in range(100)))
@@ -200,7 +200,7 @@ async def test_a_reply_that_nobody_reads_is_dropped() -> None:
 
 
 async def test_two_hundred_callers_at_once_are_all_served() -> None:
-    limits = ConnectionLimits(max_young=20)
+    limits = ConnectionLimits(soft_max_unauthenticated=20)
     async with serving(limits) as served:
 
         async def one() -> int:

@@ -94,7 +94,7 @@ async def http(
     settings: RolloutSettings, service: RolloutService
 ) -> AsyncIterator[httpx.AsyncClient]:
     """An HTTP client with the admin key, straight into the app."""
-    app = create_app(settings, service, api_key=API_KEY, admin_key=ADMIN_KEY)
+    app = create_app(service, settings, api_key=API_KEY, admin_key=ADMIN_KEY)
     async with httpx.AsyncClient(
         transport=httpx.ASGITransport(app=app),
         base_url="http://rollout",

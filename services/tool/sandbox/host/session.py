@@ -14,8 +14,10 @@ from services.tool.sandbox import wire
 from services.tool.sandbox.host.execution import Job, Limits, Output, job_message, texts
 from services.tool.sandbox.host.slots import SlotHandle
 from services.tool.sandbox.host.verdict import (
+    CpuTime,
     Outcome,
     Status,
+    as_seconds,
     as_wait_status,
     judge_stop,
     judge_wait_status,
@@ -258,7 +260,9 @@ def _judge_cell(
         if status is None:
             code = answer.get("exit_code")
             status = (code & 0xFF) << 8 if isinstance(code, int) else 0
-        outcome = judge_wait_status(status, cpu_s, answer.get("error"), limits.cpu_s)
+        over_s = as_seconds(answer.get("over_s"))
+        cpu = CpuTime(used_s=cpu_s, limit_s=limits.cpu_s, over_s=over_s)
+        outcome = judge_wait_status(status, cpu, answer.get("error"))
     return replace(outcome, cpu_s=cpu_s, peak_bytes=int(_amount(answer.get("peak_bytes"))))
 
 

@@ -350,4 +350,10 @@ def _exit_facts(event: channel.Event, cgroup: SlotCgroup | None) -> ExitFacts:
             memory, peak_bytes = cgroup.out_of_memory(), max(peak_bytes, cgroup.peak_bytes())
         except OSError as error:  # no descriptors left; the slot ended all the same
             logger.error("%s cannot be read: %s", cgroup.folder, error)
-    return ExitFacts(status=event.status, cpu_s=event.cpu_s, peak_bytes=peak_bytes, memory=memory)
+    return ExitFacts(
+        status=event.status,
+        cpu_s=event.cpu_s,
+        peak_bytes=peak_bytes,
+        soft_cpu_s=event.soft_cpu_s,
+        memory=memory,
+    )

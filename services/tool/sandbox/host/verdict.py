@@ -3,7 +3,6 @@
 Nothing that a snippet says about itself decides; it only describes.
 """
 
-import math
 import os
 import signal
 from dataclasses import dataclass, field, replace
@@ -14,7 +13,8 @@ from services.tool.sandbox.plan import CPU_GRACE_S
 
 # The kernel's limit counts ticks, its usage nanoseconds: they drift apart.
 _CPU_TOLERANCE = 0.5
-_KILL_TOLERANCE = 0.8  # nearer, because programs kill themselves, but hardly with SIGXCPU
+_FIRST_OVER_S: dict[int, int] = {signal.SIGXCPU: 1, signal.SIGKILL: CPU_GRACE_S}
+"""By how much the soft limit is over at the first of each signal that the kernel sends."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,6 +25,8 @@ class ExitFacts:
     """Wait status as of wait4."""
     cpu_s: float = 0.0
     peak_bytes: int = 0
+    soft_cpu_s: int = 0
+    """Its soft limit of CPU time at the end, which every SIGXCPU of the kernel raises by 1 s."""
     memory: bool = False
     """Whether the watchdog or its cgroup killed it for its memory."""
     lost: bool = False
@@ -121,8 +123,11 @@ def _judge(
         return Outcome(status=Status.REJECTED, message=report["refused"])
     # A supervisor that ended well passes on how its program ended. It cannot improve on a signal.
     supervised = as_wait_status(report.get("wait_status"))
-    status = supervised if supervised is not None and facts.status == 0 else facts.status
-    return judge_wait_status(status, facts.cpu_s, report.get("error"), cpu_limit_s)
+    status, soft_cpu_s = facts.status, facts.soft_cpu_s
+    if supervised is not None and status == 0:
+        status, soft_cpu_s = supervised, as_seconds(report.get("soft_cpu_s"))
+    cpu = CpuTime(used_s=facts.cpu_s, limit_s=cpu_limit_s, over_s=soft_cpu_s - cpu_limit_s)
+    return judge_wait_status(status, cpu, report.get("error"))
 
 
 def judge_stop(limit: Status) -> Outcome:
@@ -130,13 +135,32 @@ def judge_stop(limit: Status) -> Outcome:
     return Outcome(status=limit, signal="SIGKILL", message=f"{limit.value} exceeded")
 
 
-def judge_wait_status(status: int, cpu_s: float, error: Any, cpu_limit_s: int) -> Outcome:
-    """Decide by a wait status alone."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CpuTime:
+    """CPU time of a process that has ended."""
+
+    used_s: float
+    limit_s: int
+    over_s: int
+    """By how much the kernel raised the soft limit: 1 s for each SIGXCPU that it sent."""
+
+    def ended_it(self, number: int) -> bool:
+        """Whether signal `number` is the kernel's for the limit, and not the program's own."""
+        # A program may raise its soft limit itself, but hardly uses the time as well.
+        if self.used_s < self.limit_s * _CPU_TOLERANCE:
+            return False
+        # SIGKILL follows at the hard limit, when a program survives the SIGXCPU before.
+        first_s = _FIRST_OVER_S.get(number)
+        return first_s is not None and self.over_s >= first_s
+
+
+def judge_wait_status(status: int, cpu: CpuTime, error: Any) -> Outcome:
+    """Decide by a wait status and the CPU time alone."""
     if os.WIFSIGNALED(status):
         number = os.WTERMSIG(status)
         name = signal.Signals(number).name if number in set(signal.Signals) else f"SIG{number}"
-        if cpu_s >= _cpu_of_limit(number, cpu_limit_s):
-            message = f"cpu limit of {cpu_limit_s} s exceeded"
+        if cpu.ended_it(number):
+            message = f"cpu limit of {cpu.limit_s} s exceeded"
             return Outcome(status=Status.CPU_LIMIT, signal=name, message=message)
         return Outcome(status=Status.CRASHED, signal=name, message=f"killed by {name}")
     code = os.WEXITSTATUS(status)
@@ -147,18 +171,14 @@ def judge_wait_status(status: int, cpu_s: float, error: Any, cpu_limit_s: int) -
     return Outcome(status=status_of_exit, exit_code=code, error=described)
 
 
-def _cpu_of_limit(number: int, cpu_limit_s: int) -> float:
-    """CPU seconds from which a signal is the kernel's for the limit, and not the program's own."""
-    if number == signal.SIGXCPU:
-        return cpu_limit_s * _CPU_TOLERANCE
-    if number == signal.SIGKILL:  # it follows when a program ignores SIGXCPU
-        return (cpu_limit_s + CPU_GRACE_S) * _KILL_TOLERANCE
-    return math.inf
-
-
 def as_wait_status(value: Any) -> int | None:
     """A wait status that untrusted code may have written, or None for what cannot be one."""
     return value if isinstance(value, int) and 0 <= value <= 0xFFFF else None
+
+
+def as_seconds(value: Any) -> int:
+    """Whole seconds that untrusted code may have written; 0 for anything that cannot be some."""
+    return value if isinstance(value, int) and abs(value) < 2**31 else 0
 
 
 def describe(error: Any) -> ErrorInfo | None:

@@ -16,18 +16,18 @@ from typing import Any
 
 _DENIED = """
     _sysctl acct add_key adjtimex afs_syscall bpf capset chroot clock_adjtime clock_settime connect
-    create_module delete_module execve execveat fanotify_init finit_module fsconfig fsmount
-    fsopen fspick get_kernel_syms init_module io_uring_enter io_uring_register io_uring_setup
-    ioperm iopl kcmp kexec_file_load kexec_load keyctl listmount lookup_dcookie
+    create_module delete_module execve execveat fanotify_init finit_module fsconfig fsmount fsopen
+    fspick get_kernel_syms init_module inotify_init inotify_init1 io_uring_enter io_uring_register
+    io_uring_setup ioperm iopl kcmp kexec_file_load kexec_load keyctl listmount lookup_dcookie
     lsm_set_self_attr map_shadow_stack mbind memfd_create memfd_secret migrate_pages modify_ldt
     mount mount_setattr move_mount move_pages mq_getsetattr mq_notify mq_open mq_timedreceive
     mq_timedsend mq_unlink msgctl msgget msgrcv msgsnd name_to_handle_at nfsservctl
-    open_by_handle_at open_tree open_tree_attr perf_event_open personality pidfd_getfd
-    pivot_root process_madvise process_mrelease process_vm_readv process_vm_writev ptrace
-    query_module quotactl quotactl_fd reboot remap_file_pages request_key seccomp security
-    semctl semget semop semtimedop set_mempolicy sethostname setdomainname setns settimeofday
-    shmat shmctl shmdt shmget socket statmount stime swapoff swapon sysfs syslog tuxcall umount
-    umount2 unshare uselib userfaultfd ustat vhangup vm86 vm86old vmsplice vserver
+    open_by_handle_at open_tree open_tree_attr perf_event_open personality pidfd_getfd pivot_root
+    process_madvise process_mrelease process_vm_readv process_vm_writev ptrace query_module quotactl
+    quotactl_fd reboot remap_file_pages request_key seccomp security semctl semget semop semtimedop
+    set_mempolicy setdomainname sethostname setns settimeofday shmat shmctl shmdt shmget socket
+    statmount stime swapoff swapon sysfs syslog tuxcall umount umount2 unshare uselib userfaultfd
+    ustat vhangup vm86 vm86old vmsplice vserver
 """
 
 # What reaches files of the same user and what Landlock does not govern; `basic` has no user id of

@@ -7,6 +7,7 @@ this file only loads them. If the kernel refuses a call, the function raises OSE
 
 import ctypes
 import os
+import resource
 import signal
 import struct
 from collections.abc import Sequence
@@ -141,6 +142,23 @@ def run(steps: Sequence[Step]) -> None:
     for name, function, arguments in steps:
         if function(*arguments) < 0:
             _check(-1, name)
+
+
+def soft_cpu_limit_s(pid: int) -> int:
+    """The soft limit of CPU time of a child that may be dead, but is not reaped yet.
+
+    With every SIGXCPU that the kernel sends, it raises this limit by a second: so it tells the
+    kernel's signals from those that a program sends itself. 0 when there is no such process.
+    """
+    try:
+        return resource.prlimit(pid, resource.RLIMIT_CPU)[0]
+    except OSError:
+        return 0
+
+
+def wait_for_end(pid: int) -> None:
+    """Wait until a child is dead, without reaping it."""
+    os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
 
 
 def prctl(name: str, option: int, argument: Any) -> Step:

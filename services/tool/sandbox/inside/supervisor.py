@@ -24,23 +24,16 @@ import signal
 import socket
 import struct
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
 from services.tool.sandbox import wire
-from services.tool.sandbox.inside import files, kernel
+from services.tool.sandbox.inside import files, kernel, sweep
 from services.tool.sandbox.inside.snippet import cells, program
 
 _START_S = 1.0  # between the interrupt of a cell that has not started and the end of the state
 _DONE_KEYS = ("done", "error", "exit_code", "result", "cpu_s", "peak_bytes")
 _CREDENTIALS = struct.Struct("3i")  # pid, user id and group id of a sender
-_PASSES = 5  # what forks while it is swept has children with pids that are newer still
-_RESERVED_PIDS = 300
-"""Below this no pid is handed out a second time."""
-_PID_LIMIT = 1 << 15
-_FARTHEST = 1 << 16
-"""Pids that are tried at most, which takes about 50 ms."""
 
 
 def run_and_fetch(job_fd: int, job: wire.Message, place: program.Place) -> NoReturn:
@@ -53,11 +46,18 @@ def run_and_fetch(job_fd: int, job: wire.Message, place: program.Place) -> NoRet
         kernel.die_with_parent(signal.SIGKILL)
         program.run_program(job, place, lambda report: wire.send(theirs, report))
     os.close(theirs)
+    kernel.wait_for_end(pid)
+    soft_cpu_s = kernel.soft_cpu_limit_s(pid)
     _, status = os.waitpid(pid, 0)
     if place.alone:
         # Before the files are read, which what is left alive could still change.
         _kill_everything_else()
-    report: wire.Message = {"wait_status": status, "files": {}, "missing": {}}
+    report: wire.Message = {
+        "wait_status": status,
+        "soft_cpu_s": soft_cpu_s,
+        "files": {},
+        "missing": {},
+    }
     budget = job["fetch_bytes"]
     for path in job["fetch"]:
         try:
@@ -110,6 +110,8 @@ class _Cell:
     """Whether the state process keeps the state from before the cell."""
     spent_s: float = 0.0
     """CPU time that the cell's process had used before the cell."""
+    budget_s: int = 0
+    """Soft limit of CPU time of the cell's process at the start of the cell."""
     done: wire.Message | None = None
     """What the cell's process said of its end, until it has answered `settle`."""
     settle: str = ""
@@ -312,12 +314,13 @@ def _on_message(session: _Session, sender: int, message: wire.Message) -> None:
         _answer(session, cell.done)
     elif cell.snapshot and sender == session.state_pid and "died" in message:
         _sweep(session, cell)
-        used = {key: message[key] for key in ("died", "cpu_s", "peak_bytes")}
+        used = {key: message[key] for key in ("died", "over_s", "cpu_s", "peak_bytes")}
         _answer(session, {**used, "lost": False})
 
 
 def _on_started(session: _Session, cell: _Cell, message: wire.Message) -> None:
     cell.spent_s = float(message["spent_s"])
+    cell.budget_s = int(message["budget_s"])
     cell.snapshot = bool(message["snapshot"]) and session.place.can_fork
     cell.pid = int(message["started"]) if cell.snapshot else session.state_pid
     if cell.give_up_at is not None:
@@ -328,7 +331,7 @@ def _on_started(session: _Session, cell: _Cell, message: wire.Message) -> None:
 def _sweep(session: _Session, cell: _Cell) -> None:
     """Kill what a killed cell has left running, before its answer is sent."""
     if session.place.alone and cell.pid > 1:
-        _kill_since(cell.pid, {os.getpid(), session.state_pid})
+        sweep.kill_since(cell.pid, {os.getpid(), session.state_pid})
 
 
 def _answer(session: _Session, message: wire.Message) -> None:
@@ -338,6 +341,7 @@ def _answer(session: _Session, message: wire.Message) -> None:
 
 def _reap(session: _Session) -> None:
     """Collect dead children and orphans. If the state process died, so does its cell."""
+    soft_cpu_s = kernel.soft_cpu_limit_s(session.state_pid)  # of no use when that is 0
     while True:
         try:
             pid, status, used = os.wait4(-1, os.WNOHANG)
@@ -355,45 +359,8 @@ def _reap(session: _Session) -> None:
         if cell.snapshot:
             _kill_cell(cell)
         _sweep(session, cell)
-        _answer(session, {"died": status, "lost": True, **cells.usage(used, cell.spent_s)})
-
-
-def _kill_since(first: int, spared: set[int]) -> None:
-    """Kill the processes that were started since process `first`, and it, if this one may.
-
-    A session sees no /proc. But the kernel hands out pids in order, so everything that was started
-    since a process has a pid between that process's and the newest one.
-
-    Args:
-        first: pid of a process, which may be dead.
-        spared: pids that live on.
-    """
-    for _ in range(_PASSES):
-        killed = False
-        for pid in _pids_between(first, _newest_pid(first)):
-            if pid in spared:
-                continue
-            with contextlib.suppress(OSError):  # mostly: there is no such process
-                os.kill(pid, signal.SIGKILL)
-                killed = True
-        if not killed:
-            return
-
-
-def _newest_pid(first: int) -> int:
-    try:
-        pid = os.fork()
-    except OSError:  # the cell has taken all processes
-        return first + _RESERVED_PIDS
-    if pid == 0:
-        os._exit(0)
-    os.waitpid(pid, 0)
-    return pid
-
-
-def _pids_between(first: int, newest: int) -> Iterator[int]:
-    if first <= newest:
-        yield from range(first, min(newest, first + _FARTHEST))
-        return
-    yield from range(first, max(_PID_LIMIT, first + 1))  # the kernel has begun again
-    yield from range(_RESERVED_PIDS, min(newest, _FARTHEST))
+        over_s = soft_cpu_s - cell.budget_s
+        _answer(
+            session,
+            {"died": status, "lost": True, "over_s": over_s, **cells.usage(used, cell.spent_s)},
+        )

@@ -232,6 +232,7 @@ def _free_uid(zygote: _Zygote, number: int) -> int | None:
 
 def _reap(zygote: _Zygote, child: _Slot) -> None:
     """Collect a dead slot, kill what it left behind, and report what the kernel says about it."""
+    soft_cpu_s = kernel.soft_cpu_limit_s(child.pid)
     _, status, usage = os.wait4(child.pid, 0)
     del zygote.slots[child.pid_fd]
     zygote.poller.unregister(child.pid_fd)
@@ -248,7 +249,7 @@ def _reap(zygote: _Zygote, child: _Slot) -> None:
         janitor.hand_over(zygote.ways.leftovers, child.folder)
     cpu_s, peak_bytes = usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024
     # Last: on this event the caller gets its answer, and the slot's processes are gone by then.
-    ended = Event(channel.EXIT, child.number, status, cpu_s, peak_bytes, too_large)
+    ended = Event(channel.EXIT, child.number, status, cpu_s, peak_bytes, too_large, soft_cpu_s)
     zygote.channel.send(ended.encode())
 
 

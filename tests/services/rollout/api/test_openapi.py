@@ -47,7 +47,7 @@ def app(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
     model = read_model_folder(chosen)
     engine = HfEngine.load(model, chosen)
     service = build_service(engine, model, chosen, tmp_path_factory.mktemp("weights"))
-    yield create_app(chosen, service, api_key="api-key-for-tests", admin_key=KEY)
+    yield create_app(service, chosen, api_key="api-key-for-tests", admin_key=KEY)
     asyncio.run(service.close())
 
 

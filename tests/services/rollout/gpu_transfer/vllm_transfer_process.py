@@ -77,7 +77,7 @@ class Service:
 
     def __init__(self, engine: VllmEngine, settings: RolloutSettings, folder: Path) -> None:
         service = build_service(engine, read_model_folder(settings), settings, folder)
-        app = create_app(settings, service, api_key=API_KEY, admin_key=ADMIN_KEY)
+        app = create_app(service, settings, api_key=API_KEY, admin_key=ADMIN_KEY)
         network = httpx.ASGITransport(app=app)
         self.access: dict[str, Any] = {
             "urls": ["http://s"],

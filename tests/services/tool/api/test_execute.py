@@ -136,6 +136,26 @@ async def test_cpu_time_is_limited_apart_from_wall_time(client: httpx.AsyncClien
     assert (body["status"], body["signal"]) == ("cpu_limit", "SIGXCPU")
 
 
+@pytest.mark.parametrize("fetch", [[], ["a"]])
+@pytest.mark.parametrize(
+    ("end", "signal", "status"),
+    [
+        ("while True: pass", "SIGKILL", "cpu_limit"),
+        ("os.kill(os.getpid(), 9)", "SIGKILL", "crashed"),
+    ],
+)
+async def test_a_program_that_survives_the_cpu_signal_is_killed_or_kills_itself(
+    client: httpx.AsyncClient, fetch: list[str], end: str, signal: str, status: str
+) -> None:
+    """The kernel's SIGKILL comes at 3 s."""
+    code = (
+        "import os, signal, time\nsignal.signal(signal.SIGXCPU, signal.SIG_IGN)\n"
+        f"while time.process_time() < 1.3: pass\n{end}"
+    )
+    body = await execute(client, code, cpu_s=1, timeout_s=60, fetch=fetch)
+    assert (body["status"], body["signal"]) == (status, signal)
+
+
 async def test_output_is_cut_at_the_limit_and_kept(client: httpx.AsyncClient) -> None:
     body = await execute(client, "while True: print('x' * 99)", output_bytes=1000)
     assert body["status"] == "output_limit" and body["stdout_truncated"] is True
@@ -336,6 +356,13 @@ async def test_a_batch_numbers_its_programs_as_it_likes(client: httpx.AsyncClien
 )
 async def test_a_boolean_is_no_number(client: httpx.AsyncClient, path: str, body: object) -> None:
     assert (await client.post(path, json=body)).status_code == 422
+
+
+async def test_a_session_needs_no_body(client: httpx.AsyncClient) -> None:
+    for body in (None, b"null", b"{}"):
+        answer = await client.post("/v1/sessions", content=body)
+        assert answer.status_code == 201
+        await client.delete(f"/v1/sessions/{answer.json()['session_id']}")
 
 
 async def test_a_trailing_slash_leads_nowhere(client: httpx.AsyncClient) -> None:

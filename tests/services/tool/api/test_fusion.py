@@ -2,10 +2,14 @@
 
 import asyncio
 import base64
+import time
 
 import httpx
 import pytest
+from tool_server import KEY, served
 
+from services.common import routes
+from services.tool.api import fusion
 from services.tool.service import ToolService
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -114,17 +118,65 @@ async def test_fields_of_other_versions_are_ignored(client: httpx.AsyncClient) -
     assert (await run_code(client, "1", args=["-v"], later=1))["status"] == "Success"
 
 
-async def test_overload_answers_504_which_clients_retry(
-    client: httpx.AsyncClient, service: ToolService
+async def test_a_full_queue_answers_504_which_clients_retry(
+    client: httpx.AsyncClient, service: ToolService, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(service.rules.admission, "max_queue", 0)
     sleep = {"code": "import time\ntime.sleep(1.5)", "language": "python"}
     busy = [asyncio.create_task(client.post("/run_code", json=sleep)) for _ in range(2)]
     while service.rules.admission.running < service.settings.slots:
         await asyncio.sleep(0.01)
-    hasty = {"code": "1", "language": "python", "run_timeout": 0.05, "compile_timeout": 0.0}
-    refused = await client.post("/run_code", json=hasty)
+    refused = await client.post("/run_code", json={"code": "1", "language": "python"})
     assert refused.status_code == 504
     assert [a.json()["status"] for a in await asyncio.gather(*busy)] == ["Success", "Success"]
+
+
+async def test_more_callers_than_slots_all_get_their_timeout(
+    service: ToolService, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As verl's test of 100 programs that all time out: its client reads for at most compile, run
+    and 10 more seconds, here 1.5 s in all, and 504 is retried twice. 2 slots need 4 s for 16."""
+    monkeypatch.setattr(routes, "_BLANK_EVERY_S", 0.3)
+    monkeypatch.setattr(fusion, "_PATIENCE_S", 0.3)
+    body = {
+        "code": "while True: pass",
+        "language": "python",
+        "compile_timeout": 0.5,
+        "run_timeout": 0.5,
+        "memory_limit_MB": 1024,
+    }
+    timeout = httpx.Timeout(60.0, read=1.5)
+    limits = httpx.Limits(max_connections=None)
+    headers = {"Authorization": f"Bearer {KEY}"}
+    async with (
+        served(service) as url,
+        httpx.AsyncClient(base_url=url, headers=headers, timeout=timeout, limits=limits) as client,
+    ):
+        started = time.monotonic()
+        answers = await asyncio.gather(*(client.post("/run_code", json=body) for _ in range(16)))
+        assert time.monotonic() - started > 1.5
+    runs = [answer.json()["run_result"]["status"] for answer in answers]
+    assert runs == ["TimeLimitExceeded"] * 16
+
+
+async def test_a_wait_that_ends_in_a_refusal_is_a_sandbox_error(
+    service: ToolService, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fusion, "_PATIENCE_S", 0.1)
+    monkeypatch.setattr(service.settings, "run_code_wait_s", 0.5)
+    sleep = {"code": "import time\ntime.sleep(3)", "language": "python"}
+    hasty = {"code": "1", "language": "python", "compile_timeout": 0, "run_timeout": 0.1}
+    headers = {"Authorization": f"Bearer {KEY}"}
+    async with (
+        served(service) as url,
+        httpx.AsyncClient(base_url=url, headers=headers, timeout=60) as client,
+    ):
+        busy = [asyncio.create_task(client.post("/run_code", json=sleep)) for _ in range(2)]
+        while service.rules.admission.running < service.settings.slots:
+            await asyncio.sleep(0.01)
+        refused = (await client.post("/run_code", json=hasty)).json()
+        assert refused["status"] == "SandboxError" and "never ran" in refused["message"]
+        await asyncio.gather(*busy)
 
 
 async def test_ping(client: httpx.AsyncClient) -> None:

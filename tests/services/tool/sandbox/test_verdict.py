@@ -33,10 +33,6 @@ def killed(number: signal.Signals) -> int:
         (ExitFacts(status=killed(signal.SIGKILL)), {}, Status.TIMEOUT, Status.TIMEOUT),
         (ExitFacts(status=killed(signal.SIGKILL)), {}, Status.OUTPUT_LIMIT, Status.OUTPUT_LIMIT),
         (ExitFacts(status=killed(signal.SIGKILL), memory=True), {}, None, Status.MEMORY_LIMIT),
-        (ExitFacts(status=killed(signal.SIGXCPU), cpu_s=2.0), {}, None, Status.CPU_LIMIT),
-        (ExitFacts(status=killed(signal.SIGXCPU), cpu_s=0.1), {}, None, Status.CRASHED),
-        (ExitFacts(status=killed(signal.SIGKILL), cpu_s=3.9), {}, None, Status.CPU_LIMIT),
-        (ExitFacts(status=killed(signal.SIGKILL), cpu_s=1.9), {}, None, Status.CRASHED),
         (ExitFacts(lost=True), {}, None, Status.SANDBOX_ERROR),
         (ExitFacts(status=exited(1)), {"refused": "files: no space"}, None, Status.REJECTED),
         (ExitFacts(), {"wait_status": exited(4)}, None, Status.EXIT),
@@ -48,16 +44,36 @@ def test_the_status_follows_from_the_facts(
     assert judge(facts, stopped=stopped, report=report, cpu_limit_s=2).status is status
 
 
-def test_a_process_that_sends_itself_the_cpu_signal_has_not_hit_the_limit() -> None:
-    facts = ExitFacts(status=killed(signal.SIGXCPU), cpu_s=0.5)
-    verdict = judge(facts, stopped=None, report={}, cpu_limit_s=2)
-    assert (verdict.status, verdict.signal) == (Status.CRASHED, "SIGXCPU")
+@pytest.mark.parametrize(
+    ("number", "cpu_s", "soft_cpu_s", "status"),
+    [
+        # Of a limit of 20 s the kernel sends SIGXCPU at 20 s and again at 21 s, SIGKILL at 22 s,
+        # and raises the soft limit each time.
+        (signal.SIGXCPU, 20.0, 21, Status.CPU_LIMIT),
+        (signal.SIGXCPU, 19.0, 20, Status.CRASHED),
+        (signal.SIGKILL, 22.0, 22, Status.CPU_LIMIT),
+        (signal.SIGKILL, 21.0, 21, Status.CRASHED),
+        (signal.SIGKILL, 19.9, 20, Status.CRASHED),
+        (signal.SIGXCPU, 1.0, 21, Status.CRASHED),  # it raised its own soft limit
+        (signal.SIGXCPU, 1.0, 2, Status.CRASHED),  # it had lowered its own limit
+        (signal.SIGSEGV, 20.5, 21, Status.CRASHED),
+    ],
+)
+def test_the_kernels_cpu_signals_are_told_from_the_programs_own(
+    number: signal.Signals, cpu_s: float, soft_cpu_s: int, status: Status
+) -> None:
+    facts = ExitFacts(status=killed(number), cpu_s=cpu_s, soft_cpu_s=soft_cpu_s)
+    verdict = judge(facts, stopped=None, report={}, cpu_limit_s=20)
+    assert (verdict.status, verdict.signal) == (status, number.name)
+    supervised = {"wait_status": killed(number), "soft_cpu_s": soft_cpu_s}
+    facts = ExitFacts(cpu_s=cpu_s, soft_cpu_s=20)
+    assert judge(facts, stopped=None, report=supervised, cpu_limit_s=20).status is status
 
 
 @settings(suppress_health_check=[HealthCheck.too_slow], deadline=None)
 @given(
     st.dictionaries(
-        st.sampled_from(["error", "wait_status", "refused", "files"]),
+        st.sampled_from(["error", "wait_status", "soft_cpu_s", "refused", "files"]),
         st.none() | st.integers(-(2**40), 2**40) | st.text() | st.lists(st.integers()),
     ),
     st.integers(1, 255),

@@ -10,6 +10,7 @@ from posix import getpid  # a cell may replace os.getpid
 from typing import Any, NoReturn
 
 from services.tool.sandbox import wire
+from services.tool.sandbox.inside import kernel
 from services.tool.sandbox.inside.snippet import ending, figures, program
 
 # Together what wait4 reports of a dead process.
@@ -28,13 +29,20 @@ def run_cells(orders: int, place: program.Place) -> NoReturn:
             wire.send(orders, {"settled": order["settle"]})
             continue
         # A fork keeps the calling thread only; others would be missing in the child.
-        snapshot = place.can_fork and threading.active_count() == 1 and _fork_cell(orders)
+        snapshot = (
+            place.can_fork
+            and threading.active_count() == 1
+            and _fork_cell(orders, cpu_s=order["cpu_s"])
+        )
         if snapshot is None:
             continue  # this process is the snapshot, and the cell's process has died
         spent_s = _spent_s(*_SELF_AND_CHILDREN)
         owner = getpid()
+        # The kernel limits this process alone, in whole seconds since its start.
+        budget_s = round(_spent_s(resource.RUSAGE_SELF)) + order["cpu_s"]
         if not snapshot:
-            wire.send(orders, {"started": owner, "snapshot": False, "spent_s": spent_s})
+            wire.send(orders, _started(owner, spent_s, budget_s, snapshot=False))
+        _limit_cpu(budget_s)
         answer = _run_cell(order, namespace, spent_s, place.home)
         if getpid() != owner:
             # A child that the cell forked came out of the cell as well: its work ends here.
@@ -42,7 +50,17 @@ def run_cells(orders: int, place: program.Place) -> NoReturn:
         wire.send(orders, answer)
 
 
-def _fork_cell(orders: int) -> bool | None:
+def _started(pid: int, spent_s: float, budget_s: int, *, snapshot: bool) -> wire.Message:
+    return {"started": pid, "snapshot": snapshot, "spent_s": spent_s, "budget_s": budget_s}
+
+
+def _limit_cpu(budget_s: int) -> None:
+    hard = resource.getrlimit(resource.RLIMIT_CPU)[1]
+    if hard == resource.RLIM_INFINITY or budget_s <= hard:
+        resource.setrlimit(resource.RLIMIT_CPU, (budget_s, hard))
+
+
+def _fork_cell(orders: int, *, cpu_s: int) -> bool | None:
     """Fork the process of a cell. True in that process, False where no fork was possible; None in
     the calling one, after the cell's process has died: with what it then says."""
     waiting, release = os.pipe()
@@ -60,21 +78,18 @@ def _fork_cell(orders: int) -> bool | None:
     os.close(waiting)
     # An interrupt kills the cell with its children, and not the snapshot.
     os.setpgid(pid, pid)
-    wire.send(orders, {"started": pid, "snapshot": True, "spent_s": 0.0})
+    wire.send(orders, _started(pid, 0.0, cpu_s, snapshot=True))
     os.close(release)
+    kernel.wait_for_end(pid)
+    over_s = kernel.soft_cpu_limit_s(pid) - cpu_s
     _, status, used = os.wait4(pid, 0)
-    wire.send(orders, {"died": status, **usage(used, 0.0)})
+    wire.send(orders, {"died": status, "over_s": over_s, **usage(used, 0.0)})
     return None
 
 
 def _run_cell(
     cell: wire.Message, namespace: dict[str, Any], spent_s: float, home: str
 ) -> wire.Message:
-    # The kernel limits this process alone, in whole seconds since its start.
-    budget = round(_spent_s(resource.RUSAGE_SELF)) + cell["cpu_s"]
-    hard = resource.getrlimit(resource.RLIMIT_CPU)[1]
-    if hard == resource.RLIM_INFINITY or budget <= hard:
-        resource.setrlimit(resource.RLIMIT_CPU, (budget, hard))
     name = f"cell-{cell['step']}.py"
     figures.ask(cell["figures"], home)
     execution = program.execute(cell["code"], namespace, name, interactive=True)
