@@ -443,8 +443,14 @@ PROGRAMS = [
     Threat(row="64-closed-descriptor", code="import os\nos.close(1)", expect=("ok", "exit")),
     Threat(
         row="65-bad-bytes",
-        code="import os\nos.write(1, b'\\xff\\x00ok\\n')\nprint('\\ud800')",
+        code="import os\nos.write(1, b'\\xff\\x00ok\\n')\nprint('\\udcff')",
         says="ok\n",
+    ),
+    Threat(
+        row="65-half-pair",
+        code="print('\\ud800')",
+        expect=("error",),
+        errors=("UnicodeEncodeError",),
     ),
     Threat(row="66-nul", code="print(1)\x00", expect=("error",), errors=("SyntaxError",)),
     Threat(row="66-surrogate", code="'\ud800'", expect=("error",), errors=("SyntaxError",)),

@@ -57,7 +57,9 @@ def end_process(exit_code: int, home: str) -> NoReturn:
         home: working folder of the snippet; modules from its box are the snippet's own.
     """
     try:
-        _attempt(threading._shutdown)  # type: ignore[attr-defined]
+        if threading._shutdown_locks or threading._threading_atexits:  # type: ignore[attr-defined]
+            # Not without a thread to wait for: even then it copies 19 pages.
+            _attempt(threading._shutdown)  # type: ignore[attr-defined]
         _attempt(figures.save_open)  # before matplotlib's exit handler, which closes them
         atexit._run_exitfuncs()
         if not _flush_standard():
