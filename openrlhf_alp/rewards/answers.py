@@ -122,6 +122,12 @@ def _markdown() -> MarkdownIt:
     return MarkdownIt("commonmark").disable(["code", "html_block", "reference", "inline"])
 
 
+def last_box(text: str) -> str | None:
+    """Returns the content of the last box, as the answer of a reference solution."""
+    boxes = _boxes(text)
+    return boxes[-1].content if boxes else None
+
+
 def _boxes(text: str) -> list[_Found]:
     """Returns the outermost boxes. A box that is not closed was cut off and is none."""
     boxes = []

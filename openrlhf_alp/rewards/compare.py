@@ -8,7 +8,7 @@ from fractions import Fraction
 import sympy
 
 from openrlhf_alp.rewards import units
-from openrlhf_alp.rewards.equality import expressions_equal, quantities_equal
+from openrlhf_alp.rewards.equality import expressions_equal, quantities_equal, within
 from openrlhf_alp.rewards.structure import is_wordy
 from openrlhf_alp.rewards.values import (
     Based,
@@ -18,6 +18,7 @@ from openrlhf_alp.rewards.values import (
     Quantity,
     Reading,
     Relation,
+    Tolerance,
     Union,
     Value,
 )
@@ -47,6 +48,23 @@ def readings_equal(gold: Reading, answer: Reading) -> bool:
         return (choice[1] or choice[2]).upper() == gold.words
     # Only a label may be taken in two ways; an answer that is right in one of two is a guess.
     return any(values_equal(value, a) for value in gold.values for a in answer.values[:1])
+
+
+def readings_near(gold: Reading, answer: Reading, tolerance: Tolerance) -> bool:
+    """Whether label and answer are numbers that differ by no more than `tolerance`."""
+    for label in gold.values:
+        for given in answer.values[:1]:
+            pair = _unwrapped(label, given)
+            match pair:
+                case Quantity(), Quantity():
+                    if _same_scale(*pair) and within(*pair, tolerance):
+                        return True
+    return False
+
+
+def _same_scale(gold: Quantity, answer: Quantity) -> bool:
+    # As in `_same_quantity`: 35 answers 35 %, and 0.35 % does not answer 0.35.
+    return gold.is_percent >= answer.is_percent and not units.conflict(gold.unit, answer.unit)
 
 
 def _names_in(words: str) -> list[str]:

@@ -17,7 +17,7 @@ from fractions import Fraction
 import mpmath
 import sympy
 
-from openrlhf_alp.rewards.values import Quantity
+from openrlhf_alp.rewards.values import Quantity, Tolerance
 
 _DECIMAL_ERROR = Fraction(1, 10**6)
 """Relative error of a decimal that stands for a number without a finite decimal form."""
@@ -50,6 +50,17 @@ def quantities_equal(gold: Quantity, answer: Quantity) -> bool:
     if gold.places is not None or answer.places is not None:
         return _decimal_stands_for(gold, answer)
     return expressions_equal(_sympy(first), _sympy(second))
+
+
+def within(gold: Quantity, answer: Quantity, tolerance: Tolerance) -> bool:
+    """Whether two numbers are nearer than `tolerance`. Units are not looked at."""
+    label, given = _sympy(gold.expression), _sympy(answer.expression)
+    if not (label.is_number and given.is_number and label.is_real and given.is_real):
+        return False
+    # The sizes are computed to 30 digits: a difference at the edge must not depend on rounding.
+    distance, size = abs(label - given).evalf(30), abs(label).evalf(30)
+    allowed = max(sympy.Float(tolerance.absolute, 30), sympy.Float(tolerance.relative, 30) * size)
+    return bool(distance.is_finite and distance <= allowed * (1 + sympy.Float("1e-12", 30)))
 
 
 def expressions_equal(first: sympy.Expr, second: sympy.Expr) -> bool:

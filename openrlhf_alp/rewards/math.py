@@ -17,6 +17,7 @@ import pebble
 
 from openrlhf_alp.rewards.labels import LabelNotParsableError
 from openrlhf_alp.rewards.protocol import RewardResult, RewardUnavailable
+from openrlhf_alp.rewards.values import Tolerance
 from openrlhf_alp.rewards.verify import Verdict, judge, limit_memory
 
 logger = logging.getLogger(__name__)
@@ -56,17 +57,20 @@ class MathReward:
         self._pool: pebble.ProcessPool | None = None
         self.counts: Counter[str] = Counter()
 
-    async def score(self, *, prompt: str, response: str, label: Any) -> RewardResult:
+    async def score(
+        self, *, prompt: str, response: str, label: Any, tolerance: Tolerance | None = None
+    ) -> RewardResult:
         """Scores the final answer of `response`; the prompt is not needed.
 
         Args:
             label: a text, a number, or a list whose members are forms of one answer.
+            tolerance: how far a number may be from a numeric label; None: it must be equal.
 
         Raises:
             RewardUnavailable: with one of the reasons listed under `counts`.
         """
         try:
-            verdict = await self._judge_in_worker(response, label)
+            verdict = await self._judge_in_worker(response, label, tolerance)
         except Exception as error:
             # Every fault is named: an unnamed one would end the run or be taken for a wrong answer.
             reason, detail = self._explain(error)
@@ -83,6 +87,8 @@ class MathReward:
                 "answered": float(verdict.answered),
                 "unevaluated": float(verdict.unevaluated),
             },
+            answer=verdict.answer,
+            choice=verdict.choice,
         )
 
     def close(self) -> None:
@@ -93,9 +99,11 @@ class MathReward:
             self._pool.join()
             self._pool = None
 
-    async def _judge_in_worker(self, response: str, label: Any) -> Verdict:
+    async def _judge_in_worker(
+        self, response: str, label: Any, tolerance: Tolerance | None
+    ) -> Verdict:
         future = self._active_pool().schedule(
-            judge, args=(response, label), timeout=self._timeout_s
+            judge, args=(response, label, tolerance), timeout=self._timeout_s
         )
         verdict: Verdict = await asyncio.wrap_future(future)
         return verdict

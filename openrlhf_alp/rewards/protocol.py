@@ -36,6 +36,12 @@ class RewardResult:
     detail: Mapping[str, float] = field(default_factory=dict)
     """Named numbers for metrics: every result has the same names in the same order."""
 
+    answer: str | None = None
+    """The final answer that was found in the text; None when there is none."""
+
+    choice: str | None = None
+    """The same in one spelling, for a majority vote."""
+
 
 class Reward(Protocol):
     """Scores one answer."""

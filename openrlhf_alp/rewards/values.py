@@ -23,6 +23,16 @@ class Quantity:
     """It leaves sums or products of numbers to work out."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tolerance:
+    """How far a number may be from a numeric label and still answer it. Zero: it must be equal."""
+
+    relative: float = 0.0
+    """Share of the label's absolute value."""
+
+    absolute: float = 0.0
+
+
 @dataclass(frozen=True, slots=True)
 class Clock:
     """A time of day or a duration, `11:00`; also a ratio, such as `3:4`."""

@@ -18,13 +18,13 @@ import sympy
 
 from openrlhf_alp.rewards.answers import final_answer, leading_expression
 from openrlhf_alp.rewards.bounded import UnreadableError
-from openrlhf_alp.rewards.compare import readings_equal
+from openrlhf_alp.rewards.compare import readings_equal, readings_near
 from openrlhf_alp.rewards.equality import expressions_equal
 from openrlhf_alp.rewards.labels import LabelNotParsableError, label_texts
 from openrlhf_alp.rewards.latex import read_expression
 from openrlhf_alp.rewards.normalize import normalize
 from openrlhf_alp.rewards.structure import is_comparable, read
-from openrlhf_alp.rewards.values import Items, Quantity, Reading, Relation
+from openrlhf_alp.rewards.values import Items, Quantity, Reading, Relation, Tolerance
 
 _CALCULUS = re.compile(r"\\(?:i*int|oint|sum|prod|lim)(?![A-Za-z])")
 
@@ -48,6 +48,13 @@ class Verdict:
     unevaluated: bool
     """Whether the answer equals the label only once its sums or products are worked out."""
 
+    answer: str | None
+    """The final answer as the text spells it; None when there is none."""
+
+    choice: str | None
+    """The same in one spelling: a rational number as a fraction, anything else normalised. Answers
+    with one choice are one vote of a majority."""
+
 
 def limit_memory(extra_bytes: int) -> None:
     """Lets this process grow by `extra_bytes` of address space; beyond that, MemoryError."""
@@ -56,8 +63,11 @@ def limit_memory(extra_bytes: int) -> None:
     resource.setrlimit(resource.RLIMIT_AS, (now + extra_bytes, hard_limit))
 
 
-def judge(response: str, label: Any) -> Verdict:
+def judge(response: str, label: Any, tolerance: Tolerance | None = None) -> Verdict:
     """Compares the final answer of `response` with `label`, a text, a number or a list of one.
+
+    Args:
+        tolerance: how far a number may be from a numeric label; None: it must be equal.
 
     Raises:
         LabelNotParsableError: the label is empty, a sentence, an object or several answers.
@@ -68,16 +78,26 @@ def judge(response: str, label: Any) -> Verdict:
     gold = read_label(label)
     text = final_answer(response, several=any(isinstance(v, Items) for v in gold.values))
     if text is None:
-        return Verdict(correct=False, answered=False, unevaluated=False)
+        return Verdict(correct=False, answered=False, unevaluated=False, answer=None, choice=None)
     if len(text) > max(_MAX_ANSWER_CHARS, 2 * len(label)):
-        return Verdict(correct=False, answered=True, unevaluated=False)
+        shown = text[:_MAX_ANSWER_CHARS]
+        return Verdict(correct=False, answered=True, unevaluated=False, answer=shown, choice=shown)
     answer = _read_answer(text, gold)
     # Calculus comes last: it may take until the pool's time limit.
-    equal = readings_equal(gold, answer) or (
-        _CALCULUS.search(label) is not None and _equal_by_calculus(label, text)
+    equal = (
+        readings_equal(gold, answer)
+        or (tolerance is not None and readings_near(gold, answer, tolerance))
+        or (_CALCULUS.search(label) is not None and _equal_by_calculus(label, text))
     )
     unevaluated = equal and _is_number(gold) and _has_arithmetic(answer)
-    return Verdict(correct=equal and not unevaluated, answered=True, unevaluated=unevaluated)
+    correct = equal and not unevaluated
+    return Verdict(
+        correct=correct,
+        answered=True,
+        unevaluated=unevaluated,
+        answer=text,
+        choice=_one_spelling(answer),
+    )
 
 
 def label_text(value: Any) -> str:
@@ -126,6 +146,14 @@ def _read_answer(text: str, gold: Reading) -> Reading:
         # A letter behind a number is a unit where the label has no letter: 1.6e-19 C.
         return read(measured[1])
     return answer
+
+
+def _one_spelling(answer: Reading) -> str:
+    match answer.values:
+        case (Quantity(expression=Fraction() as number, arithmetic=False, unit=unit),):
+            # Digits without a limit: `str` refuses integers of more than 4,300.
+            return f"{number.numerator:x}/{number.denominator:x} {unit}"
+    return answer.text
 
 
 def _equal_by_calculus(label: str, text: str) -> bool:

@@ -4,6 +4,7 @@ import sys
 
 import pytest
 
+from openrlhf_alp.rewards.values import Tolerance
 from openrlhf_alp.rewards.verify import LabelNotParsableError, judge
 
 
@@ -100,3 +101,26 @@ def test_a_worker_cannot_grow_past_its_memory_limit():
     assert run.returncode == 1
     assert run.stderr.splitlines()[-1] == "MemoryError"
     assert "line 4" in run.stderr
+
+
+@pytest.mark.parametrize(
+    ("label", "answer", "tolerance", "right"),
+    [
+        ("0.265", "0.264", Tolerance(relative=0.01), True),
+        ("0.265", "0.264", Tolerance(relative=1e-4), False),
+        ("0.265", "0.264", None, False),
+        ("4.2", "4.1", Tolerance(absolute=0.1), True),  # the edge belongs to it
+        ("4.2", "4.099", Tolerance(absolute=0.1), False),
+        ("4.2\\%", "4.25", Tolerance(absolute=0.1), True),
+        ("4.2", "4.25\\%", Tolerance(absolute=0.1), False),
+        ("4.5e33", "4.5001 \\times 10^{33}", Tolerance(relative=1e-4), True),
+        ("\\frac{\\pi}{3}", "1.0472", Tolerance(relative=1e-4), True),
+        ("12 \\text{ km}", "12.001", Tolerance(relative=1e-3), True),
+        ("12 \\text{ km}", "12.001 \\text{ m}", Tolerance(relative=1e-3), False),
+        ("x^2", "1.0001 x^2", Tolerance(relative=1e-3), False),  # for numbers only
+        ("(1, 2)", "(1, 2.0001)", Tolerance(relative=1e-3), False),
+        ("0", "0.001", Tolerance(relative=0.5), False),
+    ],
+)
+def test_a_number_within_the_tolerance_of_a_label_is_right(label, answer, tolerance, right):
+    assert judge(f"\\boxed{{{answer}}}", label, tolerance).correct is right
