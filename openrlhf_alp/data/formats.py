@@ -54,7 +54,7 @@ class RowFormat:
         """Whether some row has a problem and some row has a label."""
         seen = list(rows)
         return all(
-            any(_first(row, fields) is not None for row in seen)
+            any(first_filled(row, fields) is not None for row in seen)
             for fields in (self.problem, self.label)
         )
 
@@ -159,14 +159,14 @@ def check_format(row_format: RowFormat, rows: Sequence[Row]) -> None:
 
 def to_problem(row: Row, row_format: RowFormat) -> Problem:
     """Extracts problem, labels, data source and id from a row whose content is an object."""
-    text = _text_of(_first(row.content, row_format.problem))
+    text = text_of(first_filled(row.content, row_format.problem))
     problem = _INSTRUCTIONS.sub("", text).strip()
-    datasource = _first(row.content, ("data_source", "datasource", "extra_info.data_source"))
-    given_id = _first(row.content, row_format.id)
+    datasource = first_filled(row.content, ("data_source", "datasource", "extra_info.data_source"))
+    given_id = first_filled(row.content, row_format.id)
     labels: tuple[str, ...] = ()
     label_fault = ""
     try:
-        labels = label_texts(_first(row.content, row_format.label))
+        labels = label_texts(first_filled(row.content, row_format.label))
     except LabelNotParsableError as error:
         label_fault = str(error)
     return Problem(
@@ -190,12 +190,12 @@ def _unknown(source: str, objects: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def _first(row: Mapping[str, Any], fields: Iterable[str]) -> Any:
+def first_filled(row: Mapping[str, Any], fields: Iterable[str]) -> Any:
     """Returns the value of the first field that is present and filled, otherwise None."""
     for field in fields:
         parts = [_descend(row, name) for name in field.split("+")]
         if None not in parts:
-            return parts[0] if len(parts) == 1 else " ".join(map(_text_of, parts))
+            return parts[0] if len(parts) == 1 else " ".join(map(text_of, parts))
     return None
 
 
@@ -207,13 +207,13 @@ def _descend(row: Any, path: str) -> Any:
     return None if isinstance(row, (str, list)) and not row else row
 
 
-def _text_of(value: Any) -> str:
+def text_of(value: Any) -> str:
     """Returns a text, the last user message of a chat, or the text parts of such a message."""
     # Parquet through numpy gives arrays where JSON gives lists.
     value = value.tolist() if hasattr(value, "tolist") else value
     if isinstance(value, (list, tuple)):
         said = [m for m in value if isinstance(m, Mapping) and m.get("role") == "user"]
-        return _text_of(said[-1].get("content")) if said else "\n".join(map(_part, value))
+        return text_of(said[-1].get("content")) if said else "\n".join(map(_part, value))
     return value if isinstance(value, str) else ""
 
 

@@ -37,20 +37,21 @@ class Row:
     """A dict of fields; anything else is a broken row, such as an invalid JSON line."""
 
 
-def read_rows(source: str, *, split: str = "train") -> Iterator[Row]:
+def read_rows(source: str, *, split: str = "train", revision: str | None = None) -> Iterator[Row]:
     """Yields the rows of one source in order.
 
     Args:
         source: a .jsonl, .json (a list, or lines) or .parquet file, a Hugging Face id
             (`org/name`), or one file of a Hugging Face dataset (`org/name:folder/file.parquet`).
         split: split of a Hugging Face id; ignored for files.
+        revision: commit, tag or branch of a Hugging Face id; None: its main branch.
 
     Raises:
         SourceError: there is no such file, or it cannot be read or downloaded.
     """
     path = Path(source)
     if not path.is_file() and _names_the_hub(source):
-        yield from _hub_rows(source, split)
+        yield from _hub_rows(source, split, revision)
         return
     if not path.is_file():
         raise SourceError(
@@ -119,13 +120,15 @@ def _parquet_rows(source: str) -> Iterator[Row]:
                 yield Row(source=source, number=number, content=content)
 
 
-def _hub_rows(source: str, split: str) -> Iterator[Row]:
+def _hub_rows(source: str, split: str, revision: str | None) -> Iterator[Row]:
     # Imported here because it takes a second and local files do not need it.
     import datasets
 
     repository, _, file = source.partition(":")
     try:
-        rows = datasets.load_dataset(repository, data_files=file or None, split=split)
+        rows = datasets.load_dataset(
+            repository, data_files=file or None, split=split, revision=revision
+        )
     except Exception as error:
         raise SourceError(
             f"{source} (split {split}) cannot be loaded from the Hugging Face hub or its cache: "

@@ -185,20 +185,34 @@ class TokenCounter:
         return [len(token_ids) for token_ids in encoded]
 
     def _as_text(self, prompt: str | list[Message]) -> str:
-        if isinstance(prompt, str):
-            return prompt
-        if not self._tokenizer.chat_template:
-            raise TokenizerError(
-                f"--tokenizer {self._name} has no chat template, so --data.apply_chat_template "
-                "would fail too; choose a --template that starts with base-"
-            )
-        try:
-            text: str = self._tokenizer.apply_chat_template(
-                prompt, tokenize=False, add_generation_prompt=True
-            )
-        except jinja2.TemplateError as error:
-            raise TokenizerError(
-                f"--tokenizer {self._name}: its chat template refuses {prompt[0]['role']} messages "
-                f"of --template: {error}. Choose one that suits it, such as chat-bare"
-            ) from error
-        return text
+        return prompt_text(prompt, self._tokenizer, named=f"--tokenizer {self._name}")
+
+
+def prompt_text(prompt: str | list[Message], tokenizer: Any, *, named: str) -> str:
+    """Returns a rendered prompt as the text that the policy continues.
+
+    Args:
+        prompt: what `PromptTemplate.render` returned.
+        named: the flag and value that gave the tokenizer, for messages.
+
+    Raises:
+        TokenizerError: the tokenizer has no chat template for messages, or its template refuses
+            them.
+    """
+    if isinstance(prompt, str):
+        return prompt
+    if not tokenizer.chat_template:
+        raise TokenizerError(
+            f"{named} has no chat template, so --data.apply_chat_template would fail too; choose "
+            "a --template that starts with base-"
+        )
+    try:
+        text: str = tokenizer.apply_chat_template(
+            prompt, tokenize=False, add_generation_prompt=True
+        )
+    except jinja2.TemplateError as error:
+        raise TokenizerError(
+            f"{named}: its chat template refuses {prompt[0]['role']} messages of --template: "
+            f"{error}. Choose one that suits it, such as chat-bare"
+        ) from error
+    return text
