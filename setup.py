@@ -33,6 +33,8 @@ LEARNER = [
     "sympy>=1.13",
     "tensorboard>=2.16",
 ]
+# `openrlhf-alp evaluate`: the harness, and the quantiles of its intervals.
+EVALUATE = [*LEARNER, "inspect-ai>=0.3.285,<0.4", "scipy>=1.11"]
 SERVICE = [
     *WIRE,
     "fastapi>=0.133,<0.137",
@@ -74,9 +76,10 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["openrlhf_alp", "openrlhf_alp.*", "services", "services.*"]),
-    package_data={"openrlhf_alp": ["py.typed"], "services": ["py.typed"]},
+    package_data={"openrlhf_alp": ["py.typed", "evaluate/suites.toml"], "services": ["py.typed"]},
     extras_require={
         "learner": LEARNER,
+        "evaluate": EVALUATE,
         "rollout": ROLLOUT,
         "tool": TOOL,
         "figures": FIGURES,
