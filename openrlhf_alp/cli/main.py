@@ -40,6 +40,7 @@ class Command(Protocol):
 
 COMMANDS = {
     "demo": "learner,demo",
+    "evaluate": "evaluate",
     "preflight": "learner",
     "prepare-data": "learner",
 }

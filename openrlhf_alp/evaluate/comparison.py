@@ -1,0 +1,146 @@
+"""Is run B better than run A? A paired bootstrap over problems."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy
+
+from openrlhf_alp.evaluate.folder import FolderError, RunFolder
+from openrlhf_alp.evaluate.numbers import LEVEL
+
+NUM_DRAWS = 10_000
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Difference:
+    """B minus A, in the mean over suites of the mean over problems."""
+
+    value: float
+    low: float
+    high: float
+    p_value: float
+    """Two-sided: how often draws of a centred difference are at least as far from zero."""
+
+    num_problems: int
+
+
+def paired_difference(
+    suites: Sequence[tuple[Mapping[str, float], Mapping[str, float]]], *, seed: int = 0
+) -> Difference:
+    """Bootstraps the difference of two runs on the same problems.
+
+    Problems are drawn with replacement within each suite, and a drawn problem brings the share of
+    right answers of both runs: what makes a problem hard cancels.
+
+    Args:
+        suites: of each suite the shares of run A and of run B, by problem id.
+
+    Raises:
+        ValueError: the runs do not have the same problems, or none.
+    """
+    if not suites or not all(first for first, _ in suites):
+        raise ValueError("there is no problem to compare on")
+    generator = numpy.random.default_rng(seed)
+    observed, draws = 0.0, numpy.zeros(NUM_DRAWS)
+    for first, second in suites:
+        if first.keys() != second.keys():
+            alone = sorted(first.keys() ^ second.keys())
+            raise ValueError(f"the runs do not have the same problems: {alone[:5]} are in one only")
+        change = numpy.array([second[name] - first[name] for name in first])
+        observed += change.mean() / len(suites)
+        draws += _drawn_means(change, generator) / len(suites)
+    low, high = (numpy.quantile(draws, 0.5 + side * LEVEL / 2) for side in (-1, 1))
+    # Plus one: a bootstrap of so many draws cannot say that a chance is zero.
+    extreme = int((numpy.abs(draws - observed) >= abs(observed) - 1e-12).sum())
+    return Difference(
+        value=float(observed),
+        low=float(low),
+        high=float(high),
+        p_value=(extreme + 1) / (NUM_DRAWS + 1),
+        num_problems=sum(len(first) for first, _ in suites),
+    )
+
+
+def _drawn_means(change: numpy.ndarray, generator: numpy.random.Generator) -> numpy.ndarray:
+    """Means (NUM_DRAWS,) of problems drawn with replacement."""
+    # Counts of each problem instead of its indices: less memory for the same draw.
+    num = len(change)
+    chances = numpy.full(num, 1 / num)
+    means = numpy.empty(NUM_DRAWS)
+    for start in range(0, NUM_DRAWS, 1000):
+        counts = generator.multinomial(num, chances, size=min(1000, NUM_DRAWS - start))
+        means[start : start + len(counts)] = counts @ change / num
+    return means
+
+
+def compare_runs(first: Path, second: Path) -> dict[str, Any]:
+    """The difference of run B over run A, by suite and in the mean over suites.
+
+    Raises:
+        FolderError: a run is not finished, the runs share no suite, or a suite's problems differ.
+    """
+    runs = [RunFolder(path) for path in (first, second)]
+    results = [run.results() for run in runs]
+    by_name = [{suite["suite"]: suite for suite in result["suites"]} for result in results]
+    shared = [name for name in by_name[0] if name in by_name[1]]
+    if not shared:
+        raise FolderError(
+            f"{first} evaluates {', '.join(by_name[0])}, {second} {', '.join(by_name[1])}: no "
+            "suite is in both. Fix: evaluate both on the same suites"
+        )
+    for name in shared:
+        a, b = (suites[name]["problems_digest"] for suites in by_name)
+        if a != b:
+            raise FolderError(
+                f"{name}: the two runs were asked or graded on different problems or labels "
+                f"({a[:12]} and {b[:12]}), so they cannot be paired. Fix: evaluate both from the "
+                "same file, without different --limit"
+            )
+    shares = [tuple(run.shares(name) for run in runs) for name in shared]
+    pairs = [(a, b) for a, b in shares]
+    return {
+        "first": {"path": str(first), "model": results[0]["model"], "n": results[0]["n"]},
+        "second": {"path": str(second), "model": results[1]["model"], "n": results[1]["n"]},
+        "only_in_one": sorted(by_name[0].keys() ^ by_name[1].keys()),
+        "suites": {
+            name: {
+                "title": by_name[0][name]["title"],
+                "first": by_name[0][name]["avg"]["value"],
+                "second": by_name[1][name]["avg"]["value"],
+                **asdict(paired_difference([pair])),
+            }
+            for name, pair in zip(shared, pairs, strict=True)
+        },
+        "average": asdict(paired_difference(pairs)),
+    }
+
+
+def comparison_markdown(compared: dict[str, Any]) -> str:
+    """The comparison as a table, in percent and percentage points."""
+    first, second = compared["first"], compared["second"]
+    lines = [
+        f"A: {first['model']} ({first['path']}), {first['n']} answers per problem",
+        "",
+        f"B: {second['model']} ({second['path']}), {second['n']} answers per problem",
+        "",
+        "| suite | problems | A, % | B, % | B - A, points | 95 % interval | p |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for suite in compared["suites"].values():
+        values = f"{100 * suite['first']:.1f} | {100 * suite['second']:.1f}"
+        lines.append(f"| {suite['title']} | {suite['num_problems']} | {values} | {_row(suite)} |")
+    if len(compared["suites"]) > 1:
+        average = compared["average"]
+        lines.append(f"| Average | {average['num_problems']} | | | {_row(average)} |")
+    if compared["only_in_one"]:
+        lines += ["", f"Only in one of the runs: {', '.join(compared['only_in_one'])}."]
+    return "\n".join(lines) + "\n"
+
+
+def _row(found: dict[str, Any]) -> str:
+    low, high = 100 * found["low"], 100 * found["high"]
+    return f"{100 * found['value']:+.1f} | [{low:+.1f}, {high:+.1f}] | {found['p_value']:.4f}"

@@ -1,0 +1,269 @@
+"""The folder of a run: what was asked, every answer, every grade, the numbers.
+
+RUN/run.json               what the run is; a second start must agree with it
+RUN/problems/SUITE.json    the problems and labels as they were asked
+RUN/answers/SUITE.jsonl    the answers, see store.py
+RUN/grades/SUITE.jsonl     one verdict per answer
+RUN/logs/*.eval            logs of Inspect
+RUN/results.json, results.md, pass_at_k.png, ungraded.jsonl
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import filelock
+
+from openrlhf_alp.data.sources import DataError
+from openrlhf_alp.evaluate.records import AnswerKey, Grade
+from openrlhf_alp.evaluate.store import AnswerStore
+from openrlhf_alp.evaluate.suites import LoadedSuite, Problem, Suite, registry
+from openrlhf_alp.rewards.values import Tolerance
+
+RUN_FILE = "run.json"
+RESULTS_FILE = "results.json"
+
+_OURS = (".lock", "services")
+"""What may be there before a run begins: the services are started first."""
+
+
+class FolderError(DataError):
+    """A run folder cannot be used; nothing in it was changed."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Identity:
+    """What makes two starts one run: another value would mix answers of two policies."""
+
+    model: str
+    weights_digest: str
+    weights_version: int
+    contract_hash: str
+    tokenizer_hash: str
+    plan: Mapping[str, Any]
+    suites: Mapping[str, str]
+    """Digest of each problem set, by name."""
+
+
+class RunFolder:
+    """A run on disk; one process at a time.
+
+    Args:
+        path: the folder; it is made by `begin`.
+
+    Raises:
+        FolderError: another process evaluates into it.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._lock = filelock.FileLock(path / ".lock")
+
+    def begin(self, identity: Identity, suites: Sequence[LoadedSuite], *, n: int) -> str:
+        """Starts the run, or continues it; returns its id.
+
+        Raises:
+            FolderError: the folder is in use, holds something else or another run, or cannot be
+                written.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self.lock()
+            if not (self.path / RUN_FILE).exists():
+                self._check_empty()
+                run_id = secrets.token_hex(6)
+            else:
+                run_id = self._check_same(identity)
+            for loaded in suites:
+                problems = {**_described(loaded), "problems": [asdict(p) for p in loaded.problems]}
+                write_json(self.path / "problems" / f"{loaded.name}.json", problems)
+            described = {"run_id": run_id, "n": n, **asdict(identity)}
+            write_json(self.path / RUN_FILE, described)
+        except OSError as error:
+            raise FolderError(
+                f"--output {self.path} cannot be written: {error.strerror}. Fix: free space or "
+                "name another folder; what is stored stays"
+            ) from error
+        return run_id
+
+    def lock(self) -> None:
+        """Keeps other processes out until this one ends.
+
+        Raises:
+            FolderError: another process has it.
+        """
+        try:
+            self._lock.acquire(timeout=0)
+        except filelock.Timeout as error:
+            raise FolderError(
+                f"{self.path} is in use by another evaluation. Fix: wait for it, or name another "
+                "--output"
+            ) from error
+
+    def release(self) -> None:
+        """Lets other processes in."""
+        self._lock.release()
+
+    def described(self) -> dict[str, Any]:
+        """The content of run.json.
+
+        Raises:
+            FolderError: there is none, or it is broken.
+        """
+        return self._read_json(RUN_FILE)
+
+    def results(self) -> dict[str, Any]:
+        """The content of results.json.
+
+        Raises:
+            FolderError: there is none, or it is broken.
+        """
+        return self._read_json(RESULTS_FILE)
+
+    def suites(self) -> list[LoadedSuite]:
+        """The problem sets as they were asked, for grading again."""
+        return [self._suite(name) for name in self.described()["suites"]]
+
+    def store(self, suite: str) -> AnswerStore:
+        """The answers of a suite."""
+        return AnswerStore(self.path / "answers" / f"{suite}.jsonl")
+
+    @property
+    def logs(self) -> Path:
+        """Where Inspect writes."""
+        return self.path / "logs"
+
+    def write_grades(self, suite: str, grades: Mapping[AnswerKey, Grade]) -> None:
+        """Writes a verdict per answer, in order of problems and samples."""
+        rows = (
+            {"problem_id": key[0], "sample": key[1], **asdict(grade)}
+            for key, grade in grades.items()
+        )
+        write_lines(self.path / "grades" / f"{suite}.jsonl", rows)
+
+    def shares(self, suite: str) -> dict[str, float]:
+        """Share of right answers by problem, as graded last.
+
+        Raises:
+            FolderError: the grades are missing or broken.
+        """
+        path = self.path / "grades" / f"{suite}.jsonl"
+        counts: dict[str, list[float]] = {}
+        try:
+            for line in path.read_text(encoding="utf-8").splitlines():
+                row = json.loads(line)
+                counts.setdefault(row["problem_id"], []).append(float(row["right"] is True))
+        except (OSError, ValueError, KeyError) as error:
+            raise FolderError(
+                f"{path} cannot be read ({error}). Fix: openrlhf-alp evaluate --regrade {self.path}"
+            ) from error
+        return {problem: sum(found) / len(found) for problem, found in counts.items()}
+
+    def _check_empty(self) -> None:
+        others = [path.name for path in self.path.iterdir() if path.name not in _OURS]
+        if others:
+            raise FolderError(
+                f"--output {self.path} holds {', '.join(sorted(others)[:3])} and no {RUN_FILE}: it "
+                "is not a run of evaluate. Nothing was touched. Fix: name a new or an empty folder"
+            )
+
+    def _check_same(self, identity: Identity) -> str:
+        before = self.described()
+        now = json.loads(json.dumps(asdict(identity)))
+        differing = [
+            f"{name}: {then} then, {given} now"
+            for name, then, given in _pairs(before, now)
+            if then != given
+        ]
+        if differing:
+            raise FolderError(
+                f"--output {self.path} holds another run:\n  "
+                + "\n  ".join(differing)
+                + "\nFix: name another --output, or repeat the command of that run to continue it"
+            )
+        return str(before["run_id"])
+
+    def _suite(self, name: str) -> LoadedSuite:
+        table = self._read_json(f"problems/{name}.json")
+        known = registry()[0].get(name)
+        own = Suite(name=name, title=table["title"], source=table["origin"], problem=(), label=())
+        problems = [
+            Problem(**{**fields, "tolerance": _tolerance(fields["tolerance"])})
+            for fields in table["problems"]
+        ]
+        return LoadedSuite(
+            suite=known or own,
+            problems=tuple(problems),
+            origin=table["origin"],
+            is_whole=table["is_whole"],
+        )
+
+    def _read_json(self, name: str) -> dict[str, Any]:
+        path = self.path / name
+        try:
+            found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError as error:
+            raise FolderError(
+                f"{path} does not exist: {self.path} is not a finished run of evaluate. Fix: check "
+                "the path, or run openrlhf-alp evaluate --output for it again"
+            ) from error
+        except (OSError, ValueError) as error:
+            raise FolderError(f"{path} cannot be read: {error}") from error
+        return found
+
+
+def _pairs(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
+    """What two starts of a run must share: its name, its value then and now."""
+    for name in ("weights_digest", "contract_hash", "tokenizer_hash"):
+        yield name, before.get(name), now[name]
+    for name, value in now["plan"].items():
+        yield f"plan, {name}", before["plan"].get(name), value
+    for suite, digest in now["suites"].items():
+        # A suite may be added to a run.
+        yield f"problems of {suite}", before["suites"].get(suite, digest), digest
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Replaces a file of JSON, whole or not at all."""
+    _replace(path, [json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n"])
+
+
+def write_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Replaces a file of JSON lines, whole or not at all."""
+    _replace(path, (json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows))
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replaces a file of text, whole or not at all."""
+    _replace(path, [text])
+
+
+def _replace(path: Path, lines: Iterable[str]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with beside.open("w", encoding="utf-8", errors="surrogatepass") as file:
+            file.writelines(lines)
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def _described(loaded: LoadedSuite) -> dict[str, Any]:
+    return {
+        "title": loaded.suite.title,
+        "origin": loaded.origin,
+        "is_whole": loaded.is_whole,
+        "licence": loaded.suite.licence,
+        "digest": loaded.digest,
+    }
+
+
+def _tolerance(fields: Mapping[str, float] | None) -> Tolerance | None:
+    return None if fields is None else Tolerance(**fields)

@@ -1,0 +1,224 @@
+"""`openrlhf-alp evaluate` from its options to its files: services, suites, the run, the figures."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from rich.console import Console
+from rich.markdown import Markdown
+
+from openrlhf_alp.clients.control import ControlClient
+from openrlhf_alp.clients.errors import ServiceError
+from openrlhf_alp.data.sources import DataError
+from openrlhf_alp.data.templates import TokenizerError
+from openrlhf_alp.evaluate.player import Plan
+from openrlhf_alp.evaluate.results import Results, markdown
+from openrlhf_alp.evaluate.run import Run, run_evaluation
+from openrlhf_alp.evaluate.suites import LoadedSuite
+from openrlhf_alp.launch.run_folder import RunFolderError, find_model
+from openrlhf_alp.launch.services import Services, fresh_keys
+from openrlhf_alp.launch.supervisor import ProcessFailedError, StopRequested, Supervisor
+from openrlhf_alp.launch.view import StageView
+from openrlhf_alp.report.pass_at_k import write_pass_at_k
+from openrlhf_alp.rollouts.runners import ToolConfig
+from services.common.wire import API_KEY_VARIABLE
+
+_LINE_EVERY_S = 20.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EvaluationConfig:
+    """The options of a run that are not the plan's."""
+
+    model: str | None
+    """Folder or Hugging Face id; served here unless `rollout_urls` are given."""
+
+    tokenizer: str | None
+    rollout_urls: tuple[str, ...]
+    tool_urls: tuple[str, ...]
+    uses_tool: bool
+    tool: ToolConfig
+    suites: tuple[LoadedSuite, ...]
+    n: int
+    template: str
+    temperature: float
+    top_p: float
+    top_k: int
+    max_new_tokens: int
+    seed: int
+    output: Path
+    num_workers: int
+    concurrency: int
+    request_timeout_s: float
+    service_flags: tuple[str, ...]
+    """Flags of the rollout services that are started here."""
+
+    num_servers: int
+
+
+class EvaluationView(StageView):
+    """A bar or a line per suite with an estimate of the time left, then the tables."""
+
+    def __init__(self, console: Console) -> None:
+        super().__init__(console, failed="Not finished.")
+
+    def waiting(self, text: str) -> AbstractContextManager[object]:
+        """Shows a spinner while something slow runs; a log gets nothing."""
+        return self._console.status(text) if self._console.is_terminal else nullcontext()
+
+    def suite(self, title: str, *, done: int, total: int) -> Callable[[], None]:
+        """Begins a suite; returns what to call after each answer."""
+        if done:
+            self.say("stored", f"{title}: {done} of {total} answers are there already")
+        state = {"done": done, "shown_s": time.monotonic()}
+        started_s = time.monotonic()
+
+        def on_answer() -> None:
+            state["done"] += 1
+            now_s = time.monotonic()
+            last = state["done"] == total
+            if not last and now_s - state["shown_s"] < _every_s(self._console):
+                return
+            state["shown_s"] = now_s
+            left_s = (now_s - started_s) / (state["done"] - done) * (total - state["done"])
+            share = f"{state['done']}/{total} answers"
+            self._console.print(
+                f"[bold cyan]{'answers':<9}[/] {title}: {share}, about {_duration(left_s)} left",
+                end="\r" if self._console.is_terminal and not last else "\n",
+                soft_wrap=True,
+            )
+
+        return on_answer
+
+    def tables(self, text: str) -> None:
+        """Shows Markdown: as tables on a terminal, as it is elsewhere."""
+        shown: Any = Markdown(text) if self._console.is_terminal else text
+        self._console.print()
+        self._console.print(shown, markup=False, soft_wrap=True)
+
+
+def run(config: EvaluationConfig, view: EvaluationView) -> int:
+    """Evaluates; every process that was started has ended when it returns.
+
+    Returns:
+        0, or 1 when the run could not be finished, 2 when an option, a suite or a folder is not
+        right, or 128 + the number of the signal that stopped it.
+    """
+    # The client of this process reads them where the services do.
+    keys = fresh_keys() if not config.rollout_urls or config.uses_tool else {}
+    os.environ.update(keys)
+    try:
+        with Supervisor({"PYTHONUNBUFFERED": "1"}) as supervisor:
+            services = Services(supervisor, config.output / "services", view)
+            results = _evaluate(config, services, view)
+    except (RunFolderError, DataError) as error:
+        view.error(str(error))
+        return 2
+    except (ProcessFailedError, ServiceError, OSError, jinja2.TemplateError) as error:
+        view.error(f"{error}\nWhat was generated is stored; the same command continues there.")
+        return 1
+    except StopRequested as stop:
+        view.say("stopped", f"by {stop}; the same command continues from {config.output}")
+        return stop.exit_status
+    show_results(config.output, results, view)
+    return 0
+
+
+def show_results(folder: Path, results: Results, view: EvaluationView) -> None:
+    """Draws the curves and prints the tables and where everything is."""
+    plot = write_pass_at_k(results, folder / "pass_at_k.png")
+    view.tables(markdown(results))
+    view.say("written", f"{folder / 'results.json'}, {folder / 'results.md'} and {plot}")
+    view.say("logs", f"inspect view --log-dir {folder / 'logs'}")
+
+
+def _evaluate(config: EvaluationConfig, services: Services, view: EvaluationView) -> Results:
+    model = config.model
+    urls = config.rollout_urls
+    if not urls:
+        model = str(find_model(config.model, say=lambda text: view.say("model", text)))
+        flags = ["--model", model, *config.service_flags]
+        urls = tuple(
+            services.start("The rollout service", "services.rollout", flags)
+            for _ in range(config.num_servers)
+        )
+    tool = None
+    if config.uses_tool:
+        tool_urls = config.tool_urls or (services.start("The tool service", "services.tool", []),)
+        tool = _tool_config(config, tool_urls)
+    named, tokenizer = _tokenizer(config.tokenizer or model, urls)
+    plan = Plan(
+        template=config.template,
+        temperature=config.temperature,
+        top_p=config.top_p,
+        top_k=config.top_k,
+        max_new_tokens=config.max_new_tokens,
+        seed=config.seed,
+        tool=tool,
+    )
+    return run_evaluation(
+        Run(
+            output=config.output,
+            suites=config.suites,
+            n=config.n,
+            plan=plan,
+            model=config.model or named,
+            tokenizer=tokenizer,
+            tokenizer_flag=f"--tokenizer {named}",
+            rollout_urls=urls,
+            num_workers=config.num_workers,
+            concurrency=config.concurrency,
+            request_timeout_s=config.request_timeout_s,
+            check_services=services.check,
+        ),
+        view,
+    )
+
+
+def _tool_config(config: EvaluationConfig, urls: tuple[str, ...]) -> ToolConfig:
+    given = {name: getattr(config.tool, name) for name in ToolConfig.__slots__}
+    # The prompt's form decides how a program's output comes back, as in training.
+    form = "chat" if config.template.startswith("chat-") else "plain"
+    return ToolConfig(**{**given, "urls": urls, "template": form})
+
+
+def _tokenizer(name: str | None, urls: tuple[str, ...]) -> tuple[str, Any]:
+    """The policy's tokenizer; without a name, that of the folder which the service names.
+
+    Raises:
+        TokenizerError: it cannot be loaded.
+    """
+    from transformers import AutoTokenizer
+
+    if name is None:
+        name = asyncio.run(_served_model(urls))
+    try:
+        return name, AutoTokenizer.from_pretrained(name)
+    except Exception as error:
+        raise TokenizerError(
+            f"the tokenizer of {name} cannot be loaded ({type(error).__name__}: {error}). Fix: "
+            "give --tokenizer DIR, the folder of the model that the services serve"
+        ) from error
+
+
+async def _served_model(urls: tuple[str, ...]) -> str:
+    async with ControlClient(urls, api_key=os.environ.get(API_KEY_VARIABLE, "")) as control:
+        return (await control.contract()).model
+
+
+def _every_s(console: Console) -> float:
+    return 0.5 if console.is_terminal else _LINE_EVERY_S
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"
