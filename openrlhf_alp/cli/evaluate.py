@@ -161,7 +161,9 @@ def run(arguments: argparse.Namespace) -> int:
     console = Console()
     # Not an import at the top, which `--help` would wait for.
     if importlib.util.find_spec("inspect_ai") is None:
-        console.print("evaluate needs inspect-ai: pip install 'openrlhf-alp[evaluate]'", markup=False)
+        console.print(
+            "evaluate needs inspect-ai: pip install 'openrlhf-alp[evaluate]'", markup=False
+        )
         return 2
     # Here and not above: they import transformers and matplotlib, and `--help` should not wait.
     from openrlhf_alp.launch.evaluation import EvaluationView

@@ -35,6 +35,7 @@ from openrlhf_alp.evaluate.suites import LoadedSuite
 from openrlhf_alp.evaluate.task import Session, build_task
 from openrlhf_alp.rollouts.runners import tool_client
 from services.common.wire import API_KEY_VARIABLE, TOOL_KEY_VARIABLE
+from services.rollout.wire.fingerprint import chat_template_hash, tokenizer_hash
 from services.rollout.wire.schemas import Contract
 
 _READY_S = 120.0
@@ -180,7 +181,11 @@ async def _contract(run: Run) -> Contract:
             f"The rollout services serve different weights ({named}), and a number would belong "
             "to none of them. Fix: start all of them from the same model folder."
         )
-    check_contract(contracts[0], LearnerExpectation.from_tokenizer(run.tokenizer))
+    expected = LearnerExpectation(
+        tokenizer_hash=tokenizer_hash(run.tokenizer),
+        chat_template_hash=chat_template_hash(run.tokenizer),
+    )
+    check_contract(contracts[0], expected)
     return contracts[0]
 
 
