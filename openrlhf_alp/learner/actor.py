@@ -31,7 +31,12 @@ from openrlhf_alp.learner.mismatch.forwards import (
 )
 from openrlhf_alp.learner.mismatch.measure import learner_log_probs, log_ratio, scorable
 from openrlhf_alp.learner.mismatch.start import NUM_SAMPLES, SigmaStart
-from openrlhf_alp.learner.strategy import perturbation_of, without_sigma
+from openrlhf_alp.learner.strategy import (
+    METHOD_STATE,
+    method_of,
+    perturbation_of,
+    without_sigma,
+)
 from openrlhf_alp.learner.telemetry.over_ranks import ratio_metrics
 from openrlhf_alp.learner.weight_sync import push_weights
 from openrlhf_alp.objective.config import ObjectiveConfig
@@ -369,6 +374,10 @@ class AlpPolicyModelActor(undecorated(ppo_actor.PolicyModelActor)):  # type: ign
     def init_model_from_pretrained(self, *args: Any, **kwargs: Any) -> None:
         with mock.patch.object(ppo_actor, "ActorPPOTrainer", AlpActorPPOTrainer):
             super().init_model_from_pretrained(*args, **kwargs)
+
+    def save_checkpoint(self, tag: str, client_states: dict | None = None, **metric: Any) -> None:
+        method = {METHOD_STATE: method_of(self.strategy.args.alp)}
+        super().save_checkpoint(tag, {**(client_states or {}), **method}, **metric)
 
 
 # A name that differs from the class's, because Ray then pickles the class by reference and workers

@@ -30,6 +30,7 @@ from openrlhf_alp.episodes.observation import chat_template
 from openrlhf_alp.episodes.records import EpisodeError
 from openrlhf_alp.learner import seams
 from openrlhf_alp.learner.flags.config import MATH_VERIFY, ServiceConfig
+from openrlhf_alp.learner.flags.describe import describe
 from openrlhf_alp.learner.flags.labels import check_labels_of
 from openrlhf_alp.learner.flags.settle import add_arguments, settle
 from openrlhf_alp.learner.weight_sync import pushed_tensors
@@ -55,10 +56,17 @@ class LaunchError(Exception):
     """The run cannot start: flags, model or service are not right. Exit status 2."""
 
 
+class _DryRun(Exception):
+    """Ends a run with --dry_run where OpenRLHF would validate its flags; what it would do."""
+
+
 def launch() -> int:
     """Run OpenRLHF's main program with our classes in it. Returns the exit status."""
     try:
         seams.run_upstream(add_arguments, _settle_and_check, ray_options)
+    except _DryRun as planned:
+        print(planned)
+        return 0
     except (LaunchError, seams.UpstreamDriftError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -73,6 +81,8 @@ def launch() -> int:
 def _settle_and_check(args: SimpleNamespace) -> SimpleNamespace:
     try:
         settle(args)
+        if args.alp.dry_run:
+            raise _DryRun(describe(args))
         check_data(args)
         tokenizer = check_model(args.actor.model_name_or_path)
         check_tools(args, tokenizer)  # first: it takes seconds, a model may take minutes to load

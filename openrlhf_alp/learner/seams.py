@@ -92,6 +92,7 @@ SEAMS = (
         f"{_RAY}.ppo_actor:PolicyModelActor.",
         "actor:RemoteAlpPolicyModelActor",
         init_model_from_pretrained="self strategy pretrain max_steps vllm_engines",
+        save_checkpoint="self tag client_states metric_value metric_key",
     ),
     *_methods(
         "openrlhf.models:PolicyLoss.",

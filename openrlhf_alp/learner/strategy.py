@@ -17,6 +17,9 @@ from openrlhf_alp.alp import LayerwisePerturbation, attach, detached, find_decod
 from openrlhf_alp.learner import compat
 from openrlhf_alp.learner.flags.config import AlpConfig
 
+METHOD_STATE = "alp_method"
+"""Key in a checkpoint's client states: the method that trained it."""
+
 
 def perturbation_of(model: nn.Module) -> LayerwisePerturbation | None:
     """The perturbation of an OpenRLHF Actor, a DeepSpeed engine or a bare model, if any."""
@@ -111,8 +114,28 @@ class AlpStrategy(DeepspeedStrategy):
 
         Raises:
             ValueError: the checkpoint has a sigma and the run has none, or under ZeRO-3 the other
-                way round.
+                way round; or it is of another method, and --alp.change_method is not given.
         """
+        path, states = self._load_ckpt(model, load_dir, tag, **options)
+        self._require_same_method(load_dir, states)
+        return path, states
+
+    def _require_same_method(self, load_dir: str, states: dict[str, Any]) -> None:
+        """Only of checkpoints that say it: older ones and the critic's do not."""
+        stored = states.get(METHOD_STATE, method_of(self.alp))
+        if stored == method_of(self.alp):
+            return
+        if not self.alp.change_method:
+            raise ValueError(
+                f"the checkpoint in {load_dir} was trained with --alp.method {stored}, and this "
+                f"run has {method_of(self.alp)}. Set --alp.method {stored}, or --alp.change_method "
+                "to continue it with another method."
+            )
+        self.print(f"Continuing a checkpoint of --alp.method {stored} as {method_of(self.alp)}.")
+
+    def _load_ckpt(
+        self, model: nn.Module, load_dir: str, tag: str | None, **options: Any
+    ) -> tuple[Any, dict[str, Any]]:
         stored = _has_sigma(Path(load_dir), tag)
         wanted = perturbation_of(model) is not None
         if stored is None or stored == wanted:
@@ -152,6 +175,11 @@ class AlpStrategy(DeepspeedStrategy):
         """Export a clean Hugging Face folder: sigma belongs to training, not to the policy."""
         with without_sigma(model):
             super().save_model(model, tokenizer, output_dir, **kwargs)
+
+
+def method_of(alp: AlpConfig) -> str:
+    """`--alp.method`, or `off` when OpenRLHF's own loss trains."""
+    return str(alp.method) if alp.enable else "off"
 
 
 def _has_sigma(folder: Path, tag: str | None) -> bool | None:

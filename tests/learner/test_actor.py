@@ -207,7 +207,9 @@ def test_a_run_without_sigma_continues_with_it(parse: Parse) -> None:
     first = build_actor(parse(*flags, "--alp.method", "token-bypass"))
     update(first)
     first.save_checkpoint("global_step1", {"global_step": 1})
-    resumed = build_actor(parse(*flags))
+    with pytest.raises(ValueError, match=r"with --alp\.method token-bypass, .*change_method"):
+        build_actor(parse(*flags))
+    resumed = build_actor(parse(*flags, "--alp.change_method"))
     before, after = weights(first), weights(resumed)
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert resumed.checkpoint_states["global_step"] == 1

@@ -1,4 +1,4 @@
-"""Rollouts become experience without an "old" pass; dropped groups are replaced."""
+"""Rollouts become experience, with an "old" pass where it is read; lost groups are replaced."""
 
 from __future__ import annotations
 
@@ -17,10 +17,12 @@ from openrlhf.trainer.ppo_utils.experience import Experience
 from openrlhf_alp.learner.experience import (
     SAMPLE_ID,
     TOKEN_VERSIONS,
+    AlpExperienceMaker,
     AlpSamplesGenerator,
     _masked_rollout_log_probs,
 )
-from openrlhf_alp.learner.flags.config import ServiceConfig
+from openrlhf_alp.learner.flags.config import AlpConfig, ServiceConfig
+from openrlhf_alp.objective.methods import METHODS
 
 
 def response(prompt: str) -> dict[str, Any]:
@@ -58,6 +60,37 @@ def test_the_rollouts_log_probs_take_the_place_of_the_old_ones() -> None:
     experience = generator()._process_response_into_experience(response("a"))
     # Shifted to predictions: positions 1, 2, 3 of the episode; the first is still the prompt's.
     assert _masked_rollout_log_probs(experience).tolist() == [[0.0, -0.5, -0.25]]
+
+
+class Group:
+    """In place of the policy's workers: counts the forward passes that are asked for."""
+
+    def __init__(self) -> None:
+        self.methods: list[str] = []
+
+    def async_run_method_batch(self, *, method_name: str, **kwargs: Any) -> str:
+        self.methods.append(method_name)
+        return "log-probs of the old policy"
+
+
+@pytest.mark.parametrize("method", sorted(METHODS))
+def test_a_forward_pass_of_the_old_policy_is_made_only_for_methods_that_read_it(
+    method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ray, "put", lambda value: value)
+    maker = object.__new__(AlpExperienceMaker)
+    maker.args = SimpleNamespace(
+        alp=AlpConfig(method=method), ds=SimpleNamespace(ring_attn_size=1, tensor_parallel_size=1)
+    )
+    maker.actor_model_group = Group()
+    maker._samples_list = [generator()._process_response_into_experience(response("a"))]
+    found = maker._dispatch_forward(maker.actor_model_group, False)
+    if METHODS[method].objective.denominator == "old":
+        assert maker.actor_model_group.methods == ["forward"]
+        assert found == "log-probs of the old policy"
+    else:
+        assert maker.actor_model_group.methods == []
+        assert found[0][0].tolist() == [[0.0, -0.5, -0.25]]
 
 
 def test_a_sample_says_which_version_sampled_each_of_its_tokens() -> None:

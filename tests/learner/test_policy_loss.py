@@ -53,6 +53,35 @@ def test_token_bypass_is_upstreams_ppo_with_the_rollout_as_old_policy(
     torch.testing.assert_close(gradients[0], gradients[1])
 
 
+UPSTREAM_CORRECTIONS = {
+    "tis": ("token", "clip", "ratio", [0.0, 2.0]),
+    "icepop": ("token", "mask", "ratio", [0.5, 5.0]),
+    "geo-mis": ("seq", "mask", "ratio", [0.999, 1.001]),
+}
+
+
+@pytest.mark.parametrize("method", ["grpo", *UPSTREAM_CORRECTIONS])
+@pytest.mark.parametrize("token_level", [True, False])
+def test_methods_that_upstream_has_are_upstreams(method: str, token_level: bool) -> None:
+    """Loss and gradient, with an old policy between learner and rollout engine."""
+    data = batch()
+    old = data["rollout"] + 0.3 * torch.randn(4, 9, generator=torch.Generator().manual_seed(1))
+    old[0] = data["rollout"][0]  # within the narrow band of geo-mis
+    correction = UPSTREAM_CORRECTIONS.get(method, ("off", "mask", "ratio", [0.5, 5.0]))
+    upstream = PolicyLoss(0.2, 0.28, 10.0, token_level, "ppo", *correction)
+    ours = AlpPolicyLoss(
+        METHODS[method].objective, aggregate=aggregate_loss, token_level_loss=token_level
+    )
+    found = []
+    for loss_fn in (upstream, ours):
+        log_probs = data["log_probs"].clone().requires_grad_()
+        loss, *_ = loss_fn(log_probs, old, data["advantages"], data["mask"], data["rollout"])
+        loss.backward()
+        found.append((loss.detach(), log_probs.grad))
+    assert found[0][1].abs().sum() > 0
+    torch.testing.assert_close(found[0], found[1])
+
+
 def test_the_old_log_probs_are_not_read() -> None:
     data = batch()
     loss_fn = AlpPolicyLoss(

@@ -77,7 +77,7 @@ def metrics(folder: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
 
-@pytest.mark.parametrize(("method", "transport"), [("token-alp", "file"), ("seq-alp", "http")])
+@pytest.mark.parametrize(("method", "transport"), [("token-alp", "file"), ("token-mis", "http")])
 def test_a_run_trains_pushes_and_exports_a_clean_model(
     tiny_model: Path, start_service: Any, tmp_path: Path, method: str, transport: str
 ) -> None:

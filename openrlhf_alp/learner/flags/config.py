@@ -56,6 +56,11 @@ class AlpConfig:
     own."""
     trust_region: float | None = field(default=None, metadata={"metavar": "DELTA"})
     """Largest divergence of dppo-*; default: the method's own."""
+    change_method: bool = False
+    """Continue a checkpoint that another --alp.method has trained; without it that is refused."""
+    dry_run: bool = field(default=False, metadata={"prefix": ""})
+    """Check the flags, print what the update would do and end; needs no model, data, service or
+    GPU."""
 
     def __post_init__(self) -> None:
         # A method without --alp.enable would silently train with OpenRLHF's own loss.

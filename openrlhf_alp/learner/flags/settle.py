@@ -6,6 +6,7 @@ import argparse
 import math
 import os
 from dataclasses import replace
+from operator import attrgetter
 from types import SimpleNamespace
 
 from openrlhf_alp.clients.weights.gpu_carrier import Meeting
@@ -48,6 +49,8 @@ def settle(args: SimpleNamespace) -> SimpleNamespace:
         _settle_alp(args)
     if args.rollout_service.urls:
         _settle_service(args)
+        if not args.alp.dry_run:
+            _require_keys(API_KEY_VARIABLE, ADMIN_KEY_VARIABLE, service="rollout")
     _check_batches(args)
     _check_transport(args)
     _check_staleness(args.rollout_service)
@@ -59,20 +62,11 @@ def settle(args: SimpleNamespace) -> SimpleNamespace:
 def _settle_alp(args: SimpleNamespace) -> None:
     if args.rollout.top_p != 1.0:
         raise ValueError(
-            f"--rollout.top_p is {args.rollout.top_p}, but the single ratio needs 1.0: the service "
+            f"--rollout.top_p is {args.rollout.top_p}, but a ratio to the engine needs 1.0: it "
             "reports log-probs of the truncated distribution, the learner those of the full one. "
             "Set --rollout.top_p 1.0."
         )
-    if args.actor.policy_loss_type != "ppo":
-        raise ValueError(
-            f"--actor.policy_loss_type {args.actor.policy_loss_type} and --alp.enable exclude each "
-            "other. Drop the former; --alp.method chooses the loss."
-        )
-    if args.algo.advantage.is_correction_level != "off":
-        raise ValueError(
-            "--algo.advantage.is_correction_level corrects with a second ratio, but --alp.enable "
-            "has only one. Drop one of the two."
-        )
+    _refuse_upstreams_loss(args)
     if args.ds.ring_attn_size > 1 or args.ds.tensor_parallel_size > 1:
         raise ValueError(
             "--alp.enable does not support ring attention or DeepSpeed tensor parallelism: they "
@@ -97,6 +91,40 @@ def _settle_alp(args: SimpleNamespace) -> None:
         # OpenRLHF's engines return log-probs only when some correction is on. This one has no
         # effect, because the loss that would read it is replaced.
         args.algo.advantage.is_correction_level = "token"
+
+
+_UPSTREAM_LOSS_FLAGS = {
+    "actor.policy_loss_type": ("ppo", "--alp.method"),
+    "actor.eps_clip": (0.2, "--alp.clip_low_high"),
+    "actor.eps_clip_low_high": (None, "--alp.clip_low_high"),
+    "actor.dual_clip": (None, "--alp.dual_clip"),
+    "algo.advantage.is_correction_level": ("off", "--alp.method"),
+    "algo.advantage.is_correction_mode": ("mask", "--alp.method"),
+    "algo.advantage.is_correction_gating": ("ratio", "--alp.method"),
+    "algo.advantage.is_correction_threshold": ([0.5, 5.0], "--alp.correction_low_high"),
+}
+"""OpenRLHF's flags of its own policy loss, which `--alp.method` replaces: the default of each, and
+the flag of ours that does the same."""
+
+
+def _refuse_upstreams_loss(args: SimpleNamespace) -> None:
+    for name, (default, ours) in _UPSTREAM_LOSS_FLAGS.items():
+        value = attrgetter(name)(args)
+        if value != default:
+            raise ValueError(
+                f"--{name} {value} is of OpenRLHF's own policy loss, which --alp.method "
+                f"{args.alp.method} replaces: it would have no effect. Drop it; {ours} is its "
+                "counterpart."
+            )
+
+
+def _require_keys(*variables: str, service: str) -> None:
+    missing = [name for name in variables if not os.environ.get(name)]
+    if missing:
+        raise ValueError(
+            f"{' and '.join(missing)} not set. The {service} service prints its keys when it "
+            "starts: export them, or start it with keys of your own."
+        )
 
 
 def _settle_service(args: SimpleNamespace) -> None:
@@ -125,12 +153,6 @@ def _settle_service(args: SimpleNamespace) -> None:
             "--algo.dynamic_filtering_enable divides by zero in OpenRLHF 0.11.2 when a group is "
             "dropped, as --rollout.service_urls does when a reward cannot be computed. Drop one "
             "of the two."
-        )
-    missing = [name for name in (API_KEY_VARIABLE, ADMIN_KEY_VARIABLE) if not os.environ.get(name)]
-    if missing:
-        raise ValueError(
-            f"{' and '.join(missing)} not set. The rollout service prints its keys when it starts: "
-            "export them, or start it with keys of your own."
         )
     # Upstream creates, counts and addresses our actors as if they were its engines.
     args.vllm.num_engines = len(args.rollout_service.urls)
@@ -249,11 +271,8 @@ def _check_tool(args: SimpleNamespace) -> None:
             "both services. On OpenRLHF's own engines, export OPENRLHF_ALP_TOOL_URLS instead and "
             "give --train.agent_func_path the path of openrlhf_alp/learner/agent.py."
         )
-    if not os.environ.get(TOOL_KEY_VARIABLE):
-        raise ValueError(
-            f"{TOOL_KEY_VARIABLE} is not set. The tool service prints its key when it starts: "
-            "export it, or start the service with a key of your own."
-        )
+    if not args.alp.dry_run:
+        _require_keys(TOOL_KEY_VARIABLE, service="tool")
     estimator = args.algo.advantage.estimator
     if tool.void_baseline == "drop" and estimator not in _MEAN_BASELINES:
         raise ValueError(

@@ -5,8 +5,8 @@
 
 `bool` becomes a switch, `Literal` choices, a tuple several values, `X | None` an X that may be
 absent. A field's `metadata` holds the rest: `prefix` and `name` where the flag differs from
-PREFIX.field, `metavar`, `choices`, and `none` (the word that is read as None). A field that is a
-dataclass itself adds its own fields under the same prefix.
+PREFIX.field (an empty prefix gives --name), `metavar`, `choices`, and `none` (the word that is
+read as None). A field that is a dataclass itself adds its own fields under the same prefix.
 """
 
 from __future__ import annotations
@@ -64,7 +64,8 @@ def read_flags(args: SimpleNamespace, config: type[Config], prefix: str) -> Conf
 
 
 def _flag(field: Field, prefix: str) -> str:
-    return f"{field.metadata.get('prefix', prefix)}.{field.metadata.get('name', field.name)}"
+    names = (field.metadata.get("prefix", prefix), field.metadata.get("name", field.name))
+    return ".".join(name for name in names if name)
 
 
 def _typed_fields(config: type) -> Iterator[tuple[Field, Any]]:

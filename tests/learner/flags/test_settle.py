@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 from openrlhf_alp.alp import LayerwisePerturbation
+from openrlhf_alp.objective.methods import METHODS
 
 Parse = Callable[..., SimpleNamespace]
 
@@ -29,6 +30,17 @@ def test_a_bypass_method_does_not_perturb(parse: Parse) -> None:
     alp = parse("--alp.enable", "--alp.method", "seq-bypass").alp
     assert not alp.perturbed and not alp.calibrates
     assert alp.objective().level == "sequence"
+
+
+@pytest.mark.parametrize("method", sorted(METHODS))
+def test_a_method_alone_switches_it_on_and_tells_whether_it_needs_the_old_policy(
+    parse: Parse, method: str
+) -> None:
+    alp = parse("--alp.method", method).alp
+    assert alp.enable and alp.objective() == METHODS[method].objective
+    assert alp.perturbed == ("alp" in method)
+    divides_by_old = ("grpo", "gspo", "cispo", "tis", "icepop", "token-mis", "seq-mis", "geo-mis")
+    assert alp.needs_old_policy == (method in divides_by_old)
 
 
 def test_alp_and_bypass_share_their_clip_window(parse: Parse) -> None:
@@ -91,6 +103,17 @@ def test_with_a_service_there_is_one_engine_per_url(parse: Parse, service_keys: 
             ["--alp.enable", "--algo.advantage.is_correction_level", "seq"],
             "--algo.advantage.is_correction_level",
         ),
+        (["--alp.enable", "--actor.eps_clip", "0.1"], "--alp.clip_low_high is its counterpart"),
+        (
+            ["--alp.method", "grpo", "--actor.eps_clip_low_high", "0.2", "0.28"],
+            "--actor.eps_clip_low_high",
+        ),
+        (["--alp.enable", "--actor.dual_clip", "3"], "--alp.dual_clip is its counterpart"),
+        (
+            ["--alp.method", "tis", "--algo.advantage.is_correction_threshold", "2"],
+            "--alp.correction_low_high is its counterpart",
+        ),
+        (["--alp.method", "grpo", "--alp.trust_region", "0.1"], "it has no trust region"),
         (["--alp.enable", "--actor.optim", "muon"], "--actor.optim muon"),
         (["--alp.enable", "--ds.ring_attn_size", "2"], "ring attention"),
         (["--alp.enable", "--alp.sigma0", "2"], "--alp.sigma0 is 2"),
