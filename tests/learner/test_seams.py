@@ -57,7 +57,7 @@ def test_our_flags_and_upstreams_are_parsed_together(
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (("--alp.method", "grpo"), "argument --alp.method: invalid choice: 'grpo'"),
+        (("--alp.method", "ppo"), "argument --alp.method: invalid choice: 'ppo'"),
         (("--alp.sigmaO", "0.1"), "unrecognized arguments: --alp.sigmaO 0.1"),
     ],
 )

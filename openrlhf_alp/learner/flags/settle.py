@@ -122,7 +122,7 @@ def _require_keys(*variables: str, service: str) -> None:
     missing = [name for name in variables if not os.environ.get(name)]
     if missing:
         raise ValueError(
-            f"{' and '.join(missing)} not set. The {service} service prints its keys when it "
+            f"{' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} not set. The {service} service prints its keys when it "
             "starts: export them, or start it with keys of your own."
         )
 

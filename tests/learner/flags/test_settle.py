@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 from openrlhf_alp.alp import LayerwisePerturbation
+from openrlhf_alp.learner.flags.config import AlpConfig
 from openrlhf_alp.objective.methods import METHODS
 
 Parse = Callable[..., SimpleNamespace]
@@ -34,9 +35,9 @@ def test_a_bypass_method_does_not_perturb(parse: Parse) -> None:
 
 @pytest.mark.parametrize("method", sorted(METHODS))
 def test_a_method_alone_switches_it_on_and_tells_whether_it_needs_the_old_policy(
-    parse: Parse, method: str
+    method: str,
 ) -> None:
-    alp = parse("--alp.method", method).alp
+    alp = AlpConfig(method=method)
     assert alp.enable and alp.objective() == METHODS[method].objective
     assert alp.perturbed == ("alp" in method)
     divides_by_old = ("grpo", "gspo", "cispo", "tis", "icepop", "token-mis", "seq-mis", "geo-mis")
