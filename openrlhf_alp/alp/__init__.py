@@ -12,14 +12,14 @@ bit; sigma never leaves the learner.
 
 from openrlhf_alp.alp.calibration import Calibration, calibrate_sigma0
 from openrlhf_alp.alp.config import PerturbationConfig, parse_layers
+from openrlhf_alp.alp.draws import log_mean_exp_over_draws, mean_over_draws, repeat_rows
 from openrlhf_alp.alp.perturbation import (
     LayerwisePerturbation,
     SigmaSummary,
     attach,
     detached,
-    find_decoder,
-    find_decoder_layers,
 )
+from openrlhf_alp.alp.places import find_decoder, find_decoder_layers, find_output_layer
 
 __all__ = [
     "Calibration",
@@ -31,5 +31,9 @@ __all__ = [
     "detached",
     "find_decoder",
     "find_decoder_layers",
+    "find_output_layer",
+    "log_mean_exp_over_draws",
+    "mean_over_draws",
     "parse_layers",
+    "repeat_rows",
 ]

@@ -31,12 +31,16 @@ class PerturbationConfig:
     absolute: that of the hidden states, one sigma0 for all layers (the authors' code)."""
     sigma_min: float = 1e-6
     """Lower bound of every sigma, at least 0, in the unit of --alp.sigma_scale."""
-    sigma_max: float | None = field(default=None, metadata={"none": "default"})
-    """Upper bound of every sigma, in the unit of --alp.sigma_scale; default: 1 when relative, 0.1
-    when absolute."""
+    sigma_max: float | None = None
+    """Upper bound of every sigma, in the unit of --alp.sigma_scale (default: 1 when relative, 0.1
+    when absolute)."""
     layers: str = "all"
-    """Decoder layers to perturb: all, 0-4, 12,13 or 0-1,5. The paper's ablation (section 4.3) finds
-    all layers best."""
+    """Where the noise goes: the inputs of all decoder layers, of some (0-4, 12,13), of the paper's
+    early, middle or late ones, the embedding (input of layer 0), or the output logits; commas join
+    them. The paper's ablation (section 5.1, Table 4) finds all layers best and logits worst."""
+    draws: int = field(default=1, metadata={"metavar": "K"})
+    """Average the perturbed probability of a token over K draws of the noise. 1 is the paper's; K
+    takes K forward passes, computed as one of K times the samples and memory."""
     seed: int = 42
     """Seed of the noise, independent of every other seed of the run."""
 
@@ -56,6 +60,8 @@ class PerturbationConfig:
                 "sigma that falls below the rounding of its hidden states has neither effect nor "
                 "gradient. Set --alp.sigma_min 1e-6, or --alp.sigma_scale relative"
             )
+        if isinstance(self.draws, bool) or not isinstance(self.draws, int) or self.draws < 1:
+            raise ValueError(f"--alp.draws is {self.draws!r}; it must be an integer of at least 1")
         # bool is a subclass of int, but a seed of True is a mistake.
         if isinstance(self.seed, bool) or not isinstance(self.seed, int):
             raise ValueError(f"--alp.seed is {self.seed!r}; it must be an integer")
@@ -87,32 +93,53 @@ def check_sigma0(sigma0: float, sigma_min: float, sigma_max: float) -> None:
         )
 
 
+_PAPER_LAYERS = 28
+_PAPER_BANDS = {"early": (0, 5), "middle": (12, 17), "late": (19, 24)}
+"""First and one past the last layer of the bands of section 5.1, in Qwen2.5's 28 layers."""
+
+
 def parse_layers(spec: str, num_layers: int) -> tuple[int, ...]:
-    """Turn `--alp.layers` into sorted layer indices.
+    """Turn `--alp.layers` into sorted indices of places.
+
+    Place l < num_layers is the input of decoder layer l, place num_layers the output logits.
 
     Args:
-        spec: `all`, or comma-separated indices and inclusive ranges: `12,13`, `0-4`, `0-1,5`.
+        spec: comma-separated `all`, `early`, `middle`, `late`, `embedding`, `logits`, indices and
+            inclusive ranges: `12,13`, `0-4`, `embedding,logits`. The bands of the paper's ablation
+            (0-4, 12-16 and 19-23 of 28 layers) keep their place and share in other models.
         num_layers: number of decoder layers of the model.
 
     Raises:
         ValueError: the text cannot be read, or names a layer the model does not have.
     """
-    if spec.strip() == "all":
-        return tuple(range(num_layers))
     selected: set[int] = set()
     for part in spec.split(","):
-        match = re.fullmatch(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?", part)
-        if match is None:
-            raise ValueError(
-                f"--alp.layers is {spec!r}; {part.strip()!r} is neither an index nor a range. "
-                "Write 'all', '0-4', '12,13' or a mixture such as '0-1,5'"
-            )
-        first = int(match[1])
-        last = int(match[2]) if match[2] else first
-        if first > last or last >= num_layers:
-            raise ValueError(
-                f"--alp.layers is {spec!r}; {part.strip()!r} must be an ascending range within "
-                f"0-{num_layers - 1}, since the model has {num_layers} decoder layers"
-            )
-        selected.update(range(first, last + 1))
+        selected.update(_places(part.strip(), spec, num_layers))
     return tuple(sorted(selected))
+
+
+def _places(part: str, spec: str, num_layers: int) -> range:
+    if part == "all":
+        return range(num_layers)
+    if part == "embedding":
+        return range(1)
+    if part == "logits":
+        return range(num_layers, num_layers + 1)
+    if part in _PAPER_BANDS:
+        first, stop = (round(edge * num_layers / _PAPER_LAYERS) for edge in _PAPER_BANDS[part])
+        first = min(first, num_layers - 1)
+        return range(first, max(first + 1, stop))
+    match = re.fullmatch(r"(\d+)\s*(?:-\s*(\d+))?", part)
+    if match is None:
+        raise ValueError(
+            f"--alp.layers is {spec!r}; {part!r} is neither an index nor a range. Write 'all', "
+            "'0-4', '12,13', a mixture such as '0-1,5', or early, middle, late, embedding or logits"
+        )
+    first = int(match[1])
+    last = int(match[2]) if match[2] else first
+    if first > last or last >= num_layers:
+        raise ValueError(
+            f"--alp.layers is {spec!r}; {part!r} must be an ascending range within "
+            f"0-{num_layers - 1}, since the model has {num_layers} decoder layers"
+        )
+    return range(first, last + 1)

@@ -18,6 +18,8 @@ modulo 2**64, hence the same on every device.
 `epsilon` states all of this as one elementwise expression of key and column. `fused.py` compiles
 it together with what uses it, so that noise never travels through memory.
 
+Draw d > 0 of several (`--alp.draws`) puts `step(key - d)` between position and layer.
+
 Letters: N rows (tokens), D columns (hidden size), H = ceil(D / 2) words of a row.
 """
 
@@ -73,6 +75,12 @@ def token_keys(*, seed: int, update: int, sample_ids: Tensor, positions: Tensor)
     for field in (_wrap(update), sample_ids, positions):
         keys = _step(keys) + field
     return _step(keys)
+
+
+def draw_keys(token_keys: Tensor, draw: int) -> Tensor:
+    """Token keys of another draw of the same noise. (N,) int64 -> (N,) int64; draw 0 is itself."""
+    # Subtracted, since layers are added: no draw shares a key with a layer.
+    return token_keys if draw == 0 else _step(token_keys - draw)
 
 
 def layer_keys(token_keys: Tensor, layer: int | Tensor) -> Tensor:

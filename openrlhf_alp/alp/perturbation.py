@@ -1,4 +1,4 @@
-"""Gaussian noise on the input of each decoder layer, added only inside `enabled()`.
+"""Gaussian noise on the inputs of decoder layers or the logits, added only inside `enabled()`.
 
 The paper (arXiv 2603.19470, section 2.2) perturbs the input h_l of decoder layer l:
 
@@ -10,7 +10,8 @@ hidden states grow by a factor of 100 or more over the depth, and one absolute s
 on the embeddings only. delta_l is learned and starts at 0; it has D entries or one. sigma0 stays
 outside the learned part: a bfloat16 log(sigma) near -7 can move only in steps of 3 % of sigma, a
 bfloat16 delta near 0 in steps far below that. The noise goes on the residual stream itself, before
-the layer's first norm.
+the layer's first norm. The output logits are one more place, of the paper's ablation (section 5.1),
+with the vocabulary in the place of the hidden size.
 
 Only theta leaves the learner: `detached(model)` takes sigma out of the module tree for export.
 
@@ -28,9 +29,11 @@ import torch
 from torch import Tensor, nn
 
 from openrlhf_alp.alp.config import PerturbationConfig, check_sigma0, parse_layers
+from openrlhf_alp.alp.draws import repeat_rows
 from openrlhf_alp.alp.functions import AddNoise, BoundedSigma
-from openrlhf_alp.alp.noise import layer_keys, token_keys
+from openrlhf_alp.alp.noise import draw_keys, layer_keys, token_keys
 from openrlhf_alp.alp.observe import LayerObserver, Rows, SigmaGradients
+from openrlhf_alp.alp.places import find_decoder_layers, find_output_layer
 
 _ATTRIBUTE = "alp"
 
@@ -63,16 +66,23 @@ class LayerwisePerturbation(nn.Module):
 
     Args:
         config: the settings.
-        layers: indices of the perturbed decoder layers.
+        layers: indices of the perturbed places, from `parse_layers`.
         hidden_size: D.
+        widths: D of the places where it is not the hidden size.
     """
 
     def __init__(
-        self, config: PerturbationConfig, *, layers: tuple[int, ...], hidden_size: int
+        self,
+        config: PerturbationConfig,
+        *,
+        layers: tuple[int, ...],
+        hidden_size: int,
+        widths: Mapping[int, int] | None = None,
     ) -> None:
         super().__init__()
         self.layers = layers
         self.seed = config.seed
+        self.draws = config.draws
         self.sigma_min = config.sigma_min
         self.sigma_max = config.upper_bound
         self.sigma_scale = config.sigma_scale
@@ -86,8 +96,13 @@ class LayerwisePerturbation(nn.Module):
         self.start: dict[str, float] | None = None
         """Metrics of the measurement before the first update; None while it is still to be made."""
         # Zeros: the first update starts at exactly sigma0, whatever dtype DeepSpeed casts delta to.
-        width = hidden_size if config.kind == "vector" else 1
-        self.delta = nn.ParameterDict({str(layer): torch.zeros(width) for layer in layers})
+        sizes = {layer: (widths or {}).get(layer, hidden_size) for layer in layers}
+        self.delta = nn.ParameterDict(
+            {
+                str(layer): torch.zeros(size if config.kind == "vector" else 1)
+                for layer, size in sizes.items()
+            }
+        )
 
     @property
     def sigma0(self) -> float:
@@ -160,6 +175,8 @@ class LayerwisePerturbation(nn.Module):
         """Perturb every forward pass inside the block. The backward pass belongs inside as well:
         gradient checkpointing runs the layers again there, and must meet the same noise.
 
+        With K = `draws` above 1 the forward passes must have K * B rows, see `draws.py`.
+
         Args:
             update: number of the policy update; another update draws other noise.
             sample_ids: (B,) integers naming the samples; a sample keeps its noise wherever it is
@@ -223,10 +240,11 @@ class LayerwisePerturbation(nn.Module):
             sample_ids=samples_BT.flatten(),
             positions=positions_BT.flatten(),
         )
+        keys = torch.cat([draw_keys(keys, draw) for draw in range(self.draws)])
         # All layers at once: a few small kernels per forward instead of a few per layer.
         layers = torch.tensor(self.layers, device=keys.device)
         return _Draw(
-            rows=Rows.of(attention_mask),
+            rows=Rows.of(repeat_rows(attention_mask, self.draws)),
             keys=dict(zip(self.layers, layer_keys(keys, layers[:, None]), strict=True)),
         )
 
@@ -238,11 +256,24 @@ class LayerwisePerturbation(nn.Module):
             return None
         # Models differ in whether they pass the hidden states by position or by name.
         before = args[0] if args else kwargs["hidden_states"]
+        after = self._changed(layer, before)
+        return ((after, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": after})
+
+    def _after_output_layer(
+        self, place: int, _module: nn.Module, _args: tuple[Any, ...], logits: Tensor
+    ) -> Tensor | None:
+        """Forward hook of the output layer. None while switched off."""
+        if self._draw is None and self._observer is None:
+            return None
+        return self._changed(place, logits)
+
+    def _changed(self, layer: int, before: Tensor) -> Tensor:
+        """`before` with this place's noise, or as it is without; shown to the observer."""
         after = before if self._draw is None else self._perturb(layer, before, self._draw)
         if self._observer is not None:
             assert self._rows is not None, "an observer without its rows"
             self._observer.see(layer, before, after, self._rows.valid_of(layer, before))
-        return ((after, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": after})
+        return after
 
     def _perturb(self, layer: int, hidden_states: Tensor, draw: _Draw) -> Tensor:
         keys, valid = draw.keys[layer], draw.rows.valid_of(layer, hidden_states)
@@ -265,23 +296,28 @@ class LayerwisePerturbation(nn.Module):
             "sigma_scale": self.sigma_scale,
             "scales": self._scales,
             "start": self.start,
+            "layers": self.layers,
+            "draws": self.draws,
         }
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
         """Restore what `get_extra_state` gave.
 
         Raises:
-            ValueError: seed or unit differ from the configured ones, or sigma0 is outside the
-                bounds; the message names the flag to set.
+            ValueError: seed, unit, layers or draws differ from the configured ones, or sigma0 is
+                outside the bounds; the message names the flag to set.
         """
-        # A state of before sigma had a unit is absolute, and its start was not stored.
-        stored = {"sigma_scale": "absolute", "start": {}, **state}
-        for name, ours in (("seed", self.seed), ("sigma_scale", self.sigma_scale)):
-            if stored[name] != ours:
+        # A state of before sigma had a unit is absolute, and its start was not stored; one of
+        # before draws were counted had one, and its layers are those of its parameters.
+        before = {"sigma_scale": "absolute", "start": {}, "draws": 1, "layers": self.layers}
+        stored: dict[str, Any] = {**before, **state}
+        for name in ("seed", "sigma_scale", "layers", "draws"):
+            theirs, ours = _flag_text(stored[name]), _flag_text(getattr(self, name))
+            if theirs != ours:
                 raise ValueError(
-                    f"--alp.{name} is {ours}, but the checkpoint was trained with {stored[name]}, "
+                    f"--alp.{name} is {ours}, but the checkpoint was trained with {theirs}, "
                     f"and the run would continue with other noise. Set --alp.{name} "
-                    f"{stored[name]}, or start from the exported model instead of the checkpoint"
+                    f"{theirs}, or start from the exported model instead of the checkpoint"
                 )
         self.sigma0 = stored["sigma0"]
         if stored.get("scales") is not None:
@@ -292,8 +328,12 @@ class LayerwisePerturbation(nn.Module):
         return f"layers={self.layers}, sigma0={self._sigma0} ({self.sigma_scale}), seed={self.seed}"
 
 
+def _flag_text(value: Any) -> str:
+    return ",".join(map(str, value)) if isinstance(value, tuple | list) else str(value)
+
+
 def attach(model: nn.Module, config: PerturbationConfig) -> LayerwisePerturbation:
-    """Register a `LayerwisePerturbation` as `model.alp` and hook the selected decoder layers.
+    """Register a `LayerwisePerturbation` as `model.alp` and hook the selected places.
 
     Call it after LoRA adapters are in place and before the optimizer collects parameters. It is the
     model's last submodule, so the order of the other parameters does not change.
@@ -309,42 +349,22 @@ def attach(model: nn.Module, config: PerturbationConfig) -> LayerwisePerturbatio
     if hasattr(model, _ATTRIBUTE):
         raise ValueError(f"{type(model).__name__} already has a submodule `{_ATTRIBUTE}`")
     decoder_layers = find_decoder_layers(model)
+    logits, text_config = len(decoder_layers), model.config.get_text_config()
     perturbation = LayerwisePerturbation(
         config,
         layers=parse_layers(config.layers, len(decoder_layers)),
-        hidden_size=model.config.get_text_config().hidden_size,
+        hidden_size=text_config.hidden_size,
+        widths={logits: text_config.vocab_size},
     ).to(next(decoder_layers.parameters()).device)
     for layer in perturbation.layers:
+        if layer == logits:
+            hook = functools.partial(perturbation._after_output_layer, layer)
+            find_output_layer(model).register_forward_hook(hook)
+            continue
         hook = functools.partial(perturbation._before_layer, layer)
         decoder_layers[layer].register_forward_pre_hook(hook, with_kwargs=True)
     model.add_module(_ATTRIBUTE, perturbation)
     return perturbation
-
-
-def find_decoder_layers(model: nn.Module) -> nn.ModuleList:
-    """The decoder layers of a Hugging Face model, in order; ValueError as `find_decoder`."""
-    return find_decoder(model).layers
-
-
-def find_decoder(model: nn.Module) -> nn.Module:
-    """The module of a Hugging Face model whose `layers` are its decoder layers.
-
-    Follows `get_decoder()` through PEFT wrappers and, for models with a vision tower, into the
-    language model.
-
-    Raises:
-        ValueError: nothing there has a non-empty `layers`; the message names the class.
-    """
-    decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
-    for candidate in (decoder, *(getattr(decoder, n, None) for n in ("model", "language_model"))):
-        layers = getattr(candidate, "layers", None)
-        if isinstance(layers, nn.ModuleList) and len(layers) > 0:
-            return candidate
-    raise ValueError(
-        f"{type(model).__name__}: found no decoder layers to perturb. `get_decoder().layers` must "
-        f"be a non-empty ModuleList, but the decoder is {type(decoder).__name__}. Use a causal LM "
-        "of the Llama, Qwen, Mistral, GPT-NeoX family or one laid out like them"
-    )
 
 
 @contextmanager

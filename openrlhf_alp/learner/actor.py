@@ -16,11 +16,12 @@ from openrlhf.trainer.ppo_utils.experience import Experience, make_experience_ba
 from openrlhf.trainer.ray import ppo_actor
 from torch import Tensor, nn
 
-from openrlhf_alp.alp import LayerwisePerturbation
+from openrlhf_alp.alp import LayerwisePerturbation, repeat_rows
 from openrlhf_alp.alp.observe import LayerFigures, layer_metrics, signal_to_noise
 from openrlhf_alp.clients.weights.push import WeightPusher
 from openrlhf_alp.learner.batches import BatchShape
 from openrlhf_alp.learner.compat import undecorated
+from openrlhf_alp.learner.draws import averaging
 from openrlhf_alp.learner.experience import SAMPLE_ID
 from openrlhf_alp.learner.flags.config import AlpConfig
 from openrlhf_alp.learner.mismatch import training as mismatch
@@ -214,20 +215,24 @@ class AlpActorPPOTrainer(ppo_actor.ActorPPOTrainer):
             return None
         return {name: count if count > 0 else 1.0 for name, count in loss_batch_info.items()}
 
-    def _perturbed(self, experience: Experience, sample_ids: Any) -> AbstractContextManager[None]:
-        """Noise for this batch; without a perturbation the clean model.
+    @contextmanager
+    def _perturbed(self, experience: Experience, sample_ids: Any) -> Iterator[None]:
+        """Noise for this batch, averaged over its draws; without a perturbation the clean model.
 
         Without the unit of sigma, too: until it is measured no rank has had an action token, so
         that there is nothing to train on.
         """
         if self.perturbation is None or self.perturbation.scales is None:
-            return nullcontext()
+            yield
+            return
         mask = experience.attention_mask
         # Upstream's batching makes a list of 0-dimensional tensors of what was one tensor.
         ids = torch.as_tensor([int(i) for i in sample_ids], device=mask.device)
-        return self.perturbation.enabled(
+        noise = self.perturbation.enabled(
             update=self.update_number, sample_ids=ids, attention_mask=mask
         )
+        with noise, averaging(self.actor, self.perturbation.draws):
+            yield
 
     @contextmanager
     def _observed(self, experience: Experience) -> Iterator[None]:
@@ -235,7 +240,9 @@ class AlpActorPPOTrainer(ppo_actor.ActorPPOTrainer):
         if self.perturbation is None or self.layer_figures:
             yield
             return
-        with self.perturbation.observed(experience.attention_mask) as observer:
+        draws = 1 if self.perturbation.scales is None else self.perturbation.draws
+        mask = repeat_rows(experience.attention_mask, draws)
+        with self.perturbation.observed(mask) as observer:
             yield
         self.layer_figures = observer.figures()
 

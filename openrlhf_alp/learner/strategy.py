@@ -13,7 +13,13 @@ from openrlhf.models import Actor
 from openrlhf.utils.deepspeed import DeepspeedStrategy
 from torch import nn
 
-from openrlhf_alp.alp import LayerwisePerturbation, attach, detached, find_decoder
+from openrlhf_alp.alp import (
+    LayerwisePerturbation,
+    attach,
+    detached,
+    find_decoder,
+    find_output_layer,
+)
 from openrlhf_alp.learner import compat
 from openrlhf_alp.learner.flags.config import AlpConfig
 
@@ -68,11 +74,11 @@ class AlpStrategy(DeepspeedStrategy):
         prepared = super().prepare(*models)
         for entry in models:
             if isinstance(entry, tuple) and isinstance(entry[0], Actor):
-                self._fetch_sigma_with_the_decoder(entry[0])
+                self._fetch_sigma_where_it_is_read(entry[0])
         return prepared
 
-    def _fetch_sigma_with_the_decoder(self, actor: Actor) -> None:
-        """Tell ZeRO-3 that the decoder's forward reads the deltas, which belong to another module.
+    def _fetch_sigma_where_it_is_read(self, actor: Actor) -> None:
+        """Tell ZeRO-3 that decoder and output layer read the deltas, which are another module's.
 
         Otherwise DeepSpeed notices it in the first perturbed pass, and refuses when a clean pass,
         such as a calibration's, has already fixed the order in which it fetches parameters.
@@ -80,9 +86,11 @@ class AlpStrategy(DeepspeedStrategy):
         perturbation = perturbation_of(actor)
         if perturbation is None or self.stage != 3:
             return
-        decoder = find_decoder(unwrap(actor))
-        for delta in perturbation.parameters():
-            deepspeed.zero.register_external_parameter(decoder, delta)
+        model = unwrap(actor)
+        decoder = find_decoder(model)
+        for layer in perturbation.layers:
+            reader = decoder if layer < len(decoder.layers) else find_output_layer(model)
+            deepspeed.zero.register_external_parameter(reader, perturbation.delta[str(layer)])
 
     def _get_model_parameters(self, model: nn.Module, **kwargs: Any) -> tuple[nn.Module, Any]:
         raw_model, groups = super()._get_model_parameters(model, **kwargs)

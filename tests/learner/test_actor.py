@@ -314,3 +314,29 @@ def test_a_shorter_batch_is_a_whole_optimizer_step(parse: Parse) -> None:
     short.append(rollouts(short, num_samples=8))
     short.fit()
     assert short.trainer.update_number == 2
+
+
+def test_an_update_averages_its_draws_where_the_noise_goes(parse: Parse) -> None:
+    """Noise on the logits too; the average is that of single passes with each draw's rows."""
+    from openrlhf_alp.learner.draws import averaging
+
+    flags = ("--alp.enable", "--alp.layers", "embedding,logits", "--alp.sigma0", "auto")
+    actor = build_actor(parse(*flags, "--alp.draws", "3", "--ckpt.load_enable"))
+    status = update(actor)
+    trainer = actor.trainer
+    assert trainer.perturbation.layers == (0, 2) and status["alp/noise_k3_kl"] > 0
+    assert status["alp/layer_last_changed_share"] > 0
+    batch = rollouts(actor, seed=5)
+    once = (batch.sequences, batch.action_mask)
+    thrice = [rows.repeat(3, 1) for rows in (*once, batch.attention_mask)]
+    noise = {"update": 7, "sample_ids": torch.arange(4), "attention_mask": batch.attention_mask}
+    with torch.no_grad(), trainer.perturbation.enabled(**noise):
+        single = actor.actor(*thrice).unflatten(0, (3, 4))
+        with averaging(actor.actor, 3):
+            mean = actor.actor(*once, attention_mask=batch.attention_mask)
+    mask = batch.action_mask.bool()
+    torch.testing.assert_close(mean[mask], single.exp().mean(0).log()[mask])
+    assert not mean[~mask].any()
+    actor.save_checkpoint("global_step1", {"global_step": 1})
+    with pytest.raises(ValueError, match=r"--alp\.draws is 1, .* trained with 3"):
+        build_actor(parse(*flags, "--ckpt.load_enable"))

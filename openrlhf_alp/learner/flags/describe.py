@@ -83,8 +83,14 @@ def _numerator(alp: AlpConfig) -> str:
     return (
         f"perturbed learner: sigma0 {sigma0} ({noise.sigma_scale}), one sigma per "
         f"{'dimension and layer' if noise.kind == 'vector' else 'layer'}, layers {noise.layers}, "
-        f"learning rate {alp.lr:g}, seed {noise.seed}"
+        f"{_draws(noise.draws)}, learning rate {alp.lr:g}, seed {noise.seed}"
     )
+
+
+def _draws(draws: int) -> str:
+    if draws == 1:
+        return "1 draw"
+    return f"{draws} draws in one forward pass of {draws} times the samples and memory"
 
 
 def _comparable(args: SimpleNamespace) -> str:

@@ -79,6 +79,11 @@ def _settle_alp(args: SimpleNamespace) -> None:
             "layer adds its noise is decided anew for every micro-batch. Drop --ds.deepcompile, or "
             "use --alp.method *-bypass."
         )
+    if args.alp.perturbed and args.alp.noise.draws > 1 and args.data.max_images_per_prompt > 0:
+        raise ValueError(
+            f"--alp.draws {args.alp.noise.draws} repeats the samples of a forward pass, and images "
+            "cannot be repeated. Set --alp.draws 1 or --data.max_images_per_prompt 0."
+        )
     if args.actor.optim == "muon" and args.alp.perturbed:
         raise ValueError(
             "--actor.optim muon has no parameter group for sigma in DeepSpeed. Use "
@@ -121,9 +126,10 @@ def _refuse_upstreams_loss(args: SimpleNamespace) -> None:
 def _require_keys(*variables: str, service: str) -> None:
     missing = [name for name in variables if not os.environ.get(name)]
     if missing:
+        verb = "is" if len(missing) == 1 else "are"
         raise ValueError(
-            f"{' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} not set. The {service} service prints its keys when it "
-            "starts: export them, or start it with keys of your own."
+            f"{' and '.join(missing)} {verb} not set. The {service} service prints its keys when "
+            "it starts: export them, or start it with keys of your own."
         )
 
 
