@@ -84,11 +84,11 @@ alp=(
   --alp.sigma vector                       # paper, 2.2 (the release has one number per layer)
   --alp.sigma_scale relative               # ours: sigma in units of each layer's hidden states
   --alp.sigma0 auto                        # ours: the release's absolute 0.02 is more than the
-  # embeddings themselves (rms 0.015); E.1 finds little dependence on it
+  # embeddings themselves (rms 0.015); appendix E.1 finds little dependence on it
   --alp.lr 5e-4                            # ours: the release's 1e-2 is a random walk for a vector
   --alp.layers all                         # paper, 5.1: better than any part of the layers
   --alp.clip_low_high 0.2 0.28             # release; appendix E, two upper bounds
-  --alp.dual_clip 10.0                     # paper, appendix E: clip_ratio_c
+  --alp.dual_clip 10.0                     # paper, appendix E, single-turn details
 )
 loss=(
   --algo.advantage.estimator group_norm    # paper, 2.1: the group advantage of GRPO

@@ -102,10 +102,10 @@ alp=(
   --alp.sigma vector                       # paper, 2.2 (the release has one number per layer)
   --alp.sigma_scale relative               # ours: sigma in units of each layer's hidden states
   --alp.sigma0 auto                        # ours: the release's 1e-6 is lost in bfloat16
-  --alp.lr 5e-4                            # release; E.1 finds little dependence on it
+  --alp.lr 5e-4                            # release; appendix E.1 finds little dependence on it
   --alp.layers all                         # paper, Table 4
   --alp.clip_low_high 0.5 3.0              # release; appendix E
-  --alp.dual_clip 3.0                      # release; appendix E has 10 for one turn
+  --alp.dual_clip 3.0                      # release; appendix E, single-turn details: 10
 )
 loss=(
   --algo.advantage.estimator group_norm    # paper, 2.1: the group advantage of GRPO

@@ -1,7 +1,9 @@
 """A preset with what flags change of it."""
 
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -83,3 +85,11 @@ def test_the_table_imports_no_torch():
         "assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_the_documentation_has_a_row_for_every_method_and_names_the_papers():
+    text = (Path(__file__).parents[2] / "docs" / "methods.md").read_text()
+    rows = dict(re.findall(r"^\| `([\w-]+)` \|.*\|([^|]*)\|$", text, re.MULTILINE))
+    assert list(rows) == list(METHODS)
+    for name, preset in METHODS.items():
+        assert rows[name].strip() == (preset.paper_row or "")
