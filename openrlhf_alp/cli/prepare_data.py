@@ -24,7 +24,8 @@ from openrlhf_alp.launch.view import StageView
 
 if TYPE_CHECKING:  # the modules behind them import sympy
     from openrlhf_alp.data.output import Summary
-    from openrlhf_alp.data.prepare import OnProgress
+    from openrlhf_alp.data.overlap import Overlap
+    from openrlhf_alp.data.prepare import OnProgress, Prompt
 
 _DEFAULT_TEMPLATE = "chat-math"
 _MAX_DEFAULT_WORKERS = 8
@@ -99,6 +100,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     workers = min(_MAX_DEFAULT_WORKERS, os.cpu_count() or 1)
     workers_help = f"processes that check labels (default: {workers})"
     add("--workers", type=int, default=workers, help=workers_help)
+    add(
+        "--check-against",
+        nargs="+",
+        default=[],
+        metavar="SUITE",
+        help="report problems that a benchmark has too (paper, math500, ..., see openrlhf-alp "
+        "evaluate --list), by text and by runs of 13 words: OUT.overlaps.jsonl",
+    )
+    add("--data-dir", type=Path, metavar="DIR", help="folder with the benchmarks' files")
     add("--overwrite", action="store_true", help="replace the files of an earlier run")
 
 
@@ -140,6 +150,7 @@ def _prepare(options: argparse.Namespace, view: PrepareView) -> int:
     files = OutputFiles(prompts=options.to)
     # Before the work, which may take minutes and would be lost.
     files.check(sources=options.sources, overwrite=options.overwrite)
+    benchmarks = _benchmarks(options)
     template = TEMPLATES[options.template]
     how = Options(
         template=template,
@@ -165,8 +176,46 @@ def _prepare(options: argparse.Namespace, view: PrepareView) -> int:
         view.say("nothing", f"no row could be kept; {files.rejected} says why of each")
         return 1
     view.say("written", f"{files.prompts}, {files.rejected} and {files.summary}")
+    if benchmarks:
+        overlaps = _overlaps(prepared.prompts, benchmarks)
+        files.write_overlaps(overlap.to_json() for overlap in overlaps)
+        view.overlaps(overlaps, list(benchmarks))
+        view.say("overlaps", f"{len(overlaps)} listed in {files.overlaps}; no row was left out")
     view.say("train", f"--data.prompt_dataset {files.prompts} {summary.train_flags}")
     return 0
+
+
+def _benchmarks(options: argparse.Namespace) -> dict[str, list[tuple[str, str]]]:
+    """Id and text of the problems of each benchmark to check against, by name."""
+    if not options.check_against:
+        return {}
+    from openrlhf_alp.evaluate.suites import find_suites, load_suite
+
+    loaded = [
+        load_suite(suite, data_dir=options.data_dir)
+        for suite in find_suites(options.check_against, fields={})
+    ]
+    return {one.name: [(problem.id, problem.text) for problem in one.problems] for one in loaded}
+
+
+def _overlaps(
+    prompts: Sequence[Prompt], benchmarks: Mapping[str, Sequence[tuple[str, str]]]
+) -> list[Overlap]:
+    from openrlhf_alp.data.overlap import Place, find_overlaps
+
+    places = [
+        Place(
+            source=prompt.problem.row.source,
+            row=prompt.problem.row.number,
+            text=prompt.problem.text,
+        )
+        for prompt in prompts
+    ]
+    return [
+        overlap
+        for name, problems in benchmarks.items()
+        for overlap in find_overlaps(places, name, problems)
+    ]
 
 
 def _read(source: str, options: argparse.Namespace) -> tuple[list[Row], formats.RowFormat]:
@@ -219,6 +268,21 @@ class PrepareView(StageView):
                 "longest": tokens.longest,
             }
             _add_section(table, "prompt tokens, ", lengths)
+        self._console.print(table)
+
+    def overlaps(self, found: Sequence[Overlap], suites: Sequence[str]) -> None:
+        """The table of what benchmarks share with the data."""
+        table = Table(title="Overlaps with benchmarks", title_justify="left")
+        for heading in ("benchmark", "same text", "shared runs of 13 words", "its problems"):
+            table.add_column(heading, justify="right")
+        for suite in suites:
+            own = [overlap for overlap in found if overlap.suite == suite]
+            numbers = (
+                sum(overlap.same_text for overlap in own),
+                sum(overlap.shared_ngrams > 0 for overlap in own),
+                len({overlap.benchmark_id for overlap in own}),
+            )
+            table.add_row(suite, *map(str, numbers))
         self._console.print(table)
 
     def _line(self, done: int, total: int) -> None:

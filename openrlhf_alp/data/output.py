@@ -111,6 +111,19 @@ class OutputFiles:
     def summary(self) -> Path:
         return self.prompts.with_suffix(".summary.json")
 
+    @property
+    def _all(self) -> tuple[Path, ...]:
+        return self.prompts, self.rejected, self.summary, self.overlaps
+
+    @property
+    def overlaps(self) -> Path:
+        """Problems that a benchmark has too; only with --check-against."""
+        return self.prompts.with_suffix(".overlaps.jsonl")
+
+    def write_overlaps(self, rows: Iterable[dict[str, Any]]) -> None:
+        """Writes the overlaps file."""
+        _replace(self.overlaps, _lines(rows))
+
     def check(self, *, sources: Sequence[str], overwrite: bool) -> None:
         """Checks before the work starts that the result may be written.
 
@@ -123,10 +136,10 @@ class OutputFiles:
         if self.prompts.suffix != ".jsonl":
             raise OutputError(f"--to {self.prompts}: give a name that ends in .jsonl")
         read = {Path(source).resolve() for source in sources}
-        for path in (self.prompts, self.rejected, self.summary):
+        for path in self._all:
             if path.resolve() in read:
                 raise OutputError(f"{path} is read and would be written over. Give another --to")
-        there = [path for path in (self.prompts, self.rejected, self.summary) if path.exists()]
+        there = [path for path in self._all if path.exists()]
         if there and not overwrite:
             names = ", ".join(map(str, there))
             raise OutputError(f"there already: {names}. Give another --to, or --overwrite")

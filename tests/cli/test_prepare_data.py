@@ -189,3 +189,20 @@ def test_a_source_that_is_missing_or_empty_or_named_twice_is_refused(prepare, so
     assert "there is no such file" in capsys.readouterr().out
     source.write_text("")
     assert "has no rows" in prepare()[1]
+
+
+def test_problems_that_a_benchmark_has_too_are_listed_with_their_rows(prepare, tmp_path):
+    aime = [{"problem": f"Problem {i}", "answer": str(i)} for i in range(29)]
+    aime.append({"problem": "What is 3 times $4$?", "answer": "12"})
+    (tmp_path / "aime24.jsonl").write_text("".join(json.dumps(row) + "\n" for row in aime))
+    status, shown, rows = prepare("--check-against", "aime24", "--data-dir", str(tmp_path))
+    assert status == 0 and len(rows) == 2
+    assert "1 listed in" in shown and "no row was left out" in shown
+    (overlap,) = map(json.loads, (tmp_path / "out.overlaps.jsonl").read_text().splitlines())
+    assert (overlap["benchmark_id"], overlap["row_number"]) == ("aime24:30", 2)
+    assert overlap["same_text"] is True
+
+
+def test_an_unknown_benchmark_is_refused_before_the_work(prepare):
+    status, shown, rows = prepare("--check-against", "aime23")
+    assert status == 2 and rows == [] and "--suite aime23: unknown" in shown
