@@ -30,11 +30,12 @@ LEARNER = [
     "pebble>=5.1",
     "psutil>=5.9",
     "rich>=13",
+    "scipy>=1.11",
     "sympy>=1.13",
     "tensorboard>=2.16",
 ]
-# `openrlhf-alp evaluate`: the harness, and the quantiles of its intervals.
-EVALUATE = [*LEARNER, "inspect-ai>=0.3.285,<0.4", "scipy>=1.11"]
+# `openrlhf-alp evaluate`: the harness.
+EVALUATE = [*LEARNER, "inspect-ai>=0.3.285,<0.4"]
 SERVICE = [
     *WIRE,
     "fastapi>=0.133,<0.137",
@@ -86,7 +87,11 @@ setup(
         "demo": DEMO,
         "dev": DEV,
     },
-    entry_points={"console_scripts": ["openrlhf-alp = openrlhf_alp.cli.main:main"]},
+    entry_points={
+        "console_scripts": ["openrlhf-alp = openrlhf_alp.cli.main:main"],
+        # `inspect eval TASK --model openrlhf_alp/NAME -M urls=... -M tokenizer=...`
+        "inspect_ai": ["openrlhf_alp = openrlhf_alp.evaluate.model"],
+    },
     classifiers=[
         "Programming Language :: Python :: 3.11",
         "Topic :: Scientific/Engineering :: Artificial Intelligence",

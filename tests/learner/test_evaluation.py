@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from openrlhf.trainer.ppo_utils.experience import Experience
 
+from openrlhf_alp.evaluate.numbers import average
 from openrlhf_alp.learner.evaluation import eval_metrics
 
 ROWS: list[Any] = [
@@ -48,3 +49,19 @@ def test_an_evaluation_without_any_answer_is_0_and_not_missing() -> None:
     logs = eval_metrics(ROWS, [], 4)
     assert logs["eval_easy_pass1"] == logs["eval_hard_pass4"] == 0.0
     assert logs["eval_dropped_groups"] == 3
+
+
+def test_the_curve_and_its_interval_are_those_of_the_evaluation_command() -> None:
+    """p: 2 of 4 right, q is missing; pass@2 of p is 1 - 1/6."""
+    samples = [*group("p", 1.0, 0.0, 1.0, 0.0), *group("r", 0.0, 0.0, 0.0, 0.0)]
+    logs = eval_metrics(ROWS, samples, 4)
+    assert (logs["eval_easy_pass1"], logs["eval_easy_pass4"]) == (0.25, 0.5)
+    assert abs(logs["eval_easy_pass2"] - 5 / 12) < 1e-12
+    estimate = average([2, 0], 4)
+    assert logs["eval_easy_pass1_low"] == estimate.low < 0.25 < logs["eval_easy_pass1_high"]
+    assert logs["eval_hard_pass2"] == 0.0
+
+
+def test_rewards_that_are_no_verdicts_have_no_curve() -> None:
+    logs = eval_metrics(ROWS, [*group("p", 0.5, 0.25), *group("q", 1.0, 0.0)], 2)
+    assert logs["eval_easy_pass2"] == 0.75 and "eval_easy_pass1_low" not in logs
