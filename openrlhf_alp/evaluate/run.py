@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Callable, Sequence
+import signal
+import threading
+from collections.abc import Callable, Coroutine, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,6 +41,7 @@ from services.rollout.wire.fingerprint import chat_template_hash, tokenizer_hash
 from services.rollout.wire.schemas import Contract
 
 _READY_S = 120.0
+_STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class EvaluationFailed(DataError):
@@ -107,7 +110,7 @@ def run_evaluation(run: Run, progress: Progress) -> Results:
             )
             for loaded in run.suites
         ]
-        asyncio.run(_play(run, folder, sessions, header, run_id))
+        asyncio.run(_until_stopped(_play(run, folder, sessions, header, run_id)))
         return _finish(folder, sessions, header, run.n)
     finally:
         grader.close()
@@ -164,6 +167,37 @@ def differences_of_graders(path: Path, *, num_workers: int) -> dict[str, Any]:
         grader.close()
     write_json(path / "grader_differences.json", found)
     return found
+
+
+async def _until_stopped(work: Coroutine[Any, Any, None]) -> None:
+    """Runs `work`; a stop signal cancels it, and then does what it does outside of a loop.
+
+    An exception that a signal handler raises within a loop ends some task, and Inspect would take
+    it for the error of a sample.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        return await work
+    loop, running = asyncio.get_running_loop(), asyncio.ensure_future(work)
+    received: list[int] = []
+
+    def stop(signum: int) -> None:
+        received.append(signum)
+        running.cancel()
+
+    before = {signum: signal.getsignal(signum) for signum in _STOP_SIGNALS}
+    for signum in before:
+        loop.add_signal_handler(signum, stop, signum)
+    try:
+        await running
+    except (asyncio.CancelledError, Exception):
+        if not received:
+            raise
+    finally:
+        for signum, handler in before.items():
+            loop.remove_signal_handler(signum)
+            signal.signal(signum, handler)
+    if received:
+        signal.raise_signal(received[0])
 
 
 async def _contract(run: Run) -> Contract:

@@ -14,6 +14,7 @@ from typing import Any
 import jinja2
 from rich.console import Console
 from rich.markdown import Markdown
+from rich.markup import escape
 
 from openrlhf_alp.clients.control import ControlClient
 from openrlhf_alp.clients.errors import ServiceError
@@ -78,20 +79,24 @@ class EvaluationView(StageView):
         """Begins a suite; returns what to call after each answer."""
         if done:
             self.say("stored", f"{title}: {done} of {total} answers are there already")
-        state = {"done": done, "shown_s": time.monotonic()}
-        started_s = time.monotonic()
+        count = done
+        started_s = shown_s = 0.0
 
         def on_answer() -> None:
-            state["done"] += 1
+            nonlocal count, started_s, shown_s
+            count += 1
             now_s = time.monotonic()
-            last = state["done"] == total
-            if not last and now_s - state["shown_s"] < _every_s(self._console):
+            if count == done + 1:
+                # Before the first answer the graders start: no measure of what is left.
+                started_s = shown_s = now_s
+            last = count == total
+            if not last and now_s - shown_s < _every_s(self._console):
                 return
-            state["shown_s"] = now_s
-            left_s = (now_s - started_s) / (state["done"] - done) * (total - state["done"])
-            share = f"{state['done']}/{total} answers"
+            shown_s = now_s
+            left_s = (now_s - started_s) / max(1, count - done - 1) * (total - count)
             self._console.print(
-                f"[bold cyan]{'answers':<9}[/] {title}: {share}, about {_duration(left_s)} left",
+                f"[bold cyan]{'answers':<9}[/] {escape(title)}: {count}/{total} answers, about "
+                f"{_duration(left_s)} left",
                 end="\r" if self._console.is_terminal and not last else "\n",
                 soft_wrap=True,
             )
