@@ -25,15 +25,20 @@ ADMIN_KEY_VARIABLE = ROLLOUT_VARIABLES + "ADMIN_KEY"
 TOOL_KEY_VARIABLE = TOOL_VARIABLES + "API_KEY"
 
 
-def _no_boolean(value: object) -> object:
-    # pydantic takes True for 1.
+_LARGEST = 2**63 - 1
+
+
+def _check_number(value: object) -> object:
+    # pydantic takes True for 1, and whole numbers of any length.
     if isinstance(value, bool):
         raise ValueError("must be a number, not a boolean")
+    if isinstance(value, int) and abs(value) > _LARGEST:
+        raise ValueError(f"must be at most {_LARGEST}")
     return value
 
 
-Number = Annotated[float, BeforeValidator(_no_boolean)]
-Whole = Annotated[int, BeforeValidator(_no_boolean)]
+Number = Annotated[float, BeforeValidator(_check_number)]
+Whole = Annotated[int, BeforeValidator(_check_number)]
 """Numbers of requests."""
 
 JSON_TYPE = "application/json"

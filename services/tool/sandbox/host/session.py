@@ -6,6 +6,8 @@ session lost]
 
 import asyncio
 import base64
+import os
+import signal
 import time
 from dataclasses import dataclass, replace
 from typing import Any
@@ -15,6 +17,7 @@ from services.tool.sandbox.host.execution import Job, Limits, Output, job_messag
 from services.tool.sandbox.host.slots import SlotHandle
 from services.tool.sandbox.host.verdict import (
     CpuTime,
+    ExitFacts,
     Outcome,
     Status,
     as_seconds,
@@ -201,6 +204,7 @@ class SandboxSession:
                 return None, answering.result()
             stopped = Status.OUTPUT_LIMIT if flooding in done else Status.TIMEOUT
             # The supervisor kills the cell and says so; the state from before the cell survives.
+            self._slot.resume()
             await self._send({"op": "interrupt"})
             try:
                 return stopped, await asyncio.wait_for(answering, _INTERRUPT_S)
@@ -254,7 +258,7 @@ def _judge_cell(
     if stopped is not None:
         outcome = judge_stop(stopped)
     elif answer.get("lost_session"):
-        return Outcome(status=Status.SANDBOX_ERROR, message="the session's processes died")
+        return _judge_lost_session(slot)
     else:
         status = as_wait_status(answer.get("died"))
         if status is None:
@@ -264,6 +268,17 @@ def _judge_cell(
         cpu = CpuTime(used_s=cpu_s, limit_s=limits.cpu_s, over_s=over_s)
         outcome = judge_wait_status(status, cpu, answer.get("error"))
     return replace(outcome, cpu_s=cpu_s, peak_bytes=int(_amount(answer.get("peak_bytes"))))
+
+
+def _judge_lost_session(slot: SlotHandle) -> Outcome:
+    """A session whose supervisor is dead, or does not answer."""
+    facts = slot.exited.result() if slot.exited.done() else ExitFacts(lost=True)
+    if facts.lost or not os.WIFSIGNALED(facts.status):
+        return Outcome(status=Status.SANDBOX_ERROR, message="the session's processes died")
+    # Nobody but the session's own code sends signals to its supervisor.
+    name = signal.Signals(os.WTERMSIG(facts.status)).name
+    message = f"the session's code ended the session with {name}"
+    return Outcome(status=Status.CRASHED, signal=name, message=message)
 
 
 def _is_listed_file(item: Any) -> bool:

@@ -61,6 +61,11 @@ class SlotHandle:
         with contextlib.suppress(ProcessLookupError):
             signal.pidfd_send_signal(self.kill_fd, signal.SIGKILL)
 
+    def resume(self) -> None:
+        """Let the first process of the slot run again, if the slot's code has stopped it."""
+        with contextlib.suppress(ProcessLookupError):
+            signal.pidfd_send_signal(self.kill_fd, signal.SIGCONT)
+
     def limit_memory(self, limit_bytes: int) -> None:
         """Set the cgroup's limit, if there is one, before the program starts. Raises OSError."""
         if self.cgroup is not None and not self.exited.done():

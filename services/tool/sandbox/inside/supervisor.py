@@ -213,6 +213,7 @@ def _obey(session: _Session, message: wire.Message) -> None:
     elif operation != "interrupt":
         wire.send(session.job_fd, files.operate(session.place.home, message))
     elif session.cell is not None:
+        _resume(session.state_pid)  # it tells how the cell ended
         if session.cell.pid:
             _kill_cell(session.cell)
         else:
@@ -250,6 +251,13 @@ def _exists(pid: int) -> bool:
 
 def _kill_cell(cell: _Cell) -> None:
     _kill(cell.pid, own_group=cell.snapshot)
+
+
+def _resume(pid: int) -> None:
+    """Let a process run again, if a cell has stopped it."""
+    if pid > 1:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGCONT)
 
 
 def _kill(pid: int, *, own_group: bool) -> None:

@@ -349,12 +349,17 @@ async def test_a_batch_numbers_its_programs_as_it_likes(client: httpx.AsyncClien
         ("/v1/execute", {"code": "1", "timeout_s": True}),
         ("/v1/execute", {"code": "1", "memory_mb": True}),
         ("/v1/execute", {"code": "1", "seed": False}),
+        ("/v1/execute", {"code": "1", "memory_mb": 10**400}),
+        ("/v1/execute", {"code": "1", "output_bytes": 10**400}),
+        ("/v1/sessions", {"memory_mb": 10**400}),
         ("/v1/sessions", {"ttl_s": True}),
         ("/run_code", {"code": "1", "language": "python", "run_timeout": True}),
         ("/run_jupyter", {"cells": ["1"], "total_timeout": True}),
     ],
 )
-async def test_a_boolean_is_no_number(client: httpx.AsyncClient, path: str, body: object) -> None:
+async def test_booleans_and_huge_numbers_are_refused(
+    client: httpx.AsyncClient, path: str, body: object
+) -> None:
     assert (await client.post(path, json=body)).status_code == 422
 
 

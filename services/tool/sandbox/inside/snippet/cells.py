@@ -5,6 +5,7 @@
 
 import os
 import resource
+import signal
 import threading
 from posix import getpid  # a cell may replace os.getpid
 from typing import Any, NoReturn
@@ -78,11 +79,14 @@ def _fork_cell(orders: int, *, cpu_s: int) -> bool | None:
     os.close(waiting)
     # An interrupt kills the cell with its children, and not the snapshot.
     os.setpgid(pid, pid)
+    # A handler of an earlier cell must not collect the cell's process.
+    handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     wire.send(orders, _started(pid, 0.0, cpu_s, snapshot=True))
     os.close(release)
     kernel.wait_for_end(pid)
     over_s = kernel.soft_cpu_limit_s(pid) - cpu_s
     _, status, used = os.wait4(pid, 0)
+    signal.signal(signal.SIGCHLD, handler or signal.SIG_DFL)
     wire.send(orders, {"died": status, "over_s": over_s, **usage(used, 0.0)})
     return None
 
