@@ -215,6 +215,8 @@ class PreflightView:
         self._console.print(_table(report))
         self.say("versions", ", ".join(map(str, report.versions)))
         self.say("weights", _weights_line(report))
+        if report.simulated:
+            self.say("service", report.simulated)
         verdict = report.verdict
         color = _COLORS[verdict.level]
         self._console.print(
@@ -241,6 +243,7 @@ def as_json(report: "ProbeReport") -> dict[str, Any]:
         },
         "num_samples": report.num_samples,
         "versions": list(report.versions),
+        "simulated": report.simulated,
         "weights": {
             "num_tensors": report.weights.num_tensors,
             "different": list(report.weights.different),

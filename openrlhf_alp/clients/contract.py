@@ -64,6 +64,16 @@ def require_transport(contract: Contract, transport: WeightTransport, url: str) 
         )
 
 
+def simulated_mismatch(contract: Contract) -> str | None:
+    """One sentence when the server rounds its weights on purpose, or None."""
+    if contract.simulated_quantization is None:
+        return None
+    return (
+        f"the service simulates {contract.simulated_quantization} quantization "
+        "(--simulate-quantization): its policy differs from the pushed weights on purpose"
+    )
+
+
 _SAME_MODEL = "Serve and train the same model folder."
 _FIXES = {
     "api_version": "Install the same release on both sides.",

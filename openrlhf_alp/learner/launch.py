@@ -22,7 +22,12 @@ import ray
 import torch
 from transformers import AutoConfig, AutoTokenizer
 
-from openrlhf_alp.clients.contract import LearnerExpectation, check_contract, require_transport
+from openrlhf_alp.clients.contract import (
+    LearnerExpectation,
+    check_contract,
+    require_transport,
+    simulated_mismatch,
+)
 from openrlhf_alp.clients.control import ControlClient
 from openrlhf_alp.clients.errors import ServiceError, WeightUpdateFailed
 from openrlhf_alp.clients.weights.carry import require_fit
@@ -228,6 +233,8 @@ async def _check_service(url: str, service: ServiceConfig, expected: LearnerExpe
         contract = await client.contract()
     check_contract(contract, expected)
     require_transport(contract, service.weight_transport, url)
+    if simulated := simulated_mismatch(contract):
+        logger.warning("%s: %s", url, simulated)
 
 
 async def _check_weights(url: str, tensors: Mapping[str, torch.Tensor]) -> None:

@@ -26,7 +26,7 @@ async def _serve(settings: RolloutSettings) -> None:
     settings = settings.model_copy(update={"model": resolve_model(settings.model)})
     model = read_model_folder(settings)
     with weights_folder(settings.weights_dir) as weights_dir:
-        engine = start_engine(settings, model)
+        engine = await start_engine(settings, model)
         service = build_service(engine, model, settings, weights_dir)
         # Only now: what the engine prints while it starts would push the keys out of sight.
         if settings.api_key is None:

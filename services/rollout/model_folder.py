@@ -1,5 +1,6 @@
 """Reads the folder of `--model` before the slow start of an engine, so that mistakes show early."""
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -7,8 +8,11 @@ from typing import Any
 from services.common.errors import ConfigError
 from services.rollout.settings import RolloutSettings
 from services.rollout.weights.checkpoint import BadCheckpointError, model_files, scan
-from services.rollout.weights.staging import TIED_HEAD, ServedModel
+from services.rollout.weights.quantization import Rounding, linear_weights
+from services.rollout.weights.staging import TIED_HEAD, ServedModel, Tensors
 from services.rollout.wire.schemas import DtypeCode
+
+logger = logging.getLogger(__name__)
 
 _DTYPE_CODES: dict[str, DtypeCode] = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 
@@ -21,6 +25,8 @@ class ModelFolder:
     tokenizer: Any
     eos_token_ids: tuple[int, ...]
     served: ServedModel
+    rounding: Rounding | None
+    """Of simulated quantization."""
 
 
 def resolve_model(model: Path) -> Path:
@@ -77,7 +83,25 @@ def read_model_folder(settings: RolloutSettings) -> ModelFolder:
         served=ServedModel(
             tensors=tensors, dtype_code=_DTYPE_CODES[settings.dtype], head_is_tied=tied
         ),
+        rounding=_rounding(settings, config, tensors),
     )
+
+
+def _rounding(settings: RolloutSettings, config: Any, tensors: Tensors) -> Rounding | None:
+    scheme = settings.simulate_quantization
+    if scheme is None:
+        return None
+    try:
+        names = linear_weights(config, tensors)
+    except (BadCheckpointError, ValueError) as error:
+        raise ConfigError(
+            f"--model {settings.model} cannot be rounded: {error}. Fix: leave out "
+            "--simulate-quantization, or take a dense model that transformers knows."
+        ) from error
+    logger.warning(
+        "simulating %s: %d linear weights are rounded after each load", scheme, len(names)
+    )
+    return Rounding(scheme=scheme, names=names)
 
 
 def _eos_token_ids(folder: Path, tokenizer: Any) -> tuple[int, ...]:

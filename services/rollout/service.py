@@ -12,7 +12,7 @@ from services.rollout.ledger import Ledger, LedgerLimits
 from services.rollout.model_folder import ModelFolder
 from services.rollout.settings import RolloutSettings
 from services.rollout.weights.serving import SleepSwitch
-from services.rollout.weights.staging import ServedModel, Staging, digest_of
+from services.rollout.weights.staging import ServedModel, Staging, digest_of, load_plan
 from services.rollout.weights.store import WeightStore
 from services.rollout.weights.uploads import Uploads
 from services.rollout.weights.versions import Version, VersionLog
@@ -82,12 +82,24 @@ class RolloutService:
         await self.engine.close()
 
 
-def start_engine(settings: RolloutSettings, model: ModelFolder) -> Engine:
+async def start_engine(settings: RolloutSettings, model: ModelFolder) -> Engine:
     """Start the engine that the settings name. Takes seconds to minutes and blocks.
 
     Raises:
         ConfigError: vLLM is not installed or does not start.
     """
+    engine = _load_engine(settings, model)
+    if model.rounding is not None:
+        # Engines read the folder in their own ways; only this load rounds, as each later one does.
+        try:
+            await engine.load_weights(load_plan(model.served.tensors))
+        except BaseException:
+            await engine.close()
+            raise
+    return engine
+
+
+def _load_engine(settings: RolloutSettings, model: ModelFolder) -> Engine:
     if settings.engine == "hf":
         from services.rollout.engines.hf_engine import HfEngine
 
@@ -99,7 +111,7 @@ def start_engine(settings: RolloutSettings, model: ModelFolder) -> Engine:
             f"vLLM cannot be imported: {error}. Fix: pip install -e .[rollout], or --engine hf."
         ) from error
     try:
-        return VllmEngine.start(settings, model.eos_token_ids)
+        return VllmEngine.start(settings, model.eos_token_ids, model.rounding)
     except (ValueError, RuntimeError) as error:
         raise ConfigError(
             f"vLLM does not start: {error}. Fix: see its log above; --kv-cache-gb, --max-model-len "
@@ -158,6 +170,7 @@ def _contract(engine: Engine, model: ModelFolder, version: Version, weights_dir:
         engine=info.engine,
         engine_version=info.engine_version,
         weights_manifest_hash=manifest_hash(model.served.expected()),
+        simulated_quantization=None if model.rounding is None else model.rounding.scheme,
         contract_hash="",
         version=version.number,
         digest=version.digest,

@@ -16,6 +16,7 @@ from pydantic_settings import SettingsConfigDict
 
 from services.common.settings import ServiceSettings
 from services.common.wire import ROLLOUT_VARIABLES
+from services.rollout.wire.schemas import Quantization
 
 
 class FaultPlan(BaseModel):
@@ -63,6 +64,10 @@ class RolloutSettings(ServiceSettings):
 
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     """Dtype of the served weights; weight updates carry this dtype."""
+
+    simulate_quantization: Quantization | None = None
+    """Round the weights of every linear layer to this grid, per output channel, after each load. A
+    mismatch to order for experiments: it saves neither memory nor time. By default off."""
 
     max_model_len: int | None = Field(default=None, ge=2)
     """Prompt plus sampled tokens; by default the model's own maximum."""

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 from transformers import AutoConfig, AutoTokenizer
 
-from openrlhf_alp.clients.contract import LearnerExpectation, check_contract
+from openrlhf_alp.clients.contract import LearnerExpectation, check_contract, simulated_mismatch
 from openrlhf_alp.clients.errors import ContractMismatch
 from services.rollout.wire.fingerprint import tokenizer_hash
 
@@ -60,3 +60,13 @@ def test_padding_calls_do_not_change_the_tokenizer_hash_but_a_token_does(
     assert tokenizer_hash(tokenizer) == before
     tokenizer.add_tokens(["extra"])
     assert tokenizer_hash(tokenizer) != before
+
+
+async def test_a_server_that_rounds_its_weights_is_accepted_and_named(
+    make_service: Any, model_folder: Path
+) -> None:
+    contract = make_service().contract()
+    assert simulated_mismatch(contract) is None
+    rounding = contract.model_copy(update={"simulated_quantization": "int4"})
+    check_contract(rounding, expectation(model_folder))
+    assert "simulates int4 quantization" in str(simulated_mismatch(rounding))

@@ -20,7 +20,11 @@ from openrlhf.trainer.ppo_utils.experience import make_experience_batch
 from openrlhf.utils import get_tokenizer
 
 from openrlhf_alp.clients.channel import Timeouts
-from openrlhf_alp.clients.contract import LearnerExpectation, check_contract
+from openrlhf_alp.clients.contract import (
+    LearnerExpectation,
+    check_contract,
+    simulated_mismatch,
+)
 from openrlhf_alp.clients.rollout import RolloutClient
 from openrlhf_alp.clients.weights.carry import DTYPES, digest_tensor
 from openrlhf_alp.clients.weights.push import WeightPusher
@@ -32,7 +36,7 @@ from openrlhf_alp.learner.weight_sync import gathered_buckets, gathered_paramete
 from openrlhf_alp.rewards.protocol import RewardResult
 from openrlhf_alp.rollouts.response import to_response
 from openrlhf_alp.rollouts.runners import ServiceGenerate, build_runner
-from services.rollout.wire.schemas import TensorSpec
+from services.rollout.wire.schemas import Contract, TensorSpec
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,6 +96,8 @@ class ProbeReport:
     num_samples: int
     versions: tuple[int, ...]
     """Policy versions that sampled; more than one when another process pushed meanwhile."""
+    simulated: str | None
+    """What the services do to the weights on purpose, in one sentence."""
 
 
 def probe(config: ProbeConfig) -> ProbeReport:
@@ -104,7 +110,7 @@ def probe(config: ProbeConfig) -> ProbeReport:
     tokenizer = get_tokenizer(config.model, None, "left")
     actor = load_actor(config)
     tasks = [_task(prompt, config, tokenizer) for prompt in config.prompts]
-    asyncio.run(_check_services(config, tokenizer, actor, tasks))
+    contract = asyncio.run(_check_services(config, tokenizer, actor, tasks))
     if config.push:
         admin_key = config.admin_key or config.api_key
         pusher = WeightPusher(config.urls, api_key=config.api_key, admin_key=admin_key)
@@ -117,6 +123,7 @@ def probe(config: ProbeConfig) -> ProbeReport:
         weights=compare_weights(actor, served),
         num_samples=len(episodes),
         versions=tuple(sorted({span.version for e in episodes for span in e.spans})),
+        simulated=simulated_mismatch(contract),
     )
 
 
@@ -176,12 +183,14 @@ def _client(config: ProbeConfig) -> RolloutClient:
 
 async def _check_services(
     config: ProbeConfig, tokenizer: Any, actor: Actor, tasks: Sequence[Task]
-) -> None:
+) -> Contract:
     longest = max(len(task.prompt_ids) for task in tasks) + config.max_tokens
     expected = LearnerExpectation.of(tokenizer, actor.model.config, min_model_len=longest)
     async with _client(config) as client:
         await client.control.wait_ready(config.timeout_s)
-        check_contract(await client.control.contract(), expected)
+        contract = await client.control.contract()
+    check_contract(contract, expected)
+    return contract
 
 
 async def _sample(

@@ -77,10 +77,11 @@ class HfEngine:
     """Draws one token per step for each of the first `max_num_seqs` jobs, in order of arrival."""
 
     def __init__(
-        self, model: Any, tokenizer: Any, info: EngineInfo, settings: RolloutSettings
+        self, model: Any, folder: ModelFolder, info: EngineInfo, settings: RolloutSettings
     ) -> None:
         self._model = model
-        self._tokenizer = tokenizer
+        self._tokenizer = folder.tokenizer
+        self._rounding = folder.rounding
         self._info = info
         self._max_num_seqs = settings.max_num_seqs
         self._faults = settings.faults
@@ -110,7 +111,7 @@ class HfEngine:
             max_model_len=settings.max_model_len or text.max_position_embeddings,
             eos_token_ids=folder.eos_token_ids,
         )
-        return cls(model, folder.tokenizer, info, settings)
+        return cls(model, folder, info, settings)
 
     @property
     def info(self) -> EngineInfo:
@@ -241,7 +242,7 @@ class HfEngine:
     async def load_weights(self, plan: LoadPlan) -> None:
         def load() -> Any:
             tensors = {
-                name: tensor.float() if tensor.is_floating_point() else tensor
+                name: self._served(name, tensor)
                 for path, names in plan.items()
                 for name, tensor in read_tensors(path, names)
             }
@@ -261,6 +262,13 @@ class HfEngine:
             return model.float().eval()
 
         self._model = await asyncio.to_thread(load)
+
+    def _served(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        """A tensor of a file as this engine computes with it: float32 of the served dtype."""
+        if not tensor.is_floating_point():
+            return tensor
+        served = tensor.to(getattr(torch, self._info.dtype))
+        return (served if self._rounding is None else self._rounding(name, served)).float()
 
     async def reset_cache(self, *, recompute_running: bool) -> None:
         """Do nothing: every token is drawn from a full forward pass."""

@@ -40,6 +40,7 @@ from services.rollout.engines.protocol import (
 from services.rollout.engines.vllm_processes import SERVICE_PID, TIED
 from services.rollout.gpu_transfer.receiver import RpcReceiver, link_backends
 from services.rollout.settings import RolloutSettings
+from services.rollout.weights.quantization import Rounding
 from services.rollout.wire.schemas import FinishReason, PauseMode, Sampling, SleepLevel, SleepMode
 
 logger = logging.getLogger(__name__)
@@ -152,18 +153,29 @@ class VllmEngine:
     """vLLM behind the Engine protocol. Build with `start`, inside the event loop."""
 
     def __init__(
-        self, llm: AsyncLLM, info: EngineInfo, settings: RolloutSettings, sockets: OwnedFolder
+        self,
+        llm: AsyncLLM,
+        info: EngineInfo,
+        settings: RolloutSettings,
+        sockets: OwnedFolder,
+        rounding: Rounding | None = None,
     ) -> None:
         self._llm = llm
         self._sockets = sockets
         self._settings = settings
         self._info = info
+        self._rounding = rounding
         self._barrier = _OutputBarrier(llm.engine_core)
         self._live: dict[str, str | None] = {}  # job -> vLLM's own request id, None until added
 
     @classmethod
-    def start(cls, settings: RolloutSettings, eos_token_ids: tuple[int, ...]) -> "VllmEngine":
-        """Load the model. Takes seconds to minutes and blocks."""
+    def start(
+        cls,
+        settings: RolloutSettings,
+        eos_token_ids: tuple[int, ...],
+        rounding: Rounding | None = None,
+    ) -> "VllmEngine":
+        """Load the model. Takes seconds to minutes and blocks; later loads apply `rounding`."""
         parsers = ToolParserManager.list_registered()
         if settings.tool_call_parser not in (None, *parsers):
             raise ConfigError(
@@ -195,7 +207,7 @@ class VllmEngine:
             link_backends=link_backends(settings.tensor_parallel_size),
             num_workers=settings.tensor_parallel_size,
         )
-        return cls(llm, info, settings, sockets)
+        return cls(llm, info, settings, sockets, rounding)
 
     @property
     def info(self) -> EngineInfo:
@@ -306,7 +318,10 @@ class VllmEngine:
 
     async def load_weights(self, plan: LoadPlan) -> None:
         by_path = {str(path): list(names) for path, names in plan.items()}
-        await self._llm.collective_rpc("alp_reload_weights", args=(by_path,))
+        rounding = self._rounding
+        # Plain values, which vLLM's RPC carries.
+        how = () if rounding is None else (rounding.scheme, sorted(rounding.names))
+        await self._llm.collective_rpc("alp_reload_weights", args=(by_path, *how))
 
     async def reset_cache(self, *, recompute_running: bool) -> None:
         await self._llm.reset_prefix_cache(reset_running_requests=recompute_running)

@@ -11,7 +11,7 @@ import ctypes
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,8 @@ from vllm.v1.executor.uniproc_executor import UniProcExecutor
 
 from services.rollout.gpu_transfer.receiver import TransferReceiver
 from services.rollout.weights.checkpoint import read_tensors
+from services.rollout.weights.quantization import Rounding
+from services.rollout.wire.schemas import Quantization
 
 SERVICE_PID = "OPENRLHF_ALP_ROLLOUT_SERVICE_PID"
 """Environment variable that tells the engine process which process it has to end with."""
@@ -62,20 +64,32 @@ class WorkerExtension(TransferReceiver):
 
     model_runner: Any
 
-    def alp_reload_weights(self, plan: dict[str, list[str]]) -> int:
+    def alp_reload_weights(
+        self,
+        plan: dict[str, list[str]],
+        scheme: Quantization | None = None,
+        names_to_round: Sequence[str] = (),
+    ) -> int:
         """Reload the whole model: safetensors path -> names of the tensors to take from it.
+
+        Args:
+            plan: as above.
+            scheme: grid of simulated quantization, to which `names_to_round` are rounded.
 
         Returns:
             Number of tensors read.
         """
         num_read = 0
+        dtype = self.model_runner.model_config.dtype
+        rounding = scheme and Rounding(scheme=scheme, names=frozenset(names_to_round))
 
         def tensors() -> Iterator[tuple[str, torch.Tensor]]:
             nonlocal num_read
             for path, names in plan.items():
                 for name, tensor in read_tensors(Path(path), names):
                     num_read += 1
-                    yield name, tensor
+                    # Whole tensors are rounded, before vLLM merges, shards or repacks them.
+                    yield name, rounding(name, tensor.to(dtype)) if rounding else tensor
 
         # Not the model's `load_weights`: on CPU the linear weights are repacked after start-up, so
         # it would find empty parameters.

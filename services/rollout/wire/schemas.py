@@ -36,6 +36,7 @@ DtypeCode = Literal[
 
 LinkBackend = Literal["nccl", "ipc"]
 WeightTransport = Literal["file", "http", "nccl", "ipc"]
+Quantization = Literal["int8", "int4", "fp8-e4m3"]
 
 
 class Wire(BaseModel):
@@ -232,6 +233,10 @@ class Contract(Wire):
     engine_version: str
     weights_manifest_hash: str
     """Hash of the names, shapes and dtypes that a weight update has to carry."""
+
+    simulated_quantization: Quantization | None = None
+    """The weights of linear layers are rounded to this grid after each load; None: not rounded.
+    Digests stay those of the weights before the rounding."""
 
     contract_hash: str
     """Hash of every field above; the same in each reply."""

@@ -15,9 +15,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from services.common.wire import MSGPACK_TYPE, decode
 from services.rollout.api.app import create_app
-from services.rollout.engines.hf_engine import HfEngine
 from services.rollout.model_folder import read_model_folder
-from services.rollout.service import RolloutService, build_service
+from services.rollout.service import RolloutService, build_service, start_engine
 from services.rollout.settings import RolloutSettings
 
 torch.set_num_threads(1)
@@ -84,7 +83,7 @@ async def service(settings: RolloutSettings, tmp_path: Path) -> AsyncIterator[Ro
     weights_dir = tmp_path / "weights"
     weights_dir.mkdir()
     model = read_model_folder(settings)
-    service = build_service(HfEngine.load(model, settings), model, settings, weights_dir)
+    service = build_service(await start_engine(settings, model), model, settings, weights_dir)
     yield service
     await service.close()
 

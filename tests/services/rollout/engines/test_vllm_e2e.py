@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import copy
 import json
 import os
 import shutil
@@ -22,6 +23,7 @@ from transformers import LlamaForCausalLM
 from openrlhf_alp.clients.rollout import RolloutClient
 from openrlhf_alp.clients.weights.carry import in_buckets
 from openrlhf_alp.clients.weights.push import WeightPusher
+from services.rollout.weights.quantization import round_weight
 from services.rollout.wire.schemas import GenerateRequest, GenerateResponse, Sampling
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(240)]
@@ -260,9 +262,61 @@ async def test_the_engine_process_and_its_metrics_are_seen_by_the_probes(url: st
     assert "openrlhf_alp_rollout_loop_lag_seconds_bucket" in metrics
 
 
-def test_killing_the_service_leaves_no_engine_process(model_folder: Path, tmp_path: Path) -> None:
-    process = start(model_folder, tmp_path / "url")
-    wait_for_url(process, tmp_path / "url")
+def rounded_to_int4(model: LlamaForCausalLM) -> LlamaForCausalLM:
+    """A copy of `model` as `--simulate-quantization int4` serves it in bfloat16."""
+    served = copy.deepcopy(model).bfloat16()
+    with torch.no_grad():
+        for module in served.modules():
+            if isinstance(module, torch.nn.Linear):
+                module.weight.copy_(round_weight(module.weight, "int4"))
+    return served.float()
+
+
+async def assert_int4_is_served(url: str, model: LlamaForCausalLM, name: str) -> str:
+    """The served log-probs are those of the rounded model, not the model's own; its digest."""
+    async with client(url) as rollout:
+        reply = await rollout.generate(request(name, n=4))
+        contract = await rollout.control.contract()
+    assert contract.simulated_quantization == "int4"
+    for sample in reply.samples:
+        arguments = (sample.token_ids, sample.logprobs)
+        assert gaps(rounded_to_int4(model), *arguments).mean() < BF16_MEAN_GAP
+        assert gaps(model, *arguments).mean() > 2 * BF16_MEAN_GAP
+    return contract.digest
+
+
+@pytest.fixture(scope="module")
+def rounding_service(
+    model_folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
+    """A service that simulates int4; the second of its two tests kills it."""
+    url_file = tmp_path_factory.mktemp("int4") / "url"
+    process = start(model_folder, url_file, "--simulate-quantization", "int4")
+    try:
+        yield process, wait_for_url(process, url_file)
+    finally:
+        process.kill()
+        process.wait()
+
+
+async def test_simulated_quantization_rounds_what_vllm_serves_at_the_start_and_after_a_push(
+    rounding_service: tuple[subprocess.Popen[bytes], str], model_folder: Path
+) -> None:
+    _, url = rounding_service
+    model = LlamaForCausalLM.from_pretrained(model_folder)
+    await assert_int4_is_served(url, model, "int4-start")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(0.9)
+    pusher = WeightPusher([url], api_key=API_KEY, admin_key=ADMIN_KEY)
+    pushed = await asyncio.to_thread(pusher.push, in_buckets(model.named_parameters()))
+    assert await assert_int4_is_served(url, model, "int4-pushed") == pushed.digest
+
+
+def test_killing_the_service_leaves_no_engine_process(
+    rounding_service: tuple[subprocess.Popen[bytes], str],
+) -> None:
+    process, _ = rounding_service
     children = family(process)
     assert any("EngineCore" in " ".join(child.cmdline()) for child in children)
     process.kill()
