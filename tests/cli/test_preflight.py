@@ -1,12 +1,16 @@
-"""What is wrong with the options of `preflight` is found before torch is imported."""
+"""`preflight`: wrong options are found before torch is imported; what the report names."""
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 
+import numpy as np
 import pytest
+from rich.console import Console
 
 from openrlhf_alp.cli.main import main
+from openrlhf_alp.cli.preflight import PreflightView, as_json
 from openrlhf_alp.learner.mismatch.judge import LIMITS
 from services.common.wire import ADMIN_KEY_VARIABLE, API_KEY_VARIABLE
 
@@ -66,3 +70,23 @@ def test_a_prompt_file_that_is_not_there_is_named(
 ) -> None:
     assert preflight("--prompts", "nowhere.jsonl") == 2
     assert "nowhere.jsonl" in capsys.readouterr().out
+
+
+def test_a_service_that_rounds_its_weights_is_named_in_both_reports() -> None:
+    from openrlhf_alp.learner.mismatch.judge import judge
+    from openrlhf_alp.learner.mismatch.measure import Mismatch
+    from openrlhf_alp.learner.mismatch.probe import ProbeReport, WeightComparison
+
+    mismatch = Mismatch.of(np.array([0.1, -0.2], dtype=np.float32))
+    report = ProbeReport(
+        mismatch=mismatch,
+        verdict=judge(mismatch.figures()),
+        weights=WeightComparison(num_tensors=2, different=()),
+        num_samples=1,
+        versions=(0,),
+        simulated="the service simulates int4 quantization",
+    )
+    console = Console(record=True, file=io.StringIO())
+    PreflightView(console).report(report)
+    assert "the service simulates int4 quantization" in console.export_text()
+    assert as_json(report)["simulated"] == report.simulated
