@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 export PYTHON VENV
 
 .DEFAULT_GOAL := help
-.PHONY: help install lock demo test test-fast lint format bench house serve serve-tool check-wheel clean
+.PHONY: help install lock demo test test-fast lint format bench house serve serve-tool check-wheel docker-test clean
 
 help:  ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -46,6 +46,9 @@ serve-tool: install  ## Serve sandboxed Python: make serve-tool ARGS="--port 809
 
 check-wheel:  ## Build the wheel and use it in an empty environment
 	@$(PYTHON) requirements/check_wheel.py
+
+docker-test: install  ## Build the tool image, run it hardened, attack it; starts an engine if none answers
+	$(BIN)/python dockerfiles/check_tool_image.py $(ARGS)
 
 clean:  ## Remove caches and runs/, keep .venv
 	rm -rf runs build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

@@ -100,11 +100,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parsed, unknown = parser.parse_known_args(arguments)
     if unknown and not parsed.is_missing:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    if not parsed.is_missing and (problem := _key_problem()):
+        print(problem, file=sys.stderr)
+        return 2
     try:
         status: int = parsed.run(parsed)
     except KeyboardInterrupt:
         return 130
     return status
+
+
+def _key_problem() -> str | None:
+    """Read the keys that come from files; what is wrong with them."""
+    # Here and not above: an environment without any extra has a `--help`, but no pydantic.
+    from services.common.wire import read_key_files
+
+    try:
+        read_key_files()
+    except ValueError as error:
+        return str(error)
+    return None
 
 
 if __name__ == "__main__":

@@ -40,7 +40,12 @@ from openrlhf_alp.learner.flags.labels import check_labels_of
 from openrlhf_alp.learner.flags.settle import add_arguments, settle
 from openrlhf_alp.learner.weight_sync import pushed_tensors
 from openrlhf_alp.rollouts.runners import ToolConfig, tool_client
-from services.common.wire import ADMIN_KEY_VARIABLE, API_KEY_VARIABLE, TOOL_KEY_VARIABLE
+from services.common.wire import (
+    ADMIN_KEY_VARIABLE,
+    API_KEY_VARIABLE,
+    TOOL_KEY_VARIABLE,
+    read_key_files,
+)
 from services.tool.wire.schemas import ExecuteRequest
 
 logger = logging.getLogger(__name__)
@@ -85,6 +90,7 @@ def launch() -> int:
 
 def _settle_and_check(args: SimpleNamespace) -> SimpleNamespace:
     try:
+        read_key_files()
         settle(args)
         if args.alp.dry_run:
             raise _DryRun(describe(args))

@@ -1,7 +1,8 @@
 """Settings and start of a service: command line, environment, keys, exit codes.
 
 Each setting is stated once, as a field with a docstring and a default. That makes a flag, its help
-and an environment variable (the service's prefix and the field's name). Flags win.
+and an environment variable (the service's prefix and the field's name). Flags win. Keys may also
+come from files (`read_key_files`).
 """
 
 import secrets
@@ -18,6 +19,7 @@ from pydantic_settings import BaseSettings, CliApp, SettingsConfigDict, Settings
 from services.common.errors import ConfigError
 from services.common.logging import configure_logging
 from services.common.serve import run
+from services.common.wire import read_key_files
 
 EXIT_CONFIG = 2
 
@@ -99,6 +101,11 @@ def start(kind: type[Settings], serve: Callable[[Settings], Coroutine[Any, Any, 
         The exit code: 0 after a stop signal, EXIT_CONFIG with cause and fix on stderr when the
         service cannot start as configured, 130 for an interrupt before it was ready.
     """
+    try:
+        read_key_files()
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return EXIT_CONFIG
     try:
         settings = CliApp.run(kind)
     except ValidationError as error:

@@ -7,7 +7,9 @@ import this module, so it needs no web framework.
 """
 
 import array
+import os
 import sys
+from pathlib import Path
 from typing import Annotated, Any
 
 import msgpack
@@ -23,6 +25,9 @@ TOOL_VARIABLES = "OPENRLHF_ALP_TOOL_"
 API_KEY_VARIABLE = ROLLOUT_VARIABLES + "API_KEY"
 ADMIN_KEY_VARIABLE = ROLLOUT_VARIABLES + "ADMIN_KEY"
 TOOL_KEY_VARIABLE = TOOL_VARIABLES + "API_KEY"
+
+FILE_SUFFIX = "_FILE"
+"""A key's variable with this suffix names a file that holds the key."""
 
 
 _LARGEST = 2**63 - 1
@@ -52,6 +57,36 @@ _BIG_ENDIAN = sys.byteorder == "big"
 
 FLOAT32_FIELDS = frozenset({"logprobs"})
 INT32_FIELDS = frozenset({"token_ids"})
+
+
+def read_key_files() -> None:
+    """Set the key variables whose `_FILE` variable names a file, to the text of that file.
+
+    Docker and Kubernetes hand secrets over as files: the environment of a container is shown by
+    their `inspect` and `describe`. Space around the key is dropped. The `_FILE` variables are
+    unset, so that child processes find one source for each key.
+
+    Raises:
+        ValueError: a file cannot be read or is empty, or both variables of a key are set.
+    """
+    for name in (API_KEY_VARIABLE, ADMIN_KEY_VARIABLE, TOOL_KEY_VARIABLE):
+        source = name + FILE_SUFFIX
+        path = os.environ.get(source)
+        if not path:
+            continue
+        if os.environ.get(name):
+            raise ValueError(f"Both {name} and {source} are set. Fix: unset one of them.")
+        try:
+            key = Path(path).read_text(encoding="utf-8").strip()
+        except (OSError, UnicodeDecodeError) as error:
+            raise ValueError(
+                f"{source} names a file that cannot be read: {error}. Fix: make it readable for "
+                f"uid {os.getuid()}, or set {name} instead."
+            ) from error
+        if not key:
+            raise ValueError(f"{source} names {path}, which is empty. Fix: write the key into it.")
+        os.environ[name] = key
+        del os.environ[source]
 
 
 def _pack_array(code: int, values: list[Any]) -> msgpack.ExtType:
