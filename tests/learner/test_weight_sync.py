@@ -27,6 +27,7 @@ def test_zero3_ranks_calibrate_update_push_what_they_export_and_resume(
     world_size = 2
     args = parse(
         *("--alp.enable", "--alp.sigma0", "auto", "--ds.zero_stage", "3"),
+        *("--alp.layers", "all,logits", "--alp.draws", "2"),
         *("--actor.num_gpus_per_node", str(world_size), "--train.batch_size", str(4 * world_size)),
         *("--rollout.micro_batch_size", "1", "--ds.param_dtype", "bf16"),
     )

@@ -29,7 +29,7 @@ from openrlhf_alp.learner.weight_sync import gathered_parameters
 
 BUCKET_BYTES = 40_000  # the tiny model has 82 kB of embeddings and about 110 kB of layers
 
-PERSISTENT_ELEMENTS = 1000
+PERSISTENT_ELEMENTS = 200
 """DeepSpeed keeps parameters below 100,000 elements whole; all of the tiny model's are."""
 
 

@@ -81,6 +81,35 @@ def test_the_gradient_is_that_of_the_statement(method, spread):
     assert not gradient[torch.tensor(~mask)].any()
 
 
+@pytest.mark.parametrize("method", [name for name in NAMES if name not in TOKEN_NAMES])
+@pytest.mark.parametrize("spread", [1e-4, 0.05, 0.4])
+def test_a_sequences_ratio_gives_each_token_the_gradient_of_its_own_log_prob(method, spread):
+    """d L_t / d l_t is d L / d log r of the sequence, times the factor, over the count.
+
+    GSPO's way (arXiv 2507.18071, section 4.3): the other tokens' share of the ratio is a constant.
+    """
+    now, old, mu, advantages, mask = batch(4, spread)
+    _, gradient = run(method, now, old, mu, advantages, mask)
+    geometric = METHODS[method].objective.level == "geometric"
+    low, high = (3e-4, 4e-4) if geometric else (0.5, 3.0)
+    reference = old if METHODS[method].objective.denominator == "old" else mu
+    step = 1e-7
+    for b, kept in enumerate(mask):
+        s = (now - reference)[b][kept].sum() / (kept.sum() if geometric else 1)
+        losses = [
+            numpy_methods.ppo(math.exp(s + sign * step), advantages[b, 0], low, high)
+            for sign in (1, -1)
+        ]
+        expected = (losses[0] - losses[1]) / (2 * step)
+        if method == "seq-mis":
+            weight = math.exp((old - mu)[b][kept].sum())
+            expected *= weight if weight <= 5 else 0
+        if method == "seq-alp-mis":
+            expected *= math.exp(s) <= 5
+        expected /= kept.sum() * len(mask) if geometric else mask.sum()
+        np.testing.assert_allclose(gradient[b].numpy(), expected * kept, rtol=1e-4, atol=1e-9)
+
+
 @pytest.mark.parametrize("method", NAMES)
 def test_at_equal_policies_every_method_is_reinforce(method):
     """r = 1, nothing is cut: the gradient is -A over the count, of tokens or within a sequence."""

@@ -77,7 +77,7 @@ def _rest(args: SimpleNamespace) -> Iterator[tuple[str, str]]:
 
 def _numerator(alp: AlpConfig) -> str:
     if not alp.perturbed:
-        return "clean learner"
+        return "clean learner; --alp.sigma*, --alp.layers, --alp.draws and --alp.lr have no effect"
     noise = alp.noise
     sigma0 = "auto" if noise.sigma0 is None else f"{noise.sigma0:g}"
     return (

@@ -82,5 +82,16 @@ def test_a_change_that_makes_a_comparison_unfair_is_named(
     assert lines["comparable"].startswith(named)
 
 
+def test_the_noise_is_described_and_said_to_have_no_effect_without_it(parse: Parse) -> None:
+    noise = ("--alp.draws", "2", "--alp.layers", "late", "--alp.sigma0", "0.1")
+    assert described(parse("--alp.method", "token-alp", *noise))["numerator"] == (
+        "perturbed learner: sigma0 0.1 (relative), one sigma per dimension and layer, layers late, "
+        "2 draws in one forward pass of 2 times the samples and memory, learning rate 0.0005, "
+        "seed 42"
+    )
+    clean = described(parse("--alp.method", "grpo", *noise))["numerator"]
+    assert clean.startswith("clean learner; ") and "--alp.draws" in clean
+
+
 def test_without_a_method_it_says_so(parse: Parse) -> None:
     assert "OpenRLHF's own policy loss" in describe(parse())
