@@ -328,6 +328,11 @@ class LayerwisePerturbation(nn.Module):
         return f"layers={self.layers}, sigma0={self._sigma0} ({self.sigma_scale}), seed={self.seed}"
 
 
+def _num_logits(model: nn.Module, vocab_size: int) -> int:
+    """Width of the output layer, which may be padded beyond the vocabulary."""
+    return getattr(model.get_output_embeddings(), "out_features", vocab_size)
+
+
 def _flag_text(value: Any) -> str:
     return ",".join(map(str, value)) if isinstance(value, tuple | list) else str(value)
 
@@ -354,7 +359,7 @@ def attach(model: nn.Module, config: PerturbationConfig) -> LayerwisePerturbatio
         config,
         layers=parse_layers(config.layers, len(decoder_layers)),
         hidden_size=text_config.hidden_size,
-        widths={logits: text_config.vocab_size},
+        widths={logits: _num_logits(model, text_config.vocab_size)},
     ).to(next(decoder_layers.parameters()).device)
     for layer in perturbation.layers:
         if layer == logits:

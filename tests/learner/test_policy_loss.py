@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from types import SimpleNamespace
 
@@ -79,6 +80,24 @@ def test_methods_that_upstream_has_are_upstreams(method: str, token_level: bool)
         loss.backward()
         found.append((loss.detach(), log_probs.grad))
     assert found[0][1].abs().sum() > 0
+    torch.testing.assert_close(found[0], found[1])
+
+
+def test_gspo_is_upstreams() -> None:
+    """Its gradient through the whole ratio is ours token by token, as advantages are shared."""
+    data = batch()
+    old = data["rollout"] + 0.01 * torch.randn(4, 9, generator=torch.Generator().manual_seed(1))
+    advantages = torch.tensor([[1.0], [-0.5], [2.0], [-1.0]]).expand(4, 9)
+    upstream = PolicyLoss(0.3, 0.4, 10.0, policy_loss_type="gspo")
+    objective = dataclasses.replace(METHODS["gspo"].objective, clip_low=0.3, clip_high=0.4)
+    ours = AlpPolicyLoss(objective, aggregate=aggregate_loss, token_level_loss=False)
+    found = []
+    for loss_fn in (upstream, ours):
+        log_probs = data["log_probs"].clone().requires_grad_()
+        loss, *_ = loss_fn(log_probs, old, advantages, data["mask"], data["rollout"])
+        loss.backward()
+        found.append((loss.detach(), log_probs.grad))
+    assert (found[0][1].abs().sum(-1) > 0).sum() >= 2
     torch.testing.assert_close(found[0], found[1])
 
 
