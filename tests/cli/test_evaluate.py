@@ -1,0 +1,78 @@
+"""The command's options: what is wrong is said before anything starts."""
+
+import json
+
+import pytest
+
+from openrlhf_alp.cli.main import main
+
+
+@pytest.fixture
+def evaluate(capsys, monkeypatch, tmp_path):
+    """Runs the command; returns exit status and what it showed."""
+    monkeypatch.setenv("COLUMNS", "300")
+
+    def run(*flags: str):
+        status = main(["evaluate", "--output", str(tmp_path / "run"), *flags])
+        return status, capsys.readouterr().out
+
+    return run
+
+
+@pytest.fixture
+def own(tmp_path):
+    """Flags of a suite of one's own."""
+    path = tmp_path / "own.jsonl"
+    path.write_text(json.dumps({"q": "What is 1 + 2?", "a": "3"}) + "\n")
+    return ["--suite", str(path), "--problem_field", "q", "--label_field", "a"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--n", "0"], "--n is 0; it must be 1 or above"),
+        (["--limit", "0"], "--limit is 0"),
+        (["--temperature", "-1"], "--temperature is -1.0; it must be in 0..2"),
+        (["--top_p", "0"], "--top_p is 0.0; it must be above 0"),
+        (["--seed", "-1"], "--seed is -1"),
+        (["--tool_urls", "http://x"], "--tool_urls without --tir"),
+        (["--template", "chat-tir"], "--template chat-tir asks for Python and --tir is not given"),
+        (["--tir", "--template", "chat-math"], "does not ask for Python"),
+        (["--tir", "--max_tool_turns", "-1"], "max_tool_turns=-1 is not possible"),
+        (["--label_field", "answer"], "nothing in answer. Its fields are a, q."),
+    ],
+)
+def test_a_wrong_option_is_named(evaluate, own, tmp_path, flags, message):
+    status, shown = evaluate("--model", "m", *own, *flags)
+    assert status == 2 and message in shown
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_policy_and_a_suite_are_needed(evaluate, own):
+    assert "give --model DIR" in evaluate(*own)[1]
+    assert "--suite is missing" in evaluate("--model", "m")[1]
+    status, shown = evaluate("--model", "m", "--suite", "math50")
+    assert status == 2 and "--suite math50: unknown. Give one of paper, math500" in shown
+
+
+def test_a_mistyped_model_is_refused_before_a_service_starts(evaluate, own, tmp_path):
+    status, shown = evaluate("--model", str(tmp_path / "nowhere"), *own)
+    assert status == 2 and "there is no such folder" in shown
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_known_sets_are_listed(evaluate):
+    status, shown = evaluate("--list")
+    assert status == 0 and "| math500 | 500 | math500.jsonl |" in shown
+    assert "paper: math500, minerva, olympiadbench, aime24, aime25" in shown
+
+
+@pytest.mark.parametrize("flag", ["--regrade", "--compare_graders"])
+def test_a_folder_that_is_no_run_is_named(evaluate, tmp_path, flag):
+    status, shown = evaluate(flag, str(tmp_path / "none"))
+    assert status == 2 and "is not a finished run of evaluate" in shown
+
+
+def test_runs_without_results_are_not_compared(evaluate, tmp_path):
+    status, shown = evaluate("--compare", str(tmp_path / "a"), str(tmp_path / "b"))
+    assert status == 2 and "results.json does not exist" in shown
