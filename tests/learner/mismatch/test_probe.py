@@ -91,3 +91,19 @@ def test_what_cannot_be_measured_ends_with_status_2_and_the_fix(
 ) -> None:
     assert preflight(tiny_model, hf_service.url, *flags) == 2
     assert message in capsys.readouterr().out
+
+
+def test_a_service_that_rounds_its_weights_is_measured_and_named(
+    sharper_model: Path,
+    start_service: Any,
+    service_keys: None,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    flags = ("--engine", "hf", "--simulate-quantization", "int4")
+    with start_service(sharper_model, tmp_path, *flags) as service:
+        preflight(sharper_model, service.url, "--push", "--json")
+    report = json.loads(capsys.readouterr().out)
+    assert "simulates int4 quantization" in report["simulated"]
+    assert report["weights"]["different"] == [], "digests are those of what was pushed"
+    assert report["figures"]["k3_kl"] > 0.01

@@ -321,7 +321,7 @@ def test_killing_the_service_leaves_no_engine_process(
     assert any("EngineCore" in " ".join(child.cmdline()) for child in children)
     process.kill()
     process.wait()
-    _, alive = psutil.wait_procs(children, timeout=15)
+    _, alive = psutil.wait_procs(children, timeout=60)  # instant on an idle machine
     assert alive == []
 
 
