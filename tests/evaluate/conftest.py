@@ -81,7 +81,7 @@ class Servers:
         weights.mkdir(parents=True)
         service = build_service(HfEngine.load(folder, faulty), folder, settings, weights)
         sock = bind_socket("127.0.0.1", 0)
-        app = create_app(settings, service, api_key=KEY, admin_key=KEY)
+        app = create_app(service, settings, api_key=KEY, admin_key=KEY)
         server = uvicorn.Server(server_config(app))
         server.install_signal_handlers = lambda: None  # type: ignore[attr-defined]
         served = asyncio.run_coroutine_threadsafe(_serve(server, sock), self._loop)
