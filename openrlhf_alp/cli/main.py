@@ -39,10 +39,12 @@ class Command(Protocol):
 
 
 COMMANDS = {
+    "convert-batch": "learner",
     "demo": "learner,demo",
     "evaluate": "evaluate",
     "preflight": "learner",
     "prepare-data": "learner",
+    "replay": "learner",
 }
 """Command -> the extras of the package that bring what its module imports."""
 

@@ -192,6 +192,12 @@ class Turn:
     void: bool = False
     """An ACTION turn that neither calls a tool nor gives a final answer (paper, appendix E)."""
 
+    finish_reason: str = ""
+    """Of an ACTION turn: `Completion.finish_reason` of its last request."""
+
+    stop: str = ""
+    """Of an ACTION turn: the stop string or token id that ended it; empty for end of sequence."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ToolCall:
@@ -206,6 +212,9 @@ class ToolCall:
 
     run_s: float
     """The part of `total_s` in which the code ran."""
+
+    output: str = ""
+    """What the policy was shown of it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

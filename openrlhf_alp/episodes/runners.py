@@ -227,14 +227,16 @@ class _Dialogue:
     async def _run_code(self, code: str) -> str:
         started_s = time.monotonic()
         result = await self.interpreter.run(code)
+        output = render_result(result, max_chars=self.runner.config.max_output_chars)
         call = ToolCall(
             code=code,
             status=result.status,
             total_s=time.monotonic() - started_s,
             run_s=result.run_s,
+            output=output,
         )
         self.transcript.tool_calls.append(call)
-        return render_result(result, max_chars=self.runner.config.max_output_chars)
+        return output
 
     def _room(self) -> int:
         """Return how many tokens the episode may still take."""

@@ -34,6 +34,8 @@ class Transcript:
     turns: list[Turn] = field(default_factory=list)
     spans: list[VersionSpan] = field(default_factory=list)
     tool_calls: list[ToolCall] = field(default_factory=list)
+    _finish_reason: str = field(default="", init=False)
+    _stop: str = field(default="", init=False)
 
     @classmethod
     def begin(
@@ -76,12 +78,23 @@ class Transcript:
         self.logprobs += completion.logprobs
         self.action_mask += [True] * len(completion.token_ids)
         self.spans += [span.shifted(offset) for span in completion.spans]
+        self._finish_reason = completion.finish_reason
+        self._stop = "" if completion.stop_reason is None else str(completion.stop_reason)
         return stop_reason
 
     def close_turn(self, text: str, *, void: bool = False) -> None:
         """Make one ACTION turn of everything sampled since the last turn."""
-        start, end = self.turns[-1].end, len(self.token_ids)
-        self.turns.append(Turn(kind=TurnKind.ACTION, start=start, end=end, text=text, void=void))
+        self.turns.append(
+            Turn(
+                kind=TurnKind.ACTION,
+                start=self.turns[-1].end,
+                end=len(self.token_ids),
+                text=text,
+                void=void,
+                finish_reason=self._finish_reason,
+                stop=self._stop,
+            )
+        )
 
     def add_observation(self, token_ids: Sequence[int], text: str) -> None:
         """Append what the environment said: its log-probs are 0.0 and it is never trained on."""

@@ -7,7 +7,7 @@ Optimizer steps within one training step do not count.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -28,6 +28,10 @@ TOKEN_VERSIONS = "rollout/token_versions"
 """Key in `Experience.info` of a sample as it comes from the engine: `[((version, num_tokens), ..)]`
 in the order of its action tokens. `StalenessGate.admit` takes it out again."""
 
+EPISODE = "alp/episode"
+"""Key in `Experience.info` of a sample of a run with `--alp.record`: `[Episode]`.
+`StepRecorder.begin` takes it out again."""
+
 STALENESS = "rollout/staleness"
 """Key in `Experience.info` of an admitted sample: (1,) float, the staleness of its oldest token."""
 
@@ -46,6 +50,15 @@ class AlpExperienceMaker(RemoteExperienceMaker):
     place and one of the four forwards of a step is saved. Methods that divide by pi_old keep
     upstream's forward pass for it, which is clean whatever `--alp.method` perturbs.
     """
+
+    on_batch: Callable[[list[Experience]], None] | None = None
+    """Called with each step's batch once it has its advantages; set by the trainer."""
+
+    def make_experience_batch(self, rollout_samples: list[Experience]) -> list[Experience]:
+        experiences = super().make_experience_batch(rollout_samples)
+        if self.on_batch is not None:
+            self.on_batch(experiences)
+        return experiences
 
     def make_experience(self, samples_list: list[Experience]) -> list[Experience]:
         # For `_dispatch_forward`, to which upstream passes only tensors of the samples.
@@ -124,6 +137,8 @@ class AlpSamplesGenerator(SamplesGenerator):
         experience = super()._process_response_into_experience(response, **kwargs)
         if self.args.rollout_service.urls:  # upstream's own engines have no versions
             experience.info[TOKEN_VERSIONS] = [response["token_versions"]]
+        if "episode" in response:
+            experience.info[EPISODE] = [response["episode"]]
         experience.info[SAMPLE_ID] = torch.tensor([self._num_samples])
         self._num_samples += 1
         return experience

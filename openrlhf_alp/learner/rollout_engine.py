@@ -57,6 +57,7 @@ class RolloutEngine:
         service: time limits.
         reward_urls: `--reward.remote_url`, already split.
         tool, tool_key: settings of tool-integrated episodes; without URLs episodes have one turn.
+        whole: responses hold their episodes, for `--alp.record`.
     """
 
     def __init__(
@@ -69,6 +70,7 @@ class RolloutEngine:
         reward_urls: Sequence[str],
         tool: ToolConfig | None = None,
         tool_key: str = "",
+        whole: bool = False,
     ) -> None:
         self._keys = (api_key, admin_key)
         self.client = RolloutClient(
@@ -84,6 +86,7 @@ class RolloutEngine:
         self.reward = build_reward(reward_urls)
         self.tool = tool or ToolConfig()
         self.tool_client = tool_client(self.tool, tool_key) if self.tool.urls else None
+        self.whole = whole
         self.version = 0
         self.dropped: Counter[str] = Counter()
         self.num_lost = 0
@@ -159,7 +162,7 @@ class RolloutEngine:
         finally:
             self.unfinished -= num_samples
         tool = self.tool if self.tool_client else None
-        return [to_response(episode, tool=tool) for episode in episodes]
+        return [to_response(episode, tool=tool, whole=self.whole) for episode in episodes]
 
     def _runner(self, tokenizer: Any) -> EpisodeRunner:
         return build_runner(
@@ -186,6 +189,10 @@ class RolloutEngine:
     async def get_version(self) -> int:
         """The version of the last push, which the next update starts from."""
         return self.version
+
+    async def get_contract(self) -> dict[str, Any]:
+        """The service's contract, with the version and digest that it serves."""
+        return (await self.client.control.contract()).model_dump(mode="json")
 
     def keys(self) -> tuple[str, str]:
         """API and admin key, for the rank that pushes weights."""
@@ -274,6 +281,7 @@ def create_rollout_engines(args: SimpleNamespace) -> list[Any]:
             reward_urls=args.reward.remote_url,
             tool=args.tool_service,
             tool_key=os.environ.get(TOOL_KEY_VARIABLE, ""),
+            whole=args.alp.record is not None,
         )
         for index in range(len(urls))
     ]

@@ -24,6 +24,7 @@ from openrlhf_alp.learner.experience import (
     AlpSamplesGenerator,
     StalenessGate,
 )
+from openrlhf_alp.learner.recording import StepRecorder
 from openrlhf_alp.rollouts.response import with_ratios
 
 logger = logging.getLogger(__name__)
@@ -37,6 +38,7 @@ class _ServiceTraining:
 
     args: Any
     vllm_engines: Any
+    experience_maker: AlpExperienceMaker
 
     def _start_counting(self) -> None:
         """Set the step counter and the gate, once upstream's constructor has set `args`."""
@@ -48,6 +50,9 @@ class _ServiceTraining:
             samples_per_step=rollout.n_samples_per_prompt * rollout.batch_size,
             max_staleness=self.args.rollout_service.max_staleness,
         )
+        self.recorder = StepRecorder(self.args) if self.args.alp.record else None
+        if self.recorder is not None:
+            self.experience_maker.on_batch = self.recorder.record
 
     @property
     def uses_service(self) -> bool:
@@ -78,6 +83,9 @@ class _ServiceTraining:
             )
         if not kept:
             return {}, global_step
+        if self.recorder is not None:
+            contract = ray.get(self.vllm_engines[0].get_contract.remote())
+            self.recorder.begin(kept, step=global_step + 1, contract=contract)
         size = fit.rollout_micro_batch_size
         with mock.patch.object(self.args.rollout, "micro_batch_size", size):
             status, global_step = super().train_step(kept, global_step)  # type: ignore[misc]
@@ -99,8 +107,11 @@ class _ServiceTraining:
             global_step, logs_dict, client_states
         )
 
-    def _require_some_groups(self) -> None:
-        """Fail a run that lost every group: it has trained nothing and must not look successful."""
+    def _finish(self) -> None:
+        """Write what is still to be recorded, and fail a run that lost every group: it has trained
+        nothing and must not look successful."""
+        if self.recorder is not None:
+            self.recorder.close()
         if self.gate.waiting:
             logger.warning(
                 "%d samples were not trained on: too few were fresh for another step",
@@ -150,7 +161,7 @@ class AlpPPOTrainer(_ServiceTraining, undecorated(ppo_trainer.PPOTrainer)):  # t
         if self.uses_service:
             self.broadcast_to_vllm()
         super().fit(global_step)
-        self._require_some_groups()
+        self._finish()
 
     def evaluate(self, global_step: int, **generate_kwargs: Any) -> dict[str, float]:
         with counting_every_prompt(ppo_trainer):
@@ -176,7 +187,7 @@ class AlpTrainingActor(_ServiceTraining, _UpstreamTraining):  # type: ignore[mis
 
     def fit(self, global_step: int = 0) -> None:
         super().fit(global_step)
-        self._require_some_groups()
+        self._finish()
 
 
 class AlpGenerateSamplesActor(_UpstreamGenerate):  # type: ignore[misc,valid-type]

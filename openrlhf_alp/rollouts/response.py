@@ -20,14 +20,18 @@ VOID = "tir/void"
 _SHARE, _REWARD, _REWARD_AT = "tir/share_calls_", "tir/reward_calls_", "tir/reward_at_calls_"
 
 
-def to_response(episode: Episode, *, tool: ToolConfig | None = None) -> dict[str, Any]:
+def to_response(
+    episode: Episode, *, tool: ToolConfig | None = None, whole: bool = False
+) -> dict[str, Any]:
     """Return the dictionary that OpenRLHF's `_process_response_into_experience` reads.
 
     Args:
         tool: given for tool-integrated episodes; adds their metrics and removes void turns from the
             loss.
+        whole: add the episode itself, for `--alp.record`.
     """
     return {
+        **({"episode": episode} if whole else {}),
         "prompt": episode.prompt,
         "label": episode.label,
         "observation_tokens": list(episode.token_ids),

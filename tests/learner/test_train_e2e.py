@@ -18,6 +18,8 @@ import pytest
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from openrlhf_alp.replay.files.read import find_files, read_batch
+
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 
 KEYS = {
@@ -87,7 +89,7 @@ def test_a_run_trains_pushes_and_exports_a_clean_model(
     )
     flags = (
         *("--alp.enable", "--alp.method", method, "--alp.sigma0", "0.01"),
-        *("--rollout.weight_transport", transport),
+        *("--rollout.weight_transport", transport, "--alp.record", str(tmp_path / "batches")),
     )
     log = tmp_path / "train.log"
     with start_service(other.parent, tmp_path, "--engine", "hf") as service:
@@ -104,6 +106,25 @@ def test_a_run_trains_pushes_and_exports_a_clean_model(
     assert all(step["alp/num_tokens"] > 0 and step["rollout/num_samples"] == 4 for step in steps)
     with safe_open(tmp_path / "export" / "model.safetensors", framework="pt") as exported:
         assert not [name for name in exported.keys() if "alp" in name]  # noqa: SIM118
+    check_recording(tmp_path / "batches", steps, method=method)
+
+
+def check_recording(folder: Path, steps: list[dict[str, float]], *, method: str) -> None:
+    """Every step is there, with what it was trained on."""
+    files, faults = find_files(folder)
+    assert not faults
+    batches = [read_batch(path) for path in files]
+    assert [batch.info.step for batch in batches] == [step["global_step"] for step in steps]
+    for batch, step in zip(batches, steps, strict=True):
+        assert batch.info.method == method
+        assert batch.num_action_tokens == step["alp/num_tokens"]
+        assert batch.info.policy_version == step["rollout/policy_version"]
+        spans = [span for sample in batch.samples for span in sample.spans]
+        # Synchronous: the weights that sampled are those that the step updates.
+        assert {(s.version, s.digest) for s in spans} == {
+            (batch.info.policy_version, batch.info.model_digest)
+        }
+        assert all(sample.turns[-1].text for sample in batch.samples)
 
 
 def test_partial_rollouts_train_while_generating_and_old_tokens_are_dropped_and_counted(

@@ -56,6 +56,10 @@ class AlpConfig:
     own."""
     trust_region: float | None = field(default=None, metadata={"metavar": "DELTA"})
     """Largest divergence of dppo-*; default: the method's own."""
+    record: str | None = field(default=None, metadata={"metavar": "DIR"})
+    """Write every step's batch to DIR as one Parquet file: tokens, rollout log-probs, advantages,
+    versions, tool calls. `openrlhf-alp replay` puts it through other methods. Works without
+    --alp.enable too."""
     change_method: bool = False
     """Continue a checkpoint that another --alp.method has trained; without it that is refused."""
     dry_run: bool = field(default=False, metadata={"prefix": ""})

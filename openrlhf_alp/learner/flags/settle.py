@@ -7,12 +7,14 @@ import math
 import os
 from dataclasses import replace
 from operator import attrgetter
+from pathlib import Path
 from types import SimpleNamespace
 
 from openrlhf_alp.clients.weights.gpu_carrier import Meeting
 from openrlhf_alp.learner.batches import BatchShape
 from openrlhf_alp.learner.flags.config import MATH_VERIFY, AlpConfig, ServiceConfig
 from openrlhf_alp.learner.flags.spec import add_flags, read_flags
+from openrlhf_alp.replay.files.read import find_files
 from openrlhf_alp.rollouts.runners import ToolConfig
 from services.common.wire import ADMIN_KEY_VARIABLE, API_KEY_VARIABLE, TOOL_KEY_VARIABLE
 
@@ -56,6 +58,7 @@ def settle(args: SimpleNamespace) -> SimpleNamespace:
     _check_staleness(args.rollout_service)
     _check_preflight(args)
     _check_tool(args)
+    _check_record(args)
     return args
 
 
@@ -256,6 +259,24 @@ def _check_preflight(args: SimpleNamespace) -> None:
         raise ValueError(
             "--rollout.preflight_every needs the log-probs of the rollouts. Set "
             "--rollout.service_urls or --alp.enable."
+        )
+
+
+def _check_record(args: SimpleNamespace) -> None:
+    folder = args.alp.record
+    if folder is None:
+        return
+    if not args.rollout_service.urls:
+        raise ValueError(
+            "--alp.record needs --rollout.service_urls: OpenRLHF's own engines say neither which "
+            "weights sampled a token nor how a tool call ended."
+        )
+    if Path(folder).is_file():
+        raise ValueError(f"--alp.record {folder} is a file; give a folder.")
+    if not args.ckpt.load_enable and Path(folder).is_dir() and find_files(Path(folder))[0]:
+        raise ValueError(
+            f"--alp.record {folder} holds the steps of another run, which this one would replace. "
+            "Give an empty folder, or continue that run with --ckpt.load_enable."
         )
 
 

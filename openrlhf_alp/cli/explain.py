@@ -1,0 +1,67 @@
+"""How `replay --explain` and `preflight --explain` show an explanation."""
+
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from openrlhf_alp.replay.explain.explain import Explanation
+
+_COLORS = {"likely": "red", "ok": "green", "unlikely": "green", "not tested": "yellow"}
+
+
+def show(explanation: "Explanation", console: Console) -> None:
+    """Three tables: classes of tokens, layers, hypotheses."""
+    console.print(_classes(explanation))
+    console.print(_layers(explanation))
+    console.print(_hypotheses(explanation))
+
+
+def explanation_json(explanation: "Explanation") -> dict[str, Any]:
+    """The same for machines."""
+    return asdict(explanation)
+
+
+def _classes(explanation: "Explanation") -> Table:
+    table = Table(title="where: clean learner over rollout engine, by class of token")
+    for column in ("", "tokens", "k3 KL", "share of KL", "mean", "P1", "P99"):
+        table.add_column(column, justify="right" if column else "left")
+    view = ""
+    for row in explanation.classes:
+        if row.view != view:
+            view = row.view
+            table.add_section()
+            table.add_row(f"[bold]{view}[/]")
+        table.add_row(
+            f"  {row.name}",
+            str(row.num_tokens),
+            f"{row.k3_kl:.2e}",
+            f"{row.share:.1%}",
+            f"{row.mean:+.4f}",
+            f"{row.p01:+.3f}",
+            f"{row.p99:+.3f}",
+        )
+    return table
+
+
+def _layers(explanation: "Explanation") -> Table:
+    table = Table(
+        title=f"layers: KL of one part's rounding alone, {explanation.num_samples} samples"
+    )
+    for column in ("part", "k3 KL", "relative error of its output"):
+        table.add_column(column, justify="left" if column == "part" else "right")
+    for row in explanation.layers:
+        table.add_row(row.layer, f"{row.k3_kl:.2e}", f"{row.relative_error:.2e}")
+    return table
+
+
+def _hypotheses(explanation: "Explanation") -> Table:
+    table = Table(title="why: one thing changed at a time")
+    for column in ("cause", "verdict", "figure", "switch"):
+        table.add_column(column)
+    for row in explanation.hypotheses:
+        verdict = f"[{_COLORS[row.verdict]}]{row.verdict}[/]"
+        table.add_row(row.name, verdict, row.figure, row.switch)
+    return table

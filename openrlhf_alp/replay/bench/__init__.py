@@ -1,0 +1,1 @@
+"""One batch through every method: the update, its results, tables and pictures."""

@@ -1,0 +1,1 @@
+"""Where and why learner and engine differ on a batch."""
