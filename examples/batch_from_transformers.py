@@ -19,7 +19,9 @@ QUESTIONS = [(a, b) for a, b in ((2, 3), (4, 1), (7, 2), (5, 5), (3, 6), (8, 1),
 
 
 @torch.no_grad()
-def sample(model: torch.nn.Module, prompt_ids: list[int], options: argparse.Namespace) -> list[dict]:
+def sample(
+    model: torch.nn.Module, prompt_ids: list[int], options: argparse.Namespace
+) -> list[dict]:
     """Answers to one prompt, each with the log-prob of every sampled token."""
     prompts = torch.tensor([prompt_ids] * options.samples, device=model.device)
     output = model.generate(

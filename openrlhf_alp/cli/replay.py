@@ -1,9 +1,7 @@
 """`openrlhf-alp replay`: its options. The room `replay` does the work."""
 
 import argparse
-import contextlib
 import math
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,6 +40,10 @@ same options continues. exit status: 0 done, 2 a file, model or option is not us
 """
 
 
+_TABLE_WIDTH = 132
+"""Characters of the table of methods; in a narrower terminal its lines wrap."""
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `openrlhf-alp replay`."""
     add = parser.add_argument
@@ -71,7 +73,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Replays; returns 0, or 2 when something given is not usable."""
-    console = Console()
+    console = Console(width=max(Console().width, _TABLE_WIDTH))
     say = _Say(console)
     try:
         methods = read_methods(arguments.methods)
@@ -79,10 +81,9 @@ def run(arguments: argparse.Namespace) -> int:
         # Here and not above: torch and transformers take seconds to import.
         from openrlhf_alp.replay.pick import pick_batch
 
-        with contextlib.redirect_stdout(sys.stderr):
-            learner = _learner(arguments, say)
-            path, batch = pick_batch(arguments.path, arguments.step, learner, say.line)
-            _check_model(arguments, learner, path, batch, say)
+        learner = _learner(arguments, say)
+        path, batch = pick_batch(arguments.path, arguments.step, learner, say.line)
+        _check_model(arguments, learner, path, batch, say)
         learner.temperature = batch.info.temperature
         if arguments.explain:
             _explain(arguments, learner, batch, console)

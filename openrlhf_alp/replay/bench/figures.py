@@ -37,7 +37,7 @@ def envelope_figure(results: Sequence[MethodResult]) -> Figure:
     """
     width, height = _PANEL_INCHES
     figure = Figure(figsize=(width * len(results), height), layout="constrained")
-    panels = figure.subplots(1, len(results), sharey=True, squeeze=False)[0]
+    panels = list(figure.subplots(1, len(results), sharey=True, squeeze=False)[0])
     for axes, result in zip(panels, results, strict=True):
         _band(axes, result.before, color=_ORANGE, label="before")
         _band(axes, result.after, color=_BLUE, label="after the update")

@@ -104,7 +104,7 @@ def action_tokens(
 
 def by_class(tokens: ActionTokens) -> list[ClassFigures]:
     """Figures of every class that has a token, view by view."""
-    everything = np.ones(tokens.log_ratio.size, dtype=bool)
+    everything: np.ndarray = np.ones(tokens.log_ratio.size, dtype=bool)
     rows = [_figures(tokens, "all", "all action tokens", everything)]
     for low, high in _bins((*POSITION_EDGES, np.inf)):
         inside = (tokens.positions >= low) & (tokens.positions < high)
