@@ -1,5 +1,6 @@
 """How `replay --explain` and `preflight --explain` show an explanation."""
 
+from collections.abc import Callable
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -8,8 +9,34 @@ from rich.table import Table
 
 if TYPE_CHECKING:
     from openrlhf_alp.replay.explain.explain import Explanation
+    from openrlhf_alp.replay.files.records import RecordedBatch
 
 _COLORS = {"likely": "red", "ok": "green", "unlikely": "green", "not tested": "yellow"}
+
+
+def explain_model(
+    batch: "RecordedBatch",
+    model: str,
+    *,
+    device: str = "cpu",
+    on_stage: Callable[[str], None] = lambda line: None,
+) -> "Explanation":
+    """Explain `batch` with the weights of a model folder or id.
+
+    Raises:
+        ValueError: the model cannot be loaded, or the batch has no action token.
+    """
+    # Here and not above: torch and transformers take seconds to import.
+    import torch
+
+    from openrlhf_alp.replay.explain.explain import explain
+    from openrlhf_alp.replay.learner import Learner, load_model, load_tokenizer
+
+    def load(dtype: torch.dtype) -> Learner:
+        loaded = load_model(model, dtype=dtype, device=device)
+        return Learner(loaded, temperature=batch.info.temperature)
+
+    return explain(load(torch.float32), batch, load_tokenizer(model), load, on_stage)
 
 
 def show(explanation: "Explanation", console: Console) -> None:

@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from openrlhf_alp.cli.explain import explain_model, explanation_json, show
 from openrlhf_alp.clients.errors import ServiceError
 from openrlhf_alp.learner.mismatch.judge import LIMITS, Level
 from services.common.wire import ADMIN_KEY_VARIABLE, API_KEY_VARIABLE
@@ -99,6 +100,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "service keeps them, so do not use it while another run does",
     )
     add("--timeout-s", type=float, default=300.0, help="wait for service and answer (default: 300)")
+    add(
+        "--explain",
+        action="store_true",
+        help="also say where the two differ (position, probability, kind of token, layer) and test "
+        "the usual causes one by one; loads the model in float32",
+    )
     add("--json", action="store_true", help="print one JSON object and nothing else")
 
 
@@ -116,13 +123,17 @@ def run(arguments: argparse.Namespace) -> int:
 
             check_model(arguments.model)
             report = probe(_config(arguments, prompts, keys))
+            found = explain_model(report.batch, arguments.model) if arguments.explain else None
     except (ValueError, OSError, ServiceError) as error:
         view.error(str(error))
         return 2
     if arguments.json:
-        print(json.dumps(as_json(report), indent=2))
+        explained = {} if found is None else {"explanation": explanation_json(found)}
+        print(json.dumps({**as_json(report), **explained}, indent=2))
     else:
         view.report(report)
+        if found is not None:
+            show(found, Console())
     return 1 if report.verdict.level is Level.BROKEN else 0
 
 

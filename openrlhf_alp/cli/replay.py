@@ -1,6 +1,7 @@
 """`openrlhf-alp replay`: its options. The room `replay` does the work."""
 
 import argparse
+import json
 import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -8,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.markup import escape
 
+from openrlhf_alp.cli.explain import explain_model, explanation_json, show
 from openrlhf_alp.objective.methods import METHODS
 
 if TYPE_CHECKING:
@@ -86,7 +88,7 @@ def run(arguments: argparse.Namespace) -> int:
         _check_model(arguments, learner, path, batch, say)
         learner.temperature = batch.info.temperature
         if arguments.explain:
-            _explain(arguments, learner, batch, console)
+            _explain(arguments, batch, say, str(learner.device))
         else:
             _replay(arguments, methods, learner, path, batch, say)
     except (ValueError, OSError, FloatingPointError) as error:
@@ -233,32 +235,14 @@ def _replay(
     say.line("files", ", ".join(map(str, files)))
 
 
-def _explain(
-    arguments: argparse.Namespace, learner: "Learner", batch: "RecordedBatch", console: Console
-) -> None:
-    import json
-
-    from openrlhf_alp.cli.explain import explanation_json, show
-    from openrlhf_alp.replay.explain.explain import explain
-    from openrlhf_alp.replay.learner import Learner, load_model, load_tokenizer
-
-    device = str(learner.device)
-    with console.status("") as status:
-        found = explain(
-            learner,
-            batch,
-            load_tokenizer(arguments.model),
-            lambda dtype: Learner(
-                load_model(arguments.model, dtype=dtype, device=device),
-                temperature=learner.temperature,
-            ),
-            on_stage=status.update,
-        )
-    show(found, console)
+def _explain(arguments: argparse.Namespace, batch: "RecordedBatch", say: _Say, device: str) -> None:
+    with say.console.status("") as status:
+        found = explain_model(batch, arguments.model, device=device, on_stage=status.update)
+    show(found, say.console)
     arguments.output.mkdir(parents=True, exist_ok=True)
     path = arguments.output / "explain.json"
     path.write_text(json.dumps(explanation_json(found), indent=2) + "\n", encoding="utf-8")
-    console.print(f"[bold cyan]{'files':<9}[/] {escape(str(path))}", soft_wrap=True)
+    say.line("files", str(path))
 
 
 def _start_sigma(

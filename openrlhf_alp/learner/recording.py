@@ -83,24 +83,12 @@ def recorded_sample(
     trained[1 : length + 1] = experience.action_mask[row, :length].bool().numpy()
     advantages[1 : length + 1] = experience.advantages[row, :length].float().numpy()
     edges = np.flatnonzero(np.diff(np.concatenate([[False], trained, [False]])))
-    return RecordedSample(
-        token_ids=np.array(episode.token_ids, dtype=np.int32),
-        rollout_log_probs=np.array(episode.logprobs, dtype=np.float32),
+    return RecordedSample.of_episode(
+        episode,
         action_ranges=tuple((int(s), int(e)) for s, e in edges.reshape(-1, 2)),
         advantages=np.where(trained, advantages, np.float32(0)),
         sample=int(experience.info[SAMPLE_ID][row]),
         group=group,
-        reward=episode.reward,
-        reward_detail=episode.reward_detail,
-        request_id=episode.request_id,
-        prompt=episode.prompt,
-        label=episode.label,
-        stop_reason=episode.stop_reason,
-        truncated=episode.truncated,
-        void=episode.void,
-        spans=episode.spans,
-        turns=episode.turns,
-        tool_calls=episode.tool_calls,
     )
 
 

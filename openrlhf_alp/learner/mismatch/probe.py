@@ -33,9 +33,12 @@ from openrlhf_alp.episodes.records import Episode, SamplingConfig
 from openrlhf_alp.learner.mismatch.judge import Verdict, judge
 from openrlhf_alp.learner.mismatch.measure import Mismatch, log_ratio, scorable
 from openrlhf_alp.learner.weight_sync import gathered_buckets, gathered_parameters
+from openrlhf_alp.replay.files.records import RecordedBatch, RecordedSample
+from openrlhf_alp.replay.files.schema import BatchInfo
 from openrlhf_alp.rewards.protocol import RewardResult
 from openrlhf_alp.rollouts.response import to_response
 from openrlhf_alp.rollouts.runners import ServiceGenerate, build_runner
+from services.rollout.wire.fingerprint import weights_digest
 from services.rollout.wire.schemas import Contract, TensorSpec
 
 
@@ -96,6 +99,8 @@ class ProbeReport:
     num_samples: int
     versions: tuple[int, ...]
     """Policy versions that sampled; more than one when another process pushed meanwhile."""
+    batch: RecordedBatch
+    """What was sampled, for `--explain`."""
     simulated: str | None
     """What the services do to the weights on purpose, in one sentence."""
 
@@ -123,7 +128,30 @@ def probe(config: ProbeConfig) -> ProbeReport:
         weights=compare_weights(actor, served),
         num_samples=len(episodes),
         versions=tuple(sorted({span.version for e in episodes for span in e.spans})),
+        batch=_recorded(config, episodes, contract, served),
         simulated=simulated_mismatch(contract),
+    )
+
+
+def _recorded(
+    config: ProbeConfig,
+    episodes: Sequence[Episode],
+    contract: Contract,
+    served: dict[str, TensorSpec],
+) -> RecordedBatch:
+    # Version and digest of now: the contract is from before a push.
+    return RecordedBatch(
+        info=BatchInfo(
+            policy_version=max(episode.max_version for episode in episodes),
+            model=config.model,
+            model_digest=weights_digest({name: spec.digest for name, spec in served.items()}),
+            contract=contract.model_dump(mode="json"),
+            sampling={"temperature": config.temperature, "max_tokens": config.max_tokens},
+        ),
+        samples=tuple(
+            RecordedSample.of_episode(episode, action_ranges=episode.action_ranges)
+            for episode in episodes
+        ),
     )
 
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from openrlhf_alp.episodes.records import ToolCall, Turn, VersionSpan
+from openrlhf_alp.episodes.records import Episode, ToolCall, Turn, VersionSpan
 from openrlhf_alp.replay.files.schema import BatchInfo
 
 
@@ -44,6 +44,37 @@ class RecordedSample:
 
     turns: tuple[Turn, ...] = ()
     tool_calls: tuple[ToolCall, ...] = ()
+
+    @classmethod
+    def of_episode(
+        cls,
+        episode: Episode,
+        *,
+        action_ranges: tuple[tuple[int, int], ...],
+        advantages: np.ndarray | None = None,
+        sample: int = 0,
+        group: str = "",
+    ) -> "RecordedSample":
+        """The sample of an episode; the arguments are what only its training step knows."""
+        return cls(
+            token_ids=np.array(episode.token_ids, dtype=np.int32),
+            rollout_log_probs=np.array(episode.logprobs, dtype=np.float32),
+            action_ranges=action_ranges,
+            advantages=advantages,
+            sample=sample,
+            group=group,
+            reward=episode.reward,
+            reward_detail=episode.reward_detail,
+            request_id=episode.request_id,
+            prompt=episode.prompt,
+            label=episode.label,
+            stop_reason=episode.stop_reason,
+            truncated=episode.truncated,
+            void=episode.void,
+            spans=episode.spans,
+            turns=episode.turns,
+            tool_calls=episode.tool_calls,
+        )
 
     @property
     def num_tokens(self) -> int:
