@@ -45,6 +45,7 @@ class Learner:
             self.perturbation = attach(model, noise)
             # One update does not learn sigma: every method gets the same noise.
             self.perturbation.requires_grad_(False)
+        self._digests: dict[torch.dtype, str] = {}
         self._keeps = "logits_to_keep" in inspect.signature(model.forward).parameters
 
     @property
@@ -62,11 +63,15 @@ class Learner:
             return dict(self.model.named_parameters())
 
     @torch.no_grad()
-    def digest(self, dtype: torch.dtype) -> str:
-        """The digest that a rollout service gives these weights when it serves them in `dtype`."""
-        return weights_digest(
-            {name: _digest(weight.to(dtype)) for name, weight in self.weights().items()}
-        )
+    def digests(self) -> dict[torch.dtype, str]:
+        """The digest that a rollout service gives these weights, for each dtype it may hold them
+        in. Of the weights as loaded: the first call computes them."""
+        if not self._digests:
+            self._digests = {
+                dtype: weights_digest({n: _digest(w.to(dtype)) for n, w in self.weights().items()})
+                for dtype in DTYPES.values()
+            }
+        return self._digests
 
     def log_probs(self, batch: MicroBatch) -> Tensor:
         """(b, a) float32 log-prob of each action, 0.0 elsewhere; with gradient if it is enabled."""

@@ -51,17 +51,21 @@ def pick_batch(
             steps = sorted(batch.info.step for batch in good.values())
             raise ValueError(f"--step {step} is not in {path}; readable are {steps}")
         return chosen[0], good[chosen[0]]
-    digests = {dtype: learner.digest(dtype) for dtype in set(map(serving_dtype, good.values()))}
-    own = [
-        f for f, batch in good.items() if batch.info.model_digest == digests[serving_dtype(batch)]
-    ]
+    digests = learner.digests().values()
+    own = [file for file, batch in good.items() if batch.info.model_digest in digests]
     file = min(own or good)
     return file, good[file]
 
 
 def digest_of(learner: Learner, batch: RecordedBatch) -> str:
-    """The learner's digest in the dtype that the batch was served in."""
-    return learner.digest(serving_dtype(batch))
+    """The learner's digest, to be compared with `batch.info.model_digest`.
+
+    A service digests the tensors of its checkpoint in their own dtype, which need not be the one it
+    computes in; so the recorded digest is looked for in every dtype.
+    """
+    found = learner.digests()
+    recorded = batch.info.model_digest
+    return recorded if recorded in found.values() else found[serving_dtype(batch)]
 
 
 def serving_dtype(batch: RecordedBatch) -> torch.dtype:

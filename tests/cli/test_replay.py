@@ -29,7 +29,7 @@ def batches(tmp_path: Path) -> Path:
     """Steps 1 and 2; the second was recorded at the weights of `model`. And half a third."""
     folder = tmp_path / "batches"
     found = sampled_batch(tiny_llama())
-    for step, digest in ((1, "f" * 64), (2, Learner(tiny_llama()).digest(torch.bfloat16))):
+    for step, digest in ((1, "f" * 64), (2, Learner(tiny_llama()).digests()[torch.bfloat16])):
         update = {"step": step, "model_digest": digest, "training": {"learning_rate": 1e-3}}
         info = found.info.model_copy(update=update)
         write_batch(RecordedBatch(info=info, samples=found.samples), step_file(folder, step))

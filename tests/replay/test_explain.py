@@ -84,7 +84,7 @@ def test_another_temperature_is_found() -> None:
 
 
 def test_other_weights_are_named_by_their_digest(recorded: RecordedBatch) -> None:
-    digest = Learner(tiny_llama()).digest(torch.bfloat16)
+    digest = Learner(tiny_llama()).digests()[torch.bfloat16]
     info = recorded.info.model_copy(update={"model_digest": digest})
     same = RecordedBatch(info=info, samples=recorded.samples)
     assert verdicts(explained(same))["other weights"] == "ok"

@@ -35,7 +35,7 @@ def test_the_same_weights_are_ok_and_the_report_says_how_close(
     tiny_model: Path, hf_service: Any, service_keys: None, capsys: pytest.CaptureFixture
 ) -> None:
     # Other tests train against the same service; the push makes its weights the folder's.
-    assert preflight(tiny_model, hf_service.url, "--push", "--json") == 0
+    assert preflight(tiny_model, hf_service.url, "--push", "--explain", "--json") == 0
     report = json.loads(capsys.readouterr().out)
     assert report["verdict"] == "ok" and report["causes"] == report["findings"] == []
     assert report["weights"]["num_tensors"] > 10 and report["weights"]["different"] == []
@@ -45,6 +45,9 @@ def test_the_same_weights_are_ok_and_the_report_says_how_close(
     # The engine computes in float32, the learner in bfloat16: close, and not the same.
     assert 0 < figures["k3_kl"] < 1e-3
     assert figures["p01"] <= figures["p50"] <= figures["p99"] <= figures["max_abs"]
+    causes = {cause["name"]: cause["verdict"] for cause in report["explanation"]["hypotheses"]}
+    assert causes["other weights"] == causes["temperature"] == causes["chat template"] == "ok"
+    assert causes["prefix cache"] == "not tested"
 
 
 def test_other_weights_are_broken_and_the_tensor_is_named(
@@ -55,9 +58,10 @@ def test_other_weights_are_broken_and_the_tensor_is_named(
     capsys: pytest.CaptureFixture,
 ) -> None:
     assert preflight(tiny_model, hf_service.url, "--push") == 0
-    assert preflight(sharper_model, hf_service.url) == 1
+    assert preflight(sharper_model, hf_service.url, "--explain") == 1
     shown = capsys.readouterr().out
     assert f"tensors are not those of the model folder, first {HEAD}" in shown
+    assert "not the recorded one" in " ".join(shown.split())
     assert "broken: they do not compute the same thing" in shown
     assert "the service holds other weights" in shown
 
