@@ -76,6 +76,8 @@ def test_a_service_that_rounds_its_weights_is_named_in_both_reports() -> None:
     from openrlhf_alp.learner.mismatch.judge import judge
     from openrlhf_alp.learner.mismatch.measure import Mismatch
     from openrlhf_alp.learner.mismatch.probe import ProbeReport, WeightComparison
+    from openrlhf_alp.replay.files.records import RecordedBatch
+    from openrlhf_alp.replay.files.schema import BatchInfo
 
     mismatch = Mismatch.of(np.array([0.1, -0.2], dtype=np.float32))
     report = ProbeReport(
@@ -84,6 +86,7 @@ def test_a_service_that_rounds_its_weights_is_named_in_both_reports() -> None:
         weights=WeightComparison(num_tensors=2, different=()),
         num_samples=1,
         versions=(0,),
+        batch=RecordedBatch(info=BatchInfo(), samples=()),
         simulated="the service simulates int4 quantization",
     )
     console = Console(record=True, file=io.StringIO())
