@@ -157,8 +157,8 @@ METHODS: dict[str, MethodPreset] = {
         summary="token ratio over the rollout engine, without gradient where |p - q| is above 0.15 "
         "and would grow",
         source="arXiv 2602.04879 (DPPO, Binary-TV)",
-        choice="The threshold of its authors' scripts. Their cap of the ratio at 20 is this "
-        "package's overflow guard of e^20.",
+        choice="The threshold of its authors' scripts. Their code also caps the ratio at 20; here, "
+        "as in the formula, only the overflow guard (e^20) bounds it.",
     ),
     "dppo-kl": MethodPreset(
         objective=replace(_UNCLIPPED, trust_region=TrustRegion(divergence="kl", threshold=0.05)),
