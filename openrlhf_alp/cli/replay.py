@@ -207,6 +207,7 @@ def _replay(
     replay = Replay(
         batch=str(path),
         settings={
+            "compared_with": methods[0],
             "model": arguments.model,
             "model_digest": digest_of(learner, batch),
             "recorded_digest": batch.info.model_digest,
