@@ -17,7 +17,9 @@ import random
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +49,18 @@ class Count:
     """Harmless programs that were answered otherwise than alone."""
     wrong: list[str] = field(default_factory=list)
     """Hostile programs whose answer is none of the right ones."""
+
+
+async def settled(count: Callable[[], int]) -> int:
+    """A count once it has been the same for 2 s, or as it is after a minute."""
+    last, since = count(), time.monotonic()
+    give_up_s = since + 60.0
+    while time.monotonic() < min(since + 2.0, give_up_s):
+        await asyncio.sleep(0.1)
+        now = count()
+        if now != last:
+            last, since = now, time.monotonic()
+    return last
 
 
 def descriptors(pid: int) -> int:
@@ -89,6 +103,7 @@ async def send_all(url: str, pid: int, level: str, draws: int) -> tuple[Count, d
     count = Count()
     headers = {"Authorization": f"Bearer {KEY}"}
     timeout = aiohttp.ClientTimeout(total=3600)
+    before = (await settled(processes), await settled(partial(descriptors, pid)))
     async with aiohttp.ClientSession(url, headers=headers, timeout=timeout) as client:
 
         async def send(number: int) -> None:
@@ -103,13 +118,12 @@ async def send_all(url: str, pid: int, level: str, draws: int) -> tuple[Count, d
 
         first = draws // 10
         await asyncio.gather(*(send(number) for number in range(first)))
-        await asyncio.sleep(1.0)
-        before = (processes(), descriptors(pid), resident_bytes(pid))
+        before_bytes = resident_bytes(pid)
         await asyncio.gather(*(send(number) for number in range(first, draws)))
-        await asyncio.sleep(1.0)
-        after = (processes(), descriptors(pid), resident_bytes(pid))
+        after_bytes = resident_bytes(pid)
         async with client.get("/metrics") as response:
             metrics = await response.text()
+    after = (await settled(processes), await settled(partial(descriptors, pid)))
     restarts = next(
         float(line.split()[1])
         for line in metrics.splitlines()
@@ -118,7 +132,7 @@ async def send_all(url: str, pid: int, level: str, draws: int) -> tuple[Count, d
     return count, {
         "processes_left": after[0] - before[0],
         "descriptors_left": after[1] - before[1],
-        "memory_ratio": after[2] / before[2],
+        "memory_ratio": after_bytes / before_bytes,
         "launcher_restarts": restarts,
     }
 

@@ -58,6 +58,17 @@ async def test_figures_come_beside_fetched_files_and_of_a_program_that_is_killed
     }
 
 
+async def test_a_figure_that_cannot_be_drawn_costs_no_other(client: httpx.AsyncClient) -> None:
+    code = (
+        "import matplotlib.pyplot as plt\nplt.figure().draw = lambda _: 1 / 0\n"
+        "plt.figure(figsize=(2, 1), facecolor='blue')\nprint('end')"
+    )
+    body = {"code": code, "figures": True, "timeout_s": 60}
+    answer = (await client.post("/v1/execute", json=body)).json()
+    assert answer["stdout"] == "end\n" and "ZeroDivisionError" in answer["stderr"]
+    assert picture(answer["files"]["figure-1.png"]) == IS_BLUE
+
+
 @pytest.mark.parametrize(
     ("code", "reason"),
     [

@@ -139,7 +139,9 @@ def _let_go(box: str) -> None:
         setattr(sys, name, getattr(sys, f"__{name}__", None))
     builtins._ = None  # type: ignore[attr-defined]
     own = [weakref.ref(sys.modules[name]) for name in _take_own(box)]
-    gc.collect()
+    # A full collection also empties caches, for which it copies their pages. It is needed once the
+    # snippet's objects have become old; the zygote's are frozen.
+    gc.collect(2 if gc.get_objects(generation=2) else 1)
     held = [module for reference in own if (module := reference()) is not None]
     for module in held:
         _clear(module)

@@ -49,16 +49,21 @@ def save_open() -> None:
 def _save_all() -> None:
     from matplotlib._pylab_helpers import Gcf
 
+    errors = []
     for manager in Gcf.get_all_fig_managers():
         # Whole or not at all, also when the program is killed meanwhile.
         unfinished = files.figure_path(_asked[0][1], -getpid())
         try:
             manager.canvas.figure.savefig(unfinished, format="png")
             _number(unfinished)
+        except Exception as error:
+            errors.append(error)  # the other figures are saved all the same
         finally:
             Gcf.destroy(manager)
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(unfinished)
+    if errors:
+        raise errors[0]
 
 
 def _number(unfinished: str) -> None:
@@ -67,4 +72,4 @@ def _number(unfinished: str) -> None:
         with contextlib.suppress(FileExistsError):
             return os.link(unfinished, files.figure_path(_asked[0][1], number))
     message = f"more than {files.MAX_FIGURES} figures: the rest is not kept"
-    warnings.warn(message, RuntimeWarning, stacklevel=4)
+    warnings.warn(message, RuntimeWarning, stacklevel=5)  # where the program calls plt.show()
