@@ -27,7 +27,7 @@ from services.tool.sandbox.inside import (
     slot,
     watchdog,
 )
-from services.tool.sandbox.inside.snippet import program
+from services.tool.sandbox.inside.snippet import ending, program
 from services.tool.sandbox.plan import BOX, Level, Plan
 
 _REHEARSALS = 20  # CPython 3.11 specialises a function from its eighth call on
@@ -132,6 +132,7 @@ def _serve(zygote: _Zygote) -> None:
     for _ in range(_REHEARSALS):
         program.rehearse_fork()
         program.rehearse()
+        ending.rehearse()
     collapsed = preload.collapse_heap(zygote.ways.proc)
     # A collection writes into the header of every object, so it would copy every page that is
     # shared with the slots.

@@ -41,6 +41,14 @@ LEFTOVERS = [
         "for name in (b'\\xff\\xfe', b'a\\nb', b'-rf', b' ', b'x' * 255): os.mkdir(name); os.close(os.open(name + b'/' + name, os.O_CREAT))\nprint('odd')",
         says="odd\n",
     ),
+    Threat(
+        # The owner of a pipe gets a signal when data comes, by default one that kills.
+        row="91-signal-by-owner",
+        code="import fcntl, os\nr, w = os.pipe()\nfor pid in range(1, 3000):\n    if pid == os.getpid(): continue\n"
+        "    try:\n        fcntl.fcntl(r, fcntl.F_SETOWN, pid)\n        fcntl.fcntl(r, 10, 9)\n"
+        "        fcntl.fcntl(r, fcntl.F_SETFL, os.O_ASYNC | os.O_NONBLOCK)\n        os.write(w, b'x')\n    except OSError: pass\nprint('sent')",
+        says="sent\n",
+    ),
 ]
 
 # The level basic shares its user id with the service and with everything else of the user. The

@@ -36,6 +36,7 @@ _FLUSH_FAILED = 120
 _WRITERS = (io.TextIOWrapper, io.BufferedWriter, io.BufferedRandom, io.BufferedRWPair)
 
 _FIRST_FD = 4  # after the standard streams and the job socket
+_MOST_FDS = 1024  # more than a slot may have; a zygote may have more
 _libc = ctypes.CDLL(None)
 _libraries: set[str] = set()
 _ctypes_users = 0
@@ -48,6 +49,17 @@ def remember_libraries() -> None:
     global _ctypes_users
     _libraries.update(sys.modules)
     _ctypes_users = sys.getrefcount(ctypes)
+
+
+def rehearse() -> None:
+    """Do what every end does and leave no trace, many times in a zygote: the interpreter then
+    writes less into the pages of this code (program.rehearse)."""
+    main = sys.modules["__main__"]
+    _flush_standard()
+    _is_any_open()
+    list(_take_own("/nowhere"))
+    sys.modules["__main__"] = main
+    _flush([sys.stdout, sys.stderr])
 
 
 def end_process(exit_code: int, home: str) -> NoReturn:
@@ -80,14 +92,19 @@ def _writers() -> list[Any]:
 
     Empty at once when no descriptor is open: to look at every object copies 40 pages.
     """
-    descriptors = range(_FIRST_FD, resource.getrlimit(resource.RLIMIT_NOFILE)[0])
-    poller = select.poll()
-    for descriptor in descriptors:
-        poller.register(descriptor, 0)
-    if len(poller.poll(0)) == len(descriptors):  # each is told to be closed
+    if not _is_any_open():
         return []
     found = [item for item in gc.get_objects() if issubclass(type(item), _WRITERS)]
     return sorted(found, key=lambda writer: not isinstance(writer, io.TextIOWrapper))
+
+
+def _is_any_open() -> bool:
+    """Whether the snippet may have a descriptor besides those that every program has."""
+    limit = min(resource.getrlimit(resource.RLIMIT_NOFILE)[0], _MOST_FDS)
+    poller = select.poll()
+    for descriptor in range(_FIRST_FD, limit):
+        poller.register(descriptor, 0)
+    return len(poller.poll(0)) < limit - _FIRST_FD  # a closed one is told as such
 
 
 def _flush(writers: list[Any]) -> None:

@@ -21,7 +21,8 @@ _asked: list[tuple[int, str]] = []
 
 def ask(wanted: bool, home: str) -> None:
     """Say whether figures of the program or cell that starts now are asked for."""
-    _asked[:] = [(getpid(), home)] if wanted else []
+    if wanted or _asked:  # otherwise no page is touched
+        _asked[:] = [(getpid(), home)] if wanted else []
 
 
 def __getattr__(name: str) -> Any:

@@ -36,6 +36,7 @@ MAIN = "main.py"
 _USER = "user"
 _EMPTY_JOB = json.dumps({"mode": "run", "code": "0", "files": {}, "fetch": [], "seed": None})
 _MESSAGE_CHARS = 2000
+_NEW_FILE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
 _AWAIT = ast.PyCF_ALLOW_TOP_LEVEL_AWAIT
 _CO_COROUTINE = 0x80  # inspect.CO_COROUTINE; the module would cost every fork memory
 _IPYTHON_COMMAND = re.compile(
@@ -71,7 +72,7 @@ def run_program(
     owner = getpid()
     _write_source(job["code"])
     figures.ask(job["figures"], place.home)
-    path = os.path.join(place.home, MAIN)
+    path = f"{place.home}/{MAIN}"
     execution = execute(job["code"], new_main(__file__=path, __cached__=None), MAIN)
     # A child that the snippet forked returns here as well, and the report is the parent's.
     if getpid() == owner and execution.error is not None:
@@ -88,8 +89,14 @@ def forbid_processes(place: Place) -> None:
 
 def _write_source(code: str) -> None:
     """Write main.py into the working folder, unless the request has a file of that name."""
-    with contextlib.suppress(OSError), open(MAIN, "xb") as file:
-        file.write(code.encode("utf-8", "replace"))
+    # Without a file object: it would cost every program ten page copies.
+    try:
+        descriptor = os.open(MAIN, _NEW_FILE, 0o666)
+    except OSError:
+        return
+    with contextlib.suppress(OSError):  # the disk is full
+        os.write(descriptor, code.encode("utf-8", "replace"))
+    os.close(descriptor)
 
 
 def new_main(**names: Any) -> dict[str, Any]:
