@@ -365,8 +365,9 @@ async def test_booleans_and_huge_numbers_are_refused(
 
 async def test_a_session_needs_no_body(client: httpx.AsyncClient) -> None:
     for body in (None, b"null", b"{}"):
-        answer = await client.post("/v1/sessions", content=body)
-        assert answer.status_code == 201
+        json_type = {"content-type": "application/json"}
+        answer = await client.post("/v1/sessions", content=body, headers=json_type)
+        assert answer.status_code == 201, answer.text
         await client.delete(f"/v1/sessions/{answer.json()['session_id']}")
 
 
