@@ -4,10 +4,12 @@
     ALP          none                         the same, perturbed         three forwards' worth
 
 Both run through OpenRLHF's own policy actor and DeepSpeed on one CPU rank, interleaved, repetition
-by repetition, so that what else the machine does hits both alike. Printed: medians and their ratio.
+by repetition, so that what else the machine does hits both alike. Printed: medians of CPU seconds
+over all threads, which other processes hardly change, and their ratio; then what telemetry costs of
+a step of ALP: at every step, and the clean sequences of `--alp.telemetry_every` spread over these.
 The perturbed forward and backward alone are in `perturbed_forward.py`.
 
-    python benchmarks/step_cost.py [--repeats 5] [--model DIR]
+    python benchmarks/step_cost.py [--repeats 5] [--samples 64] [--model DIR]
 """
 
 from __future__ import annotations
@@ -16,9 +18,13 @@ import argparse
 import statistics
 import tempfile
 import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import torch
 from openrlhf.trainer.ppo_utils.experience import Experience
@@ -27,10 +33,11 @@ from openrlhf.utils import get_strategy
 from openrlhf_alp.data.smollm2 import unpack_smollm2
 from openrlhf_alp.learner import seams
 from openrlhf_alp.learner.experience import SAMPLE_ID
+from openrlhf_alp.learner.flags.config import AlpConfig
 from openrlhf_alp.learner.flags.settle import add_arguments, settle
 
-GOAL = 0.85
-NUM_SAMPLES = 64
+GOAL = 0.80
+TELEMETRY_GOAL = 0.02
 MICRO_BATCH = 16
 PROMPT_TOKENS = 38
 RESPONSE_TOKENS = 20
@@ -39,20 +46,21 @@ RESPONSE_TOKENS = 20
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--repeats", type=int, default=5, help="interleaved repetitions of each")
+    parser.add_argument("--samples", type=int, default=64, help=f"multiple of {MICRO_BATCH}")
     parser.add_argument("--model", type=Path, default=None, help="model folder (default: SmolLM2)")
     return parser.parse_args()
 
 
-def upstream_args(model: Path, folder: str, *flags: str) -> SimpleNamespace:
+def upstream_args(model: Path, folder: str, samples: int, *flags: str) -> SimpleNamespace:
     base = {
         "--actor.model_name_or_path": model,
         "--actor.num_gpus_per_node": 1,
         "--algo.advantage.estimator": "group_norm",
         "--algo.kl.init_coef": 0,
-        "--rollout.batch_size": 8,
+        "--rollout.batch_size": samples // 8,
         "--rollout.n_samples_per_prompt": 8,
         "--rollout.micro_batch_size": MICRO_BATCH,
-        "--train.batch_size": NUM_SAMPLES,
+        "--train.batch_size": samples,
         "--train.micro_batch_size": MICRO_BATCH,
         "--actor.adam.lr": 1e-6,
         "--vllm.sync_backend": "none",
@@ -74,12 +82,12 @@ def build_actor(args: SimpleNamespace) -> Any:
     return actor
 
 
-def record_batch(actor: Any) -> list[Experience]:
+def record_batch(actor: Any, samples: int) -> list[Experience]:
     """Random tokens in the demo's shapes; rollout log-probs are the learner's own, moved a bit."""
     generator = torch.Generator().manual_seed(0)
     vocabulary = actor.actor.model.module.config.vocab_size
     batch = []
-    for start in range(0, NUM_SAMPLES, MICRO_BATCH):
+    for start in range(0, samples, MICRO_BATCH):
         shape = (MICRO_BATCH, PROMPT_TOKENS + RESPONSE_TOKENS)
         sequences = torch.randint(vocabulary, shape, generator=generator)
         attention_mask = torch.ones(shape, dtype=torch.long)
@@ -106,8 +114,8 @@ def record_batch(actor: Any) -> list[Experience]:
 
 
 def step(actor: Any, batch: list[Experience]) -> tuple[float, float]:
-    """Seconds of experience making and of the update, as `PPOTrainer.train_step` runs them."""
-    started = time.perf_counter()
+    """CPU seconds of experience making and of the update, as `PPOTrainer.train_step` runs them."""
+    started = time.process_time()
     for experience in batch:
         if actor.trainer.alp.enable:
             experience.action_log_probs = experience.rollout_log_probs
@@ -115,36 +123,74 @@ def step(actor: Any, batch: list[Experience]) -> tuple[float, float]:
             experience.action_log_probs = actor.forward(
                 experience.sequences, experience.action_mask, experience.attention_mask
             )
-    made = time.perf_counter()
+    made = time.process_time()
     for experience in batch:
         actor.append(experience)
     actor.fit()
-    return made - started, time.perf_counter() - made
+    return made - started, time.process_time() - made
+
+
+@contextmanager
+def timed(seconds: dict[str, list[float]]) -> Iterator[None]:
+    """Append the CPU seconds of every call of the step's telemetry, by what it is for."""
+    from openrlhf_alp.learner.telemetry.clean import CleanProbe
+    from openrlhf_alp.learner.telemetry.step import Adviser, StepTelemetry
+
+    def timing(kind: str, method: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            started = time.process_time()
+            try:
+                return method(*args, **kwargs)
+            finally:
+                seconds[kind].append(time.process_time() - started)
+
+        return call
+
+    with ExitStack() as stack:
+        for kind, owner, names in (
+            ("every", StepTelemetry, ("__init__", "add", "end_update", "metrics")),
+            ("every", Adviser, ("look",)),
+            ("measured", CleanProbe, ("__init__", "metrics")),
+        ):
+            for name in names:
+                wrapped = timing(kind, getattr(owner, name))
+                stack.enter_context(mock.patch.object(owner, name, wrapped))
+        yield
 
 
 def main() -> None:
     options = parse_args()
     model = options.model or unpack_smollm2(say=print)
     with tempfile.TemporaryDirectory() as folder:
+        common = (model, folder, options.samples)
+        alp = ("--alp.enable", "--alp.sigma0", "0.003")
         actors = {
-            "stock GRPO": build_actor(upstream_args(model, folder)),
-            "token-ALP": build_actor(
-                upstream_args(model, folder, "--alp.enable", "--alp.sigma0", "0.003")
-            ),
+            "stock GRPO": build_actor(upstream_args(*common)),
+            "token-ALP": build_actor(upstream_args(*common, *alp, "--alp.telemetry_every", "0")),
         }
-        batch = record_batch(actors["stock GRPO"])
+        batch = record_batch(actors["stock GRPO"], options.samples)
         times: dict[str, list[tuple[float, float]]] = {name: [] for name in actors}
+        telemetry: dict[str, list[float]] = {"every": [], "measured": []}
         for repeat in range(options.repeats + 1):
             for name, actor in actors.items():
-                seconds = step(actor, batch)
+                with timed(telemetry) if repeat else nullcontext():
+                    seconds = step(actor, batch)
                 if repeat:  # the first one warms up
                     times[name].append(seconds)
-    report(times)
+                    print(f"{name:12} {sum(seconds):8.2f} s", flush=True)
+        every = AlpConfig().telemetry_every
+        trainer = actors["token-ALP"].trainer
+        trainer.args.alp = replace(trainer.alp, telemetry_every=1)
+        with timed(telemetry):
+            step(actors["token-ALP"], batch)
+    alp_s = report(times, options.samples)
+    report_telemetry(telemetry, alp_s, repeats=options.repeats + 1, every=every)
 
 
-def report(times: dict[str, list[tuple[float, float]]]) -> None:
+def report(times: dict[str, list[tuple[float, float]]], samples: int) -> float:
+    """Print the table; seconds of a step of ALP."""
     print(
-        f"\n{NUM_SAMPLES} samples of {PROMPT_TOKENS} + {RESPONSE_TOKENS} tokens, seconds (median)"
+        f"\n{samples} samples of {PROMPT_TOKENS} + {RESPONSE_TOKENS} tokens, CPU seconds (median)"
     )
     print(f"{'':12} {'experience':>11} {'update':>8} {'both':>8}")
     both = {}
@@ -154,6 +200,18 @@ def report(times: dict[str, list[tuple[float, float]]]) -> None:
         print(f"{name:12} {making:11.2f} {updating:8.2f} {both[name]:8.2f}")
     stock, alp = both.values()
     print(f"\nALP / stock GRPO: {alp / stock:.3f}   (goal: at most {GOAL})")
+    return alp
+
+
+def report_telemetry(
+    seconds: dict[str, list[float]], step_s: float, *, repeats: int, every: int
+) -> None:
+    always = sum(seconds["every"]) / repeats
+    measured = sum(seconds["measured"]) / every
+    print(
+        f"telemetry: {always / step_s:.2%} of a step, and {measured / step_s:.2%} for the clean "
+        f"sequences of every {every}th (goal: at most {TELEMETRY_GOAL:.0%} together)"
+    )
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-_MAX_ROWS = 1024
+MAX_ROWS = 1024
 """Rows of one layer that are looked at, evenly spaced: a median of 1024 x D entries is exact enough
 for a unit, and sorting all of a long micro-batch would cost more than its forward pass."""
 
@@ -65,13 +65,19 @@ class LayerFigures:
     changed_share: float
     """Fraction of entries that the noise changed after rounding to the model's dtype; 0 without
     noise."""
+    loss_variance: float | None = None
+    """Variance that the layer's noise gives the loss, to first order and up to a factor that all
+    layers have in common; None without a backward pass."""
 
 
 class LayerObserver:
-    """Scale of the hidden states of each layer, and the share of entries that noise changed."""
+    """Scale of the hidden states of each layer, the share of entries that noise changed, and what
+    the noise does to the loss."""
 
-    def __init__(self) -> None:
+    def __init__(self, max_rows: int = MAX_ROWS) -> None:
+        self._max_rows = max_rows
         self._figures: dict[int, Tensor] = {}
+        self._variances: dict[int, Tensor] = {}
 
     @torch.no_grad()
     def see(self, layer: int, before: Tensor, after: Tensor, valid: Tensor | None) -> None:
@@ -84,43 +90,71 @@ class LayerObserver:
         """
         if layer in self._figures:
             return
-        rows = before.shape[:-1].numel()
-        chosen = torch.arange(rows, device=before.device)
-        if valid is not None:
-            chosen = chosen[valid.to(before.device)]
+        chosen = _chosen_rows(before, valid, self._max_rows)
         if chosen.numel() == 0:
             return
-        chosen = chosen[:: -(-chosen.numel() // _MAX_ROWS)]
+        rows = before.shape[:-1].numel()
         clean, noisy = (h.reshape(rows, -1)[chosen] for h in (before, after))
         wide = torch.promote_types(clean.dtype, torch.float32)
         scale = clean.to(wide).abs().flatten().median()
         # Kept on the device: reading a number for each layer would stall the forward pass.
         self._figures[layer] = torch.stack([scale, (noisy != clean).to(wide).mean()])
 
+    @torch.no_grad()
+    def see_gradient(self, layer: int, sigma: Tensor, valid: Tensor | None, grad: Tensor) -> None:
+        """Record the gradient of the loss at a layer's noisy input.
+
+        The noise is independent over tokens and dimensions, so to first order it gives the loss a
+        variance of sum over both of (sigma * grad)^2.
+
+        Args:
+            layer: its index.
+            sigma: (D,) or (1,), in the unit of the hidden states.
+            valid: (N,) bool, rows that count; None for all.
+            grad: (.., D).
+        """
+        chosen = _chosen_rows(grad, valid, self._max_rows)
+        if layer in self._variances or chosen.numel() == 0:
+            return
+        rows = grad.reshape(grad.shape[:-1].numel(), -1)[chosen]
+        wide = rows.to(torch.promote_types(rows.dtype, torch.float32))
+        self._variances[layer] = (wide * sigma.to(wide)).square().sum(dtype=torch.float64)
+
     def figures(self) -> dict[int, LayerFigures]:
         """What was seen, by layer; empty without a real token."""
+        variances = {layer: value.item() for layer, value in self._variances.items()}
         return {
-            layer: LayerFigures(scale=pair[0], changed_share=pair[1])
+            layer: LayerFigures(
+                scale=pair[0], changed_share=pair[1], loss_variance=variances.get(layer)
+            )
             for layer, pair in ((k, v.tolist()) for k, v in self._figures.items())
         }
 
 
+def _chosen_rows(states: Tensor, valid: Tensor | None, max_rows: int) -> Tensor:
+    """Indices of at most `max_rows` rows of (.., D) that count, evenly spaced."""
+    chosen = torch.arange(states.shape[:-1].numel(), device=states.device)
+    if valid is not None:
+        chosen = chosen[valid.to(states.device)]
+    return chosen[:: max(1, -(-chosen.numel() // max_rows))]
+
+
 def layer_metrics(
-    figures: Mapping[int, LayerFigures], sigmas: Mapping[int, Tensor]
+    figures: Mapping[int, LayerFigures], sigmas: Mapping[int, Tensor], *, detailed: bool = False
 ) -> dict[str, float]:
     """`alp/layer_*` of the first, middle and last perturbed layer, and the extremes of all.
 
     Args:
         figures: from `LayerObserver.figures`; without any the result is empty.
         sigmas: of each of these layers, (D,) or (1,), in the unit of the hidden states.
+        detailed: also every layer by its number.
     """
     if not figures:
         return {}
     order = sorted(figures)
+    medians = {layer: sigmas[layer].median().item() for layer in order}
     # Guarded, since hidden states of 0 would make the ratio infinite.
-    ratios = {
-        layer: sigmas[layer].median().item() / max(figures[layer].scale, 1e-30) for layer in order
-    }
+    ratios = {layer: medians[layer] / max(figures[layer].scale, 1e-30) for layer in order}
     changed = [figure.changed_share for figure in figures.values()]
     metrics = {
         "alp/layer_sigma_over_scale_min": min(ratios.values()),
@@ -134,7 +168,25 @@ def layer_metrics(
         metrics[f"alp/layer_{name}_scale"] = figures[layer].scale
         metrics[f"alp/layer_{name}_sigma_over_scale"] = ratios[layer]
         metrics[f"alp/layer_{name}_changed_share"] = figures[layer].changed_share
+    shares = variance_shares(figures)
+    if shares:
+        largest = max(shares, key=shares.__getitem__)
+        metrics["alp/layer_variance_share_max"] = shares[largest]
+        metrics["alp/layer_variance_share_argmax"] = float(largest)
+    if detailed:
+        for layer in order:
+            metrics[f"alp/layer_{layer}_sigma"] = medians[layer]
+            metrics[f"alp/layer_{layer}_sigma_over_scale"] = ratios[layer]
+            metrics[f"alp/layer_{layer}_changed_share"] = figures[layer].changed_share
+        metrics |= {f"alp/layer_{layer}_variance_share": shares[layer] for layer in shares}
     return metrics
+
+
+def variance_shares(figures: Mapping[int, LayerFigures]) -> dict[int, float]:
+    """Share of each layer in the variance that noise gives the loss; empty if there is none."""
+    variances = {layer: figure.loss_variance or 0.0 for layer, figure in figures.items()}
+    total = sum(variances.values())
+    return {layer: value / total for layer, value in variances.items()} if total > 0 else {}
 
 
 class SigmaGradients:
@@ -148,6 +200,8 @@ class SigmaGradients:
     def __init__(self) -> None:
         self._sums: dict[int, Tensor] = {}
         self._counts: dict[int, int] = {}
+        self._update: dict[int, Tensor] = {}
+        self._last_update: dict[int, Tensor] = {}
 
     def add(self, layer: int, gradient: Tensor) -> None:
         """Add one micro-batch's d loss / d delta of a layer, (D,) or (1,)."""
@@ -155,6 +209,18 @@ class SigmaGradients:
         both = torch.stack([wide, wide.square()])
         self._sums[layer] = self._sums[layer] + both if layer in self._sums else both
         self._counts[layer] = self._counts.get(layer, 0) + 1
+        self._update[layer] = self._update[layer] + wide if layer in self._update else wide
+
+    def end_update(self) -> None:
+        """An optimizer step was made of the micro-batches since the last one."""
+        self._last_update, self._update = self._update, {}
+
+    def take_last_update(self) -> Tensor:
+        """(E,) float64, summed gradient of the last optimizer step; starts anew. Empty if none."""
+        last, self._last_update = self._last_update, {}
+        if not last:
+            return torch.zeros(0, dtype=torch.float64)
+        return torch.cat([last[layer] for layer in sorted(last)]).cpu()
 
     def take(self) -> Tensor:
         """(1 + 2 E,) float64: M, then sums and sums of squares of all E entries; starts anew.

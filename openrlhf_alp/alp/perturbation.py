@@ -32,7 +32,7 @@ from openrlhf_alp.alp.config import PerturbationConfig, check_sigma0, parse_laye
 from openrlhf_alp.alp.draws import repeat_rows
 from openrlhf_alp.alp.functions import AddNoise, BoundedSigma
 from openrlhf_alp.alp.noise import draw_keys, layer_keys, token_keys
-from openrlhf_alp.alp.observe import LayerObserver, Rows, SigmaGradients
+from openrlhf_alp.alp.observe import MAX_ROWS, LayerObserver, Rows, SigmaGradients
 from openrlhf_alp.alp.places import find_decoder_layers, find_output_layer
 
 _ATTRIBUTE = "alp"
@@ -199,15 +199,18 @@ class LayerwisePerturbation(nn.Module):
             self._draw = None
 
     @contextmanager
-    def observed(self, attention_mask: Tensor) -> Iterator[LayerObserver]:
+    def observed(
+        self, attention_mask: Tensor, *, max_rows: int = MAX_ROWS
+    ) -> Iterator[LayerObserver]:
         """Record the inputs of the selected layers in every forward pass inside the block.
 
         Clean, or within `enabled()` also what the noise changed.
 
         Args:
             attention_mask: (B, T), as for `enabled()`.
+            max_rows: tokens of each layer that are looked at.
         """
-        observer = LayerObserver()
+        observer = LayerObserver(max_rows)
         self._observer, self._rows = observer, Rows.of(attention_mask)
         try:
             yield observer
@@ -272,7 +275,12 @@ class LayerwisePerturbation(nn.Module):
         after = before if self._draw is None else self._perturb(layer, before, self._draw)
         if self._observer is not None:
             assert self._rows is not None, "an observer without its rows"
-            self._observer.see(layer, before, after, self._rows.valid_of(layer, before))
+            valid = self._rows.valid_of(layer, before)
+            self._observer.see(layer, before, after, valid)
+            if self._draw is not None and after.requires_grad:
+                sigma = self.sigma(layer).detach()
+                see = functools.partial(self._observer.see_gradient, layer, sigma, valid)
+                after.register_hook(see)
         return after
 
     def _perturb(self, layer: int, hidden_states: Tensor, draw: _Draw) -> Tensor:

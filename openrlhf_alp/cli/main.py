@@ -42,6 +42,7 @@ COMMANDS = {
     "convert-batch": "learner",
     "demo": "learner,demo",
     "evaluate": "evaluate",
+    "metrics": "learner",
     "preflight": "learner",
     "prepare-data": "learner",
     "replay": "learner",

@@ -16,8 +16,7 @@ from openrlhf.trainer.ppo_utils.experience import Experience, make_experience_ba
 from openrlhf.trainer.ray import ppo_actor
 from torch import Tensor, nn
 
-from openrlhf_alp.alp import LayerwisePerturbation, repeat_rows
-from openrlhf_alp.alp.observe import LayerFigures, layer_metrics, signal_to_noise
+from openrlhf_alp.alp import LayerwisePerturbation
 from openrlhf_alp.clients.weights.push import WeightPusher
 from openrlhf_alp.learner.batches import BatchShape
 from openrlhf_alp.learner.compat import undecorated
@@ -30,7 +29,12 @@ from openrlhf_alp.learner.mismatch.forwards import (
     micro_batches,
     with_actions,
 )
-from openrlhf_alp.learner.mismatch.measure import learner_log_probs, log_ratio, scorable
+from openrlhf_alp.learner.mismatch.measure import (
+    learner_log_probs,
+    learner_log_probs_and_entropy,
+    log_ratio,
+    scorable,
+)
 from openrlhf_alp.learner.mismatch.start import NUM_SAMPLES, SigmaStart
 from openrlhf_alp.learner.strategy import (
     METHOD_STATE,
@@ -38,11 +42,11 @@ from openrlhf_alp.learner.strategy import (
     perturbation_of,
     without_sigma,
 )
-from openrlhf_alp.learner.telemetry.over_ranks import ratio_metrics
+from openrlhf_alp.learner.telemetry.clean import CleanProbe, num_sequences
+from openrlhf_alp.learner.telemetry.step import Adviser, StepTelemetry
 from openrlhf_alp.learner.weight_sync import push_weights
 from openrlhf_alp.objective.config import ObjectiveConfig
 from openrlhf_alp.objective.loss import LossOutput, policy_loss
-from openrlhf_alp.objective.telemetry import RatioTelemetry
 
 LOSS_FRACTIONS = (
     "clip_fraction",
@@ -127,6 +131,7 @@ class AlpActorPPOTrainer(ppo_actor.ActorPPOTrainer):
         self.weight_pusher: WeightPusher | None = None  # set on rank 0, by upstream's constructor
         super().__init__(*args, **kwargs)
         self.perturbation = perturbation_of(self.actor)
+        self.adviser = Adviser(self.perturbation)
         self.num_trainings = 0
         if self.alp.enable:
             self.actor_loss_fn = AlpPolicyLoss(
@@ -150,16 +155,25 @@ class AlpActorPPOTrainer(ppo_actor.ActorPPOTrainer):
             self.perturbation.start = self._start_sigma(self.perturbation)
         every = self.args.rollout_service.preflight_every
         preflight = self._recheck() if every and self.num_trainings % every == 0 else {}
+        telemetry_every = self.alp.telemetry_every if self.alp.enable else 0
+        detailed = bool(telemetry_every) and self.num_trainings % telemetry_every == 0
         self.num_trainings += 1
-        self.telemetry = RatioTelemetry()
-        self.layer_figures: dict[int, LayerFigures] = {}
+        self.telemetry = StepTelemetry(self.perturbation, detailed=detailed)
+        probe = self._clean_probe() if detailed else None
         with self._batch_of_equal_steps():
             status = super().ppo_train(kl_ctl)
         status.update(preflight)
         if self.alp.enable:
-            status.update(ratio_metrics(self.telemetry))
-        if self.perturbation is not None:
-            status.update(self._sigma_metrics(self.perturbation))
+            status.update(
+                self.telemetry.metrics(
+                    grad_norm=float(status.get("actor_grad_norm") or 0.0),
+                    loss_scale=float(getattr(self.actor.model.optimizer, "loss_scale", 1.0)),
+                )
+            )
+        if probe is not None:
+            status.update(probe.metrics())
+        if self.alp.enable:
+            self.adviser.look(status)
         return status
 
     def training_step(
@@ -168,12 +182,15 @@ class AlpActorPPOTrainer(ppo_actor.ActorPPOTrainer):
         # The samples' numbers key the noise; they are no metric, so upstream must not average them.
         sample_ids = experience.info.pop(SAMPLE_ID, None)
         loss_batch_info = self._countable(loss_batch_info, step)
-        self._mark_optimizer_step(step)
+        ends = self._mark_optimizer_step(step)
         # Around the backward pass too: gradient checkpointing runs the layers again there.
-        with self._perturbed(experience, sample_ids), self._observed(experience):
+        observed = self.telemetry.observed(experience.attention_mask)
+        with self._perturbed(experience, sample_ids), observed:
             result = super().training_step(experience, kl_ctl, step, loss_batch_info)
         if self.alp.enable:
             self._record_ratios(experience, result)
+        if ends:
+            self.telemetry.end_update()
         if result["num_action_tokens"] == 0:
             _weigh_nothing(result)
         return result
@@ -190,18 +207,20 @@ class AlpActorPPOTrainer(ppo_actor.ActorPPOTrainer):
         size = BatchShape.of(self.args).dynamic_batch_size(num_samples)
         return mock.patch.object(train, "batch_size", size)
 
-    def _mark_optimizer_step(self, step: int) -> None:
-        """Let the last micro-batch of a shorter batch end its optimizer step.
+    def _mark_optimizer_step(self, step: int) -> bool:
+        """Let the last micro-batch of a shorter batch end its optimizer step; whether one ends.
 
         DeepSpeed counts micro-batches, and would go on accumulating into the next batch; upstream's
         normalisers are those of a step that ends here.
         """
         if self.args.train.dynamic_batch_enable:
-            return  # upstream says there itself where a step ends
+            # Upstream says there itself where a step ends.
+            return bool(self.replay_buffer.dynamic_optimizer_step[step])
         num_micro_batches = len(self.replay_buffer) // self.micro_train_batch_size
         window = max(1, self.strategy.accumulated_gradient)
         ends = (step + 1) % window == 0 or step + 1 == num_micro_batches
         self.actor.model.set_gradient_accumulation_boundary(ends)
+        return ends
 
     def _countable(self, loss_batch_info: dict | None, step: int) -> dict | None:
         """Normalisers above 0: an optimizer step of void episodes only has loss 0, not NaN.
@@ -234,44 +253,13 @@ class AlpActorPPOTrainer(ppo_actor.ActorPPOTrainer):
         with noise, averaging(self.actor, self.perturbation.draws):
             yield
 
-    @contextmanager
-    def _observed(self, experience: Experience) -> Iterator[None]:
-        """Look at the layers of the step's first micro-batch."""
-        if self.perturbation is None or self.layer_figures:
-            yield
-            return
-        draws = 1 if self.perturbation.scales is None else self.perturbation.draws
-        mask = repeat_rows(experience.attention_mask, draws)
-        with self.perturbation.observed(mask) as observer:
-            yield
-        self.layer_figures = observer.figures()
-
     def _record_ratios(self, experience: Experience, result: dict[str, Any]) -> None:
         output = self.actor_loss_fn.last_output
         assert output is not None, "the update ran without our loss"
-        self.telemetry.add(output.log_ratio, experience.action_mask, experience.rollout_log_probs)
+        self.telemetry.add(output, experience)
         for name in LOSS_FRACTIONS:
             result["metrics"][f"alp/{name}"] = getattr(output, name)
             result["weights"][f"alp/{name}"] = "token"
-
-    def _sigma_metrics(self, perturbation: LayerwisePerturbation) -> dict[str, float]:
-        """Collective. Layers as rank 0 saw them in its first micro-batch."""
-        summary = perturbation.summary()
-        gradients = perturbation.gradients.take().to(torch.cuda.current_device())
-        if gradients.numel():  # on all ranks or on none
-            torch.distributed.all_reduce(gradients)
-        sigmas = perturbation.sigmas() if perturbation.scales else {}
-        figures = self.layer_figures if sigmas else {}
-        return {
-            "alp/sigma0": perturbation.sigma0,
-            "alp/sigma_mean": summary.mean,
-            "alp/sigma_min": summary.minimum,
-            "alp/sigma_max": summary.maximum,
-            "alp/sigma_bound_share": summary.share_at_bound,
-            "alp/sigma_grad_snr": signal_to_noise(gradients),
-            **layer_metrics(figures, sigmas),
-            **(perturbation.start or {}),
-        }
 
     def _start_sigma(self, perturbation: LayerwisePerturbation) -> dict[str, float] | None:
         """Set the unit of sigma and, with `auto`, sigma0, from samples of this step."""
@@ -284,6 +272,23 @@ class AlpActorPPOTrainer(ppo_actor.ActorPPOTrainer):
             objective=self.alp.objective(),
         )
         return start.measure(auto=self.alp.calibrates, factor=self.alp.calibration_factor)
+
+    def _clean_probe(self) -> CleanProbe:
+        """Measure a few sequences before the first update. Collective."""
+        items = self.replay_buffer.items
+        samples = with_actions(items, count=num_sequences(len(items)))
+
+        @torch.no_grad()
+        def noisy(batch: Experience) -> Tensor:
+            with self._perturbed(batch, batch.info[SAMPLE_ID]):
+                return learner_log_probs(self.actor, batch)
+
+        return CleanProbe(
+            self._micro_batches(samples),
+            batch=self._batch,
+            clean=partial(learner_log_probs_and_entropy, self.actor),
+            noisy=noisy if self.perturbation is not None else None,
+        )
 
     def _micro_batches(
         self, samples: list[Experience], limit: int | None = None

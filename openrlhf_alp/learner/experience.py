@@ -7,6 +7,7 @@ Optimizer steps within one training step do not count.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -43,6 +44,10 @@ STALENESS_METRICS = {
 }
 
 
+_EPSILON = 1e-9
+"""Upstream adds it to a standard deviation before it divides by it."""
+
+
 class AlpExperienceMaker(RemoteExperienceMaker):
     """Upstream: `RemoteExperienceMaker`, built in `BasePPOTrainer.__init__`.
 
@@ -72,9 +77,16 @@ class AlpExperienceMaker(RemoteExperienceMaker):
         return experiences
 
     def compute_advantages_and_returns(self, experiences: list[Experience]) -> list[Experience]:
-        if self.args.tool_service.void_baseline == "drop":
-            leave_void_out_of_baseline(experiences, self.args.rollout.n_samples_per_prompt)
-        return super().compute_advantages_and_returns(experiences)
+        if self.args.tool_service.void_baseline != "drop":
+            return super().compute_advantages_and_returns(experiences)
+        samples_per_prompt = self.args.rollout.n_samples_per_prompt
+        leave_void_out_of_baseline(experiences, samples_per_prompt)
+        experiences = super().compute_advantages_and_returns(experiences)
+        if self.args.algo.advantage.estimator == "group_norm":
+            leave_void_out_of_spread(
+                experiences, samples_per_prompt, clip=self.args.reward.clip_range
+            )
+        return experiences
 
     def _dispatch_forward(self, group: Any, sync_condition: bool, **kwargs: Any) -> Any:
         if group is not self.actor_model_group or self.args.alp.needs_old_policy:
@@ -105,17 +117,14 @@ def _zero_metrics_of_untrained(experience: Experience) -> None:
 def leave_void_out_of_baseline(experiences: list[Experience], samples_per_prompt: int) -> None:
     """Give void samples the mean reward of their group's others, so that they do not move it.
 
-    Their own advantage becomes 0. With `group_norm` the standard deviation is that of the whole
-    group, in which they now sit at the mean. A group of void samples only keeps its rewards.
+    Their own advantage becomes 0. A group of void samples only keeps its rewards. `group_norm` also
+    divides by a standard deviation, which they make too small: `leave_void_out_of_spread`.
 
     Args:
         experiences: all samples of the step; `index` gives their places in the order of prompts.
         samples_per_prompt: size of a group.
     """
-    places = torch.tensor([place for e in experiences for place in e.index])
-    rewards = torch.cat([e.rewards for e in experiences]).float()
-    void = torch.cat([e.info[VOID] for e in experiences]).bool()
-    groups = places // samples_per_prompt
+    rewards, void, groups = _rewards_by_group(experiences, samples_per_prompt)
     for group in groups[void].unique():
         others = (groups == group) & ~void
         if others.any():
@@ -123,6 +132,59 @@ def leave_void_out_of_baseline(experiences: list[Experience], samples_per_prompt
     sizes = [len(e.index) for e in experiences]
     for experience, own in zip(experiences, rewards.split(sizes), strict=True):
         experience.rewards = own
+
+
+def leave_void_out_of_spread(
+    experiences: list[Experience],
+    samples_per_prompt: int,
+    *,
+    clip: tuple[float, float] | None,
+) -> None:
+    """Normalise with the standard deviation of the samples that count, after `group_norm`.
+
+    Upstream divided by that of the whole group. A reward is one number of the last token, which the
+    returns carry to all others, so the difference of both quotients corrects every token at once.
+
+    Args:
+        experiences: all samples of the step, with rewards, advantages and returns.
+        samples_per_prompt: size of a group.
+        clip: bounds of a normalised reward, `--reward.clip_range`.
+    """
+    rewards, void, groups = _rewards_by_group(experiences, samples_per_prompt)
+    low, high = clip or (-math.inf, math.inf)
+    corrections = torch.zeros_like(rewards)
+    spreads = torch.cat([e.info["group_reward_std"] for e in experiences]).float()
+    for group in groups[void].unique():
+        own = groups == group
+        counting = rewards[own & ~void]
+        if not counting.numel():
+            continue  # nobody counts more than the others
+        # The standard deviation of a single reward is 0 here, and NaN in torch.
+        spread = counting.std() if counting.numel() > 1 else counting.new_zeros(())
+        before = (rewards[own] - rewards[own].mean()) / (rewards[own].std() + _EPSILON)
+        after = (rewards[own] - counting.mean()) / (spread + _EPSILON)
+        after = torch.where(void[own], 0.0, after)
+        corrections[own] = after.clamp(low, high) - before.clamp(low, high)
+        spreads[own] = spread
+    sizes = [len(e.index) for e in experiences]
+    for experience, own, spread in zip(
+        experiences, corrections.split(sizes), spreads.split(sizes), strict=True
+    ):
+        per_token = own[:, None] * experience.action_mask
+        experience.advantages = experience.advantages + per_token
+        experience.returns = experience.returns + per_token
+        experience.info["return"] = experience.info["return"] + own
+        experience.info["group_reward_std"] = spread
+
+
+def _rewards_by_group(
+    experiences: list[Experience], samples_per_prompt: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(N,) rewards, whether void, and group of all samples, in their order."""
+    places = torch.tensor([place for e in experiences for place in e.index])
+    rewards = torch.cat([e.rewards for e in experiences]).float()
+    void = torch.cat([e.info[VOID] for e in experiences]).bool()
+    return rewards, void, places // samples_per_prompt
 
 
 class AlpSamplesGenerator(SamplesGenerator):

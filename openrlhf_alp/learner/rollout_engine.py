@@ -83,7 +83,7 @@ class RolloutEngine:
             lambda: self.client.control.fleet.servers, patience_s=service.request_timeout_s
         )
         self.service = service
-        self.reward = build_reward(reward_urls)
+        self.reward = build_reward(reward_urls, service.reward_workers)
         self.tool = tool or ToolConfig()
         self.tool_client = tool_client(self.tool, tool_key) if self.tool.urls else None
         self.whole = whole
@@ -226,14 +226,15 @@ def _reason_of(error: Exception) -> str:
     return next(reason for kind, reason in LOST_REQUESTS.items() if isinstance(error, kind))
 
 
-def build_reward(remote_urls: Sequence[str]) -> Reward:
+def build_reward(remote_urls: Sequence[str], num_workers: int = 1) -> Reward:
     """The reward that `--reward.remote_url` names: ours, a Python file, or an HTTP reward model.
 
     Args:
         remote_urls: `["math-verify"]`, one `*.py` with OpenRLHF's `reward_func`, or reward servers.
+        num_workers: processes of the math reward, `--reward.num_workers`.
     """
     if list(remote_urls) == [MATH_VERIFY]:
-        return MathReward()
+        return MathReward(num_workers=num_workers)
     return UpstreamReward(remote_urls)
 
 

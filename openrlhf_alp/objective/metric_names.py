@@ -25,6 +25,8 @@ ENVELOPE_EDGES = (0.0, 0.001, 0.01, 0.03, 0.1, 0.3, 0.5, 0.7, 0.9, 0.99, 1.0)
 """Bins of the rollout probability, from rare tokens to certain ones: the tail that breaks a run is
 that of rare tokens (arXiv 2603.19470, Figure 2)."""
 
+ENVELOPE_PREFIX = "alp/envelope_"
+
 ENVELOPE_QUANTILES = ("p01", "p50", "p99")
 
 SIGNS = ("positive", "negative")
@@ -75,6 +77,34 @@ def _envelope_meanings() -> dict[str, str]:
     return table
 
 
+def _split_meanings() -> dict[str, str]:
+    older = "learner without noise now over rollout: updates, older pushes and the engine together"
+    parts = {
+        "perturbation": "log-ratio of the learner with noise over the same without",
+        "staleness": "log-ratio of the learner without noise now over before the step's updates",
+        "mismatch": "log-ratio of learner over rollout engine with the same weights",
+        "staleness_and_mismatch": f"log-ratio of the {older}",
+    }
+    table = {}
+    for lag in LAGS:
+        table[f"alp/lag_{lag}_share"] = f"action tokens of samples {lag} pushes old"
+        first = lag == LAGS[0]
+        for name in ("perturbation", *(list(parts)[1:3] if first else list(parts)[3:])):
+            table[f"alp/lag_{lag}_{name}_mean"] = f"of samples {lag} pushes old, mean {parts[name]}"
+            table[f"alp/lag_{lag}_{name}_rms"] = "its root mean square"
+    return table
+
+
+MEASURED: dict[str, str] = {
+    "alp/clean_start_k3_kl": "k3 KL(rollout || learner without noise) before the step's updates",
+    "alp/clean_k3_kl": "k3 KL(rollout || learner without noise) after the step's updates, the same "
+    "quantity for ALP and Bypass (arXiv 2603.19470, Figure 3)",
+    "alp/noisy_k3_kl": "the same with the noise of training; without a perturbation the same",
+    "alp/entropy": "mean entropy of the learner without noise at the action tokens, in nats",
+    **_split_meanings(),
+}
+"""Metrics of a few sequences at every `--alp.telemetry_every`-th step."""
+
 METRICS: dict[str, str] = {
     **_ratio_meanings(),
     "alp/num_tokens": "action tokens of the step; 0 makes all ratios above read 0.0",
@@ -92,6 +122,10 @@ METRICS: dict[str, str] = {
     "alp/mask_fraction": "action tokens left out by the method's mask or trust region",
     "alp/guard_fraction": "action tokens whose log-ratio hit the overflow guard",
     "alp/approx_kl": "mean of rollout minus new log-prob (k1)",
+    **MEASURED,
+    "alp/sigma_grad_norm": "norm of the gradient of log sigma at the step's last optimizer step",
+    "alp/weight_grad_norm": "norm of the gradient of the weights there; with the former it makes "
+    "actor_grad_norm",
     "alp/sigma_mean": "mean sigma over perturbed layers and dimensions, in the unit of sigma0",
     "alp/sigma_min": "smallest sigma",
     "alp/sigma_max": "largest sigma",
@@ -110,6 +144,18 @@ METRICS: dict[str, str] = {
             ("scale", "median |h| of its input in the step's first micro-batch"),
             ("sigma_over_scale", "its median sigma over that"),
             ("changed_share", "share of entries that the noise changed after rounding"),
+        )
+    },
+    "alp/layer_variance_share_max": "largest share of one layer in what all layers' noise adds to "
+    "the variance of the loss, to first order",
+    "alp/layer_variance_share_argmax": "the layer with that share",
+    **{
+        f"alp/layer_<number>_{figure}": f"of each perturbed layer: {meaning}"
+        for figure, meaning in (
+            ("sigma", "median sigma, in the unit of the hidden states"),
+            ("sigma_over_scale", "that over the median |h| of its input"),
+            ("changed_share", "share of entries that the noise changed after rounding"),
+            ("variance_share", "its share in what noise adds to the variance of the loss"),
         )
     },
     "alp/sigma0": "sigma where delta is 0: --alp.sigma0 or its calibration",

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -340,3 +342,47 @@ def test_an_update_averages_its_draws_where_the_noise_goes(parse: Parse) -> None
     actor.save_checkpoint("global_step1", {"global_step": 1})
     with pytest.raises(ValueError, match=r"--alp\.draws is 1, .* trained with 3"):
         build_actor(parse(*flags, "--ckpt.load_enable"))
+
+
+def test_every_nth_step_compares_the_clean_learner_before_and_after_its_update(
+    parse: Parse, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Rollout log-probs are the learner's own, moved by 0.03.
+
+    With 48 samples on the rank, 3 are measured; there are no versions, so their lag is 0.
+    """
+    from openrlhf_alp.objective.metric_names import MEASURED, METRICS
+
+    actor = build_actor(parse("--alp.enable", *SIGMA, "--alp.telemetry_every", "2"))
+    with caplog.at_level(logging.WARNING):
+        statuses = [update(actor, mismatch=0.03, num_samples=48, seed=s) for s in range(3)]
+    measured = [MEASURED.keys() & status.keys() for status in statuses]
+    assert measured[0] == measured[2] and not measured[1]
+    first = statuses[0]
+    assert first["alp/lag_0_share"] == 1.0
+    assert first["alp/lag_0_mismatch_rms"] == pytest.approx(0.03, rel=0.4)
+    assert first["alp/clean_start_k3_kl"] == pytest.approx(0.03**2 / 2, rel=0.8)
+    assert first["alp/lag_0_staleness_rms"] > 0 and first["alp/lag_0_perturbation_rms"] > 0
+    assert 0 < first["alp/entropy"] <= math.log(258)
+    assert 0 < first["alp/sigma_grad_norm"] < first["actor_grad_norm"]
+    assert sum(first[f"alp/envelope_{i}_share"] for i in range(10)) == pytest.approx(1.0)
+    assert first["alp/advantage_positive_tokens"] + first["alp/advantage_negative_tokens"] == 333
+    assert 0.5 <= first["alp/layer_variance_share_max"] < 1
+    logged = {re.sub(r"layer_\d+_", "layer_<number>_", name) for name in first}
+    assert {name for name in logged if name.startswith("alp/")} <= METRICS.keys()
+    assert not [r for r in caplog.records if "This is said once" in r.message]
+
+
+def test_a_step_without_advantages_is_explained_once(
+    parse: Parse, caplog: pytest.LogCaptureFixture
+) -> None:
+    actor = build_actor(parse("--alp.enable", "--alp.method", "token-bypass"))
+    with caplog.at_level(logging.WARNING):
+        for seed in range(2):
+            batch = rollouts(actor, seed=seed)
+            batch.advantages = torch.zeros_like(batch.advantages)
+            actor.append(batch)
+            status = actor.fit()
+    [message] = [r.message for r in caplog.records if "This is said once" in r.message]
+    assert "all advantages" in message and "--rollout.n_samples_per_prompt" in message
+    assert status["alp/weight_grad_norm"] == status["actor_grad_norm"] == 0.0

@@ -66,6 +66,10 @@ class AlpConfig:
     """Check the flags, print what the update would do and end; needs no model, data, service or
     GPU."""
 
+    telemetry_every: int = field(default=10, metadata={"metavar": "N"})
+    """Every N-th step, starting with the first, measure a few of its sequences with the clean
+    learner before and after the update, and log the envelope and every layer; 0 never does."""
+
     def __post_init__(self) -> None:
         # A method without --alp.enable would silently train with OpenRLHF's own loss.
         object.__setattr__(self, "enable", self.enable or self.method is not None)
@@ -74,6 +78,10 @@ class AlpConfig:
             raise ValueError(
                 f"--alp.calibration_factor is {self.calibration_factor}; it must be above 0 and "
                 "finite. For no noise at all use --alp.method *-bypass"
+            )
+        if self.telemetry_every < 0:
+            raise ValueError(
+                f"--alp.telemetry_every is {self.telemetry_every}; it must be 0 (never) or above"
             )
         if not 0 <= self.lr < math.inf:
             raise ValueError(f"--alp.lr is {self.lr}; it must be 0 (fixed sigma) or above")
@@ -153,6 +161,11 @@ class ServiceConfig:
     as preflight/*; a bad one is a warning (see openrlhf-alp preflight; default: off)."""
     preflight_stop: bool = False
     """End the run when that mismatch is broken."""
+    reward_workers: int = field(
+        default=1, metadata={"prefix": "reward", "name": "num_workers", "metavar": "N"}
+    )
+    """Processes per rollout engine that compare answers with --reward.remote_url math-verify. One
+    grades some 40,000 short answers a minute."""
     metrics_jsonl: str | None = field(default=None, metadata={"prefix": "logger"})
     """File that gets one JSON object per step."""
 
@@ -171,6 +184,8 @@ class ServiceConfig:
                 f"which --rollout.request_timeout_s allows {self.request_timeout_s:g}. Raise it to "
                 "at least that."
             )
+        if self.reward_workers < 1:
+            raise ValueError(f"--reward.num_workers is {self.reward_workers}; it must be 1 or more")
         if not 0 <= self.max_lost_share <= 1:
             raise ValueError(
                 f"--rollout.max_lost_share is {self.max_lost_share}; it must be in 0..1. 1 never "

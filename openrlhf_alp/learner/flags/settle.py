@@ -168,6 +168,12 @@ def _settle_service(args: SimpleNamespace) -> None:
     # With "nccl" upstream would share memory with colocated engines, and ask vLLM for its version.
     args.vllm.sync_backend = "service"
     args.reward.remote_url = args.reward.remote_url or MATH_VERIFY
+    workers = args.rollout_service.reward_workers
+    if workers > 1 and args.reward.remote_url not in (MATH_VERIFY, [MATH_VERIFY]):
+        raise ValueError(
+            f"--reward.num_workers {workers} starts processes of the math reward, and "
+            f"--reward.remote_url {args.reward.remote_url} names another one. Drop the former."
+        )
 
 
 def _check_batches(args: SimpleNamespace) -> None:

@@ -94,6 +94,23 @@ def learner_log_probs(actor: Actor, batch: Experience) -> torch.Tensor:
     return log_probs
 
 
+@torch.no_grad()
+def learner_log_probs_and_entropy(
+    actor: Actor, batch: Experience
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`learner_log_probs`, and the entropy in nats of the distributions they come from."""
+    actor.eval()
+    log_probs, output = actor(
+        batch.sequences,
+        batch.action_mask,
+        batch.attention_mask,
+        return_output=True,
+        return_entropy=True,
+    )
+    actor.train()
+    return log_probs, output.entropy[:, -batch.action_mask.shape[1] :]
+
+
 def scorable(responses: Sequence[dict[str, Any]]) -> list[Experience]:
     """Single samples, as in a replay buffer, of what an engine returned.
 

@@ -1,27 +1,40 @@
-"""Reduces a step's telemetry over the data-parallel ranks: fixed sizes, to rank 0 alone."""
+"""Reduces a step's telemetry over the data-parallel ranks: fixed sizes, to rank 0 alone.
+
+Rank 0's status is the one that the trainer logs, so the others need no result.
+"""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from openrlhf_alp.objective.telemetry import RatioTelemetry, figures
+from openrlhf_alp.objective.metric_names import CUTS, SIGNS
+from openrlhf_alp.objective.telemetry import RatioTelemetry, cut_shares, figures
 
 
-def ratio_metrics(telemetry: RatioTelemetry) -> dict[str, float]:
-    """The ratio metrics of all ranks on rank 0, whose status the trainer logs. Collective.
+def ratio_metrics(ratios: RatioTelemetry, cuts: Tensor) -> dict[str, float]:
+    """The ratio metrics and the shares of each cut, of all ranks. Collective.
+
+    Args:
+        ratios: of this rank.
+        cuts: `cut_counts` of this rank, with the names of CUTS.
 
     Returns:
-        The metrics; empty on the other ranks.
+        The metrics on rank 0; empty on the others.
     """
-    maxima = telemetry.maxima().to(torch.cuda.current_device())
+    maxima = ratios.maxima().to(torch.cuda.current_device())
     torch.distributed.all_reduce(maxima, op=torch.distributed.ReduceOp.MAX)
-    sums = sum_on_rank_0(telemetry.sums(maxima))
-    return {} if sums is None else figures(maxima, sums)
+    own = ratios.sums(maxima)
+    total = sum_on_rank_0(torch.cat([own, cuts.to(own.device).flatten()]))
+    if total is None:
+        return {}
+    sums, counts = total.split([own.numel(), cuts.numel()])
+    return figures(maxima, sums) | cut_shares(list(CUTS), counts.view(len(SIGNS), -1))
 
 
 def sum_on_rank_0(own: Tensor) -> Tensor | None:
     """The sum over ranks of a tensor of one shape, on rank 0; None on the others. Collective."""
-    total = own.to(torch.cuda.current_device())
+    # A copy also on the same device: the reduction works in place.
+    total = own.to(torch.cuda.current_device(), copy=True)
     torch.distributed.reduce(total, dst=0)
     return total if torch.distributed.get_rank() == 0 else None

@@ -175,6 +175,11 @@ def test_contradictions_are_named(parse: Parse, flags: list[str], message: str) 
         (["--rollout.max_lost_share", "1.5"], "--rollout.max_lost_share is 1.5"),
         (["--data.max_images_per_prompt", "1"], "serves text only"),
         (["--algo.dynamic_filtering_enable"], "divides by zero"),
+        (["--reward.num_workers", "0"], "--reward.num_workers is 0"),
+        (
+            ["--reward.num_workers", "2", "--reward.remote_url", "http://127.0.0.1:1"],
+            "--reward.num_workers 2 starts processes of the math reward",
+        ),
         (["--rollout.max_staleness", "-1"], "--rollout.max_staleness is -1"),
     ],
 )
