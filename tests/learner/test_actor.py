@@ -353,12 +353,15 @@ def test_every_nth_step_compares_the_clean_learner_before_and_after_its_update(
     """
     from openrlhf_alp.objective.metric_names import MEASURED, METRICS
 
-    actor = build_actor(parse("--alp.enable", *SIGMA, "--alp.telemetry_every", "2"))
+    sizes = ("--rollout.batch_size", "24", "--train.batch_size", "16")
+    flags = ("--alp.enable", *SIGMA, *sizes, "--train.micro_batch_size", "16")
+    actor = build_actor(parse(*flags, "--alp.telemetry_every", "2"))
     with caplog.at_level(logging.WARNING):
-        statuses = [update(actor, mismatch=0.03, num_samples=48, seed=s) for s in range(3)]
-    measured = [MEASURED.keys() & status.keys() for status in statuses]
-    assert measured[0] == measured[2] and not measured[1]
-    first = statuses[0]
+        first, second, third = (
+            update(actor, mismatch=0.03, num_samples=48, seed=seed) for seed in range(3)
+        )
+    assert MEASURED.keys() & first.keys() == MEASURED.keys() & third.keys()
+    assert not MEASURED.keys() & second.keys()
     assert first["alp/lag_0_share"] == 1.0
     assert first["alp/lag_0_mismatch_rms"] == pytest.approx(0.03, rel=0.4)
     assert first["alp/clean_start_k3_kl"] == pytest.approx(0.03**2 / 2, rel=0.8)
