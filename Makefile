@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 export PYTHON VENV
 
 .DEFAULT_GOAL := help
-.PHONY: help install lock demo test test-fast lint format bench house serve serve-tool check-wheel docker-test docs clean
+.PHONY: help install lock demo test test-fast lint format bench lm-eval house serve serve-tool check-wheel docker-test docs clean
 
 help:  ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -34,6 +34,12 @@ format: install  ## Format and fix what ruff can fix
 
 bench: install  ## Print the ratios of benchmarks/ that need no data set
 	@for file in $(filter-out benchmarks/grading.py,$(wildcard benchmarks/*.py)); do echo "== $$file"; $(BIN)/python $$file || exit 1; done
+
+lm-eval: install  ## Compare with lm-evaluation-harness: make lm-eval MODEL=DIR DATA=gsm8k_test.jsonl
+	@[ -x .venv-lm-eval/bin/lm_eval ] || { $(PYTHON) -m venv .venv-lm-eval && \
+	  .venv-lm-eval/bin/python -m pip install -qq --requirement requirements/lm-eval.txt; }
+	$(BIN)/python benchmarks/foreign/lm_eval_agreement.py --model $(MODEL) --data $(DATA) \
+	  --python .venv-lm-eval/bin/python $(ARGS)
 
 house: install  ## Print the figures of the code base itself: circles, lengths, repeats
 	@$(BIN)/python benchmarks/house.py $(ARGS)

@@ -44,9 +44,13 @@ _CHOICES = [
 
 
 def write_inputs(data: Path, limit: int, folder: Path) -> tuple[Path, Path]:
-    """The first problems of GSM8K as prompts, and the choices."""
-    lines = data.read_text(encoding="utf-8").splitlines()[:limit]
-    rows = [json.loads(line) for line in lines]
+    """Problems of GSM8K as prompts, and the choices.
+
+    The first ones whose answer has one digit: a small model is right there now and then, and an
+    average of 0 on both sides would say little.
+    """
+    rows = [json.loads(line) for line in data.read_text(encoding="utf-8").splitlines()]
+    rows = [row for row in rows if len(label_texts(row["answer"])[0]) == 1][:limit]
     problems, choices = folder / "problems.jsonl", folder / "choices.jsonl"
     _write(
         problems,
@@ -170,9 +174,9 @@ def main() -> int:
     parser.add_argument("--model", required=True, help="model folder")
     parser.add_argument("--data", type=Path, required=True, help="GSM8K as published")
     parser.add_argument("--python", required=True, help="interpreter of the harness's environment")
-    parser.add_argument("--limit", type=int, default=8, help="problems (default: 8)")
+    parser.add_argument("--limit", type=int, default=16, help="problems (default: 16)")
     parser.add_argument("--n", type=int, default=4, help="answers per problem (default: 4)")
-    parser.add_argument("--max_tokens", type=int, default=96)
+    parser.add_argument("--max_tokens", type=int, default=128, help="of an answer (default: 128)")
     options = parser.parse_args()
     os.environ.update(fresh_keys())
     with tempfile.TemporaryDirectory() as made, Supervisor() as supervisor:

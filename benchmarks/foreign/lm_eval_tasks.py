@@ -28,8 +28,7 @@ def main() -> None:
     job = json.loads(Path(sys.argv[1]).read_text())
     found = simple_evaluate(
         model="local-completions",
-        # Without a seed: the harness would send the same one with every repeat.
-        model_args={**job["model_args"], "seed": None},
+        model_args=job["model_args"],
         tasks=[_generation(job), _choice(job)],
         task_manager=TaskManager(),
         log_samples=True,
@@ -55,6 +54,8 @@ def _generation(job: dict[str, Any]) -> dict[str, Any]:
             "do_sample": True,
             "temperature": 1.0,
             "max_gen_toks": job["max_tokens"],
+            # The harness would send one seed with every repeat, and get one answer n times.
+            "seed": None,
         },
         "repeats": job["n"],
         "filter_list": [
@@ -76,6 +77,8 @@ def _choice(job: dict[str, Any]) -> dict[str, Any]:
         "doc_to_text": "{{text}}",
         "doc_to_choice": "{{choices}}",
         "doc_to_target": "answer",
+        # The choices begin with their own space; the harness would add another.
+        "target_delimiter": "",
         "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
     }
 
