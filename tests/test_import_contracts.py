@@ -27,6 +27,11 @@ FORBIDDEN = [
         "episodes are pure Python over Protocols",
     ),
     (
+        "openrlhf_alp/replay/pick.py",
+        "import datasets",
+        "replay is plain PyTorch on recorded files",
+    ),
+    (
         "openrlhf_alp/rewards/__init__.py",
         "import openrlhf_alp.clients",
         "openrlhf_alp: data flows one way",
