@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 export PYTHON VENV
 
 .DEFAULT_GOAL := help
-.PHONY: help install lock demo test test-fast lint format bench lm-eval house serve serve-tool check-wheel docker-test docs clean
+.PHONY: help install lock demo test test-fast lint format bench lm-eval house serve serve-tool check-wheel docker-test keys docs lint-deploy clean
 
 help:  ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -56,10 +56,16 @@ check-wheel:  ## Build the wheel and use it in an empty environment
 docker-test: install  ## Build the tool image, run it hardened, attack it; starts an engine if none answers
 	$(BIN)/python dockerfiles/check_tool_image.py $(ARGS)
 
+keys:  ## Write keys for containers into secrets/
+	@sh deploy/keys.sh
+
 docs: install  ## Build the documentation site in build/site (mkdocs-material in .venv-docs)
 	@[ -x .venv-docs/bin/mkdocs ] || { $(PYTHON) -m venv .venv-docs && .venv-docs/bin/pip install -q mkdocs-material==9.8.2; }
 	$(BIN)/python docs/_generate.py
 	.venv-docs/bin/mkdocs build
+
+lint-deploy:  ## Check Dockerfiles and Kubernetes objects, and look for secrets (in .venv-deploy)
+	@$(PYTHON) deploy/lint.py
 
 clean:  ## Remove caches and runs/, keep .venv
 	rm -rf runs build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
