@@ -6,7 +6,7 @@ have mean m and variance v, m^2 over v / M is 1 for pure noise. Printed for sing
 sigma per dimension), for sums over a layer (a scalar per layer) and for the sum over all layers, at
 growing parts of the batch: a signal grows with M, noise stays at 1.
 
-    python benchmarks/sigma_signal.py [--answers 1024] [--sigma 0.02]
+    python benchmarks/sigma_signal.py [--answers 128] [--sigma 0.02]
 """
 
 from __future__ import annotations
@@ -140,7 +140,7 @@ def report(found: list[Tensor], num_answers: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--answers", type=int, default=1024, help="a multiple of 128")
+    parser.add_argument("--answers", type=int, default=128, help="a multiple of 128")
     parser.add_argument("--sigma", type=float, default=0.02, help="relative to each layer's scale")
     options = parser.parse_args()
     torch.manual_seed(0)
