@@ -12,10 +12,15 @@ ARG FLAVOUR=cpu
 # hadolint ignore=DL3006
 FROM ${BASE} AS base
 SHELL ["/bin/sh", "-eu", "-c"]
-# g++ compiles what torch fuses at run time, also in vLLM; libnuma1 is what vLLM's CPU kernels load.
-# Versions of Debian's packages follow from the one of BASE.
+# g++ and Python's headers compile what torch fuses at run time, also in vLLM, whose worker ends at
+# its first request without them; Debian's Python has its headers in a package of their own. libnuma1
+# is what vLLM's CPU kernels load. Versions of Debian's packages follow from the one of BASE.
 # hadolint ignore=DL3008
-RUN apt-get update -qq && apt-get install -y -qq --no-install-recommends g++ libnuma1; \
+RUN headers=$(python3.11 -c 'import sysconfig; print(sysconfig.get_path("include"))'); \
+    apt-get update -qq; \
+    apt-get install -y -qq --no-install-recommends g++ libnuma1; \
+    [ -e "$headers/Python.h" ] || \
+        apt-get install -y -qq --no-install-recommends python3.11-dev; \
     rm -rf /var/lib/apt/lists/*; \
     groupadd --gid 1000 alp && useradd --uid 1000 --gid 1000 --create-home alp; \
     install -d -o 1000 -g 1000 /models /runs /weights
