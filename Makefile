@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 export PYTHON VENV
 
 .DEFAULT_GOAL := help
-.PHONY: help install lock demo test test-fast lint format bench lm-eval house serve serve-tool check-wheel docker-test keys docs lint-deploy clean
+.PHONY: help install lock demo trl test test-fast lint format bench lm-eval house serve serve-tool check-wheel docker-test keys docs lint-deploy clean
 
 help:  ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -66,6 +66,13 @@ docs: install  ## Build the documentation site in build/site (mkdocs-material in
 
 lint-deploy:  ## Check Dockerfiles and Kubernetes objects, and look for secrets (in .venv-deploy)
 	@$(PYTHON) deploy/lint.py
+
+TRL_VENV := .venv-trl
+trl: install  ## Test examples/alp_in_trl.py against the pinned TRL, in an environment of its own
+	test -x $(TRL_VENV)/bin/python || $(BIN)/python -m venv --without-pip $(TRL_VENV)
+	$(BIN)/python -c "import site; print(site.getsitepackages()[0])" > $(TRL_VENV)/lib/python3.11/site-packages/base.pth
+	$(BIN)/python -m pip --python $(TRL_VENV)/bin/python install -qq --no-deps --disable-pip-version-check trl==1.16.0
+	PYTHONPATH=examples $(TRL_VENV)/bin/python -m pytest -p no:cacheprovider examples $(ARGS)
 
 clean:  ## Remove caches and runs/, keep .venv
 	rm -rf runs build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

@@ -186,6 +186,10 @@ class RolloutEngine:
         self.version = version
         self.client.require_version(version)
 
+    async def all_lost_the_weights(self) -> bool:
+        """Whether the servers answer but need another push, see `ServerWatch`."""
+        return await self.watch.all_lost_the_weights()
+
     async def get_version(self) -> int:
         """The version of the last push, which the next update starts from."""
         return self.version

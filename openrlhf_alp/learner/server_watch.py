@@ -77,10 +77,24 @@ class ServerWatch:
                     "resume from the last checkpoint."
                 )
 
+    async def all_lost_the_weights(self) -> bool:
+        """Whether servers answer, but none has the weights that are required of it.
+
+        So it is when the only server was started again: it waits for a push, and whoever could push
+        waits for its answers.
+        """
+        servers = self._servers()
+        if not all(server.stale for server in servers):
+            return False
+        return any(await asyncio.gather(*map(self._answers, servers)))
+
     async def _serves(self, server: Server) -> bool:
+        return await self._answers(server) and not server.stale
+
+    async def _answers(self, server: Server) -> bool:
         give_up_s = time.monotonic() + self._patience_s  # a busy server may be slow to answer
         try:
             response = await server.channel.send("GET", "/readyz", give_up_s=give_up_s)
         except ServiceError:
             return False
-        return response.status_code == 200 and not server.stale
+        return response.status_code == 200

@@ -6,9 +6,12 @@ AlpPPOTrainerAsync  GenerateSamplesActor -- queue --> AlpTrainingActor: train_st
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
+import threading
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -29,6 +32,9 @@ from openrlhf_alp.rollouts.response import with_ratios
 
 logger = logging.getLogger(__name__)
 
+_LOST_EVERY_S = 5.0
+"""How often the servers are asked whether they still have the weights."""
+
 _UpstreamTraining = undecorated(ppo_trainer_async.TrainingActor)
 _UpstreamGenerate = undecorated(ppo_trainer_async.GenerateSamplesActor)
 
@@ -44,6 +50,8 @@ class _ServiceTraining:
         """Set the step counter and the gate, once upstream's constructor has set `args`."""
         self.num_steps = 0
         self.num_left_out = 0
+        # Weights are pushed by one thread at a time, and not while a step changes them.
+        self._pushing = threading.RLock()
         rollout = self.args.rollout
         self.gate = StalenessGate(
             samples_per_prompt=rollout.n_samples_per_prompt,
@@ -87,7 +95,7 @@ class _ServiceTraining:
             contract = ray.get(self.vllm_engines[0].get_contract.remote())
             self.recorder.begin(kept, step=global_step + 1, contract=contract)
         size = fit.rollout_micro_batch_size
-        with mock.patch.object(self.args.rollout, "micro_batch_size", size):
+        with self._pushing, mock.patch.object(self.args.rollout, "micro_batch_size", size):
             status, global_step = super().train_step(kept, global_step)  # type: ignore[misc]
         return {**status, "rollout/left_out_samples": float(left_out)}, global_step
 
@@ -106,6 +114,30 @@ class _ServiceTraining:
         super().save_logs_and_checkpoints(  # type: ignore[misc]
             global_step, logs_dict, client_states
         )
+
+    @contextlib.contextmanager
+    def _pushing_again(self) -> Iterator[None]:
+        """Within the block, push once more whenever every server has lost the weights."""
+        ended = threading.Event()
+
+        def watch() -> None:
+            while not ended.wait(_LOST_EVERY_S):
+                with self._pushing:
+                    engines = [e.all_lost_the_weights.remote() for e in self.vllm_engines]
+                    if not any(ray.get(engines)):
+                        continue
+                    logger.warning("every rollout server was started again: pushing the weights")
+                    try:
+                        self.broadcast_to_vllm()  # type: ignore[attr-defined]
+                    except Exception:
+                        logger.exception("the push failed and will be tried again")
+
+        thread = threading.Thread(target=watch, name="push-again", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            ended.set()
 
     def _finish(self) -> None:
         """Write what is still to be recorded, and fail a run that lost every group: it has trained
@@ -160,7 +192,8 @@ class AlpPPOTrainer(_ServiceTraining, undecorated(ppo_trainer.PPOTrainer)):  # t
         # A long-lived service may still hold the weights of another run.
         if self.uses_service:
             self.broadcast_to_vllm()
-        super().fit(global_step)
+        with self._pushing_again() if self.uses_service else contextlib.nullcontext():
+            super().fit(global_step)
         self._finish()
 
     def evaluate(self, global_step: int, **generate_kwargs: Any) -> dict[str, float]:

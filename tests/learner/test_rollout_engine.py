@@ -165,6 +165,17 @@ async def test_a_wait_longer_than_the_patience_is_no_loss_while_a_server_is_ther
     await client.aclose()
 
 
+async def test_a_server_without_the_weights_is_told_from_one_that_is_gone(hf_service: Any) -> None:
+    for url, lost in ((hf_service.url, True), ("http://127.0.0.1:9", False)):
+        client = RolloutClient([url], api_key="k")
+        fleet = client.control.fleet
+        watch = ServerWatch(lambda fleet=fleet: fleet.servers, patience_s=1.0)
+        assert not await watch.all_lost_the_weights()
+        fleet.mark_stale(fleet.servers[0], "serves version 0, needed is 3")
+        assert await watch.all_lost_the_weights() is lost
+        await client.aclose()
+
+
 async def test_a_prompt_without_room_for_an_answer_is_dropped_by_name(
     engine: RolloutEngine, tiny_model: Path
 ) -> None:

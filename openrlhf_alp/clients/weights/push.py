@@ -74,6 +74,7 @@ class WeightPusher:
         self._transport = transport
         self._meeting = meeting or Meeting()
         self._shared: Path | None = None
+        self._version = 0
 
     def push(self, buckets: NamedBuckets) -> PushResult:
         """Write, prepare everywhere, commit everywhere. Must be called outside an event loop.
@@ -98,7 +99,8 @@ class WeightPusher:
             base_version = _common_version(statuses)
             # Above every server, also above one that missed the last updates: within a fleet one
             # version must not stand for two sets of weights.
-            version = max(status.version for status in statuses) + 1
+            # Above the last one too, which servers that were started again do not know.
+            version = max(self._version, *(status.version for status in statuses)) + 1
             name = f"{_UPDATE_PREFIX}{version}-{uuid.uuid4().hex[:8]}"
             started_s = time.perf_counter()
             try:
@@ -129,6 +131,7 @@ class WeightPusher:
             commits = await client.commit_weights(
                 CommitRequest(version=version, digest=carried.digest)
             )
+        self._version = version
         result = PushResult(
             version=version,
             digest=carried.digest,
@@ -146,7 +149,8 @@ class WeightPusher:
         if self._transport == "http":
             return HttpCarrier(client, name)
         if self._transport == "file":
-            if self._shared is None:
+            # A server that was started again may have another one.
+            if self._shared is None or not self._shared.is_dir():
                 self._shared = _shared_folder(await client.contracts())
             _remove_leftovers(self._shared)
             return FileCarrier(self._shared, name)

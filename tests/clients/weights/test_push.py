@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
-from openrlhf_alp.clients.errors import WeightUpdateFailed
+from openrlhf_alp.clients.errors import ServiceUnavailable, WeightUpdateFailed
 from openrlhf_alp.clients.fleet import ServerState
 from openrlhf_alp.clients.rollout import RolloutClient
 from openrlhf_alp.clients.weights.carry import (
@@ -279,6 +279,29 @@ async def test_a_server_that_dies_between_prepare_and_commit_gets_no_traffic_unt
             server.avoid_until_s = 0.0
         await client.generate(request("after"))
         assert states(client)["http://b"] is ServerState.HEALTHY
+
+
+async def test_the_only_server_serves_again_after_it_was_started_anew(
+    make_service: Any, network: Any, make_client: Any, model_folder: Path
+) -> None:
+    url = network.add("a", make_service())
+    pusher = pusher_of(make_client, url)
+    model = new_model(model_folder, 0.5)
+    await push(pusher, model)
+    last = await push(pusher, model)
+    async with make_client(url, total_s=1.0) as client:
+        client.require_version(last.version)
+        restarted = make_service()
+        network.add("a", restarted)
+        with pytest.raises(ServiceUnavailable, match="push the weights again"):
+            await client.generate(request("before"))
+        again = await push(pusher, model)
+        # Not version 1: that stood for other weights in this run.
+        assert again.version == last.version + 1
+        assert served_equal(restarted, model)
+        for server in client.control.fleet.servers:
+            server.avoid_until_s = 0.0
+        await client.generate(request("after"))
 
 
 @pytest.mark.parametrize("transport", ["file", "http"])
