@@ -16,7 +16,7 @@ from openrlhf.trainer.ppo_utils.experience import Experience
 
 from openrlhf_alp.episodes.records import Episode, StopReason, Timings, Turn, TurnKind, VersionSpan
 from openrlhf_alp.learner.experience import SAMPLE_ID
-from openrlhf_alp.learner.recording import recorded_sample
+from openrlhf_alp.learner.telemetry.recording import recorded_sample
 from openrlhf_alp.replay.files.records import RecordedBatch
 from openrlhf_alp.replay.files.schema import BatchInfo
 from openrlhf_alp.replay.files.write import write_batch

@@ -22,6 +22,7 @@ from openrlhf.utils.agent import SingleTurnAgentExecutor
 from openrlhf_alp.clients.channel import Timeouts
 from openrlhf_alp.clients.errors import DeadlineExceeded, InvalidReply, ServiceUnavailable
 from openrlhf_alp.clients.rollout import RolloutClient
+from openrlhf_alp.clients.server_watch import NoServerLeft, ServerWatch
 from openrlhf_alp.episodes.protocols import EpisodeRunner, Task
 from openrlhf_alp.episodes.records import (
     BadCompletionError,
@@ -30,7 +31,6 @@ from openrlhf_alp.episodes.records import (
     ToolLostError,
 )
 from openrlhf_alp.learner.flags.config import MATH_VERIFY, ServiceConfig
-from openrlhf_alp.learner.server_watch import NoServerLeft, ServerWatch
 from openrlhf_alp.rewards.math import MathReward
 from openrlhf_alp.rewards.protocol import Reward, RewardResult, RewardUnavailable
 from openrlhf_alp.rollouts.response import to_response

@@ -27,7 +27,7 @@ from openrlhf_alp.learner.experience import (
     AlpSamplesGenerator,
     StalenessGate,
 )
-from openrlhf_alp.learner.recording import StepRecorder
+from openrlhf_alp.learner.telemetry.recording import StepRecorder
 from openrlhf_alp.rollouts.response import with_ratios
 
 logger = logging.getLogger(__name__)

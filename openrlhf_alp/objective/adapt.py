@@ -29,21 +29,14 @@ def adapted(
     Raises:
         ValueError: a value is out of range or has no effect on the method; names the flag.
     """
+    correction, region = objective.correction, objective.trust_region
     _refuse_without_effect(
         method,
         {
-            "clip_low_high": (clip_low_high, objective.clip != "none", "it has no clip window"),
-            "dual_clip": (dual_clip, objective.clip == "ppo", "it has no clipped surrogate"),
-            "correction_low_high": (
-                correction_low_high,
-                objective.correction is not None,
-                "it has no correction",
-            ),
-            "trust_region": (
-                trust_region,
-                objective.trust_region is not None,
-                "it has no trust region",
-            ),
+            "clip_low_high": (clip_low_high, objective.clip != "none", "clip window"),
+            "dual_clip": (dual_clip, objective.clip == "ppo", "clipped surrogate"),
+            "correction_low_high": (correction_low_high, correction is not None, "correction"),
+            "trust_region": (trust_region, region is not None, "trust region"),
         },
     )
     level = _level(objective.level, sequence_ratio, method)
@@ -54,7 +47,6 @@ def adapted(
             "product of ratios, which a geometric mean never leaves: nothing would be clipped. "
             "Use --alp.method gspo-alp or gspo-bypass, or set --alp.clip_low_high 3e-4 4e-4"
         )
-    correction, region = objective.correction, objective.trust_region
     if correction is not None and correction_low_high is not None:
         correction = replace(correction, low=correction_low_high[0], high=correction_low_high[1])
     if region is not None and trust_region is not None:
@@ -86,10 +78,10 @@ def _level(level: RatioLevel, joined: SequenceRatio | None, method: str) -> Rati
 
 
 def _refuse_without_effect(method: str, flags: dict[str, tuple[object, bool, str]]) -> None:
-    """`flags`: by name the value given (None for none), whether it has an effect, and why not."""
-    for name, (value, has_effect, reason) in flags.items():
+    """`flags`: by name the value (None if not given), whether it has an effect, what is lacking."""
+    for name, (value, has_effect, lacks) in flags.items():
         if value is not None and not has_effect:
             raise ValueError(
-                f"--alp.{name} has no effect on --alp.method {method}: {reason}. Drop it, or use "
-                "another method (docs/methods.md)"
+                f"--alp.{name} has no effect on --alp.method {method}: it has no {lacks}. Drop it, "
+                "or use another method (docs/methods.md)"
             )

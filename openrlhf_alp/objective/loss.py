@@ -94,11 +94,8 @@ def policy_loss(
         L_t  = -A_t r_t                                                                  none
         loss = aggregate(L_t * correction_t * inside_t, action_mask)
 
-    pi is the learner, perturbed or clean as the caller's forward pass was; d is the rollout engine
-    or the old policy. With the rollout engine, r corrects staleness and training-inference mismatch
-    at once, and no old policy is needed. The expectation over the noise is taken with one draw, as
-    in the paper's algorithm. Masked tokens still count in the aggregation, as in the authors' code
-    and OpenRLHF. KL and entropy terms are the caller's.
+    pi is the learner, perturbed or clean; d is the rollout engine or the old policy. Masked tokens
+    still count in the aggregation, as in OpenRLHF. KL and entropy terms are the caller's.
 
     Args:
         log_probs: (B, A) float, of the learner, with gradient.
@@ -106,22 +103,18 @@ def policy_loss(
         advantages: (B, A) float.
         action_mask: (B, A) bool or 0/1; other positions contribute nothing.
         config: what the loss is made of.
-        old_log_probs: (B, A) float, of the clean learner at the start of the step; read only if
-            `config.needs_old_policy`.
-        aggregate: (per-token loss (B, A), action mask (B, A)) -> scalar. Pass the global normaliser
-            in through it: the default is `config.aggregation` over this micro-batch only.
+        old_log_probs: (B, A) float, of the clean learner at the start of the step, if needed.
+        aggregate: brings the global normaliser; the default averages this micro-batch only.
 
     Raises:
         NonFiniteLogProbError: nan or infinity on an action token.
-        ValueError: the objective needs an old policy, and `old_log_probs` is None.
+        ValueError: `old_log_probs` is needed, and None.
     """
     mask = action_mask.bool()
-    reference = _denominator(config, rollout_log_probs, old_log_probs)
-    inputs = {"log_probs": log_probs, "rollout_log_probs": rollout_log_probs}
-    if config.needs_old_policy:
-        inputs["old_log_probs"] = reference
-    for name, values in {**inputs, "advantages": advantages}.items():
-        _require_finite(name, values, mask)
+    reference = _denominator(config, rollout_log_probs, old_log_probs, mask)
+    _require_finite("log_probs", log_probs, mask)
+    _require_finite("rollout_log_probs", rollout_log_probs, mask)
+    _require_finite("advantages", advantages, mask)
     # A nan off the mask would survive the multiplication by 0 in the mean.
     advantages = torch.where(mask, advantages, 0.0)
 
@@ -129,12 +122,11 @@ def policy_loss(
     ratio = guarded_exp(log_ratio)
     per_token = _surrogate(ratio, torch.where(mask, log_probs, 0.0), advantages, config)
     factor, kept = _factor(log_probs, rollout_log_probs, reference, advantages, mask, config)
-    if factor is not None:
-        per_token = per_token * factor
+    per_token = per_token if factor is None else per_token * factor
 
     token = token_log_ratio(log_probs, rollout_log_probs, mask).detach()
-    cuts = _cuts(log_ratio.detach(), ratio.detach(), advantages, config)
-    cuts = {name: cut & mask for name, cut in {**cuts, "mask_fraction": ~kept}.items()}
+    cuts = _cuts(log_ratio.detach(), ratio.detach(), advantages, config) | {"mask_fraction": ~kept}
+    cuts = {name: cut & mask for name, cut in cuts.items()}
     return LossOutput(
         loss=(aggregate or AGGREGATIONS[config.aggregation])(per_token, mask),
         log_ratio=token,
@@ -145,7 +137,9 @@ def policy_loss(
     )
 
 
-def _denominator(config: ObjectiveConfig, rollout: Tensor, old: Tensor | None) -> Tensor:
+def _denominator(
+    config: ObjectiveConfig, rollout: Tensor, old: Tensor | None, mask: Tensor
+) -> Tensor:
     if not config.needs_old_policy:
         return rollout
     if old is None:
@@ -153,6 +147,7 @@ def _denominator(config: ObjectiveConfig, rollout: Tensor, old: Tensor | None) -
             "the objective divides by the old policy, and old_log_probs is None. Compute the clean "
             "learner's log-probs before the step's first update"
         )
+    _require_finite("old_log_probs", old, mask)
     return old.detach()
 
 

@@ -1,6 +1,6 @@
 """Recorded batches: write them, read them back, put one through every method, explain a mismatch.
 
-    training --learner/recording.py--> files/write.py --> step-000001.parquet
+    training --learner/telemetry/recording.py--> files/write.py --> step-000001.parquet
     anywhere --JSON lines--> files/convert.py --------------------^
                                                                   | files/read.py, pick.py
                                      learner.py, tensors.py  <----+

@@ -20,10 +20,10 @@ from openrlhf_alp.clients.errors import (
     ServiceUnavailable,
 )
 from openrlhf_alp.clients.rollout import RolloutClient
+from openrlhf_alp.clients.server_watch import NoServerLeft, ServerWatch
 from openrlhf_alp.episodes.records import BadCompletionError
 from openrlhf_alp.learner.flags.config import ServiceConfig
 from openrlhf_alp.learner.rollout_engine import RolloutEngine
-from openrlhf_alp.learner.server_watch import NoServerLeft, ServerWatch
 from openrlhf_alp.rewards.protocol import RewardResult, RewardUnavailable
 
 pytestmark = [pytest.mark.e2e, pytest.mark.filterwarnings("ignore")]

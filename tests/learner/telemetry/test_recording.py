@@ -20,7 +20,7 @@ from openrlhf_alp.episodes.records import (
     VersionSpan,
 )
 from openrlhf_alp.learner.experience import EPISODE, SAMPLE_ID
-from openrlhf_alp.learner.recording import StepRecorder
+from openrlhf_alp.learner.telemetry.recording import StepRecorder
 from openrlhf_alp.replay.files.read import read_batch
 from openrlhf_alp.replay.files.write import step_file
 from openrlhf_alp.rollouts.response import to_response
