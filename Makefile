@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 export PYTHON VENV
 
 .DEFAULT_GOAL := help
-.PHONY: help install lock demo trl test test-fast lint format bench lm-eval house serve serve-tool check-wheel docker-test keys docs lint-deploy clean
+.PHONY: help install lock demo demo-tool trl test test-fast lint format bench lm-eval house serve serve-tool check-wheel docker-test keys docs lint-deploy clean
 
 help:  ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -16,7 +16,10 @@ lock:  ## Resolve requirements/cpu.in into cpu.lock again
 	@bash requirements/lock.sh
 
 demo: install  ## Train SmolLM2 to add, for real, in about 10 minutes; ARGS="--steps 5" and so on
-	$(BIN)/openrlhf-alp demo $(ARGS)
+	$(BIN)/openrlhf-alp launch recipes/demo.toml $(ARGS)
+
+demo-tool: install  ## Train SmolLM2 to multiply by writing Python, in about 12 minutes
+	$(BIN)/openrlhf-alp launch recipes/demo_tool.toml $(ARGS)
 
 test: install lint  ## Lint, type check, architecture contracts and all tests
 	$(BIN)/python -m pytest $(ARGS)

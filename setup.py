@@ -28,6 +28,7 @@ LEARNER = [
     "matplotlib>=3.8",
     "msgspec>=0.18",
     "pebble>=5.1",
+    "prometheus-client>=0.18",
     "psutil>=5.9",
     "rich>=13",
     "scipy>=1.11",

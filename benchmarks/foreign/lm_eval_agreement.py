@@ -26,7 +26,7 @@ from openrlhf_alp.evaluate.records import Answer, SaidTurn
 from openrlhf_alp.evaluate.run import regrade
 from openrlhf_alp.evaluate.suites import Suite, load_suite
 from openrlhf_alp.launch.evaluation import EvaluationView
-from openrlhf_alp.launch.services import Services, fresh_keys
+from openrlhf_alp.launch.servers import Services, fresh_keys
 from openrlhf_alp.launch.supervisor import Supervisor
 from services.common.wire import API_KEY_VARIABLE
 

@@ -40,8 +40,8 @@ class Command(Protocol):
 
 COMMANDS = {
     "convert-batch": "learner",
-    "demo": "learner,demo",
     "evaluate": "evaluate",
+    "launch": "learner,demo",
     "metrics": "learner",
     "preflight": "learner",
     "prepare-data": "learner",

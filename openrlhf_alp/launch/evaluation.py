@@ -24,8 +24,9 @@ from openrlhf_alp.evaluate.player import Plan
 from openrlhf_alp.evaluate.results import Results, markdown
 from openrlhf_alp.evaluate.run import Run, run_evaluation
 from openrlhf_alp.evaluate.suites import LoadedSuite
-from openrlhf_alp.launch.run_folder import RunFolderError, find_model
-from openrlhf_alp.launch.services import Services, fresh_keys
+from openrlhf_alp.launch.recipe import SMOLLM2, RecipeError
+from openrlhf_alp.launch.run_folder import find_model
+from openrlhf_alp.launch.servers import Services, fresh_keys
 from openrlhf_alp.launch.supervisor import ProcessFailedError, StopRequested, Supervisor
 from openrlhf_alp.launch.view import StageView
 from openrlhf_alp.report.pass_at_k import write_pass_at_k
@@ -124,7 +125,7 @@ def run(config: EvaluationConfig, view: EvaluationView) -> int:
         with Supervisor({"PYTHONUNBUFFERED": "1"}) as supervisor:
             services = Services(supervisor, config.output / "services", view)
             results = _evaluate(config, services, view)
-    except (RunFolderError, DataError) as error:
+    except (RecipeError, DataError) as error:
         view.error(str(error))
         return 2
     except (ProcessFailedError, ServiceError, OSError, jinja2.TemplateError) as error:
@@ -149,7 +150,7 @@ def _evaluate(config: EvaluationConfig, services: Services, view: EvaluationView
     model = config.model
     urls = config.rollout_urls
     if not urls:
-        model = str(find_model(config.model, say=lambda text: view.say("model", text)))
+        model = str(find_model(config.model or SMOLLM2, say=lambda text: view.say("model", text)))
         flags = ["--model", model, *config.service_flags]
         urls = tuple(
             services.start("The rollout service", "services.rollout", flags)

@@ -1,191 +1,286 @@
-"""What a run of the demo is: its options, its task, and the command line of each process.
+"""What a recipe holds: a TOML file that says what a run starts, trains and writes.
 
-Imports neither torch nor anything of the learner, so that `--help` answers at once.
+    [run]      folder, seed            [rollout]  servers, GPUs of each, flags of services.rollout
+    [model]    the policy              [tool]     servers, flags of services.tool
+    [data]     task, file or sources   [train]    GPUs, and flags of the trainer by their names
+
+Imports neither torch nor anything of the learner, so that a mistake is reported at once.
 """
 
-import os
-import sys
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from __future__ import annotations
+
+import json
+import re
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from difflib import get_close_matches
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from openrlhf_alp.data.tasks import QuestionSplit, split_additions, split_products
-from openrlhf_alp.data.templates import INPUT_KEY, LABEL_KEY
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-METHODS = ("seq-alp", "token-alp", "seq-bypass", "token-bypass")
-"""Values of `--method`; the first is the default."""
+SMOLLM2 = "smollm2"
+"""Value of `[model] path` that stands for SmolLM2-135M-Instruct from its installed package."""
 
-PROMPTS_PER_STEP = 8
-SAMPLES_PER_PROMPT = 8
-_SAMPLES_PER_STEP = PROMPTS_PER_STEP * SAMPLES_PER_PROMPT
-_MICRO_BATCH = 16
-_MAX_LENGTH = 256
-"""Tokens of prompt and answer; the prompts of both tasks have about 40."""
-WARM_UP_STEPS = 12
-MAX_TOOL_TURNS = 2
-MAX_TOKENS_PER_TURN = 32
-"""A turn is a line of code or an answer; longer ones are cut."""
-TOOL_TEMPLATE: Literal["chat"] = "chat"
 
-Flags = Mapping[str, str | int | float | Path | tuple[float, ...] | None]
-"""Flag name to value; None for a switch."""
+class RecipeError(Exception):
+    """A recipe, a setting or a folder cannot be used. The message says why and what to do."""
 
-_LOOPBACK: Flags = {"--host": "127.0.0.1", "--port": 0}
-"""Any free port, so that two demos can run at once; the service writes it to its URL file."""
+
+class Section(BaseModel):
+    """One table of a recipe."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class Run(Section):
+    folder: Path | None = None
+    """Where everything is written; default: runs/NAME of the recipe file."""
+    seed: int = Field(default=42, ge=0)
+    """Seed of a made task, of sampling, of training and of the noise."""
+    existing: Literal["refuse", "aside"] = "refuse"
+    """What becomes of an earlier run in the folder: stop and say so, or move it aside."""
+    preflight: bool = True
+    """Measure the log-prob mismatch before the first update, and stop when it is broken."""
+
+
+class Model(Section):
+    path: str
+    """Folder or Hugging Face id of the policy; `smollm2` is the one of the installed package."""
+    warm_up_steps: int = Field(default=0, ge=0)
+    """Supervised steps on made tool calls before training (task multiplication only)."""
+
+
+class Data(Section):
+    """One of `task`, `path` and `sources`."""
+
+    task: Literal["addition", "multiplication"] | None = None
+    """A made task, with held-out questions that are asked before and after training."""
+    steps: int | None = Field(default=None, ge=1)
+    """How many steps the questions of a made task are for."""
+    path: str | None = None
+    """A prompt file that is ready to train on, or a Hugging Face id."""
+    sources: tuple[str, ...] = ()
+    """What `openrlhf-alp prepare-data --from` takes; the other fields are its options."""
+    template: str = "chat-math"
+    format: str | None = None
+    split: str | None = None
+    problem_field: str | None = None
+    label_field: str | None = None
+    max_prompt_tokens: int | None = Field(default=None, ge=1)
+    limit: int | None = Field(default=None, ge=1)
+    workers: int | None = Field(default=None, ge=1)
+
+    @model_validator(mode="after")
+    def _is_one_kind(self) -> Data:
+        given = [name for name in ("task", "path", "sources") if getattr(self, name)]
+        if len(given) != 1:
+            raise ValueError(f"give one of task, path and sources, not {given or 'none'}")
+        if (self.task is None) != (self.steps is None):
+            raise ValueError("task and steps go together: a made task needs a number of steps")
+        return self
+
+
+class _Flagged(Section):
+    """A table whose other keys are flags of a program, checked by that program itself."""
+
+    flags: dict[str, Any] = {}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _flags_apart(cls, given: Any) -> Any:
+        if not isinstance(given, dict) or "flags" in given:
+            return given
+        own = {key: value for key, value in given.items() if key in cls.model_fields}
+        others = {key: value for key, value in given.items() if key not in own}
+        return {**own, "flags": flatten(others)}
+
+
+class Services(_Flagged):
+    servers: int = Field(default=1, ge=1)
+    """How many to start on this machine."""
+    urls: tuple[str, ...] = ()
+    """Services that run already, instead; their keys are taken from the environment."""
+    max_restarts: int = Field(default=3, ge=0)
+    """How often one of them may be started again when it ends during training."""
+    ready_timeout_s: float = Field(default=900.0, gt=0)
+    """How long one may take until it answers."""
+
+
+class Rollout(Services):
+    gpus: int = Field(default=0, ge=0)
+    """GPUs of each server (tensor parallel); 0 serves on the CPU."""
+
+
+class Train(_Flagged):
+    gpus: int = Field(default=0, ge=0)
+    """GPUs of the learner on this machine; 0 learns on the CPU."""
+    shares_gpus: bool = False
+    """Learn on the GPUs that serve, which then need a rollout.gpu_memory_utilization for both."""
+    ray_address: str | None = None
+    """Dashboard address of a running Ray cluster, such as http://head:8265, that is to train."""
+
+
+class Evaluate(_Flagged):
+    """What `openrlhf-alp evaluate` asks over the run's own services; other keys are its options."""
+
+    suite: tuple[str, ...] = Field(min_length=1)
+    """Published sets or files of your own."""
+    before: bool = True
+    """Evaluate the policy that training starts from."""
+    after: bool = True
+    """Evaluate the trained policy."""
+
+
+class Recipe(Section):
+    """The whole file."""
+
+    run: Run = Field(default_factory=Run)
+    model: Model
+    data: Data
+    rollout: Rollout = Field(default_factory=Rollout)
+    tool: Services | None = None
+    train: Train
+    evaluate: Evaluate | None = None
+
+    @model_validator(mode="after")
+    def _fit_together(self) -> Recipe:
+        if self.model.warm_up_steps and self.data.task != "multiplication":
+            raise ValueError("model.warm_up_steps goes with data.task = 'multiplication' only")
+        if self.train.ray_address and not self.rollout.urls:
+            raise ValueError(
+                "train.ray_address needs rollout.urls: the learner runs elsewhere and would not "
+                "reach a service on this machine's loopback address"
+            )
+        return self
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class DemoTask:
-    """What the policy learns."""
+class Source:
+    """A recipe file, and where each of its keys is written."""
 
-    noun: str
-    """What a question asks for, in the plural: "sums"."""
-    split: Callable[..., QuestionSplit]
-    """Takes `seed`."""
-    max_new_tokens: int
-    """Budget of an episode after its prompt, observations included."""
-    uses_tool: bool
-    """The policy may run Python, and gets a supervised warm-up first."""
+    path: Path
+    settings: Mapping[str, Any]
+    """As parsed, with `--set` in it."""
+    lines: Mapping[str, int] = field(default_factory=dict)
 
-
-SUMS = DemoTask(noun="sums", split=split_additions, max_new_tokens=20, uses_tool=False)
-"""One-digit sums, which a 135M model learns to answer by itself."""
-
-PRODUCTS = DemoTask(noun="products", split=split_products, max_new_tokens=120, uses_tool=True)
-"""Products of two-digit numbers, which it can only learn to compute with the tool."""
+    def place(self, key: str) -> str:
+        """Where `key` was given: "FILE, line N", or the command line."""
+        line = self.lines.get(key)
+        return f"{self.path}, line {line}" if line else f"--set {key}"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DemoConfig:
-    """The options of `openrlhf-alp demo`."""
+def read_recipe(path: Path, settings: Sequence[str] = ()) -> tuple[Recipe, Source]:
+    """The recipe in `path`, with `KEY=VALUE` settings put over it.
 
-    steps: int
-    method: str
-    model: str | None
-    """Folder or Hugging Face id; None unpacks SmolLM2."""
-    seed: int
-    output: Path
-    overwrite: bool
-    tir: bool = False
-    """Tool-integrated episodes instead of single answers."""
-
-    def __post_init__(self) -> None:
-        if self.steps < 1:
-            raise ValueError(f"--steps {self.steps}: at least 1 step is needed")
-
-    @property
-    def task(self) -> DemoTask:
-        return PRODUCTS if self.tir else SUMS
-
-
-def service_command(*, model: Path, url_file: Path, seed: int) -> list[str]:
-    """The rollout service."""
-    flags: Flags = {
-        **_LOOPBACK,
-        "--model": model,
-        "--url-file": url_file,
-        "--max-model-len": _MAX_LENGTH,
-        "--max-num-seqs": _SAMPLES_PER_STEP,
-        "--seed": seed,
-        # Learner and engine take turns, so each may use every core.
-        "--num-threads": os.cpu_count() or 1,
-    }
-    return _python("services.rollout", flags)
-
-
-def tool_command(*, url_file: Path) -> list[str]:
-    """The tool service, with the best isolation that this machine allows."""
-    return _python("services.tool", {**_LOOPBACK, "--url-file": url_file, "--presets": "numpy"})
-
-
-def warm_up_command(*, model: Path, output: Path, seed: int) -> list[str]:
-    """The supervised warm-up that shows a model the form of a tool call."""
-    flags: Flags = {"--model": model, "--output": output, "--steps": WARM_UP_STEPS, "--seed": seed}
-    return _python("openrlhf_alp.launch.warmup", flags)
-
-
-_TRAINING: Flags = {
-    "--actor.num_nodes": 1,
-    "--actor.num_gpus_per_node": 1,
-    "--ds.zero_stage": 2,
-    "--ds.param_dtype": "bf16",
-    # Flash attention, the default upstream, needs a GPU.
-    "--ds.attn_implementation": "sdpa",
-    "--data.input_key": INPUT_KEY,
-    "--data.label_key": LABEL_KEY,
-    "--data.apply_chat_template": None,
-    "--data.max_len": _MAX_LENGTH,
-    "--rollout.n_samples_per_prompt": SAMPLES_PER_PROMPT,
-    "--rollout.batch_size": PROMPTS_PER_STEP,
-    "--rollout.micro_batch_size": _MICRO_BATCH,
-    # The single ratio is right only for samples from the whole distribution.
-    "--rollout.temperature": 1.0,
-    "--rollout.top_p": 1.0,
-    "--reward.remote_url": "math-verify",
-    "--alp.enable": None,
-    # Sigma starts where the noise has the same KL as the measured mismatch.
-    "--alp.sigma0": "auto",
-    "--algo.advantage.estimator": "group_norm",
-    # Without a KL penalty no reference model has to fit into memory.
-    "--algo.kl.init_coef": 0,
-    # One update per step, on all of its samples.
-    "--train.batch_size": _SAMPLES_PER_STEP,
-    "--train.micro_batch_size": _MICRO_BATCH,
-    "--train.num_episodes": 1,
-    # A rate at which a 135M model learns the task in a dozen steps.
-    "--actor.adam.lr": 4e-5,
-    "--actor.adam.betas": (0.9, 0.95),
-    "--actor.lr_scheduler": "cosine_with_min_lr",
-    "--actor.lr_warmup_ratio": 0.0,
-    "--actor.min_lr_ratio": 0.5,
-    "--actor.max_norm": 1.0,
-    "--ckpt.save_steps": -1,
-}
-"""What every run trains with."""
-
-_TOOL: Flags = {
-    "--tir.max_tool_turns": MAX_TOOL_TURNS,
-    "--tir.max_tokens_per_turn": MAX_TOKENS_PER_TURN,
-    "--tir.template": TOOL_TEMPLATE,
-}
-
-
-def train_command(
-    config: DemoConfig,
-    *,
-    model: Path,
-    train_data: Path,
-    run_folder: Path,
-    rollout_url: str,
-    tool_url: str | None,
-) -> list[str]:
-    """One PPO run over the rows of `train_data`, PROMPTS_PER_STEP of them a step.
-
-    Args:
-        tool_url: URL of the tool service; None for episodes of one turn.
+    Raises:
+        RecipeError: names file, line, key and the nearest right key.
     """
-    flags: Flags = {
-        "--actor.model_name_or_path": model,
-        "--data.prompt_dataset": train_data,
-        "--rollout.service_urls": rollout_url,
-        "--rollout.max_new_tokens": config.task.max_new_tokens,
-        "--alp.method": config.method,
-        "--alp.seed": config.seed,
-        "--train.seed": config.seed,
-        "--logger.metrics_jsonl": run_folder / "metrics.jsonl",
-        "--logger.tensorboard_dir": run_folder / "tensorboard",
-        "--ckpt.output_dir": run_folder / "model",
-        "--ckpt.path": run_folder / "checkpoints",
-    }
-    tool: Flags = {"--tool.service_urls": tool_url, **_TOOL} if tool_url else {}
-    return _python("openrlhf_alp.cli.train_ppo_ray", {**_TRAINING, **flags, **tool})
+    try:
+        text = path.read_text(encoding="utf-8")
+        tables = tomllib.loads(text)
+    except OSError as error:
+        raise RecipeError(
+            f"{path} cannot be read ({error.strerror}). Give a recipe file."
+        ) from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path} is no TOML: {error}") from error
+    lines = _lines_of(text)
+    for setting in settings:
+        key, equals, value = setting.partition("=")
+        if not equals or not key:
+            raise RecipeError(f"--set {setting}: write it as --set train.alp.method=seq-bypass")
+        _put(tables, key.strip(), _value(value.strip()))
+        lines.pop(key.strip(), None)
+    source = Source(path=path, settings=tables, lines=lines)
+    try:
+        return Recipe.model_validate(tables), source
+    except ValidationError as error:
+        problems = [_explain(problem, source) for problem in error.errors()]
+        raise RecipeError("\n".join(problems)) from error
 
 
-def _python(module: str, flags: Flags) -> list[str]:
-    """The command that runs `module` with `flags`."""
-    command = [sys.executable, "-m", module]
-    for name, value in flags.items():
-        values = value if isinstance(value, tuple) else () if value is None else (value,)
-        command += [name, *map(str, values)]
-    return command
+def nearest(name: str, names: Sequence[str]) -> str:
+    """ " Did you mean ...?", or nothing when no name is near."""
+    found = get_close_matches(name, names, n=1, cutoff=0.5)
+    return f" Did you mean {found[0]}?" if found else ""
+
+
+def flatten(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested tables as one, with dotted names."""
+    flat: dict[str, Any] = {}
+    for key, value in table.items():
+        if isinstance(value, Mapping):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def to_settings(recipe: Recipe) -> dict[str, Any]:
+    """Every setting of a recipe under its dotted name, defaults included."""
+    tables = recipe.model_dump(mode="json", exclude_none=True)
+    for table in tables.values():
+        table |= table.pop("flags", {})
+    return flatten(tables)
+
+
+def to_toml(recipe: Recipe) -> str:
+    """A recipe file that gives `recipe` again."""
+    lines: list[str] = []
+    table = ""
+    for name, value in to_settings(recipe).items():
+        section, _, key = name.partition(".")
+        if section != table:
+            lines += ["", f"[{section}]"]
+            table = section
+        # JSON's strings, numbers, booleans and lists are TOML's too.
+        lines.append(f"{key} = {json.dumps(value)}")
+    return "\n".join(lines[1:]) + "\n"
+
+
+def _explain(problem: Any, source: Source) -> str:
+    where = [str(part) for part in problem["loc"]]
+    key = ".".join(where)
+    if problem["type"] == "extra_forbidden":
+        section = Recipe.model_fields.get(where[0]) if len(where) > 1 else None
+        kind = section.annotation if section else Recipe
+        known = list(getattr(kind, "model_fields", {}))
+        return f"{source.place(key)}: there is no setting {key}.{nearest(where[-1], known)}"
+    if problem["type"] == "missing":
+        return f"{source.path}: {key} is missing."
+    text = problem["msg"].removeprefix("Value error, ")
+    at = f"{source.place(key)}: {key} = {problem['input']!r}: " if len(where) > 1 else ""
+    return f"{at or f'{source.path}: ' + (f'[{key}] ' if key else '')}{text}."
+
+
+def _lines_of(text: str) -> dict[str, int]:
+    """Dotted name of a key or table -> its line, from 1."""
+    lines: dict[str, int] = {}
+    table = ""
+    for number, line in enumerate(text.splitlines(), start=1):
+        if header := re.match(r"\s*\[([^\[\]]+)\]", line):
+            table = header[1].replace(" ", "").replace('"', "")
+            lines.setdefault(table, number)
+        elif key := re.match(r"\s*([\w.\"-]+)\s*=", line):
+            name = key[1].replace('"', "")
+            lines.setdefault(f"{table}.{name}" if table else name, number)
+    return lines
+
+
+def _put(tables: dict[str, Any], key: str, value: Any) -> None:
+    *parents, last = key.split(".")
+    for parent in parents:
+        tables = tables.setdefault(parent, {})
+        if not isinstance(tables, dict):
+            raise RecipeError(f"--set {key}: {parent} is a value, not a table")
+    tables[last] = value
+
+
+def _value(text: str) -> Any:
+    """A TOML value; anything else is a string, so that a shell needs no second quotes."""
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text

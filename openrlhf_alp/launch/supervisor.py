@@ -13,6 +13,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,8 +28,9 @@ _PR_SET_CHILD_SUBREAPER = 36
 _KILL_ROUNDS = 20
 """Rounds of killing; a process that forks while it is being killed shows up in the next round."""
 
-#   stop():  SIGTERM child --grace_s--> next child ... --> SIGTERM the rest --_REST_S--> SIGKILL
-_REST_S = 3.0
+#   stop_all():  SIGTERM the work --grace_s--> SIGTERM the services --grace_s--> SIGTERM the rest
+#                --_REST_S--> SIGKILL.  With both graces of the launcher this takes at most 20 s.
+_REST_S = 2.0
 """Time that daemons which survived their parent get to end by themselves."""
 
 _TAIL_LINES = 25
@@ -37,6 +39,11 @@ _TAIL_BYTES = 64_000
 
 class ProcessFailedError(Exception):
     """A process ended when it should not have. The message shows the end of its log."""
+
+    def __init__(self, ending: str, message: str) -> None:
+        super().__init__(message)
+        self.ending = ending
+        """How it ended, in a few words."""
 
 
 class StopRequested(BaseException):
@@ -56,6 +63,8 @@ class Child:
     log: Path
     grace_s: float
     """Time to end by itself after SIGTERM."""
+    is_service: bool = False
+    """Others wait for it, so it is ended after them."""
 
     @property
     def is_running(self) -> bool:
@@ -74,10 +83,11 @@ class Child:
         if status == -signal.SIGKILL:
             hint = (
                 "Only the kernel kills like this, usually because memory ran out: close other "
-                "programs (the demo needs about 8 GB), then try again."
+                "programs, or use a smaller model or batch, then try again."
             )
+        ending = f"{self.name} {ending}"
         return ProcessFailedError(
-            f"{self.name} {ending}. Last lines of {self.log}:\n\n{tail(self.log)}\n\n{hint}"
+            ending, f"{ending}. Last lines of {self.log}:\n\n{tail(self.log)}\n\n{hint}"
         )
 
 
@@ -110,18 +120,27 @@ class Supervisor:
             for stop_signal, handler in self._handlers.items():
                 signal.signal(stop_signal, handler)
 
-    def start(self, name: str, command: Sequence[str], *, log: Path, grace_s: float) -> Child:
-        """Starts `command` with its output in `log`."""
-        with log.open("wb") as output:
+    def start(
+        self,
+        name: str,
+        command: Sequence[str],
+        *,
+        log: Path,
+        grace_s: float,
+        environment: Mapping[str, str] | None = None,
+        is_service: bool = False,
+    ) -> Child:
+        """Starts `command`; its output goes to the end of `log`."""
+        with log.open("ab") as output:
             process = subprocess.Popen(
                 command,
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
-                env=self._environment,
+                env={**self._environment, **(environment or {})},
                 start_new_session=True,
             )
-        child = Child(name=name, process=process, log=log, grace_s=grace_s)
+        child = Child(name=name, process=process, log=log, grace_s=grace_s, is_service=is_service)
         self._children.append(child)
         return child
 
@@ -133,20 +152,39 @@ class Supervisor:
         """
         if child.process.wait() != 0:
             raise child.failure()
+        self.forget(child)
+
+    def ended(self, child: Child) -> tuple[int, str]:
+        """Exit status and output of `child`, once it has ended."""
+        status = child.process.wait()
+        self.forget(child)
+        return status, child.log.read_text(encoding="utf-8", errors="replace")
+
+    def forget(self, child: Child) -> None:
+        """Leaves out of the end what has ended."""
         self._children.remove(child)
 
     def stop_all(self) -> None:
-        """Ends the children, last started first, then everything that they left behind."""
+        """Ends the work, then the services, then everything that they left behind."""
         # In this order training ends before the services that it would otherwise wait for.
-        while self._children:
-            child = self._children.pop()
-            child.process.terminate()
-            try:
-                child.process.wait(timeout=child.grace_s)
-            except subprocess.TimeoutExpired:
-                child.process.kill()
-                child.process.wait()
+        for services in (False, True):
+            group = [child for child in self._children if child.is_service is services]
+            _end([child.process for child in group], max((c.grace_s for c in group), default=0.0))
+        self._children.clear()
         _end_left_behind()
+
+
+def _end(processes: Sequence[subprocess.Popen[bytes]], grace_s: float) -> None:
+    """Ends them together: their grace is one and the same time."""
+    for process in processes:
+        process.terminate()
+    give_up_s = time.monotonic() + grace_s
+    for process in processes:
+        try:
+            process.wait(timeout=max(0.0, give_up_s - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
 
 
 def tail(log: Path, num_lines: int = _TAIL_LINES) -> str:

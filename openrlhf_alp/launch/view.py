@@ -1,14 +1,17 @@
-"""What a run shows: a line per stage, a progress bar on a terminal, plain lines elsewhere."""
+"""What a run shows: a live table on a terminal, plain lines elsewhere, or nothing."""
 
 from __future__ import annotations
 
+import itertools
 import math
+import statistics
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING
 
-from rich import progress
-from rich.console import Console
+from rich.console import Console, Group
+from rich.live import Live
 from rich.markup import escape
 from rich.panel import Panel
 from rich.table import Table
@@ -26,63 +29,79 @@ from openrlhf_alp.report.metrics import (
 
 if TYPE_CHECKING:  # it imports transformers, and the title should not wait for that
     from openrlhf_alp.launch.accuracy import Accuracy
+    from openrlhf_alp.launch.servers import Server
 
 _NUM_EXAMPLES = 3
+_RECENT_STEPS = 5
+"""The time left is estimated from these; the first steps also compile and measure."""
 
 _SPEAKERS = {TurnKind.PROMPT: "asked", TurnKind.ACTION: "policy", TurnKind.OBSERVATION: "tool"}
 
-OnStep = Callable[[StepMetrics], None]
+OnChange = Callable[[Sequence["Server"], StepMetrics | None], None]
 
 
 class StageView:
-    """Prints to `console`, in colour and with progress bars when it is a terminal.
+    """Prints to `console`, in colour and with moving parts when it is a terminal.
 
     Args:
         failed: what an error is introduced with.
+        quiet: print errors only.
     """
 
-    def __init__(self, console: Console, *, failed: str) -> None:
+    def __init__(self, console: Console, *, failed: str, quiet: bool = False) -> None:
         self._console = console
         self._failed = failed
+        self.quiet = quiet
 
     def say(self, stage: str, text: str) -> None:
         """One line: the stage's name, and what happened."""
-        self._console.print(f"[bold cyan]{stage:<9}[/] {escape(text)}", soft_wrap=True)
+        if not self.quiet:
+            self._console.print(f"[bold cyan]{stage:<9}[/] {escape(text)}", soft_wrap=True)
 
     def error(self, text: str) -> None:
         self._console.print(f"[bold red]{self._failed}[/] {escape(text)}", soft_wrap=True)
 
 
-class DemoView(StageView):
-    """What the demo shows."""
+class LaunchView(StageView):
+    """What a launch shows."""
 
-    def __init__(self, console: Console) -> None:
-        super().__init__(console, failed="\nThe demo failed.")
+    def __init__(self, console: Console, *, quiet: bool = False) -> None:
+        super().__init__(console, failed="\nThe run failed.", quiet=quiet)
+
+    @property
+    def is_live(self) -> bool:
+        """Whether a table is kept up to date, for which services have to be asked."""
+        return self._console.is_terminal and not self.quiet
 
     def title(self, text: str) -> None:
-        self._console.print(f"\n[bold]{escape(text)}[/]\n")
+        if not self.quiet:
+            self._console.print(f"\n[bold]{escape(text)}[/]\n")
 
     def waiting(self, text: str) -> AbstractContextManager[object]:
         """Shows a spinner while something slow runs; a log gets nothing."""
-        return self._console.status(escape(text)) if self._console.is_terminal else nullcontext()
+        return self._console.status(escape(text)) if self.is_live else nullcontext()
 
     @contextmanager
-    def training(self, num_steps: int) -> Iterator[OnStep]:
-        """Yields what to call with each finished step."""
-        if not self._console.is_terminal:
-            yield lambda step: self.say("step", f"{step.step}/{num_steps}  {describe(step)}")
+    def training(self, num_steps: int | None, earlier: Sequence[StepMetrics]) -> Iterator[OnChange]:
+        """Yields what to call with the services and the step that was made, if any."""
+        board = Board(num_steps=num_steps, steps=list(earlier))
+        if not self.is_live:
+
+            def tell(servers: Sequence[Server], step: StepMetrics | None) -> None:
+                if step is not None:
+                    board.add(step)
+                    self.say("step", board.line())
+
+            yield tell
             return
-        with progress.Progress(
-            progress.SpinnerColumn(),
-            "training",
-            progress.BarColumn(bar_width=24),
-            progress.MofNCompleteColumn(),
-            "{task.fields[numbers]}",
-            progress.TimeElapsedColumn(),
-            console=self._console,
-        ) as bar:
-            task = bar.add_task("", total=num_steps, numbers="starting Ray and DeepSpeed")
-            yield lambda step: bar.update(task, completed=step.step, numbers=describe(step))
+        with Live(console=self._console, refresh_per_second=2) as live:
+
+            def redraw(servers: Sequence[Server], step: StepMetrics | None) -> None:
+                if step is not None:
+                    board.add(step)
+                live.update(Group(_service_table(servers), Text(board.line())))
+
+            yield redraw
 
     def results(
         self,
@@ -97,6 +116,8 @@ class DemoView(StageView):
         Args:
             noun: what is asked for, in the plural.
         """
+        if self.quiet:
+            return
         accuracies = _accuracy_table(f"{len(rows)} held-out {noun}", before, after, steps)
         self._console.print("", accuracies, "", _example_table(rows, before, after), sep="\n")
         if not_scored := before.num_not_scored + after.num_not_scored:
@@ -104,6 +125,8 @@ class DemoView(StageView):
 
     def transcript(self, name: str, episode: Episode | None) -> None:
         """Shows one episode turn by turn: who wrote what, and how it ended."""
+        if self.quiet:
+            return
         if episode is None:
             self._console.print(f"[bold]{escape(name)}[/]: its reward could not be computed")
             return
@@ -115,15 +138,59 @@ class DemoView(StageView):
         self._console.print(Panel(said, title=escape(name), title_align="left"))
 
 
+class Board:
+    """The steps so far, and how long the others may take."""
+
+    def __init__(self, *, num_steps: int | None, steps: list[StepMetrics]) -> None:
+        self._num_steps = num_steps
+        self._steps = steps
+        self._times_s: list[float] = []
+
+    def add(self, step: StepMetrics) -> None:
+        """One more step was made just now."""
+        self._steps.append(step)
+        self._times_s.append(time.monotonic())
+
+    def line(self) -> str:
+        """The last step in words."""
+        if not self._steps:
+            return "starting the learner"
+        last = self._steps[-1]
+        of = "" if self._num_steps is None else f"/{self._num_steps}"
+        return f"{last.step}{of}  {describe(last)}{self._left(last.step)}"
+
+    def _left(self, step: int) -> str:
+        recent = self._times_s[-_RECENT_STEPS - 1 :]
+        if self._num_steps is None or len(recent) < 2 or step >= self._num_steps:
+            return ""
+        each_s = statistics.fmean(b - a for a, b in itertools.pairwise(recent))
+        return f"  {(self._num_steps - step) * each_s / 60:.0f} min left"
+
+
 def describe(step: StepMetrics) -> str:
-    """Reward, P99 of the ratio and speed of one step; a metric that is missing shows as `-`."""
+    """Reward, tail of the ratio, KL, sigma and speed; a metric that is missing shows as `-`."""
     log_ratio = step.values.get(LOG_RATIO_QUANTILES[99])
-    ratio = None if log_ratio is None else math.exp(log_ratio)
-    return (
-        f"reward {_number(step.values.get(REWARD), '.2f')}  "
-        f"ratio P99 {_number(ratio, '.3f')}  "
-        f"{_number(step.tokens_per_s, '.0f')} tokens/s"
-    )
+    shown = [
+        ("reward", step.values.get(REWARD), ".2f"),
+        ("ratio P99", None if log_ratio is None else math.exp(log_ratio), ".3f"),
+        ("KL", step.values.get("alp/k3_kl"), ".1e"),
+        ("sigma", step.values.get("alp/sigma_mean"), ".1e"),
+    ]
+    text = "  ".join(f"{name} {_number(value, form)}" for name, value, form in shown)
+    return f"{text}  {_number(step.tokens_per_s, '.0f')} tokens/s"
+
+
+def _service_table(servers: Sequence[Server]) -> Table:
+    table = Table("service", "state", title_justify="left")
+    for heading in ("version", "requests", "tokens/s", "restarts"):
+        table.add_column(heading, justify="right")
+    for server in servers:
+        status = server.status
+        numbers = (status.version, status.requests, status.tokens_per_s)
+        state = "serving" if server.is_ready else "starting"
+        cells = (_number(number, ".0f") for number in numbers)
+        table.add_row(server.name, state, *cells, str(server.restarts))
+    return table
 
 
 def _accuracy_table(

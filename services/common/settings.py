@@ -64,6 +64,8 @@ class ServiceSettings(BaseSettings):
         Literal["DEBUG", "INFO", "WARNING", "ERROR"], BeforeValidator(str.upper)
     ] = "INFO"
     """Level of the JSON log on stderr."""
+    check: bool = False
+    """Say what is wrong with the settings, and end without serving."""
 
     def resolve_key(self, configured: SecretStr | None, field: str) -> str:
         """The key of `field`, for example "api_key", or a generated one, for the caller to print.
@@ -98,8 +100,8 @@ def start(kind: type[Settings], serve: Callable[[Settings], Coroutine[Any, Any, 
     """Read the settings, configure the log and run `serve` until a stop signal.
 
     Returns:
-        The exit code: 0 after a stop signal, EXIT_CONFIG with cause and fix on stderr when the
-        service cannot start as configured, 130 for an interrupt before it was ready.
+        The exit code: 0 after a stop signal or a check, EXIT_CONFIG with cause and fix on stderr
+        when the service cannot start as configured, 130 for an interrupt before it was ready.
     """
     try:
         read_key_files()
@@ -115,6 +117,8 @@ def start(kind: type[Settings], serve: Callable[[Settings], Coroutine[Any, Any, 
     except SettingsError as error:
         print(f"Bad configuration: {error}", file=sys.stderr)
         return EXIT_CONFIG
+    if settings.check:
+        return 0
     configure_logging(settings.log_level)
     # Until the server handles the signals, a stop must unwind the stack and so end subprocesses.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))

@@ -26,7 +26,7 @@ def test_the_version_is_that_of_the_package(capsys):
     assert capsys.readouterr().out == f"openrlhf-alp {importlib.metadata.version('openrlhf-alp')}\n"
 
 
-@pytest.mark.parametrize("arguments", [[], ["no-such-command"], ["demo", "--method", "grpo"]])
+@pytest.mark.parametrize("arguments", [[], ["no-such-command"], ["launch", "--no-such-option"]])
 def test_a_wrong_command_line_ends_with_status_2_and_usage(capsys, arguments):
     with pytest.raises(SystemExit) as stopped:
         main(arguments)
@@ -34,10 +34,19 @@ def test_a_wrong_command_line_ends_with_status_2_and_usage(capsys, arguments):
     assert "usage: openrlhf-alp" in capsys.readouterr().err
 
 
-def test_a_demo_without_steps_is_refused_before_anything_starts(capsys, tmp_path):
-    assert main(["demo", "--steps", "0", "--output", str(tmp_path / "run")]) == 2
-    assert "--steps 0: at least 1 step is needed" in capsys.readouterr().out
-    assert not (tmp_path / "run").exists()
+@pytest.mark.parametrize(
+    ("arguments", "shown"),
+    [
+        ([], "name a recipe, such as recipes/demo.toml"),
+        (["recipes/demo.toml", "--steps", "0"], "--set data.steps: data.steps = 0"),
+        (["recipes/demo.toml", "--pretend-gpus", "8x80"], "it goes with --dry-run"),
+        (["--resume", "runs/x", "--seed", "3"], "--resume keeps the settings of the run"),
+        (["recipes/demo.toml", "--seeds", "1,2", "--overwrite"], "give the same command again"),
+    ],
+)
+def test_a_launch_that_cannot_be_meant_is_refused_before_anything_starts(capsys, arguments, shown):
+    assert main(["launch", *arguments]) == 2
+    assert shown in " ".join(capsys.readouterr().out.split())
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["preflight", "--model", "tiny"]])

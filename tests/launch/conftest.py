@@ -2,6 +2,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -33,8 +34,8 @@ def character_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-class FakeDemo:
-    """The demo as a process of its own, with fake programs for service and training."""
+class FakeLaunch:
+    """A launch as a process of its own, with fake programs for services and training."""
 
     def __init__(self, process: subprocess.Popen[str], folder: Path) -> None:
         self.process = process
@@ -48,15 +49,21 @@ class FakeDemo:
             seen += line
             if text in line:
                 return seen
-        raise AssertionError(f"the demo never said {text!r}:\n{seen}")
+        raise AssertionError(f"the launch never said {text!r}:\n{seen}")
+
+    def wait_for_pids(self, count: int) -> None:
+        """Returns when so many processes have said that they run."""
+        while len(self.started_pids()) < count:
+            assert self.process.poll() is None, self.process.communicate()[0]
+            time.sleep(0.05)
 
     def finish(self) -> tuple[int, str]:
         """Exit status and the rest of the output."""
-        rest, _ = self.process.communicate(timeout=60)
+        rest, _ = self.process.communicate(timeout=240)
         return self.process.returncode, rest
 
     def started_pids(self) -> list[int]:
-        """Every process that service and training say they started, themselves included."""
+        """Every process that services and training say they started, themselves included."""
         pids = self.folder / "pids"
         return [int(pid) for pid in pids.read_text().split()] if pids.exists() else []
 
@@ -65,22 +72,24 @@ class FakeDemo:
 
 
 @pytest.fixture
-def start_demo(tmp_path: Path, character_model: Path) -> Iterator[Callable[[str, str], FakeDemo]]:
-    started: list[FakeDemo] = []
+def start_launch(tmp_path: Path, character_model: Path) -> Iterator[Callable[..., FakeLaunch]]:
+    started: list[FakeLaunch] = []
 
-    def start(service_mode: str, train_mode: str) -> FakeDemo:
-        script = str(HERE / "run_fake_demo.py")
+    def start(*, folder: Path = tmp_path, steps: int = 10, **options: object) -> FakeLaunch:
+        folder.mkdir(exist_ok=True)
+        script = str(HERE / "run_fake_launch.py")
+        arguments = [str(character_model), str(folder), str(steps), json.dumps(options)]
         process = subprocess.Popen(
-            [sys.executable, script, service_mode, train_mode, str(character_model), str(tmp_path)],
+            [sys.executable, script, *arguments],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
             env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
         )
-        started.append(FakeDemo(process, tmp_path))
+        started.append(FakeLaunch(process, folder))
         return started[-1]
 
     yield start
-    for demo in started:
-        with demo.process:
-            demo.process.kill()
+    for launch in started:
+        with launch.process:
+            launch.process.kill()

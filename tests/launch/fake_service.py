@@ -4,6 +4,7 @@ Token ids are character codes. Like vLLM it starts a helper in a session of its 
 """
 
 import argparse
+import asyncio
 import os
 import re
 import signal
@@ -22,6 +23,7 @@ from services.common.serve import bind_socket, bound_url, write_url_file
 from services.rollout.wire.schemas import GenerateRequest, GenerateResponse, Sample, Span, Timings
 
 EOS = 1
+MODES = ("ok", "dies", "dies_when_asked", "hangs_when_asked", "never_ready", "stubborn")
 
 
 def create_app(metrics: Path, mode: str) -> FastAPI:
@@ -31,6 +33,8 @@ def create_app(metrics: Path, mode: str) -> FastAPI:
     async def generate(body: GenerateRequest, request: Request) -> Response:
         if mode == "dies_when_asked":
             os.kill(os.getpid(), signal.SIGSEGV)
+        if mode == "hangs_when_asked":
+            await asyncio.sleep(600)
         question = "".join(map(chr, body.token_ids))
         first, second = map(int, re.findall(r"\d+", question))
         answer = str(first + second) if metrics.exists() else "0"
@@ -60,15 +64,24 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("--url-file", type=Path, required=True)
     parser.add_argument("--pids", type=Path, required=True)
-    parser.add_argument("--mode", choices=["ok", "dies", "dies_when_asked"], required=True)
+    parser.add_argument("--port", type=int, required=True)
+    parser.add_argument("--mode", choices=MODES, required=True)
     arguments = parser.parse_args()
+    if arguments.mode == "stubborn":
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
     if arguments.mode == "dies":
         sys.exit("error: no such model folder; fix: name another")
     helper = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE,
                               start_new_session=True)  # fmt: skip
     with arguments.pids.open("a") as file:
         file.write(f"{psutil.Process().pid}\n{helper.pid}\n")
-    sock = bind_socket("127.0.0.1", 0)
+    if arguments.mode == "never_ready":
+        signal.pause()
+    sock = bind_socket("127.0.0.1", arguments.port)
     write_url_file(arguments.url_file, bound_url(sock))
-    app = create_app(arguments.url_file.parent / "metrics.jsonl", arguments.mode)
-    uvicorn.Server(uvicorn.Config(app, log_level="warning")).run(sockets=[sock])
+    app = create_app(arguments.url_file.parents[1] / "metrics.jsonl", arguments.mode)
+    server = uvicorn.Server(uvicorn.Config(app, log_level="warning"))
+    if arguments.mode == "stubborn":
+        server.install_signal_handlers = lambda: None
+        asyncio.run(server._serve(sockets=[sock]))
+    server.run(sockets=[sock])

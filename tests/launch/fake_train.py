@@ -6,8 +6,13 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+MODES = (
+    *("ok", "fails", "fails_later", "hangs", "stubborn", "is_killed"),
+    *("kills_service", "kills_always"),
+)
 DAEMON = (
     "import os, signal\n"
     "signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
@@ -41,23 +46,51 @@ def log_step(path: Path, step: int) -> None:
         file.write(json.dumps(row) + "\n")
 
 
-if __name__ == "__main__":
+def kill(url_file: Path, pid: int) -> None:
+    """Kills a service, and waits until it is there again."""
+    os.kill(pid, signal.SIGKILL)
+    while url_file.exists():
+        time.sleep(0.05)
+    while not url_file.exists():
+        time.sleep(0.05)
+
+
+def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--metrics", type=Path, required=True)
+    parser.add_argument("--run", type=Path, required=True)
     parser.add_argument("--train-data", type=Path, required=True)
     parser.add_argument("--pids", type=Path, required=True)
-    parser.add_argument("--mode", choices=["ok", "fails", "hangs", "kills_service"], required=True)
+    parser.add_argument("--resume", action="store_true")
+    parser.add_argument("--mode", choices=MODES, required=True)
     arguments = parser.parse_args()
+    if arguments.mode == "stubborn":
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
     daemon = start_daemon()
-    earlier = arguments.pids.read_text().split()
+    services = arguments.pids.read_text().split()
     with arguments.pids.open("a") as file:
         file.write(f"{os.getpid()}\n{daemon}\n")
+    latest = arguments.run / "checkpoints" / "_actor" / "latest"
+    first = int(latest.read_text().removeprefix("global_step")) + 1 if arguments.resume else 1
     num_steps = len(arguments.train_data.read_text().splitlines()) // 8
-    for step in range(1, num_steps + 1):
-        log_step(arguments.metrics, step)
-        if arguments.mode == "fails":
+    for step in range(first, num_steps + 1):
+        log_step(arguments.run / "metrics.jsonl", step)
+        if step % 2 == 0:
+            latest.parent.mkdir(parents=True, exist_ok=True)
+            latest.write_text(f"global_step{step}")
+        if arguments.mode == "fails" or (arguments.mode == "fails_later" and step == 3):
             sys.exit("error: a loss of NaN; fix: lower the learning rate")
-        if arguments.mode == "kills_service":
-            os.kill(int(earlier[0]), signal.SIGKILL)
-        if arguments.mode != "ok":
-            signal.pause()
+        if arguments.mode == "is_killed":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if arguments.mode in ("kills_service", "kills_always") and step == 2:
+            url_file = arguments.run / "logs" / "rollout-0.url"
+            kill(url_file, int(services[-2]))
+            if arguments.mode == "kills_always":
+                os.kill(int(arguments.pids.read_text().split()[-2]), signal.SIGKILL)
+                signal.pause()
+        if arguments.mode in ("hangs", "stubborn"):
+            while True:
+                signal.pause()
+
+
+if __name__ == "__main__":
+    main()

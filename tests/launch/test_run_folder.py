@@ -3,7 +3,9 @@ import os
 
 import pytest
 
-from openrlhf_alp.launch.run_folder import RunFolderError, find_model, open_run_folder
+from openrlhf_alp.launch import run_folder
+from openrlhf_alp.launch.recipe import RecipeError, read_recipe
+from openrlhf_alp.launch.run_folder import find_model, open_run_folder
 
 
 @pytest.fixture
@@ -11,52 +13,100 @@ def said() -> list[str]:
     return []
 
 
-def test_a_new_folder_holds_the_settings_of_the_run(tmp_path, said):
-    folder = open_run_folder(
-        tmp_path / "runs" / "demo", settings={"seed": 7}, overwrite=False, say=said.append
-    )
-    assert json.loads((folder / "demo.json").read_text()) == {"seed": 7}
+@pytest.fixture
+def recipe(tmp_path):
+    def make(*settings):
+        path = tmp_path / "given.toml"
+        path.write_text(
+            '[model]\npath = "m"\n[data]\npath = "p"\n[train]\nalp.method = "seq-alp"\n'
+        )
+        return read_recipe(path, settings)[0]
+
+    return make
+
+
+def test_a_new_folder_holds_the_settings_and_the_machine(tmp_path, recipe, said):
+    path = tmp_path / "runs" / "x"
+    folder = open_run_folder(path, recipe=recipe("run.seed=7"), overwrite=False, say=said.append)
+    assert read_recipe(folder / "recipe.toml")[0].run.seed == 7
+    environment = json.loads((folder / "environment.json").read_text())
+    assert environment["versions"]["openrlhf"] == "0.11.2"
+    assert environment["cpus"] == os.cpu_count()
     assert said == []
 
 
-def test_an_earlier_run_is_moved_aside_under_the_time_it_was_made(tmp_path, said):
-    path = tmp_path / "demo"
-    open_run_folder(path, settings={"seed": 1}, overwrite=False, say=said.append)
-    (path / "metrics.jsonl").write_text("kept")
-    os.utime(path / "demo.json", (1_700_000_000, 1_700_000_000))
-    open_run_folder(path, settings={"seed": 2}, overwrite=False, say=said.append)
-    (aside,) = [folder for folder in tmp_path.iterdir() if folder != path]
-    assert aside.name.startswith("demo-202311")
-    assert (aside / "metrics.jsonl").read_text() == "kept"
-    assert not (path / "metrics.jsonl").exists()
-    assert said == [f"the earlier run is now {aside}"]
+def test_an_earlier_run_is_refused_with_three_ways_out(tmp_path, recipe, said):
+    path = tmp_path / "x"
+    open_run_folder(path, recipe=recipe(), overwrite=False, say=said.append)
+    with pytest.raises(RecipeError, match=r"--resume .*--overwrite, or name another folder"):
+        open_run_folder(path, recipe=recipe(), overwrite=False, say=said.append)
 
 
-def test_an_earlier_run_whose_place_aside_is_taken_stays_where_it_is(tmp_path, said):
-    path = tmp_path / "demo"
+def test_an_earlier_run_is_moved_aside_under_the_time_it_was_made(tmp_path, recipe, said):
+    path, aside_recipe = tmp_path / "x", recipe("run.existing=aside")
     for _ in range(2):
-        open_run_folder(path, settings={}, overwrite=False, say=said.append)
-        os.utime(path / "demo.json", (1_700_000_000, 1_700_000_000))
-    with pytest.raises(RunFolderError, match="which exists too"):
-        open_run_folder(path, settings={}, overwrite=False, say=said.append)
-    assert (path / "demo.json").exists()
+        open_run_folder(path, recipe=aside_recipe, overwrite=False, say=said.append)
+        (path / "metrics.jsonl").write_text("kept")
+        os.utime(path / "recipe.toml", (1_700_000_000, 1_700_000_000))
+    (aside,) = [folder for folder in tmp_path.iterdir() if folder.is_dir() and folder != path]
+    assert aside.name.startswith("x-202311")
+    assert (aside / "metrics.jsonl").read_text() == "kept"
+    assert said == [f"the earlier run is now {aside}"]
+    with pytest.raises(RecipeError, match="which exists too"):
+        open_run_folder(path, recipe=aside_recipe, overwrite=False, say=said.append)
+    assert (path / "metrics.jsonl").exists()
 
 
-def test_overwrite_replaces_an_earlier_run(tmp_path, said):
-    path = tmp_path / "demo"
-    open_run_folder(path, settings={"seed": 1}, overwrite=False, say=said.append)
+def test_overwrite_replaces_an_earlier_run(tmp_path, recipe, said):
+    path = tmp_path / "x"
+    open_run_folder(path, recipe=recipe(), overwrite=False, say=said.append)
     (path / "metrics.jsonl").write_text("old")
-    open_run_folder(path, settings={"seed": 2}, overwrite=True, say=said.append)
-    assert [file.name for file in path.iterdir()] == ["demo.json"]
-    assert [folder.name for folder in tmp_path.iterdir()] == ["demo"]
+    open_run_folder(path, recipe=recipe(), overwrite=True, say=said.append)
+    assert not (path / "metrics.jsonl").exists()
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
-def test_a_folder_that_is_not_a_run_is_never_touched(tmp_path, said, overwrite):
-    (tmp_path / "thesis.tex").write_text("years of work")
-    with pytest.raises(RunFolderError, match="is not a run of the demo"):
-        open_run_folder(tmp_path, settings={}, overwrite=overwrite, say=said.append)
-    assert [file.name for file in tmp_path.iterdir()] == ["thesis.tex"]
+def test_a_folder_that_is_not_a_run_is_never_touched(tmp_path, recipe, said, overwrite):
+    path = tmp_path / "x"
+    path.mkdir()
+    (path / "thesis.tex").write_text("years of work")
+    with pytest.raises(RecipeError, match="is not a run"):
+        open_run_folder(path, recipe=recipe(), overwrite=overwrite, say=said.append)
+    assert [file.name for file in path.iterdir()] == ["thesis.tex"]
+
+
+def test_a_run_continues_with_its_own_settings_and_names_changed_ones(tmp_path, recipe, said):
+    path = tmp_path / "x"
+    open_run_folder(path, recipe=recipe("run.seed=7"), overwrite=False, say=said.append)
+    same = recipe("run.seed=7", "run.folder=elsewhere")
+    assert run_folder.read_run(path, same).run.seed == 7
+    changed = recipe("run.seed=8", "train.alp.lr=0.1")
+    with pytest.raises(RecipeError) as caught:
+        run_folder.read_run(path, changed)
+    assert "run.seed (was 7, now 8), train.alp.lr (was None, now 0.1)" in str(caught.value)
+
+
+def test_there_must_be_something_to_continue_from(tmp_path, recipe, said):
+    path = tmp_path / "x"
+    with pytest.raises(RecipeError, match=r"there is no recipe\.toml"):
+        run_folder.read_run(path, recipe())
+    open_run_folder(path, recipe=recipe(), overwrite=False, say=said.append)
+    with pytest.raises(RecipeError, match="has no checkpoint yet"):
+        run_folder.newest_checkpoint(path)
+    (path / "checkpoints" / "_actor").mkdir(parents=True)
+    (path / "checkpoints" / "_actor" / "latest").write_text("global_step12\n")
+    assert run_folder.newest_checkpoint(path) == 12
+    (path / "summary.json").write_text("{}")
+    with pytest.raises(RecipeError, match="this run is finished"):
+        run_folder.newest_checkpoint(path)
+
+
+def test_steps_after_the_checkpoint_are_set_aside_also_a_line_that_was_cut(tmp_path):
+    rows = [f'{{"global_step": {step}}}\n' for step in (1, 2, 3)]
+    (tmp_path / "metrics.jsonl").write_text("".join(rows) + '{"global_st')
+    assert run_folder.drop_undone_steps(tmp_path, 2) == 2
+    assert (tmp_path / "metrics.jsonl").read_text() == "".join(rows[:2])
+    assert (tmp_path / "metrics.undone.jsonl").read_text() == rows[2] + '{"global_st'
 
 
 def test_a_model_folder_is_taken_as_it_is(tmp_path, said):
@@ -65,12 +115,12 @@ def test_a_model_folder_is_taken_as_it_is(tmp_path, said):
 
 
 def test_a_folder_without_config_is_not_a_model(tmp_path, said):
-    with pytest.raises(RunFolderError, match=r"has no config\.json"):
+    with pytest.raises(RecipeError, match=r"has no config\.json"):
         find_model(str(tmp_path), say=said.append)
 
 
 def test_a_model_that_cannot_be_fetched_is_named_with_a_way_out(monkeypatch, said):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(RunFolderError, match="leave --model out to use SmolLM2"):
+    with pytest.raises(RecipeError, match="or use smollm2, which needs no network"):
         find_model("nobody/no-such-model", say=said.append)
-    assert said == ["Fetching nobody/no-such-model from the Hugging Face hub"]
+    assert said == ["fetching nobody/no-such-model from the Hugging Face hub"]

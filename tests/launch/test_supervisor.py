@@ -47,3 +47,34 @@ def test_only_the_last_lines_of_a_long_log_are_shown(tmp_path: Path):
     log.write_bytes(b"\xff broken\n" * 100_000 + b"first\nsecond\n")
     assert tail(log, num_lines=2) == "first\nsecond"
     assert tail(tmp_path / "absent") == "(no output)"
+
+
+def test_the_work_ends_before_the_services_it_talks_to(tmp_path):
+    """Each writes when it is asked to end; the service was started last and must end last."""
+    order = tmp_path / "order"
+    code = (
+        "import signal, sys, time\n"
+        "def end(*_):\n"
+        "    open({file!r}, 'a').write({name!r})\n"
+        "    sys.exit()\n"
+        "signal.signal(15, end)\n"
+        "print(1, flush=True)\n"
+        "while True: time.sleep(0.05)\n"
+    )
+    with Supervisor() as supervisor:
+        for name, is_service in (("work ", False), ("service", True)):
+            log = tmp_path / name
+            command = python(code.format(file=str(order), name=name))
+            supervisor.start(name, command, log=log, grace_s=5.0, is_service=is_service)
+            while not log.read_text():
+                pass
+    assert order.read_text() == "work service"
+
+
+def test_a_log_keeps_what_an_earlier_process_wrote(tmp_path):
+    log = tmp_path / "log"
+    with Supervisor() as supervisor:
+        for text in ("first", "second"):
+            child = supervisor.start("A", python(f"print({text!r})"), log=log, grace_s=1.0)
+            assert supervisor.ended(child)[0] == 0
+    assert log.read_text() == "first\nsecond\n"

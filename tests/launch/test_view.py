@@ -1,4 +1,5 @@
 import io
+from pathlib import Path
 
 from rich.console import Console
 
@@ -12,7 +13,8 @@ from openrlhf_alp.episodes.records import (
     VersionSpan,
 )
 from openrlhf_alp.launch.accuracy import Accuracy
-from openrlhf_alp.launch.view import DemoView, describe
+from openrlhf_alp.launch.servers import Server, Status
+from openrlhf_alp.launch.view import Board, LaunchView, describe
 from openrlhf_alp.report.metrics import REWARD, StepMetrics
 
 ROW = Question(question="What is 3 + 4?", label="7")
@@ -68,21 +70,27 @@ def test_a_step_is_described_by_reward_ratio_and_speed():
         values={
             REWARD: 0.25,
             "alp/log_ratio_p99": 0.0953,
+            "alp/k3_kl": 0.002,
+            "alp/sigma_mean": 0.005,
             "rollout/num_samples": 64.0,
             "rollout/response_length_mean": 10.0,
             "timing/generation": 4.0,
         },
     )
-    assert describe(step) == "reward 0.25  ratio P99 1.100  160 tokens/s"
+    assert describe(step) == (
+        "reward 0.25  ratio P99 1.100  KL 2.0e-03  sigma 5.0e-03  160 tokens/s"
+    )
 
 
 def test_a_metric_that_is_missing_is_shown_as_missing():
-    assert describe(StepMetrics(step=1, values={})) == "reward -  ratio P99 -  - tokens/s"
+    assert describe(StepMetrics(step=1, values={})) == (
+        "reward -  ratio P99 -  KL -  sigma -  - tokens/s"
+    )
 
 
 def test_results_show_both_shares_the_change_and_a_real_answer():
     output = io.StringIO()
-    view = DemoView(Console(file=output, width=100))
+    view = LaunchView(Console(file=output, width=100))
     before, after = accuracy(0.25, 0.1471, "[8]", num_not_scored=2), accuracy(0.75, 0.1324, "7")
     view.results("sums", [ROW], before, after, steps_with(0, 0, 0, 1, 1, 1))
     shown = output.getvalue()
@@ -97,7 +105,7 @@ def test_results_show_both_shares_the_change_and_a_real_answer():
 
 def test_a_transcript_shows_who_said_what_and_how_it_ended():
     output = io.StringIO()
-    view = DemoView(Console(file=output, width=60))
+    view = LaunchView(Console(file=output, width=60))
     view.transcript("before", episode("```python\nprint([3 * 7])\n```\n", "It is [21]."))
     lines = [line.strip(" \u2502") for line in output.getvalue().splitlines()]
     assert "before" in lines[0]
@@ -114,11 +122,58 @@ def test_a_transcript_shows_who_said_what_and_how_it_ended():
     assert "could not be computed" in output.getvalue()
 
 
-def test_a_terminal_gets_a_bar_that_ends_full():
+def server(**status: float) -> Server:
+    return Server(
+        name="rollout-0",
+        command=lambda port: [],
+        environment={},
+        url_file=Path(__file__),
+        log=Path("log"),
+        restarts=1,
+        status=Status(**status),
+    )
+
+
+def test_a_terminal_gets_a_table_of_services_with_the_last_step_below():
     output = io.StringIO()
-    view = DemoView(Console(file=output, width=120, force_terminal=True, color_system=None))
-    with view.training(2) as on_step:
+    console = Console(file=output, width=120, force_terminal=True, color_system=None)
+    with LaunchView(console).training(2, []) as on_change:
+        on_change([server(version=3, requests=64, tokens_per_s=210.0)], None)
+        on_change([server(version=3, requests=64, tokens_per_s=210.0)], steps_with(0.5)[0])
+    shown = output.getvalue()
+    (row,) = {line for line in shown.splitlines() if "rollout-0" in line and "64" in line}
+    cells = [cell.strip() for cell in row.split("\u2502")[1:-1]]
+    assert cells == ["rollout-0", "serving", "3", "64", "210", "1"]
+    assert "1/2  reward 0.50" in shown
+
+
+def test_without_a_terminal_each_step_is_a_line():
+    output = io.StringIO()
+    with LaunchView(Console(file=output, width=200)).training(None, []) as on_change:
+        on_change([], None)
         for step in steps_with(0.5, 1.0):
-            on_step(step)
-    assert "2/2" in output.getvalue()
-    assert "reward 1.00" in output.getvalue()
+            on_change([], step)
+    lines = output.getvalue().splitlines()
+    assert [line.split()[:2] for line in lines] == [["step", "1"], ["step", "2"]]
+
+
+def test_quiet_shows_errors_only():
+    output = io.StringIO()
+    view = LaunchView(Console(file=output), quiet=True)
+    view.say("stage", "text")
+    view.title("title")
+    with view.training(1, []) as on_change:
+        on_change([], steps_with(0.5)[0])
+    assert output.getvalue() == ""
+    view.error("broken")
+    assert "broken" in output.getvalue()
+
+
+def test_the_time_left_is_that_of_the_last_steps(monkeypatch):
+    """Steps at 0, 60 and 180 s are 90 s apart on average; three more are 4.5 minutes."""
+    times = iter([0.0, 60.0, 180.0])
+    monkeypatch.setattr("openrlhf_alp.launch.view.time.monotonic", lambda: next(times))
+    board = Board(num_steps=6, steps=[])
+    for step in steps_with(0.1, 0.2, 0.3):
+        board.add(step)
+    assert board.line().endswith("  4 min left")

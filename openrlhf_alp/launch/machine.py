@@ -1,0 +1,164 @@
+"""What this machine has: free GPUs, memory, disk, and the versions of what is installed."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+from filelock import FileLock, Timeout
+
+from openrlhf_alp.launch.recipe import RecipeError
+
+_BUSY_MB = 1024
+"""A GPU with more memory in use than a few idle contexts take belongs to somebody."""
+_PACKAGES = ("openrlhf-alp", "openrlhf", "torch", "transformers", "deepspeed", "ray", "vllm")
+_GIT = ("git", "-C", str(Path(__file__).parent))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Gpu:
+    """One GPU under the name that CUDA_VISIBLE_DEVICES has for it."""
+
+    name: str
+    memory_gb: float
+    used_gb: float = 0.0
+
+    @property
+    def is_free(self) -> bool:
+        return self.used_gb * 1024 < _BUSY_MB
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Machine:
+    """What a run may use."""
+
+    gpus: tuple[Gpu, ...]
+    memory_gb: float
+    """Of the host, in all: what other programs have now may be free when the run needs it."""
+
+    @property
+    def free_gpus(self) -> tuple[Gpu, ...]:
+        return tuple(gpu for gpu in self.gpus if gpu.is_free)
+
+
+def this_machine() -> Machine:
+    """This host; of its GPUs those that CUDA_VISIBLE_DEVICES names, if it is set."""
+    return Machine(
+        gpus=tuple(_visible(_installed_gpus(), os.environ.get("CUDA_VISIBLE_DEVICES"))),
+        memory_gb=psutil.virtual_memory().total / 2**30,
+    )
+
+
+def pretended_machine(text: str) -> Machine:
+    """The machine that "8x80" stands for: 8 free GPUs of 80 GB, to plan for one elsewhere.
+
+    Raises:
+        RecipeError: the text is not of this form.
+    """
+    count, _, size = text.partition("x")
+    try:
+        gpus = tuple(Gpu(name=str(n), memory_gb=float(size)) for n in range(int(count)))
+    except ValueError as error:
+        raise RecipeError(f"--pretend-gpus {text}: write it as 8x80, 8 GPUs of 80 GB") from error
+    visible = _visible(gpus, os.environ.get("CUDA_VISIBLE_DEVICES"))
+    return Machine(gpus=tuple(visible), memory_gb=psutil.virtual_memory().total / 2**30)
+
+
+def _installed_gpus() -> Sequence[Gpu]:
+    query = ("--query-gpu=index,memory.total,memory.used", "--format=csv,noheader,nounits")
+    try:
+        # Not torch: it would open a context on every GPU, and take memory there.
+        run = subprocess.run(
+            ("nvidia-smi", *query), capture_output=True, text=True, timeout=30, check=True
+        )
+    except (OSError, subprocess.SubprocessError):
+        return ()
+    rows = [line.split(", ") for line in run.stdout.splitlines()]
+    return [
+        Gpu(name=index, memory_gb=float(total) / 1024, used_gb=float(used) / 1024)
+        for index, total, used in rows
+    ]
+
+
+def _visible(gpus: Sequence[Gpu], variable: str | None) -> Sequence[Gpu]:
+    if variable is None:
+        return gpus
+    named = [name.strip() for name in variable.split(",") if name.strip()]
+    return [gpu for gpu in gpus if gpu.name in named]
+
+
+@contextlib.contextmanager
+def claimed(gpus: Sequence[Gpu], count: int) -> Iterator[tuple[Gpu, ...]]:
+    """`count` of `gpus`, which no other launch on this machine gets while the block runs.
+
+    Raises:
+        RecipeError: fewer are free.
+    """
+    folder = Path(tempfile.gettempdir()) / f"openrlhf-alp-gpus-{os.getuid()}"
+    with contextlib.ExitStack() as stack:
+        taken: list[Gpu] = []
+        for gpu in gpus:
+            if len(taken) == count:
+                break
+            folder.mkdir(exist_ok=True)
+            # A GPU that was just given to another launch shows no memory in use for a while.
+            with contextlib.suppress(Timeout):
+                stack.enter_context(FileLock(folder / f"{gpu.name}.lock", timeout=0))
+                taken.append(gpu)
+        if len(taken) < count:
+            raise RecipeError(too_few_gpus(count, len(taken)))
+        yield tuple(taken)
+
+
+def too_few_gpus(needed: int, free: int) -> str:
+    """What a person reads when GPUs are missing."""
+    return (
+        f"the recipe needs {needed} GPU(s) and {free} are free. Wait for the others, set "
+        "CUDA_VISIBLE_DEVICES to other ones, or ask for fewer with rollout.servers, rollout.gpus "
+        "and train.gpus (0 runs on the CPU)."
+    )
+
+
+def free_disk_gb(folder: Path) -> float:
+    """Of the file system on which `folder` is or will be made."""
+    while not folder.exists():
+        folder = folder.parent
+    return shutil.disk_usage(folder).free / 2**30
+
+
+def environment() -> dict[str, Any]:
+    """Versions, commit and machine, for `environment.json`."""
+    versions = {}
+    for package in _PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[package] = importlib.metadata.version(package)
+    return {
+        "python": sys.version.split()[0],
+        "versions": versions,
+        "commit": _git("rev-parse", "HEAD"),
+        "changed_files": (_git("status", "--porcelain", "-uno") or "").splitlines(),
+        "host": platform.node(),
+        "system": platform.platform(),
+        "cpus": os.cpu_count(),
+        "memory_gb": round(psutil.virtual_memory().total / 2**30, 1),
+        "gpus": [{"name": gpu.name, "memory_gb": gpu.memory_gb} for gpu in this_machine().gpus],
+    }
+
+
+def _git(*arguments: str) -> str | None:
+    """What git says of the source; None where it is installed without a repository."""
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        run = subprocess.run((*_GIT, *arguments), capture_output=True, text=True, check=True)
+        return run.stdout.strip()
+    return None

@@ -1,0 +1,471 @@
+"""One run of a recipe, stage by stage.
+
+check --> data --> tool services --> [warm-up] --> rollout services --> [accuracy before]
+      --> training --> [accuracy after] --> plots, summary
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import secrets
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from filelock import FileLock, Timeout
+
+from openrlhf_alp.clients.errors import ServiceError
+from openrlhf_alp.data.tasks import QuestionSplit, repeat_rows, split_additions, split_products
+from openrlhf_alp.data.tasks import write_rows as write_questions
+from openrlhf_alp.launch import machine, plan, run_folder
+from openrlhf_alp.launch.commands import ROLLOUT_KEYS, TOOL_KEYS, Commands, Inputs
+from openrlhf_alp.launch.recipe import SMOLLM2, Recipe, RecipeError, Source
+from openrlhf_alp.launch.servers import Server, Servers
+from openrlhf_alp.launch.supervisor import Child, ProcessFailedError, StopRequested, Supervisor
+from openrlhf_alp.launch.view import LaunchView
+from openrlhf_alp.report.metrics import (
+    MetricsFileError,
+    MetricsFollower,
+    StepMetrics,
+    reward_at_edges,
+)
+
+if TYPE_CHECKING:
+    from openrlhf_alp.launch.accuracy import Accuracy
+
+_WORK_GRACE_S = 4.5
+_POLL_S = 0.3
+_ASK_EVERY_S = 2.0
+_SHARED_MEMORY = Path("/dev/shm")
+
+_TASKS: Mapping[str, tuple[str, Callable[..., QuestionSplit]]] = {
+    "addition": ("sums", split_additions),
+    "multiplication": ("products", split_products),
+}
+"""Made task -> what a question asks for, and what makes the questions."""
+_VERDICTS = ("ok", "suspicious", "broken")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Options:
+    """What the command line adds to a recipe."""
+
+    resume: Path | None = None
+    overwrite: bool = False
+    dry_run: bool = False
+    pretend_gpus: str | None = None
+
+
+def launch(
+    recipe: Recipe,
+    source: Source,
+    view: LaunchView,
+    options: Options,
+    commands: Commands | None = None,
+    check: Callable[..., plan.Plan] = plan.check_plan,
+) -> int:
+    """Runs `recipe`; every process it started has ended when it returns.
+
+    Returns:
+        0, or 1 when something failed, 2 when recipe, folder or machine are not right, or 128 + the
+        number of the signal that stopped it.
+    """
+    started_s = time.monotonic()
+    folder = options.resume or recipe.run.folder or Path("runs", source.path.stem)
+    try:
+        with ExitStack() as stack, Supervisor() as supervisor:
+            run = _Run(recipe, source, folder, view, options, supervisor, commands or Commands())
+            run.run(stack, check)
+    except RecipeError as error:
+        view.error(str(error))
+        return 2
+    except (ProcessFailedError, ServiceError, MetricsFileError, OSError) as error:
+        view.error(str(error))
+        if (folder / "checkpoints").is_dir():
+            view.say(
+                "continue", f"from the newest checkpoint: openrlhf-alp launch --resume {folder}"
+            )
+        return 1
+    except StopRequested as stop:
+        view.say("stopped", f"by {stop}; every process of the run has been ended")
+        return stop.exit_status
+    view.say("done", f"in {(time.monotonic() - started_s) / 60:.1f} minutes")
+    return 0
+
+
+class _Run:
+    """One run. `run` is the table of contents; each stage is a method."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        source: Source,
+        folder: Path,
+        view: LaunchView,
+        options: Options,
+        supervisor: Supervisor,
+        commands: Commands,
+    ) -> None:
+        self._recipe, self._source, self._folder = recipe, source, folder
+        self._view, self._options = view, options
+        self._supervisor, self._commands = supervisor, commands
+        self._groups: list[Servers] = []
+        self._rollout_urls = recipe.rollout.urls
+        self._tool_urls = recipe.tool.urls if recipe.tool else ()
+
+    def run(self, stack: ExitStack, check: Callable[..., plan.Plan]) -> None:
+        step = self._check_folder(stack)
+        self._model = self._find_model()
+        self._plan = self._make_plan(stack, check)
+        if self._options.dry_run:
+            return
+        self._open_folder(step)
+        self._set_environment()
+        self._write_data()
+        if self._recipe.tool and not self._tool_urls:
+            self._tool_urls = self._start_servers("tool", self._recipe.tool, None)
+        # Before the engine: its memory is free again before vLLM measures what there is.
+        self._warm_up()
+        if not self._rollout_urls:
+            shared = self._shared_folder(stack)
+            self._rollout_urls = self._start_servers("rollout", self._recipe.rollout, shared)
+        self._evaluate("before")
+        before = self._measure("before")
+        steps = self._train()
+        after = self._measure("after")
+        self._evaluate("after")
+        self._report(before, after, steps)
+
+    def _check_folder(self, stack: ExitStack) -> int:
+        """The step to continue from, 0 for a new run; nobody else gets the folder meanwhile."""
+        if self._options.dry_run:
+            return 0
+        folder, step = self._folder, 0
+        if self._options.resume:
+            step = run_folder.newest_checkpoint(folder)
+        else:
+            run_folder.check_run_folder(
+                folder, recipe=self._recipe, overwrite=self._options.overwrite
+            )
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            # Beside it, because the folder itself may be moved.
+            stack.enter_context(FileLock(folder.parent / f".{folder.name}.lock", timeout=0))
+        except Timeout as error:
+            raise RecipeError(
+                f"run.folder {folder} is in use by another launch. Wait for it, or name another "
+                "folder with --set run.folder=..."
+            ) from error
+        return step
+
+    def _find_model(self) -> str:
+        name = self._recipe.model.path
+        is_id = name != SMOLLM2 and not Path(name).exists() and not Path(name).is_absolute()
+        if self._options.dry_run and is_id:
+            return name  # a dry run fetches nothing
+        return str(run_folder.find_model(name, say=partial(self._view.say, "model")))
+
+    def _make_plan(self, stack: ExitStack, check: Callable[..., plan.Plan]) -> plan.Plan:
+        needed = plan.gpus_needed(self._recipe)
+        if text := self._options.pretend_gpus:
+            here = machine.pretended_machine(text)
+        else:
+            here = machine.this_machine()
+        gpus = here.free_gpus
+        if len(gpus) < needed:
+            raise RecipeError(machine.too_few_gpus(needed, len(gpus)))
+        if not self._options.dry_run:
+            gpus = stack.enter_context(machine.claimed(gpus, needed))
+        # Where there is a GPU, whoever gets none must not find one by itself.
+        self._has_gpus = bool(here.gpus)
+        made = plan.make_plan(self._recipe, self._folder, self._model, gpus, self._commands)
+        with self._view.waiting("Checking flags, ports, memory and disk"):
+            made = check(made, self._source, here, self._supervisor)
+        for name, text in plan.describe(made, gpus) if self._options.dry_run else ():
+            self._view.say(name, text)
+        return made
+
+    def _open_folder(self, step: int) -> None:
+        say = partial(self._view.say, "folder")
+        if self._options.resume:
+            self._folder = self._folder.resolve()
+            undone = run_folder.drop_undone_steps(self._folder, step)
+            say(f"{self._folder}: continues after step {step}; {undone} later steps are repeated")
+            return
+        self._folder = run_folder.open_run_folder(
+            self._folder, recipe=self._recipe, overwrite=self._options.overwrite, say=say
+        )
+        say(str(self._folder))
+
+    def _set_environment(self) -> None:
+        """Keys and switches of the children, by environment: a command line is public."""
+        self._keys = {
+            name: os.environ[name] if urls else secrets.token_urlsafe(32)
+            for names, urls in ((ROLLOUT_KEYS, self._rollout_urls), (TOOL_KEYS, self._tool_urls))
+            for name in names
+        }
+        self._environment = {**self._keys, "PYTHONUNBUFFERED": "1"}
+        data = self._recipe.data
+        if "HF_HUB_OFFLINE" not in os.environ and not (data.path and not Path(data.path).exists()):
+            # Everything is on this disk; a missing network would cost minutes of retries.
+            self._offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
+        else:
+            self._offline = {}
+
+    def _environment_of(self, name: str) -> dict[str, str]:
+        gpus = next((p.gpus for p in self._plan.processes if p.name == name), ())
+        visible = {"CUDA_VISIBLE_DEVICES": ",".join(gpus)} if self._has_gpus else {}
+        return {**self._environment, **self._offline, **visible}
+
+    def _write_data(self) -> None:
+        data, seed = self._recipe.data, self._recipe.run.seed
+        self._prompts = Path(data.path or self._folder / "data" / "prompts.jsonl")
+        if data.task:
+            self._noun, split = _TASKS[data.task]
+            questions = split(seed=seed)
+            self._test = questions.test
+            # As many rows as the steps read: the run then ends after exactly this many steps.
+            count = (data.steps or 0) * self._plan.shape["batch_size"]
+            self._prompts.parent.mkdir(exist_ok=True)
+            rows = repeat_rows(questions.train, count=count, seed=seed)
+            write_questions(self._prompts, rows)
+            write_questions(self._prompts.with_name("held_out.jsonl"), self._test)
+            self._view.say(
+                "task",
+                f'"{self._test[0].question}" and the like: {len(questions.train)} questions to '
+                f"train on, {len(self._test)} held out",
+            )
+        elif data.sources and not self._prompts.exists():
+            self._prompts.parent.mkdir(exist_ok=True)
+            command = self._commands.prepare(self._recipe, model=self._model, output=self._prompts)
+            self._work("data", "Preparing the prompts", command, self._environment)
+
+    def _start_servers(self, kind: str, how: Any, shared: Path | None) -> tuple[str, ...]:
+        """URLs of the services, which they write once they accept connections."""
+        started_s = time.monotonic()
+        servers = []
+        for name, port in plan.named_ports(kind, how.servers, how.flags):
+            url_file = self._folder / "logs" / f"{name}.url"
+            url_file.unlink(missing_ok=True)
+            start = partial(self._commands.tool, self._recipe)
+            if kind == "rollout":
+                start = partial(
+                    self._commands.rollout, self._recipe, model=self._model, weights_dir=shared
+                )
+            servers.append(
+                Server(
+                    name=name,
+                    command=lambda port, start=start, file=url_file: start(  # type: ignore[misc]
+                        url_file=file, port=port
+                    ),
+                    environment=self._environment_of(name),
+                    url_file=url_file,
+                    log=url_file.with_suffix(".log"),
+                    port=port,
+                )
+            )
+        group = Servers(
+            self._supervisor,
+            servers,
+            ready_timeout_s=how.ready_timeout_s,
+            max_restarts=how.max_restarts,
+            say=partial(self._view.say, "restart"),
+        )
+        logs = f"(logs: {self._folder / 'logs'})"
+        with self._view.waiting(f"Starting {len(servers)} {kind} service(s) {logs}"):
+            group.start(self._check_services)
+        self._groups.append(group)
+        seconds = time.monotonic() - started_s
+        for server in servers:
+            self._view.say(
+                "service",
+                f"{server.name} is ready at {server.url} after {seconds:.0f} s (log: {server.log})",
+            )
+        return tuple(server.url for server in servers)
+
+    def _shared_folder(self, stack: ExitStack) -> Path:
+        """Where servers read the weights of an update, also after a restart; in memory if it can
+        be."""
+        parent = _SHARED_MEMORY if _SHARED_MEMORY.is_dir() else None
+        folder = tempfile.TemporaryDirectory(
+            prefix="openrlhf-alp-weights-", dir=parent, ignore_cleanup_errors=True
+        )
+        return Path(stack.enter_context(folder))
+
+    def _check_services(self) -> None:
+        for group in self._groups:
+            group.check()
+
+    def _work(
+        self, name: str, what: str, command: list[str], environment: Mapping[str, str]
+    ) -> None:
+        """Runs a process to its end, while the services run."""
+        log = self._folder / "logs" / f"{name}.log"
+        child = self._supervisor.start(
+            what, command, log=log, grace_s=_WORK_GRACE_S, environment=environment
+        )
+        started_s = time.monotonic()
+        with self._view.waiting(f"{what} (log: {log})"):
+            self._supervisor.wait(child)
+        self._view.say(name, f"{what}: {time.monotonic() - started_s:.0f} s (log: {log})")
+
+    def _warm_up(self) -> None:
+        """Shows the policy the form of a tool call, by supervised learning, and says so."""
+        if not self._recipe.model.warm_up_steps:
+            return
+        warm = self._folder / "warm-model"
+        if not (warm / "config.json").exists():
+            command = self._commands.warm_up(self._recipe, model=self._model, output=warm)
+            self._work("warm-up", "Supervised warm-up", command, self._environment_of("train"))
+            self._view.say(
+                "warm-up",
+                f"{self._recipe.model.warm_up_steps} supervised steps show what a tool call looks "
+                "like, and twice as often a wrong guess; which of them pays is left to the reward",
+            )
+        self._model = str(warm)
+
+    def _measure(self, name: str) -> Accuracy | None:
+        """Held-out questions of a made task."""
+        if self._recipe.data.task is None:
+            return None
+        # Here and not above: it imports torch and transformers, which takes seconds.
+        from openrlhf_alp.launch.accuracy import measure_accuracy
+
+        with self._view.waiting(f"Asking the {len(self._test)} held-out questions"):
+            accuracy = measure_accuracy(
+                self._test,
+                model=Path(self._model),
+                rollout_urls=self._rollout_urls,
+                tool_urls=self._tool_urls,
+                flags=self._recipe.train.flags,
+                keys=self._keys,
+                seed=self._recipe.run.seed,
+                check_services=self._check_services,
+            )
+        self._view.say(
+            name,
+            f"held-out {self._noun} right: {accuracy.greedy:.0%} greedy, "
+            f"{accuracy.sampled:.0%} at temperature 1",
+        )
+        return accuracy
+
+    def _evaluate(self, name: str) -> None:
+        """Problem sets of the recipe; what an earlier attempt has answered is not asked again."""
+        if self._recipe.evaluate is None or not getattr(self._recipe.evaluate, name):
+            return
+        output = self._folder / "evaluation" / name
+        command = self._commands.evaluate(self._recipe, self._inputs(), output)
+        self._work(f"evaluate-{name}", f"Evaluating {name} training", command, self._environment)
+        self._view.say("results", str(output / "results.md"))
+
+    def _inputs(self) -> Inputs:
+        return Inputs(
+            model=self._model,
+            prompts=str(self._prompts),
+            folder=self._folder,
+            rollout_urls=self._rollout_urls,
+            tool_urls=self._tool_urls,
+            resume=self._options.resume is not None,
+        )
+
+    def _train(self) -> list[StepMetrics]:
+        log = self._folder / "logs" / "train.log"
+        train = self._supervisor.start(
+            "Training",
+            self._commands.train(self._recipe, self._inputs()),
+            log=log,
+            grace_s=_WORK_GRACE_S,
+            environment=self._environment_of("train"),
+        )
+        self._view.say("training", f"starting Ray and DeepSpeed (log: {log})")
+        steps = self._follow(train)
+        self._supervisor.wait(train)
+        wanted = self._num_steps()
+        if wanted is not None and len(steps) != wanted:
+            self._view.say(
+                "note",
+                f"{len(steps)} of {wanted} steps were made: groups of answers were dropped or "
+                f"skipped, see {log}",
+            )
+        return steps
+
+    def _num_steps(self) -> int | None:
+        """How many steps the prompts are for; None when they cannot be counted here."""
+        if not self._prompts.is_file() or self._prompts.suffix != ".jsonl":
+            return None
+        shape = self._plan.shape
+        with self._prompts.open("rb") as lines:
+            rows = min(sum(1 for _ in lines), shape["max_samples"])
+        return math.ceil(rows / shape["batch_size"]) * shape["num_episodes"]
+
+    def _follow(self, train: Child) -> list[StepMetrics]:
+        """Shows each step as it is logged and keeps services running, until training ends."""
+        follower = MetricsFollower(self._folder / run_folder.METRICS)
+        steps = follower.new_steps()  # of a run that continues
+        asked_s = 0.0
+        with self._view.training(self._num_steps(), steps) as on_change:
+            while True:
+                # Asked before reading, so that what is logged just before the end is still read.
+                is_running = train.is_running
+                servers = [server for group in self._groups for server in group.all]
+                for step in follower.new_steps():
+                    steps.append(step)
+                    on_change(servers, step)
+                    self._say_verdict(step)
+                if not is_running:
+                    return steps
+                for group in self._groups:
+                    group.keep_running()
+                if self._view.is_live and time.monotonic() - asked_s > _ASK_EVERY_S:
+                    for group in self._groups:
+                        group.poll()
+                    on_change(servers, None)
+                    asked_s = time.monotonic()
+                time.sleep(_POLL_S)
+
+    def _say_verdict(self, step: StepMetrics) -> None:
+        if (verdict := step.values.get("preflight/verdict")) is not None:
+            kl = step.values.get("preflight/k3_kl", math.nan)
+            text = f"{_VERDICTS[int(verdict)]}: learner and service differ by a k3 KL of {kl:.1e}"
+            self._view.say("preflight", text)
+
+    def _report(
+        self, before: Accuracy | None, after: Accuracy | None, steps: Sequence[StepMetrics]
+    ) -> None:
+        from openrlhf_alp.report.plots import write_plots  # imports matplotlib
+
+        recipe, folder = self._recipe, self._folder
+        method = recipe.train.flags.get("alp.method", "OpenRLHF's own loss")
+        title = f"{method}, {self._source.path.stem}, seed {recipe.run.seed}"
+        (folder / "plots").mkdir(exist_ok=True)
+        plots = write_plots(steps, folder / "plots", title=title)
+        first, last = reward_at_edges(steps) or (None, None)
+        summary: dict[str, Any] = {
+            "steps": len(steps),
+            "reward_first_steps": first,
+            "reward_last_steps": last,
+            "restarts": {s.name: s.restarts for group in self._groups for s in group.all},
+        }
+        if before and after:
+            summary |= {"before": _numbers(before), "after": _numbers(after)}
+            self._view.results(self._noun, self._test, before, after, steps)
+            if recipe.tool:
+                self._view.transcript("one episode before", before.greedy_episodes[0])
+                self._view.transcript("the same question after", after.greedy_episodes[0])
+        text = json.dumps(summary, indent=2)
+        (folder / run_folder.SUMMARY).write_text(text + "\n", encoding="utf-8")
+        self._view.say("plots", " and ".join(map(str, plots)))
+        self._view.say("curves", f"tensorboard --logdir {folder / 'tensorboard'}")
+
+
+def _numbers(accuracy: Accuracy) -> dict[str, float | None]:
+    shares = {"greedy": accuracy.greedy, "temperature_1": accuracy.sampled}
+    # JSON has no NaN; null says that nothing could be scored.
+    return {name: None if math.isnan(share) else share for name, share in shares.items()}

@@ -1,0 +1,192 @@
+import json
+import re
+import socket
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from openrlhf_alp.launch import machine, plan
+from openrlhf_alp.launch.commands import Commands
+from openrlhf_alp.launch.recipe import RecipeError, read_recipe
+from openrlhf_alp.launch.supervisor import Supervisor
+
+SHAPE = {
+    **{"num_ranks": 4, "zero_stage": 3, "adam_offload": True, "micro_batch_tokens": 1000},
+    **{"batch_size": 8, "num_episodes": 1, "max_samples": 10**8},
+}
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    """A recipe on the model folder `tmp_path / "m"`, and its source."""
+    folder = tmp_path / "m"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps({"vocab_size": 100}))
+    save_file({"w": torch.zeros(1000, 1000), "b": torch.zeros(1000)}, folder / "a.safetensors")
+
+    def make(*settings):
+        path = tmp_path / "r.toml"
+        path.write_text(
+            f'[model]\npath = "{folder}"\n[data]\npath = "prompts.jsonl"\n[rollout]\n[train]\n'
+        )
+        return read_recipe(path, settings)
+
+    return make
+
+
+def planned(recipe, here, tmp_path):
+    gpus = here.free_gpus
+    return plan.make_plan(recipe, tmp_path / "run", recipe.model.path, gpus, Commands())
+
+
+def value(command, flag):
+    return command[command.index(flag) + 1]
+
+
+def test_servers_and_learner_get_gpus_of_their_own(recipe, tmp_path, monkeypatch):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    made, _ = recipe("rollout.servers=2", "rollout.gpus=2", "train.gpus=3", "tool.servers=1")
+    processes = planned(made, machine.pretended_machine("8x80"), tmp_path).processes
+    gpus = {process.name: process.gpus for process in processes}
+    assert gpus == {
+        "tool-0": (),
+        "rollout-0": ("0", "1"),
+        "rollout-1": ("2", "3"),
+        "train": ("4", "5", "6"),
+    }
+    servers = [process.command for process in processes if process.name.startswith("rollout")]
+    assert [value(command, "--tensor-parallel-size") for command in servers] == ["2", "2"]
+    # One folder for both: an update is written once.
+    assert value(servers[0], "--weights-dir") == value(servers[1], "--weights-dir")
+    train = processes[-1].command
+    assert value(train, "--actor.num_gpus_per_node") == "3"
+    urls = train[train.index("--rollout.service_urls") + 1 :][:2]
+    assert urls == ["http://127.0.0.1:rollout-0", "http://127.0.0.1:rollout-1"]
+
+
+def test_one_gpu_may_serve_and_learn(recipe, tmp_path, monkeypatch):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    made, _ = recipe("rollout.gpus=1", "train.gpus=1", "train.shares_gpus=true")
+    assert plan.gpus_needed(made) == 1
+    processes = planned(made, machine.pretended_machine("1x80"), tmp_path).processes
+    assert [process.gpus for process in processes] == [("0",), ("0",)]
+
+
+def test_only_visible_and_free_gpus_are_taken(monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,6,3")
+    assert [gpu.name for gpu in machine.pretended_machine("8x80").free_gpus] == ["3", "5", "6"]
+    busy = machine.Gpu(name="0", memory_gb=80.0, used_gb=20.0)
+    here = machine.Machine(gpus=(busy, machine.Gpu(name="1", memory_gb=80.0)), memory_gb=1.0)
+    assert [gpu.name for gpu in here.free_gpus] == ["1"]
+
+
+def test_two_launches_get_different_gpus_and_a_third_is_told_what_to_do():
+    gpus = [machine.Gpu(name=f"test-{name}", memory_gb=80.0) for name in range(3)]
+    with machine.claimed(gpus, 2) as one, machine.claimed(gpus, 1) as two:
+        assert [gpu.name for gpu in (*one, *two)] == ["test-0", "test-1", "test-2"]
+        with (
+            pytest.raises(RecipeError, match=r"needs 1 GPU\(s\) and 0 are free"),
+            machine.claimed(gpus, 1),
+        ):
+            pass
+    with machine.claimed(gpus, 3) as freed:
+        assert len(freed) == 3
+
+
+def test_what_a_run_needs_at_least_is_arithmetic(recipe, tmp_path, monkeypatch):
+    """1.001e6 weights: 2 bytes each to serve; ZeRO-3 on 4 ranks 1 byte each, Adam on the host;
+    logits of 1000 tokens and 100 words at 10 bytes are 0.001 GB."""
+    made, _ = recipe("rollout.gpus=1", "train.gpus=4", "train.ckpt.save_steps=2")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    drawn = planned(made, machine.pretended_machine("8x80"), tmp_path)
+    needs = {
+        need.where: need.gb
+        for need in plan._needs(plan.replace(drawn, shape=SHAPE))  # what check_plan adds
+    }
+    assert needs == {
+        "each GPU of a server": pytest.approx(1 + 0.002002),
+        "each GPU of the learner": pytest.approx(1 + 0.001 + 0.001001),
+        "disk of the run folder": pytest.approx(0.001001 * (2 + 3 * 14)),
+    }
+
+
+def test_a_model_that_cannot_fit_is_refused_with_the_arithmetic(recipe, tmp_path, monkeypatch):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    made, _ = recipe("rollout.gpus=1", "train.gpus=4")
+    here = machine.pretended_machine("8x0.5")
+    drawn = plan.replace(planned(made, here, tmp_path), shape=SHAPE)
+    drawn = plan.replace(drawn, needs=tuple(plan._needs(drawn)))
+    with pytest.raises(RecipeError, match=r"each GPU of a server needs at least 1\.0 GB"):
+        plan._check_room(drawn, here)
+
+
+def test_a_port_in_use_is_found_before_anything_starts(recipe, tmp_path):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        made, source = recipe(f"rollout.port={port}")
+        drawn = planned(made, machine.this_machine(), tmp_path)
+        with pytest.raises(RecipeError, match=f"rollout-0: port {port} is not free"):
+            plan.check_plan(drawn, source, machine.this_machine(), Supervisor())
+
+
+def test_urls_need_keys(recipe, tmp_path, monkeypatch):
+    monkeypatch.delenv("OPENRLHF_ALP_ROLLOUT_ADMIN_KEY", raising=False)
+    made, source = recipe('rollout.urls=["http://a:1"]')
+    drawn = planned(made, machine.this_machine(), tmp_path)
+    assert [process.name for process in drawn.processes] == ["train"]
+    with pytest.raises(RecipeError, match="OPENRLHF_ALP_ROLLOUT_ADMIN_KEY not set"):
+        plan.check_plan(drawn, source, machine.this_machine(), Supervisor())
+
+
+def test_a_cluster_gets_the_learner_as_a_job_with_all_its_flags(recipe, tmp_path):
+    made, _ = recipe('rollout.urls=["http://a:1"]', "train.ray_address=http://head:8265")
+    command = planned(made, machine.this_machine(), tmp_path).processes[-1].command
+    assert value(command, "--address") == "http://head:8265"
+    entry = value(command, "--entry")
+    assert entry.startswith("python -m openrlhf_alp.cli.train_ppo_ray --actor.model_name_or_path")
+    assert "--rollout.service_urls http://a:1" in entry
+
+
+def test_evaluations_stand_around_the_learner_and_ask_its_services(recipe, tmp_path):
+    made, _ = recipe('evaluate.suite=["gsm8k"]', "evaluate.n=4", "run.seed=5")
+    processes = planned(made, machine.this_machine(), tmp_path).processes
+    names = [process.name for process in processes]
+    assert names == ["rollout-0", "evaluate-before", "train", "evaluate-after"]
+    before = processes[1].command
+    assert value(before, "--rollout_urls") == "http://127.0.0.1:rollout-0"
+    assert (value(before, "--n"), value(before, "--seed")) == ("4", "5")
+    assert value(before, "--suite") == "gsm8k"
+    assert value(before, "--output") == str(tmp_path / "run" / "evaluation" / "before")
+
+
+def test_a_flag_that_follows_from_another_place_is_refused_with_that_place(recipe, tmp_path):
+    made, _ = recipe("train.train.seed=3")
+    with pytest.raises(RecipeError, match=r"train\.train\.seed follows from \[run\] seed"):
+        planned(made, machine.this_machine(), tmp_path)
+
+
+@pytest.mark.e2e
+@pytest.mark.parametrize(
+    ("settings", "shown"),
+    [
+        (["rollout.max_model_length=64"], "rollout has no flag max_model_length. Did you mean"),
+        (["rollout.max_model_len=long"], "--max-model-len: Input should be a valid integer"),
+        (
+            ["train.alp.methd=seq-alp"],
+            "the trainer has no flag alp.methd. Did you mean alp.method?",
+        ),
+        (
+            ['evaluate.suite=["gsm8k"]', "evaluate.numbers=3"],
+            "evaluate has no flag numbers",
+        ),
+        ([], "cannot load its tokenizer"),
+    ],
+)
+def test_the_programs_themselves_judge_their_flags(recipe, tmp_path, settings, shown):
+    made, source = recipe("train.alp.enable=true", *settings)
+    drawn = planned(made, machine.this_machine(), tmp_path)
+    with Supervisor() as supervisor, pytest.raises(RecipeError, match=re.escape(shown)):
+        plan.check_plan(drawn, source, machine.this_machine(), supervisor)

@@ -1,0 +1,156 @@
+"""A launch as a user meets it: a process with signals, logs, a run folder and an exit status."""
+
+import json
+import signal
+import time
+
+import pytest
+
+pytestmark = pytest.mark.e2e
+
+MOST_S = 20.0
+"""From a stop signal to the last process gone."""
+
+
+def test_a_run_ends_with_numbers_plots_and_no_process_left(start_launch):
+    launch = start_launch()
+    status, output = launch.finish()
+    assert status == 0, output
+    assert launch.still_running() == []
+    assert len(launch.started_pids()) == 4
+
+    run = launch.folder / "run"
+    assert {path.name for path in run.iterdir()} >= {
+        *("recipe.toml", "environment.json", "metrics.jsonl", "logs", "data", "plots"),
+        "summary.json",
+    }
+    assert (run / "plots" / "reward.png").exists()
+    # The fake service answers 0 before and the sum after; 3 steps of 0.1 0.2 0.3 and 0.8 0.9 1.0.
+    assert json.loads((run / "summary.json").read_text()) == {
+        "steps": 10,
+        "before": {"greedy": 0.0, "temperature_1": 0.0},
+        "after": {"greedy": 1.0, "temperature_1": 1.0},
+        "reward_first_steps": pytest.approx(0.2),
+        "reward_last_steps": pytest.approx(0.9),
+        "restarts": {"rollout-0": 0},
+    }
+    assert "10/10  reward 1.00  ratio P99 1.000" in output
+    assert "256 tokens/s" in output
+    assert "+100 points" in output
+
+
+@pytest.mark.parametrize(
+    ("options", "num_processes", "signum"),
+    [
+        pytest.param({"check": "hangs"}, 0, signal.SIGTERM, id="while flags are checked"),
+        pytest.param({"tool": "never_ready"}, 2, signal.SIGTERM, id="while a tool service starts"),
+        pytest.param({"rollout": "never_ready"}, 2, signal.SIGINT, id="while a server starts"),
+        pytest.param({"rollout": "hangs_when_asked"}, 2, signal.SIGTERM, id="before training"),
+        pytest.param({"train": "hangs"}, 4, signal.SIGINT, id="in training"),
+        pytest.param({"train": "hangs", "tool": "ok"}, 6, signal.SIGHUP, id="no terminal"),
+        pytest.param(
+            {"train": "stubborn", "rollout": "stubborn"}, 4, signal.SIGTERM, id="none obeys"
+        ),
+    ],
+)
+def test_a_stop_signal_ends_everything_in_time_at_every_stage(
+    start_launch, options, num_processes, signum
+):
+    launch = start_launch(**options)
+    if "check" in options:
+        launch.read_until("checking")
+    launch.wait_for_pids(num_processes)
+    asked_s = time.monotonic()
+    launch.process.send_signal(signum)
+    status, output = launch.finish()
+    assert time.monotonic() - asked_s < MOST_S
+    assert status == 128 + signum, output
+    assert f"by {signum.name}; every process of the run has been ended" in output
+    assert launch.still_running() == []
+
+
+@pytest.mark.parametrize(
+    ("options", "shown"),
+    [
+        pytest.param(
+            {"train": "fails"},
+            [
+                "Training ended with exit status 1. Last lines of",
+                "error: a loss of NaN; fix: lower the learning rate",
+            ],
+            id="training fails",
+        ),
+        pytest.param(
+            {"train": "is_killed"},
+            ["Training was ended by SIGKILL", "usually because memory ran out"],
+            id="training is killed",
+        ),
+        pytest.param(
+            {"rollout": "dies"},
+            [
+                "rollout-0 ended with exit status 1",
+                "error: no such model folder; fix: name another",
+            ],
+            id="the service does not start",
+        ),
+        pytest.param(
+            {"rollout": "dies_when_asked"},
+            ["rollout-0 was ended by SIGSEGV"],
+            id="the service dies while accuracy is measured",
+        ),
+        pytest.param(
+            {"train": "kills_always"},
+            ["started again (1 of 1)", "rollout-0 was ended by SIGKILL. Last lines of"],
+            id="the service dies more often than it may",
+        ),
+    ],
+)
+def test_a_process_that_fails_ends_the_run_and_is_shown_with_the_end_of_its_log(
+    start_launch, options, shown
+):
+    launch = start_launch(**options)
+    status, output = launch.finish()
+    assert status == 1, output
+    for text in shown:
+        assert text in output
+    assert launch.still_running() == []
+
+
+def test_a_service_that_is_killed_in_training_comes_back_and_the_run_goes_on(start_launch):
+    launch = start_launch(train="kills_service")
+    status, output = launch.finish()
+    assert status == 0, output
+    assert "rollout-0 was ended by SIGKILL; started again (1 of 1)" in output
+    summary = json.loads((launch.folder / "run" / "summary.json").read_text())
+    assert (summary["steps"], summary["restarts"]) == (10, {"rollout-0": 1})
+    assert launch.still_running() == []
+
+
+def test_a_run_that_failed_continues_after_its_newest_checkpoint(start_launch):
+    """It fails in step 3, whose metrics are written; the checkpoint is that of step 2."""
+    first = start_launch(train="fails_later", steps=4)
+    status, output = first.finish()
+    assert status == 1
+    assert f"--resume {first.folder}/run" in output
+    status, output = start_launch(resume=True, steps=4).finish()
+    assert status == 0, output
+    assert "continues after step 2; 1 later steps are repeated" in output
+    rows = (first.folder / "run" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(row)["global_step"] for row in rows] == [1, 2, 3, 4]
+    undone = (first.folder / "run" / "metrics.undone.jsonl").read_text().splitlines()
+    assert [json.loads(row)["global_step"] for row in undone] == [3]
+
+
+def test_two_launches_run_at_once_but_not_in_one_folder(start_launch, tmp_path):
+    one, two = (
+        start_launch(folder=tmp_path / name, steps=4, train="hangs") for name in ("one", "two")
+    )
+    for launch in (one, two):
+        launch.wait_for_pids(4)
+    status, output = start_launch(folder=tmp_path / "one", resume=False).finish()
+    assert status == 2
+    assert "holds an earlier run" in output
+    for launch in (one, two):
+        launch.process.send_signal(signal.SIGTERM)
+        assert launch.finish()[0] == 143
+        assert launch.still_running() == []
