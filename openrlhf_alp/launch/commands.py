@@ -88,7 +88,7 @@ def warm_up_command(recipe: Recipe, *, model: str, output: Path) -> list[str]:
     """The supervised warm-up that shows a model the form of a tool call."""
     steps, seed = recipe.model.warm_up_steps, recipe.run.seed
     return [
-        *(sys.executable, "-m", "openrlhf_alp.launch.warmup", "--model", model),
+        *(sys.executable, "-m", "openrlhf_alp.launch.stages.warmup", "--model", model),
         *("--output", str(output), "--steps", str(steps), "--seed", str(seed)),
     ]
 

@@ -6,8 +6,6 @@ check --> data --> tool services --> [warm-up] --> rollout services --> [accurac
 
 from __future__ import annotations
 
-import json
-import math
 import os
 import secrets
 import tempfile
@@ -22,35 +20,22 @@ from typing import TYPE_CHECKING, Any
 from filelock import FileLock, Timeout
 
 from openrlhf_alp.clients.errors import ServiceError
-from openrlhf_alp.data.tasks import QuestionSplit, repeat_rows, split_additions, split_products
-from openrlhf_alp.data.tasks import write_rows as write_questions
 from openrlhf_alp.launch import machine, plan, run_folder
 from openrlhf_alp.launch.commands import ROLLOUT_KEYS, TOOL_KEYS, Commands, Inputs
 from openrlhf_alp.launch.recipe import SMOLLM2, Recipe, RecipeError, Source
 from openrlhf_alp.launch.servers import Server, Servers
-from openrlhf_alp.launch.supervisor import Child, ProcessFailedError, StopRequested, Supervisor
+from openrlhf_alp.launch.stages.summary import write_summary
+from openrlhf_alp.launch.stages.task import noun_of, write_task
+from openrlhf_alp.launch.stages.training import count_steps, follow_training
+from openrlhf_alp.launch.supervisor import ProcessFailedError, StopRequested, Supervisor
 from openrlhf_alp.launch.view import LaunchView
-from openrlhf_alp.report.metrics import (
-    MetricsFileError,
-    MetricsFollower,
-    StepMetrics,
-    reward_at_edges,
-)
+from openrlhf_alp.report.metrics import MetricsFileError, StepMetrics
 
 if TYPE_CHECKING:
-    from openrlhf_alp.launch.accuracy import Accuracy
+    from openrlhf_alp.launch.stages.accuracy import Accuracy
 
 _WORK_GRACE_S = 4.5
-_POLL_S = 0.3
-_ASK_EVERY_S = 2.0
 _SHARED_MEMORY = Path("/dev/shm")
-
-_TASKS: Mapping[str, tuple[str, Callable[..., QuestionSplit]]] = {
-    "addition": ("sums", split_additions),
-    "multiplication": ("products", split_products),
-}
-"""Made task -> what a question asks for, and what makes the questions."""
-_VERDICTS = ("ok", "suspicious", "broken")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -228,15 +213,10 @@ class _Run:
         data, seed = self._recipe.data, self._recipe.run.seed
         self._prompts = Path(data.path or self._folder / "data" / "prompts.jsonl")
         if data.task:
-            self._noun, split = _TASKS[data.task]
-            questions = split(seed=seed)
-            self._test = questions.test
             # As many rows as the steps read: the run then ends after exactly this many steps.
             count = (data.steps or 0) * self._plan.shape["batch_size"]
-            self._prompts.parent.mkdir(exist_ok=True)
-            rows = repeat_rows(questions.train, count=count, seed=seed)
-            write_questions(self._prompts, rows)
-            write_questions(self._prompts.with_name("held_out.jsonl"), self._test)
+            questions = write_task(data.task, self._prompts, num_rows=count, seed=seed)
+            self._noun, self._test = noun_of(data.task), questions.test
             self._view.say(
                 "task",
                 f'"{self._test[0].question}" and the like: {len(questions.train)} questions to '
@@ -336,7 +316,7 @@ class _Run:
         if self._recipe.data.task is None:
             return None
         # Here and not above: it imports torch and transformers, which takes seconds.
-        from openrlhf_alp.launch.accuracy import measure_accuracy
+        from openrlhf_alp.launch.stages.accuracy import measure_accuracy
 
         with self._view.waiting(f"Asking the {len(self._test)} held-out questions"):
             accuracy = measure_accuracy(
@@ -385,9 +365,10 @@ class _Run:
             environment=self._environment_of("train"),
         )
         self._view.say("training", f"starting Ray and DeepSpeed (log: {log})")
-        steps = self._follow(train)
+        wanted = count_steps(self._prompts, self._plan.shape)
+        metrics = self._folder / run_folder.METRICS
+        steps = follow_training(train, metrics, self._groups, wanted, self._view)
         self._supervisor.wait(train)
-        wanted = self._num_steps()
         if wanted is not None and len(steps) != wanted:
             self._view.say(
                 "note",
@@ -395,46 +376,6 @@ class _Run:
                 f"skipped, see {log}",
             )
         return steps
-
-    def _num_steps(self) -> int | None:
-        """How many steps the prompts are for; None when they cannot be counted here."""
-        if not self._prompts.is_file() or self._prompts.suffix != ".jsonl":
-            return None
-        shape = self._plan.shape
-        with self._prompts.open("rb") as lines:
-            rows = min(sum(1 for _ in lines), shape["max_samples"])
-        return math.ceil(rows / shape["batch_size"]) * shape["num_episodes"]
-
-    def _follow(self, train: Child) -> list[StepMetrics]:
-        """Shows each step as it is logged and keeps services running, until training ends."""
-        follower = MetricsFollower(self._folder / run_folder.METRICS)
-        steps = follower.new_steps()  # of a run that continues
-        asked_s = 0.0
-        with self._view.training(self._num_steps(), steps) as on_change:
-            while True:
-                # Asked before reading, so that what is logged just before the end is still read.
-                is_running = train.is_running
-                servers = [server for group in self._groups for server in group.all]
-                for step in follower.new_steps():
-                    steps.append(step)
-                    on_change(servers, step)
-                    self._say_verdict(step)
-                if not is_running:
-                    return steps
-                for group in self._groups:
-                    group.keep_running()
-                if self._view.is_live and time.monotonic() - asked_s > _ASK_EVERY_S:
-                    for group in self._groups:
-                        group.poll()
-                    on_change(servers, None)
-                    asked_s = time.monotonic()
-                time.sleep(_POLL_S)
-
-    def _say_verdict(self, step: StepMetrics) -> None:
-        if (verdict := step.values.get("preflight/verdict")) is not None:
-            kl = step.values.get("preflight/k3_kl", math.nan)
-            text = f"{_VERDICTS[int(verdict)]}: learner and service differ by a k3 KL of {kl:.1e}"
-            self._view.say("preflight", text)
 
     def _report(
         self, before: Accuracy | None, after: Accuracy | None, steps: Sequence[StepMetrics]
@@ -446,26 +387,14 @@ class _Run:
         title = f"{method}, {self._source.path.stem}, seed {recipe.run.seed}"
         (folder / "plots").mkdir(exist_ok=True)
         plots = write_plots(steps, folder / "plots", title=title)
-        first, last = reward_at_edges(steps) or (None, None)
-        summary: dict[str, Any] = {
-            "steps": len(steps),
-            "reward_first_steps": first,
-            "reward_last_steps": last,
-            "restarts": {s.name: s.restarts for group in self._groups for s in group.all},
-        }
+        restarts = {s.name: s.restarts for group in self._groups for s in group.all}
+        write_summary(
+            folder / run_folder.SUMMARY, steps, restarts=restarts, before=before, after=after
+        )
         if before and after:
-            summary |= {"before": _numbers(before), "after": _numbers(after)}
             self._view.results(self._noun, self._test, before, after, steps)
             if recipe.tool:
                 self._view.transcript("one episode before", before.greedy_episodes[0])
                 self._view.transcript("the same question after", after.greedy_episodes[0])
-        text = json.dumps(summary, indent=2)
-        (folder / run_folder.SUMMARY).write_text(text + "\n", encoding="utf-8")
         self._view.say("plots", " and ".join(map(str, plots)))
         self._view.say("curves", f"tensorboard --logdir {folder / 'tensorboard'}")
-
-
-def _numbers(accuracy: Accuracy) -> dict[str, float | None]:
-    shares = {"greedy": accuracy.greedy, "temperature_1": accuracy.sampled}
-    # JSON has no NaN; null says that nothing could be scored.
-    return {name: None if math.isnan(share) else share for name, share in shares.items()}

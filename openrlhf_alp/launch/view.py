@@ -28,8 +28,8 @@ from openrlhf_alp.report.metrics import (
 )
 
 if TYPE_CHECKING:  # it imports transformers, and the title should not wait for that
-    from openrlhf_alp.launch.accuracy import Accuracy
     from openrlhf_alp.launch.servers import Server
+    from openrlhf_alp.launch.stages.accuracy import Accuracy
 
 _NUM_EXAMPLES = 3
 _RECENT_STEPS = 5

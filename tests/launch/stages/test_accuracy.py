@@ -7,7 +7,7 @@ from transformers import AutoTokenizer
 
 from openrlhf_alp.data.tasks import Question
 from openrlhf_alp.episodes.records import Completion, SamplingConfig, VersionSpan
-from openrlhf_alp.launch.accuracy import Accuracy, examine
+from openrlhf_alp.launch.stages.accuracy import Accuracy, examine
 from openrlhf_alp.rewards.protocol import RewardResult, RewardUnavailable
 from openrlhf_alp.rollouts.runners import build_runner
 

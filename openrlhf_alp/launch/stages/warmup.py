@@ -1,6 +1,6 @@
 """A short supervised warm-up: a small model learns the form of a tool call, not when to use it.
 
-    python -m openrlhf_alp.launch.warmup --model FOLDER --output FOLDER [--steps N] [--seed N]
+    python -m openrlhf_alp.launch.stages.warmup --model DIR --output DIR [--steps N] [--seed N]
 
 A third of the dialogues call the tool, the others guess; reinforcement learning then finds out that
 calling pays. The warm-up is a process of its own, so that its memory is free again before vLLM and

@@ -6,7 +6,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.policies.tiny_policy import make_tokenizer
 from openrlhf_alp.data.tasks import Dialogue
-from openrlhf_alp.launch.warmup import collate, encode, warm_up
+from openrlhf_alp.launch.stages.warmup import collate, encode, warm_up
 
 CALL = Dialogue(question="Q?", call="```python\nprint(2)\n```\n", output="2", answer="A.")
 GUESS = Dialogue(question="Q?", call=None, output="2", answer="A.")
