@@ -128,7 +128,7 @@ async def rollout_apps(tiny_policy: Path, tmp_path: Path) -> AsyncIterator[dict[
         folder.mkdir()
         services.append(build_service(engine, model, settings, folder))
     yield {
-        name: create_rollout_app(settings, service, api_key=KEY, admin_key=ADMIN_KEY)
+        name: create_rollout_app(service, settings, api_key=KEY, admin_key=ADMIN_KEY)
         for name, service in zip(("one", "two"), services, strict=True)
     }
     for service in services:
