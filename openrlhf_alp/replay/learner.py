@@ -17,13 +17,12 @@ from openrlhf_alp.alp import LayerwisePerturbation, PerturbationConfig, attach, 
 from openrlhf_alp.replay.tensors import MicroBatch
 from services.rollout.wire.fingerprint import (
     chat_template_hash,
-    tensor_digest,
     tokenizer_hash,
     weights_digest,
 )
+from services.rollout.wire.tensors import digest_tensor
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-_CODES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 
 
 class Learner:
@@ -68,7 +67,12 @@ class Learner:
         in. Of the weights as loaded: the first call computes them."""
         if not self._digests:
             self._digests = {
-                dtype: weights_digest({n: _digest(w.to(dtype)) for n, w in self.weights().items()})
+                dtype: weights_digest(
+                    {
+                        name: digest_tensor(weight.to("cpu", dtype).contiguous())
+                        for name, weight in self.weights().items()
+                    }
+                )
                 for dtype in DTYPES.values()
             }
         return self._digests
@@ -158,9 +162,3 @@ def hash_of(tokenizer: Any) -> str | None:
 def hash_of_template(tokenizer: Any) -> str:
     """What the contract calls `chat_template_hash`; empty without a tokenizer."""
     return "" if tokenizer is None else chat_template_hash(tokenizer)
-
-
-def _digest(tensor: Tensor) -> str:
-    data = tensor.detach().cpu().contiguous()
-    code = _CODES[data.dtype]
-    return tensor_digest(code, data.shape, data.reshape(-1).view(torch.uint8).numpy().data)

@@ -14,21 +14,12 @@ from typing import Protocol, TypeVar
 import torch
 
 from openrlhf_alp.clients.errors import WeightUpdateFailed
-from services.rollout.wire.fingerprint import tensor_digest, weights_digest
-from services.rollout.wire.schemas import DtypeCode, TensorSpec
+from services.rollout.wire.fingerprint import weights_digest
+from services.rollout.wire.schemas import TensorSpec
+from services.rollout.wire.tensors import DTYPES, digest_tensor
 
-DTYPES: dict[DtypeCode, torch.dtype] = {
-    "BF16": torch.bfloat16,
-    "F16": torch.float16,
-    "F32": torch.float32,
-    "F64": torch.float64,
-    "I32": torch.int32,
-    "I64": torch.int64,
-    "U8": torch.uint8,
-    "I8": torch.int8,
-    "BOOL": torch.bool,
-}
-DTYPE_CODES = {dtype: code for code, dtype in DTYPES.items()}
+SERVED_DTYPES = {code: dtype for code, dtype in DTYPES.items() if not code.startswith("F8")}
+"""What a learner can be served in: FP8 would need scales that it does not have."""
 TIED_HEAD = "lm_head.weight"
 
 BUCKET_BYTES = 256 * 2**20
@@ -156,12 +147,6 @@ async def carry_weights(
     )
 
 
-def digest_tensor(tensor: torch.Tensor) -> str:
-    """The digest both sides compute: over dtype, shape and bytes of a contiguous CPU tensor."""
-    data = tensor.reshape(-1).view(torch.uint8).numpy().data
-    return tensor_digest(DTYPE_CODES[tensor.dtype], tensor.shape, data)
-
-
 def _serving(
     bucket: Iterable[tuple[str, torch.Tensor]],
     expected: Mapping[str, TensorSpec],
@@ -177,7 +162,7 @@ def _serving(
         if misfit is not None:
             raise WeightUpdateFailed(misfit)
         device = tensor.device if on_device else "cpu"
-        yield name, tensor.detach().to(device, DTYPES[expected[name].dtype]).contiguous()
+        yield name, tensor.detach().to(device, SERVED_DTYPES[expected[name].dtype]).contiguous()
 
 
 def require_fit(tensors: Mapping[str, torch.Tensor], expected: Mapping[str, TensorSpec]) -> None:
@@ -220,7 +205,7 @@ def _misfit(name: str, tensor: torch.Tensor, spec: TensorSpec | None) -> str | N
             f"{name} has shape {list(tensor.shape)}, the server expects {spec.shape}. Fix: "
             "serve and train the same model; under ZeRO-3 gather the parameter first."
         )
-    dtype = DTYPES.get(spec.dtype)
+    dtype = SERVED_DTYPES.get(spec.dtype)
     # A cast from fractions to integers would not be a rounding but another model.
     if dtype is None or (tensor.is_floating_point() and not dtype.is_floating_point):
         return (

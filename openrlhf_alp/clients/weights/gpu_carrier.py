@@ -26,8 +26,9 @@ from openrlhf_alp.clients.channel import Channel
 from openrlhf_alp.clients.contract import require_transport
 from openrlhf_alp.clients.control import ControlClient
 from openrlhf_alp.clients.errors import ServiceError, WeightUpdateFailed
-from openrlhf_alp.clients.weights.carry import DTYPE_CODES, Bucket, Carrier
+from openrlhf_alp.clients.weights.carry import Bucket, Carrier
 from services.rollout.wire.schemas import Contract, LinkBackend, UploadStatus
+from services.rollout.wire.tensors import DTYPE_CODES
 from services.rollout.wire.transfer import (
     IpcLink,
     LinkStatus,

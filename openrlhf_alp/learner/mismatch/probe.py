@@ -26,7 +26,7 @@ from openrlhf_alp.clients.contract import (
     simulated_mismatch,
 )
 from openrlhf_alp.clients.rollout import RolloutClient
-from openrlhf_alp.clients.weights.carry import DTYPES, digest_tensor
+from openrlhf_alp.clients.weights.carry import SERVED_DTYPES
 from openrlhf_alp.clients.weights.push import WeightPusher
 from openrlhf_alp.episodes.protocols import Task
 from openrlhf_alp.episodes.records import Episode, SamplingConfig
@@ -40,6 +40,7 @@ from openrlhf_alp.rollouts.response import to_response
 from openrlhf_alp.rollouts.runners import ServiceGenerate, build_runner
 from services.rollout.wire.fingerprint import weights_digest
 from services.rollout.wire.schemas import Contract, TensorSpec
+from services.rollout.wire.tensors import digest_tensor
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -182,7 +183,7 @@ def compare_weights(actor: Actor, served: dict[str, TensorSpec]) -> WeightCompar
     ours = dict(gathered_parameters(actor.model, 0, keep=True))
     different = ours.keys() ^ served.keys()
     for name in ours.keys() & served.keys():
-        tensor = ours[name].to("cpu", DTYPES[served[name].dtype]).contiguous()
+        tensor = ours[name].to("cpu", SERVED_DTYPES[served[name].dtype]).contiguous()
         if digest_tensor(tensor) != served[name].digest:
             different.add(name)
     return WeightComparison(num_tensors=len(ours), different=tuple(sorted(different)))

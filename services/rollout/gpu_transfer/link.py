@@ -9,9 +9,9 @@ import contextlib
 from collections.abc import AsyncIterator
 
 from services.rollout.engines.protocol import Engine, TransferError, WeightReceiver
-from services.rollout.weights.checkpoint import DTYPES
 from services.rollout.weights.uploads import Uploads
 from services.rollout.wire.schemas import UploadStatus
+from services.rollout.wire.tensors import DTYPES
 from services.rollout.wire.transfer import LinkStatus, NcclLink, OpenRequest, ReceiveRequest
 
 _GRACE_S = 30.0

@@ -25,8 +25,8 @@ import torch
 from safetensors.torch import save_file
 
 from services.rollout.engines.protocol import TransferError
-from services.rollout.weights.checkpoint import DTYPES
 from services.rollout.wire.schemas import LinkBackend
+from services.rollout.wire.tensors import DTYPES
 from services.rollout.wire.transfer import (
     OpenRequest,
     ReceiveRequest,

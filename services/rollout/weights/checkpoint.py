@@ -7,23 +7,8 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from services.rollout.wire.fingerprint import tensor_digest
 from services.rollout.wire.schemas import DtypeCode
-
-DTYPE_CODES: dict[torch.dtype, DtypeCode] = {
-    torch.bfloat16: "BF16",
-    torch.float16: "F16",
-    torch.float32: "F32",
-    torch.float64: "F64",
-    torch.uint8: "U8",
-    torch.int8: "I8",
-    torch.int32: "I32",
-    torch.int64: "I64",
-    torch.bool: "BOOL",
-    torch.float8_e4m3fn: "F8_E4M3",
-    torch.float8_e5m2: "F8_E5M2",
-}
-DTYPES = {code: dtype for dtype, code in DTYPE_CODES.items()}
+from services.rollout.wire.tensors import DTYPE_CODES, digest_tensor
 
 
 class BadCheckpointError(ValueError):
@@ -38,12 +23,6 @@ class TensorFile:
     shape: tuple[int, ...]
     dtype: DtypeCode
     digest: str  # 64 hex digits over dtype, shape and bytes
-
-
-def tensor_bytes(tensor: torch.Tensor) -> memoryview:
-    """The bytes of a contiguous CPU tensor of any dtype, without a copy."""
-    view: memoryview = tensor.reshape(-1).view(torch.uint8).numpy().data
-    return view
 
 
 def read_tensors(
@@ -75,10 +54,12 @@ def scan(paths: Sequence[Path]) -> dict[str, TensorFile]:
                 raise BadCheckpointError(
                     f"tensor {name} is in both {found[name].path.name} and {path.name}"
                 )
-            dtype = DTYPE_CODES[tensor.dtype]
-            shape = tuple(tensor.shape)
-            digest = tensor_digest(dtype, shape, tensor_bytes(tensor))
-            found[name] = TensorFile(path=path, shape=shape, dtype=dtype, digest=digest)
+            found[name] = TensorFile(
+                path=path,
+                shape=tuple(tensor.shape),
+                dtype=DTYPE_CODES[tensor.dtype],
+                digest=digest_tensor(tensor),
+            )
     return found
 
 

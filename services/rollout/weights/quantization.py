@@ -10,8 +10,9 @@ from typing import Any
 
 import torch
 
-from services.rollout.weights.checkpoint import DTYPES, BadCheckpointError, TensorFile
+from services.rollout.weights.checkpoint import BadCheckpointError, TensorFile
 from services.rollout.wire.schemas import Quantization
+from services.rollout.wire.tensors import DTYPES
 
 _LARGEST: dict[Quantization, float] = {"int8": 127.0, "int4": 7.0, "fp8-e4m3": 448.0}
 """The largest number of each grid. Integers are symmetric around 0, so the least is its negative.

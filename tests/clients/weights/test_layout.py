@@ -21,12 +21,13 @@ from transformers import (
 )
 
 from openrlhf_alp.clients.errors import WeightUpdateFailed
-from openrlhf_alp.clients.weights.carry import DTYPE_CODES, carry_weights, in_buckets, require_fit
+from openrlhf_alp.clients.weights.carry import carry_weights, in_buckets, require_fit
 from openrlhf_alp.clients.weights.file_carriers import FileCarrier
 from openrlhf_alp.clients.weights.layout import CheckpointLayout, stored_tensors
 from openrlhf_alp.clients.weights.push import WeightPusher
 from openrlhf_alp.learner.weight_sync import gathered_buckets, pushed_tensors
 from services.rollout.wire.schemas import TensorSpec
+from services.rollout.wire.tensors import DTYPE_CODES
 
 BUCKET_BYTES = 4000  # of models of 30 to 100 kB
 

@@ -13,7 +13,6 @@ from openrlhf_alp.clients.rollout import RolloutClient
 from openrlhf_alp.clients.weights.carry import (
     CarriedWeights,
     carry_weights,
-    digest_tensor,
     in_buckets,
 )
 from openrlhf_alp.clients.weights.file_carriers import FileCarrier
@@ -28,6 +27,7 @@ from services.rollout.wire.schemas import (
     TensorSpec,
     WeightTransport,
 )
+from services.rollout.wire.tensors import digest_tensor
 
 
 def spec(tensor: torch.Tensor, digest: str = "old") -> TensorSpec:

@@ -11,13 +11,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
-from openrlhf_alp.clients.weights.carry import digest_tensor
 from services.common.errors import ConfigError
 from services.rollout.model_folder import read_model_folder
 from services.rollout.service import RolloutService, build_service, start_engine
 from services.rollout.settings import RolloutSettings
 from services.rollout.weights.quantization import round_weight
 from services.rollout.wire.fingerprint import weights_digest
+from services.rollout.wire.tensors import digest_tensor
 
 LEVELS = {"int8": 127, "int4": 7}
 SCHEMES = [*LEVELS, "fp8-e4m3"]

@@ -31,8 +31,8 @@ def changed(service: RolloutService, factor: float = 1.5) -> dict[str, torch.Ten
 
 
 def digest_of(tensors: dict[str, torch.Tensor]) -> str:
-    from services.rollout.weights.checkpoint import DTYPE_CODES, tensor_bytes
     from services.rollout.wire.fingerprint import tensor_digest, weights_digest
+    from services.rollout.wire.tensors import DTYPE_CODES, tensor_bytes
 
     return weights_digest(
         {
