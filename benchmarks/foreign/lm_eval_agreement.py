@@ -26,7 +26,7 @@ from openrlhf_alp.evaluate.records import Answer, SaidTurn
 from openrlhf_alp.evaluate.run import regrade
 from openrlhf_alp.evaluate.suites import Suite, load_suite
 from openrlhf_alp.launch.evaluation import EvaluationView
-from openrlhf_alp.launch.servers import Services, fresh_keys
+from openrlhf_alp.launch.servers import Services, fresh_keys, local_server
 from openrlhf_alp.launch.supervisor import Supervisor
 from services.common.wire import API_KEY_VARIABLE
 
@@ -181,9 +181,10 @@ def main() -> int:
     os.environ.update(fresh_keys())
     with tempfile.TemporaryDirectory() as made, Supervisor() as supervisor:
         folder = Path(made)
-        services = Services(supervisor, folder / "services", EvaluationView(Console(stderr=True)))
+        services = Services(supervisor, EvaluationView(Console(stderr=True)))
         flags = ["--model", options.model, "--dtype", "float32", "--max-model-len", "1024"]
-        url = services.start("The rollout service", "services.rollout", flags)
+        server = local_server("rollout-0", "services.rollout", flags, folder / "services")
+        (url,) = services.start("the rollout service", [server])
         problems, choices = write_inputs(options.data, options.limit, folder)
         job = {
             "model_args": {

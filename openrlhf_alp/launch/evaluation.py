@@ -26,7 +26,7 @@ from openrlhf_alp.evaluate.run import Run, run_evaluation
 from openrlhf_alp.evaluate.suites import LoadedSuite
 from openrlhf_alp.launch.recipe import SMOLLM2, RecipeError
 from openrlhf_alp.launch.run_folder import find_model
-from openrlhf_alp.launch.servers import Services, fresh_keys
+from openrlhf_alp.launch.servers import Services, fresh_keys, local_server
 from openrlhf_alp.launch.supervisor import ProcessFailedError, StopRequested, Supervisor
 from openrlhf_alp.launch.view import StageView
 from openrlhf_alp.report.pass_at_k import write_pass_at_k
@@ -123,7 +123,7 @@ def run(config: EvaluationConfig, view: EvaluationView) -> int:
     os.environ.update(keys)
     try:
         with Supervisor({"PYTHONUNBUFFERED": "1"}) as supervisor:
-            services = Services(supervisor, config.output / "services", view)
+            services = Services(supervisor, view)
             results = _evaluate(config, services, view)
     except (RecipeError, DataError) as error:
         view.error(str(error))
@@ -147,18 +147,19 @@ def show_results(folder: Path, results: Results, view: EvaluationView) -> None:
 
 
 def _evaluate(config: EvaluationConfig, services: Services, view: EvaluationView) -> Results:
-    model = config.model
+    model, folder = config.model, config.output / "services"
     urls = config.rollout_urls
     if not urls:
         model = str(find_model(config.model or SMOLLM2, say=lambda text: view.say("model", text)))
         flags = ["--model", model, *config.service_flags]
-        urls = tuple(
-            services.start("The rollout service", "services.rollout", flags)
-            for _ in range(config.num_servers)
-        )
+        for index in range(config.num_servers):
+            server = local_server(f"rollout-{index}", "services.rollout", flags, folder)
+            urls += services.start("the rollout service", [server])
     tool = None
     if config.uses_tool:
-        tool_urls = config.tool_urls or (services.start("The tool service", "services.tool", []),)
+        tool_urls = config.tool_urls or services.start(
+            "the tool service", [local_server("tool-0", "services.tool", [], folder)]
+        )
         tool = _tool_config(config, tool_urls)
     named, tokenizer = _tokenizer(config.tokenizer or model, urls)
     plan = Plan(

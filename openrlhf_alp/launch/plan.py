@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import os
 import re
 import shlex
 import socket
-import struct
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
+
+from safetensors import safe_open
 
 from openrlhf_alp.launch import machine
 from openrlhf_alp.launch.commands import ROLLOUT_KEYS, TOOL_KEYS, Commands, Inputs
@@ -264,15 +266,9 @@ def num_parameters(folder: Path) -> int | None:
     """Of a model folder, from the headers of its safetensors files; None when there are none."""
     total = 0
     for file in folder.glob("*.safetensors"):
-        with file.open("rb") as opened:
-            (size,) = struct.unpack("<Q", opened.read(8))
-            header = json.loads(opened.read(size))
-        for name, tensor in header.items():
-            if name != "__metadata__":
-                count = 1
-                for dimension in tensor["shape"]:
-                    count *= dimension
-                total += count
+        with safe_open(file, "numpy") as tensors:
+            shapes = (tensors.get_slice(name).get_shape() for name in tensors.keys())  # noqa: SIM118
+            total += sum(map(math.prod, shapes))
     return total or None
 
 

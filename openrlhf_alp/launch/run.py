@@ -23,7 +23,7 @@ from openrlhf_alp.clients.errors import ServiceError
 from openrlhf_alp.launch import machine, plan, run_folder
 from openrlhf_alp.launch.commands import ROLLOUT_KEYS, TOOL_KEYS, Commands, Inputs
 from openrlhf_alp.launch.recipe import SMOLLM2, Recipe, RecipeError, Source
-from openrlhf_alp.launch.servers import Server, Servers
+from openrlhf_alp.launch.servers import Server, Services
 from openrlhf_alp.launch.stages.summary import write_summary
 from openrlhf_alp.launch.stages.task import noun_of, write_task
 from openrlhf_alp.launch.stages.training import count_steps, follow_training
@@ -101,7 +101,7 @@ class _Run:
         self._recipe, self._source, self._folder = recipe, source, folder
         self._view, self._options = view, options
         self._supervisor, self._commands = supervisor, commands
-        self._groups: list[Servers] = []
+        self._services = Services(supervisor, view)
         self._rollout_urls = recipe.rollout.urls
         self._tool_urls = recipe.tool.urls if recipe.tool else ()
 
@@ -229,11 +229,9 @@ class _Run:
 
     def _start_servers(self, kind: str, how: Any, shared: Path | None) -> tuple[str, ...]:
         """URLs of the services, which they write once they accept connections."""
-        started_s = time.monotonic()
         servers = []
         for name, port in plan.named_ports(kind, how.servers, how.flags):
             url_file = self._folder / "logs" / f"{name}.url"
-            url_file.unlink(missing_ok=True)
             start = partial(self._commands.tool, self._recipe)
             if kind == "rollout":
                 start = partial(
@@ -251,24 +249,12 @@ class _Run:
                     port=port,
                 )
             )
-        group = Servers(
-            self._supervisor,
+        return self._services.start(
+            f"{len(servers)} {kind} service(s)",
             servers,
             ready_timeout_s=how.ready_timeout_s,
             max_restarts=how.max_restarts,
-            say=partial(self._view.say, "restart"),
         )
-        logs = f"(logs: {self._folder / 'logs'})"
-        with self._view.waiting(f"Starting {len(servers)} {kind} service(s) {logs}"):
-            group.start(self._check_services)
-        self._groups.append(group)
-        seconds = time.monotonic() - started_s
-        for server in servers:
-            self._view.say(
-                "service",
-                f"{server.name} is ready at {server.url} after {seconds:.0f} s (log: {server.log})",
-            )
-        return tuple(server.url for server in servers)
 
     def _shared_folder(self, stack: ExitStack) -> Path:
         """Where servers read the weights of an update, also after a restart; in memory if it can
@@ -278,10 +264,6 @@ class _Run:
             prefix="openrlhf-alp-weights-", dir=parent, ignore_cleanup_errors=True
         )
         return Path(stack.enter_context(folder))
-
-    def _check_services(self) -> None:
-        for group in self._groups:
-            group.check()
 
     def _work(
         self, name: str, what: str, command: list[str], environment: Mapping[str, str]
@@ -327,7 +309,7 @@ class _Run:
                 flags=self._recipe.train.flags,
                 keys=self._keys,
                 seed=self._recipe.run.seed,
-                check_services=self._check_services,
+                check_services=self._services.check,
             )
         self._view.say(
             name,
@@ -367,7 +349,7 @@ class _Run:
         self._view.say("training", f"starting Ray and DeepSpeed (log: {log})")
         wanted = count_steps(self._prompts, self._plan.shape)
         metrics = self._folder / run_folder.METRICS
-        steps = follow_training(train, metrics, self._groups, wanted, self._view)
+        steps = follow_training(train, metrics, self._services.groups, wanted, self._view)
         self._supervisor.wait(train)
         if wanted is not None and len(steps) != wanted:
             self._view.say(
@@ -387,7 +369,7 @@ class _Run:
         title = f"{method}, {self._source.path.stem}, seed {recipe.run.seed}"
         (folder / "plots").mkdir(exist_ok=True)
         plots = write_plots(steps, folder / "plots", title=title)
-        restarts = {s.name: s.restarts for group in self._groups for s in group.all}
+        restarts = {server.name: server.restarts for server in self._services.all}
         write_summary(
             folder / run_folder.SUMMARY, steps, restarts=restarts, before=before, after=after
         )

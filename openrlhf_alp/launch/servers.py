@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 from urllib.parse import urlsplit
@@ -194,57 +195,74 @@ class ServiceView(Protocol):
 
 
 class Services:
-    """Services of one command, each with a log and a URL file in `folder`.
+    """Every service that a command starts: announced, and ended by the supervisor."""
 
-    Args:
-        supervisor: ends them.
-    """
+    def __init__(self, supervisor: Supervisor, view: ServiceView) -> None:
+        self._supervisor, self._view = supervisor, view
+        self.groups: list[Servers] = []
 
-    def __init__(self, supervisor: Supervisor, folder: Path, view: ServiceView) -> None:
-        self._supervisor, self._folder, self._view = supervisor, folder, view
-        self._groups: list[Servers] = []
+    @property
+    def all(self) -> list[Server]:
+        """In the order of their start."""
+        return [server for group in self.groups for server in group.all]
 
-    def start(self, name: str, module: str, flags: Sequence[str]) -> str:
-        """Starts `python -m MODULE FLAGS` on a free port; returns its URL once it serves.
+    def start(
+        self,
+        what: str,
+        servers: Sequence[Server],
+        *,
+        ready_timeout_s: float = _READY_S,
+        max_restarts: int = 0,
+    ) -> tuple[str, ...]:
+        """Starts services of one kind together; returns their URLs once all of them serve.
+
+        Args:
+            what: names them while they start.
 
         Raises:
-            ProcessFailedError: it ended, or did not serve within ten minutes.
+            ProcessFailedError: one ended, or did not serve in time.
         """
         started_s = time.monotonic()
-        self._folder.mkdir(parents=True, exist_ok=True)
-        stem = self._folder / f"{module.rpartition('.')[2]}-{len(self._groups)}"
-        url_file, log = stem.with_suffix(".url"), stem.with_suffix(".log")
-        # Of an earlier run in this folder.
-        url_file.unlink(missing_ok=True)
-        command = [sys.executable, "-m", module, "--host", "127.0.0.1", "--port", "0"]
-        command += ["--url-file", str(url_file), *flags]
-        server = Server(
-            name=name,
-            command=lambda port: command,
-            environment={},
-            url_file=url_file,
-            log=log,
-        )
+        for server in servers:
+            server.url_file.parent.mkdir(parents=True, exist_ok=True)
+            # Of an earlier run in this folder.
+            server.url_file.unlink(missing_ok=True)
         group = Servers(
             self._supervisor,
-            [server],
-            ready_timeout_s=_READY_S,
-            max_restarts=0,
-            say=lambda text: None,
+            servers,
+            ready_timeout_s=ready_timeout_s,
+            max_restarts=max_restarts,
+            say=partial(self._view.say, "restart"),
         )
-        self._groups.append(group)
-        with self._view.waiting(f"Starting {name.lower()} (log: {log})"):
+        with self._view.waiting(f"Starting {what} (logs: {servers[0].log.parent})"):
             group.start(self.check)
+        self.groups.append(group)
         seconds = time.monotonic() - started_s
-        self._view.say(
-            "service", f"{name} serves at {server.url} after {seconds:.0f} s (log: {log})"
-        )
-        return server.url
+        for server in servers:
+            self._view.say(
+                "service",
+                f"{server.name} is ready at {server.url} after {seconds:.0f} s (log: {server.log})",
+            )
+        return tuple(server.url for server in servers)
 
     def check(self) -> None:
         """Raises ProcessFailedError when one of them has ended."""
-        for group in self._groups:
+        for group in self.groups:
             group.check()
+
+
+def local_server(name: str, module: str, flags: Sequence[str], folder: Path) -> Server:
+    """`python -m MODULE FLAGS` on a free port of this machine; log and URL file are in `folder`."""
+    url_file = folder / f"{name}.url"
+    command = [sys.executable, "-m", module, "--host", "127.0.0.1", "--port", "0"]
+    command += ["--url-file", str(url_file), *flags]
+    return Server(
+        name=name,
+        command=lambda port: command,
+        environment={},
+        url_file=url_file,
+        log=url_file.with_suffix(".log"),
+    )
 
 
 def fresh_keys() -> dict[str, str]:
