@@ -122,7 +122,7 @@ class OutputFiles:
 
     def write_overlaps(self, rows: Iterable[dict[str, Any]]) -> None:
         """Writes the overlaps file."""
-        _replace(self.overlaps, _lines(rows))
+        replace_file(self.overlaps, _lines(rows))
 
     def check(self, *, sources: Sequence[str], overwrite: bool) -> None:
         """Checks before the work starts that the result may be written.
@@ -150,10 +150,10 @@ class OutputFiles:
         Without any prompt, no prompts file is left.
         """
         self.prompts.parent.mkdir(parents=True, exist_ok=True)
-        _replace(self.rejected, _lines(one.to_json() for one in prepared.rejected))
-        _replace(self.summary, [json.dumps(summary.to_json(), indent=2) + "\n"])
+        replace_file(self.rejected, _lines(one.to_json() for one in prepared.rejected))
+        replace_file(self.summary, [json.dumps(summary.to_json(), indent=2) + "\n"])
         if prepared.prompts:
-            _replace(self.prompts, _lines(one.to_json() for one in prepared.prompts))
+            replace_file(self.prompts, _lines(one.to_json() for one in prepared.prompts))
         else:
             self.prompts.unlink(missing_ok=True)
 
@@ -163,11 +163,15 @@ def _lines(rows: Iterable[dict[str, Any]]) -> Iterable[str]:
     return (json.dumps(row, default=str) + "\n" for row in rows)
 
 
-def _replace(path: Path, lines: Iterable[str]) -> None:
-    """Writes beside `path` and renames, so that a reader sees the old file or the new one."""
+def replace_file(path: Path, lines: Iterable[str], *, errors: str = "strict") -> None:
+    """Writes beside `path` and renames, so that a reader sees the old file or the new one.
+
+    Args:
+        errors: what becomes of lone surrogates, as for `open`.
+    """
     descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
-        with open(descriptor, "w", encoding="utf-8") as file:
+        with open(descriptor, "w", encoding="utf-8", errors=errors) as file:
             file.writelines(lines)
             # Otherwise a crash after the rename could leave an empty file under the final name.
             file.flush()

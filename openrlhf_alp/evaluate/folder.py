@@ -11,7 +11,6 @@ RUN/results.json, results.md, pass_at_k.png, ungraded.jsonl
 from __future__ import annotations
 
 import json
-import os
 import secrets
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -20,6 +19,7 @@ from typing import Any
 
 import filelock
 
+from openrlhf_alp.data.output import replace_file
 from openrlhf_alp.data.sources import DataError
 from openrlhf_alp.evaluate.records import AnswerKey, Grade
 from openrlhf_alp.evaluate.store import AnswerStore
@@ -246,13 +246,8 @@ def write_text(path: Path, text: str) -> None:
 
 def _replace(path: Path, lines: Iterable[str]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with beside.open("w", encoding="utf-8", errors="surrogatepass") as file:
-            file.writelines(lines)
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
+    # Models write lone surrogates too.
+    replace_file(path, lines, errors="surrogatepass")
 
 
 def _described(loaded: LoadedSuite) -> dict[str, Any]:

@@ -6,7 +6,6 @@ import asyncio
 import os
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -71,10 +70,6 @@ class EvaluationView(StageView):
 
     def __init__(self, console: Console) -> None:
         super().__init__(console, failed="Not finished.")
-
-    def waiting(self, text: str) -> AbstractContextManager[object]:
-        """Shows a spinner while something slow runs; a log gets nothing."""
-        return self._console.status(text) if self._console.is_terminal else nullcontext()
 
     def suite(self, title: str, *, done: int, total: int) -> Callable[[], None]:
         """Begins a suite; returns what to call after each answer."""

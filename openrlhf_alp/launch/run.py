@@ -29,7 +29,7 @@ from openrlhf_alp.launch.stages.task import noun_of, write_task
 from openrlhf_alp.launch.stages.training import count_steps, follow_training
 from openrlhf_alp.launch.supervisor import ProcessFailedError, StopRequested, Supervisor
 from openrlhf_alp.launch.view import LaunchView
-from openrlhf_alp.report.metrics import MetricsFileError, StepMetrics
+from openrlhf_alp.report.metrics import METRICS, MetricsFileError, StepMetrics
 
 if TYPE_CHECKING:
     from openrlhf_alp.launch.stages.accuracy import Accuracy
@@ -348,7 +348,7 @@ class _Run:
         )
         self._view.say("training", f"starting Ray and DeepSpeed (log: {log})")
         wanted = count_steps(self._prompts, self._plan.shape)
-        metrics = self._folder / run_folder.METRICS
+        metrics = self._folder / METRICS
         steps = follow_training(train, metrics, self._services.groups, wanted, self._view)
         self._supervisor.wait(train)
         if wanted is not None and len(steps) != wanted:

@@ -26,8 +26,9 @@ from openrlhf_alp.launch.recipe import (
     to_settings,
     to_toml,
 )
+from openrlhf_alp.report.metrics import METRICS
 
-RECIPE, METRICS, SUMMARY = "recipe.toml", "metrics.jsonl", "summary.json"
+RECIPE, SUMMARY = "recipe.toml", "summary.json"
 """The recipe is written first. Only a folder that holds it counts as a run and may be replaced."""
 _UNDONE = "metrics.undone.jsonl"
 _LATEST = Path("checkpoints", "_actor", "latest")

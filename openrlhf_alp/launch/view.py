@@ -58,6 +58,15 @@ class StageView:
         if not self.quiet:
             self._console.print(f"[bold cyan]{stage:<9}[/] {escape(text)}", soft_wrap=True)
 
+    @property
+    def is_live(self) -> bool:
+        """Whether what is shown moves; a table then needs services to be asked."""
+        return self._console.is_terminal and not self.quiet
+
+    def waiting(self, text: str) -> AbstractContextManager[object]:
+        """Shows a spinner while something slow runs; a log gets nothing."""
+        return self._console.status(escape(text)) if self.is_live else nullcontext()
+
     def error(self, text: str) -> None:
         self._console.print(f"[bold red]{self._failed}[/] {escape(text)}", soft_wrap=True)
 
@@ -68,18 +77,9 @@ class LaunchView(StageView):
     def __init__(self, console: Console, *, quiet: bool = False) -> None:
         super().__init__(console, failed="\nThe run failed.", quiet=quiet)
 
-    @property
-    def is_live(self) -> bool:
-        """Whether a table is kept up to date, for which services have to be asked."""
-        return self._console.is_terminal and not self.quiet
-
     def title(self, text: str) -> None:
         if not self.quiet:
             self._console.print(f"\n[bold]{escape(text)}[/]\n")
-
-    def waiting(self, text: str) -> AbstractContextManager[object]:
-        """Shows a spinner while something slow runs; a log gets nothing."""
-        return self._console.status(escape(text)) if self.is_live else nullcontext()
 
     @contextmanager
     def training(self, num_steps: int | None, earlier: Sequence[StepMetrics]) -> Iterator[OnChange]:

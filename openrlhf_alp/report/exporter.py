@@ -20,7 +20,7 @@ from prometheus_client import CollectorRegistry, start_http_server
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
 
-from openrlhf_alp.report.metrics import MetricsFileError, MetricsFollower, StepMetrics
+from openrlhf_alp.report.metrics import METRICS, MetricsFileError, MetricsFollower, StepMetrics
 
 NAME = "openrlhf_alp_learner"
 DEFAULT_PORT = 9400
@@ -71,7 +71,7 @@ class RunCollector(Collector):
 def newest_metrics(runs: Path) -> Path | None:
     """The metrics.jsonl below `runs` that was written to last; None before there is one."""
     dated = []
-    for path in runs.rglob("metrics.jsonl"):
+    for path in runs.rglob(METRICS):
         try:
             dated.append((path.stat().st_mtime, path))
         except FileNotFoundError:

@@ -6,6 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+METRICS = "metrics.jsonl"
+"""Name of the file in a run folder."""
+
 EDGE_STEPS = 3
 """Rewards are compared over this many steps at the start and at the end of a run."""
 
