@@ -18,6 +18,7 @@ from openrlhf_alp.clients.errors import (
     InvalidReply,
     ServiceError,
     ServiceUnavailable,
+    UpdateUnanswered,
     WeightUpdateFailed,
     error_of,
 )
@@ -117,7 +118,7 @@ class ControlClient(AbstractAsyncContextManager["ControlClient"]):
         """Begin an update: weight state of the servers that answer; the others become stale.
 
         Raises:
-            WeightUpdateFailed: no server answers.
+            UpdateUnanswered: no server answers.
         """
         self._missed.clear()
         return await self._update(_weights)
@@ -235,7 +236,8 @@ class ControlClient(AbstractAsyncContextManager["ControlClient"]):
         refused = any(not isinstance(error, ServiceUnavailable) for _, error in failures)
         if len(failures) == len(servers) or (refused and refusal_is_fatal):
             causes = "; ".join(str(error) for _, error in failures)
-            raise WeightUpdateFailed(f"{len(failures)} of {len(servers)} servers failed: {causes}")
+            kind = WeightUpdateFailed if refused else UpdateUnanswered
+            raise kind(f"{len(failures)} of {len(servers)} servers failed: {causes}")
         for server, failure in failures:
             self._missed.add(server.channel.url)
             self.fleet.mark_stale(server, str(failure))

@@ -9,6 +9,7 @@ ServiceError                        anything below
 |  `- IncompleteReply               a body cut short on the way; the server has kept the whole
 |- ContractMismatch                 learner and server disagree on what is served
 `- WeightUpdateFailed               an update was not staged or not loaded; the old one serves
+   `- UpdateUnanswered              because no server answered; one may come back
 """
 
 from functools import partial
@@ -84,6 +85,10 @@ class ContractMismatch(ServiceError):
 
 class WeightUpdateFailed(ServiceError):
     """A weight update did not reach every server. The message names each server and its state."""
+
+
+class UpdateUnanswered(WeightUpdateFailed):
+    """No server answered in one phase of an update; one that is started again takes the next."""
 
 
 def error_of(response: httpx.Response, url: str) -> ServiceError:

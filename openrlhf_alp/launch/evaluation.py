@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -115,9 +116,8 @@ def run(config: EvaluationConfig, view: EvaluationView) -> int:
     """
     # The client of this process reads them where the services do.
     keys = fresh_keys() if not config.rollout_urls or config.uses_tool else {}
-    os.environ.update(keys)
     try:
-        with Supervisor({"PYTHONUNBUFFERED": "1"}) as supervisor:
+        with _environment(keys), Supervisor({"PYTHONUNBUFFERED": "1"}) as supervisor:
             services = Services(supervisor, view)
             results = _evaluate(config, services, view)
     except (RecipeError, DataError) as error:
@@ -131,6 +131,21 @@ def run(config: EvaluationConfig, view: EvaluationView) -> int:
         return stop.exit_status
     show_results(config.output, results, view)
     return 0
+
+
+@contextlib.contextmanager
+def _environment(variables: Mapping[str, str]) -> Iterator[None]:
+    """Sets variables and takes them back: whoever calls `run` may start services of their own."""
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 def show_results(folder: Path, results: Results, view: EvaluationView) -> None:

@@ -358,6 +358,7 @@ class AlpActorPPOTrainer(ppo_actor.ActorPPOTrainer):
             admin_key=admin_key,
             transport=service.weight_transport,
             meeting=service.meeting,
+            patience_s=service.request_timeout_s,
         )
 
     def broadcast_to_vllm(self) -> None:

@@ -7,6 +7,7 @@ checkpoint -> WeightPusher carries it to the servers
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping
 
 import deepspeed
@@ -15,9 +16,14 @@ from openrlhf.utils.utils import is_vlm_model
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
+from openrlhf_alp.clients.errors import WeightUpdateFailed
 from openrlhf_alp.clients.weights.carry import BUCKET_BYTES, packed_groups
 from openrlhf_alp.clients.weights.layout import CheckpointLayout, stored_tensors, to_checkpoint
 from openrlhf_alp.clients.weights.push import PushResult, WeightPusher
+
+logger = logging.getLogger(__name__)
+
+_MAX_PUSHES = 3  # a server can end in the middle of a push; one that ends in each is broken
 
 
 def push_weights(
@@ -25,6 +31,7 @@ def push_weights(
 ) -> PushResult | None:
     """Make every server serve `model`. Collective: all ranks call it, rank 0 writes and pushes.
 
+    A push that a server's end broke off is made again, in full, to the server that took its place.
     An error on rank 0 is raised on all ranks, so that none waits forever in a collective.
 
     Args:
@@ -38,6 +45,21 @@ def push_weights(
     Raises:
         ServiceError: the folder cannot be written, or a server refused, failed or is gone.
     """
+    for attempt in range(1, _MAX_PUSHES + 1):
+        pushed, failure = _push_once(pusher, model, zero_stage)
+        if failure is None:
+            return pushed
+        if attempt == _MAX_PUSHES or not isinstance(failure, WeightUpdateFailed):
+            raise failure
+        if pusher is not None:
+            logger.warning("push %d of at most %d: %s", attempt, _MAX_PUSHES, failure)
+    raise AssertionError("unreachable: the last attempt returns or raises")
+
+
+def _push_once(
+    pusher: WeightPusher | None, model: nn.Module, zero_stage: int
+) -> tuple[PushResult | None, Exception | None]:
+    """One attempt. All ranks learn of rank 0's failure, which they raise or follow by another."""
     buckets = gathered_buckets(model, zero_stage, keep=pusher is not None)
     failure: list[Exception | None] = [None]
     pushed: PushResult | None = None
@@ -49,9 +71,7 @@ def push_weights(
     for _ in buckets:  # what rank 0 did not take; every rank takes part in each gathering
         pass
     torch.distributed.broadcast_object_list(failure, src=0)
-    if failure[0] is not None:
-        raise failure[0]
-    return pushed
+    return pushed, failure[0]
 
 
 def pushed_tensors(name_or_path: str) -> Mapping[str, torch.Tensor]:

@@ -1,4 +1,4 @@
-"""Under ZeRO-3 the pushed tensors are the whole parameters, gathered a bucket at a time."""
+"""Pushes that break off; under ZeRO-3 whole parameters, gathered a bucket at a time."""
 
 from __future__ import annotations
 
@@ -8,13 +8,20 @@ import pickle
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import LlamaForCausalLM
+
+from openrlhf_alp.clients.errors import WeightUpdateFailed
+from openrlhf_alp.clients.weights.carry import NamedBuckets
+from openrlhf_alp.clients.weights.push import PushResult, WeightPusher
+from openrlhf_alp.learner.weight_sync import push_weights
 
 RANK = Path(__file__).with_name("zero3_rank.py")
 
@@ -70,3 +77,39 @@ def test_zero3_ranks_calibrate_update_push_what_they_export_and_resume(
     report = json.loads(pushed_file.with_suffix(".json").read_text())
     assert 1 < report["num_gatherings"] < len(pushed)
     assert report["shards"]["model.embed_tokens.weight"] == 0  # partitioned before and after
+
+
+class BreaksOff(WeightPusher):
+    """Its first pushes end as when a server ends in their middle."""
+
+    num_failures = 0
+
+    def push(self, buckets: NamedBuckets) -> PushResult:
+        self.num_pushes = getattr(self, "num_pushes", 0) + 1
+        self.names = [name for bucket in buckets for name, _ in bucket]
+        if self.num_pushes <= self.num_failures:
+            raise WeightUpdateFailed("http://a does not answer")
+        result: Any = f"push {self.num_pushes}"
+        return result
+
+
+@pytest.fixture
+def one_rank() -> Iterator[None]:
+    torch.distributed.init_process_group(
+        "gloo", rank=0, world_size=1, store=torch.distributed.HashStore()
+    )
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.usefixtures("one_rank")
+def test_a_push_that_broke_off_is_made_again_in_full_but_not_for_ever(tiny_model: Path) -> None:
+    model = LlamaForCausalLM.from_pretrained(tiny_model)
+    pusher = BreaksOff(["http://a"], api_key="x", admin_key="x")
+    pusher.num_failures = 2
+    assert push_weights(pusher, model, zero_stage=2) == "push 3"
+    assert "model.norm.weight" in pusher.names
+    pusher.num_pushes, pusher.num_failures = 0, 3
+    with pytest.raises(WeightUpdateFailed, match="does not answer"):
+        push_weights(pusher, model, zero_stage=2)
+    assert pusher.num_pushes == 3

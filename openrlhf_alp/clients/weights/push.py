@@ -1,6 +1,7 @@
 """The whole weight push as one blocking call, for a training thread that runs no event loop."""
 
 import asyncio
+import itertools
 import logging
 import shutil
 import time
@@ -11,8 +12,9 @@ from pathlib import Path
 
 from openrlhf_alp.clients.channel import Timeouts
 from openrlhf_alp.clients.control import ControlClient
-from openrlhf_alp.clients.errors import WeightUpdateFailed
-from openrlhf_alp.clients.fleet import Access
+from openrlhf_alp.clients.errors import UpdateUnanswered, WeightUpdateFailed
+from openrlhf_alp.clients.fleet import Access, Backoff
+from openrlhf_alp.clients.server_watch import NoServerLeft
 from openrlhf_alp.clients.weights.carry import Carrier, NamedBuckets, carry_weights
 from openrlhf_alp.clients.weights.file_carriers import FileCarrier, HttpCarrier
 from openrlhf_alp.clients.weights.gpu_carrier import GpuCarrier, Meeting
@@ -54,6 +56,7 @@ class WeightPusher:
         transport: `file` writes into the servers' shared folder, `http` sends files to each, `nccl`
             and `ipc` send from GPU to GPU.
         meeting: where learner and servers meet for nccl.
+        patience_s: how long a push waits when no server answers: one may be starting again.
         make_client: builds the client, for tests.
     """
 
@@ -66,6 +69,7 @@ class WeightPusher:
         timeouts: Timeouts | None = None,
         transport: WeightTransport = "file",
         meeting: Meeting | None = None,
+        patience_s: float = 0.0,
         make_client: Callable[[], ControlClient] | None = None,
     ) -> None:
         self._timeouts = timeouts or Timeouts()
@@ -73,6 +77,7 @@ class WeightPusher:
         self._make_client = make_client or (lambda: ControlClient(urls, **access))
         self._transport = transport
         self._meeting = meeting or Meeting()
+        self._patience_s = patience_s
         self._shared: Path | None = None
         self._version = 0
 
@@ -88,6 +93,7 @@ class WeightPusher:
         Raises:
             WeightUpdateFailed: a server refused the update, and nothing changed anywhere; or no
                 server serves it. A server that did not answer misses the update and is stale.
+            NoServerLeft: no server answered for `patience_s`, before any tensor was taken.
             ServiceUnavailable: on the first push, a server does not answer.
         """
         return asyncio.run(self.push_async(buckets))
@@ -95,7 +101,7 @@ class WeightPusher:
     async def push_async(self, buckets: NamedBuckets) -> PushResult:
         """As `push`, inside an event loop. Taking the tensors blocks that loop."""
         async with self._make_client() as client:
-            statuses = await client.reachable_weights()
+            statuses = await self._begin(client)
             base_version = _common_version(statuses)
             # Above every server, also above one that missed the last updates: within a fleet one
             # version must not stand for two sets of weights.
@@ -144,6 +150,23 @@ class WeightPusher:
         )
         logger.info("pushed %s", result)
         return result
+
+    async def _begin(self, client: ControlClient) -> list[WeightsStatus]:
+        """The weights of the servers that answer, once there is one."""
+        give_up_s = time.monotonic() + self._patience_s
+        for attempt in itertools.count(1):
+            try:
+                return await client.reachable_weights()
+            except UpdateUnanswered as error:
+                delay_s = Backoff().delay_s(attempt, 0.0)
+                if time.monotonic() + delay_s >= give_up_s:
+                    raise NoServerLeft(
+                        f"No server took the weights within {self._patience_s:g} s. {error}"
+                    ) from error
+                if attempt == 1:
+                    logger.warning("the push waits for a server: %s", error)
+                await asyncio.sleep(delay_s)
+        raise AssertionError("unreachable: the loop has no end")
 
     async def _carrier(self, client: ControlClient, name: str) -> Carrier:
         if self._transport == "http":

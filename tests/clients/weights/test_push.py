@@ -10,6 +10,7 @@ from transformers import LlamaForCausalLM
 from openrlhf_alp.clients.errors import ServiceUnavailable, WeightUpdateFailed
 from openrlhf_alp.clients.fleet import ServerState
 from openrlhf_alp.clients.rollout import RolloutClient
+from openrlhf_alp.clients.server_watch import NoServerLeft
 from openrlhf_alp.clients.weights.carry import (
     CarriedWeights,
     carry_weights,
@@ -121,12 +122,15 @@ async def push(pusher: WeightPusher, model: LlamaForCausalLM) -> Any:
     return await asyncio.to_thread(pusher.push, in_buckets(model.state_dict().items()))
 
 
-def pusher_of(make_client: Any, *urls: str, transport: WeightTransport = "file") -> WeightPusher:
+def pusher_of(
+    make_client: Any, *urls: str, transport: WeightTransport = "file", patience_s: float = 0.0
+) -> WeightPusher:
     return WeightPusher(
         urls,
         api_key="x",
         admin_key="x",
         transport=transport,
+        patience_s=patience_s,
         make_client=lambda: make_client(*urls).control,
     )
 
@@ -302,6 +306,46 @@ async def test_the_only_server_serves_again_after_it_was_started_anew(
         for server in client.control.fleet.servers:
             server.avoid_until_s = 0.0
         await client.generate(request("after"))
+
+
+async def test_a_push_waits_for_the_only_server_to_come_back(
+    make_service: Any, network: Any, make_client: Any, model_folder: Path
+) -> None:
+    service = make_service()
+    url = network.add("a", service)
+    refused = 0
+
+    def gone_twice(sent: httpx.Request) -> None:
+        nonlocal refused
+        if sent.url.path == "/v1/weights" and refused < 2:
+            refused += 1
+            raise httpx.ConnectError("refused")
+
+    network.before = gone_twice
+    pusher = pusher_of(make_client, url, patience_s=60.0)
+    model = new_model(model_folder, 0.5)
+    assert (await push(pusher, model)).version == 1
+    assert refused == 2
+    assert served_equal(service, model)
+
+
+async def test_a_push_ends_when_no_server_comes_back_and_at_once_when_it_is_refused(
+    make_service: Any, network: Any, make_client: Any, model_folder: Path
+) -> None:
+    url = network.add("a", make_service())
+    model = new_model(model_folder, 0.5)
+
+    def gone(_: httpx.Request) -> None:
+        raise httpx.ConnectError("refused")
+
+    network.before = gone
+    with pytest.raises(NoServerLeft, match=r"within 0\.5 s.*http://a does not answer"):
+        await push(pusher_of(make_client, url, patience_s=0.5), model)
+
+    detail = {"code": "unauthorized", "message": "no", "fix": "key", "field": None}
+    network.before = lambda _: httpx.Response(401, json={"error": detail})
+    with pytest.raises(WeightUpdateFailed, match="no Fix: key"):
+        await push(pusher_of(make_client, url, patience_s=3600.0), model)
 
 
 @pytest.mark.parametrize("transport", ["file", "http"])
