@@ -3,6 +3,7 @@
     flags.md      every flag of the trainer, of the commands and of the services, from their parsers
     rollout.md    routes of the rollout service, from its OpenAPI document
     tool.md       routes of the tool service, likewise
+    errors.md     every error, from the source
 
 It needs the repository's environment. No model is loaded: what the rollout service says of its
 routes follows from them alone.
@@ -15,6 +16,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, cast
 
+from _errors import errors_page
 from pydantic_core import PydanticUndefined
 from pydantic_settings import BaseSettings
 
@@ -35,7 +37,12 @@ _METHODS = ("get", "post", "put", "delete")
 def main() -> int:
     """Write the pages; return the exit status."""
     REFERENCE.mkdir(exist_ok=True)
-    pages = {"flags": flags_page(), "rollout": rollout_page(), "tool": tool_page()}
+    pages = {
+        "flags": flags_page(),
+        "rollout": rollout_page(),
+        "tool": tool_page(),
+        "errors": errors_page(),
+    }
     for name, lines in pages.items():
         (REFERENCE / f"{name}.md").write_text(GENERATED + "\n".join(lines) + "\n")
     return 0

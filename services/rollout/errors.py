@@ -129,8 +129,8 @@ def _spec(
     return ErrorSpec(status, code, fix=fix, field=field, retry_after_s=retry_after_s)
 
 
-_SPECS = {row[1]: _spec(*row) for row in _ROWS}
+SPECS = {row[1]: _spec(*row) for row in _ROWS}
 # Callers see one code for sleep: a data call may come later, a control call conflicts with it.
-_SPECS["must_be_awake"] = ErrorSpec(409, "sleeping", fix="POST /v1/wake_up first.")
+SPECS["must_be_awake"] = ErrorSpec(409, "sleeping", fix="POST /v1/wake_up first.")
 
-ERRORS: ErrorTable = {RolloutError: lambda error: _SPECS[error.code]}
+ERRORS: ErrorTable = {RolloutError: lambda error: SPECS[error.code]}

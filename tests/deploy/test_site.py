@@ -21,7 +21,9 @@ def generate() -> ModuleType:
     path = REPOSITORY / "docs/_generate.py"
     specification = importlib.util.spec_from_file_location("generate", path)
     module = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(module)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(path.parent))  # as when it runs as a script
+        specification.loader.exec_module(module)
     return module
 
 
@@ -53,6 +55,18 @@ def test_every_route_and_schema_has_its_place(generate: ModuleType) -> None:
         assert f"`{route}`" in page
     assert "### GenerateRequest" in page and "| `token_ids` |" in page
     assert "`None`" not in page
+
+
+def test_every_error_has_a_row(generate: ModuleType) -> None:
+    page = "\n".join(generate.errors_page())
+    for row in (
+        # Of a table of a service, of a message with values, and of an answer that a route raises.
+        "| 409 | `step_conflict` | `step` | GET the session for the number of the next step. |",
+        "| --lr is &#123;lr&#125;; it must be a finite number above 0 | `ValueError` | replay.py |",
+        "The service failed while handling this request. Fix: Report the request_id",
+    ):
+        assert row in page
+    assert page.count("\n| ") > 300
 
 
 def test_the_pages_of_the_site_exist() -> None:
