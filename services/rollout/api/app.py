@@ -5,6 +5,7 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 from fastapi import APIRouter, Depends, FastAPI
+from fastapi.routing import APIRoute
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
@@ -16,6 +17,7 @@ from services.common.serve import watch_loop_lag
 from services.rollout import metrics
 from services.rollout.api.control import UPLOAD_PATH, control_routes, ok
 from services.rollout.api.generate import generate_routes
+from services.rollout.api.workers import worker_routes
 from services.rollout.engines.protocol import EngineDeadError
 from services.rollout.errors import ERRORS
 from services.rollout.service import RolloutService
@@ -62,7 +64,10 @@ def create_app(
     data_key, control_key = KeyGuard(api_key, admin_key), KeyGuard(admin_key)
     app.include_router(generate_routes(service), dependencies=[Depends(data_key)])
     app.include_router(_data_routes(service), dependencies=[Depends(data_key)])
-    app.include_router(control_routes(service), dependencies=[Depends(control_key)])
+    control = control_routes(service)
+    app.include_router(control, dependencies=[Depends(control_key)])
+    paths = [route.path for route in control.routes if isinstance(route, APIRoute)]
+    app.include_router(worker_routes(service, paths), dependencies=[Depends(data_key)])
     app.include_router(_probe_routes(service))
     document_msgpack(app)
     return app
