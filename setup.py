@@ -19,6 +19,7 @@ LEARNER = [
     "openrlhf==0.11.2",
     "datasets>=3",
     "filelock>=3.16",
+    "jinja2>=3.1",
     "pyarrow>=15",
     "transformers==5.15.0",
     "deepspeed==0.19.6",
@@ -28,6 +29,7 @@ LEARNER = [
     "matplotlib>=3.8",
     "msgspec>=0.18",
     "pebble>=5.1",
+    "plotly>=7.1,<8",
     "prometheus-client>=0.18",
     "psutil>=5.9",
     "rich>=13",
@@ -78,7 +80,10 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["openrlhf_alp", "openrlhf_alp.*", "services", "services.*"]),
-    package_data={"openrlhf_alp": ["py.typed", "evaluate/suites.toml"], "services": ["py.typed"]},
+    package_data={
+        "openrlhf_alp": ["py.typed", "evaluate/suites.toml", "report/html/templates/*"],
+        "services": ["py.typed"],
+    },
     extras_require={
         "learner": LEARNER,
         "evaluate": EVALUATE,

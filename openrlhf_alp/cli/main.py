@@ -46,6 +46,7 @@ COMMANDS = {
     "preflight": "learner",
     "prepare-data": "learner",
     "replay": "learner",
+    "report": "learner",
 }
 """Command -> the extras of the package that bring what its module imports."""
 

@@ -43,6 +43,8 @@ class Run(Section):
     """What becomes of an earlier run in the folder: stop and say so, or move it aside."""
     preflight: bool = True
     """Measure the log-prob mismatch before the first update, and stop when it is broken."""
+    condition: str = ""
+    """What sets this run apart from others in a report, besides its method and seed."""
 
 
 class Model(Section):

@@ -1,0 +1,139 @@
+"""The page of `openrlhf-alp report`: one file that opens from disk, and pictures beside it."""
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+
+from plotly.offline import get_plotlyjs
+
+from openrlhf_alp.report.compare.charts import colors_of
+from openrlhf_alp.report.compare.curves import curve_charts
+from openrlhf_alp.report.compare.interactive import plotly_figure
+from openrlhf_alp.report.compare.measures import Measure
+from openrlhf_alp.report.compare.parts import part_charts
+from openrlhf_alp.report.compare.pictures import write_pictures
+from openrlhf_alp.report.compare.runs import Run, conditions, notes_of, read_runs
+from openrlhf_alp.report.compare.table import Cell, Group, group, make_tables
+from openrlhf_alp.report.html.render import packed, render, script_json
+
+PAGE, FIGURES = "index.html", "figures"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Written:
+    """What a report is made of."""
+
+    page: Path
+    pictures: Sequence[Path]
+    num_runs: int
+    notes: Sequence[str]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _RunRow:
+    """A run as the page lists it."""
+
+    number: int
+    run: Run
+    condition: str
+    link: str
+
+    @property
+    def versions(self) -> str:
+        return ", ".join(f"{k} {v}" for k, v in self.run.environment.get("versions", {}).items())
+
+
+def write_report(
+    paths: Sequence[Path],
+    out: Path,
+    *,
+    baseline: str | None = None,
+    on_stage: Callable[[str], None] = lambda line: None,
+) -> Written:
+    """Writes `index.html` and `figures/` into `out`.
+
+    Args:
+        paths: run folders, or folders of them.
+        baseline: method that every row is compared with; None: each with its twin without noise.
+
+    Raises:
+        NoRunsError: a path has no run.
+        OSError: `out` cannot be written.
+    """
+    on_stage("reading runs")
+    runs = read_runs(paths)
+    under = conditions(runs)
+    groups = group(runs, under)
+    charts = [*curve_charts(groups), *part_charts(groups)]
+    methods = list(dict.fromkeys(one.method for one in groups))
+    colors = colors_of(methods)
+    out.mkdir(parents=True, exist_ok=True)
+    on_stage("drawing pictures")
+    pictures = write_pictures(charts, colors, out / FIGURES)
+    on_stage("writing the page")
+    notes = [*notes_of(runs), *_without(groups, baseline)]
+    page = out / PAGE
+    page.write_text(
+        render(
+            "report.html",
+            title=_title(runs, groups),
+            made=f"{datetime.now():%Y-%m-%d %H:%M}",
+            runs=[
+                _RunRow(number=n, run=run, condition=under[n], link=_link(run.folder, out))
+                for n, run in enumerate(runs)
+            ],
+            tables=make_tables(groups, baseline),
+            charts=charts,
+            colors=colors,
+            notes=notes,
+            figures=script_json([plotly_figure(chart, colors) for chart in charts]),
+            plotly=packed(get_plotlyjs().encode()),
+            number=number,
+            signed=signed,
+            tone=tone,
+        ),
+        encoding="utf-8",
+    )
+    return Written(page=page, pictures=pictures, num_runs=len(runs), notes=notes)
+
+
+def _title(runs: Sequence[Run], groups: Sequence[Group]) -> str:
+    counts = (
+        (len(runs), "run"),
+        (len({one.method for one in groups}), "method"),
+        (len({one.condition for one in groups}), "condition"),
+    )
+    return ", ".join(f"{num} {noun}{'' if num == 1 else 's'}" for num, noun in counts)
+
+
+def _without(groups: Sequence[Group], baseline: str | None) -> list[str]:
+    methods = list(dict.fromkeys(one.method for one in groups))
+    if baseline is not None and baseline not in methods:
+        return [f"No run has the baseline {baseline}; these do: {', '.join(methods)}."]
+    return []
+
+
+def _link(folder: Path, out: Path) -> str:
+    """From the page to the run, so that both can be moved together."""
+    return Path(os.path.relpath(folder, out.resolve())).as_posix()
+
+
+def number(value: float, digits: int) -> str:
+    """With `digits` decimals, or as a power of ten where these would show zeros only."""
+    return f"{value:.1e}" if 0 < abs(value) < 10**-digits else f"{value:.{digits}f}"
+
+
+def signed(value: float, digits: int) -> str:
+    """The same with a sign."""
+    return f"{'+' if value >= 0 else ''}{number(value, digits)}"
+
+
+def tone(cell: Cell, measure: Measure) -> str:
+    """Class of a difference with a sign: `good`, `bad`, or `told` where neither is better."""
+    if cell.verdict == "open":
+        return ""
+    if not measure.better:
+        return "told"
+    return "good" if (cell.verdict == "more") == (measure.better > 0) else "bad"

@@ -1,0 +1,238 @@
+"""What is read of a run folder. A run that is broken or still going gives what it has, and says so.
+
+recipe.toml       method, seed, condition, settings      metrics.jsonl   the steps
+environment.json  commit, versions                       evaluation/     results before and after
+summary.json      only of a finished run
+"""
+
+import hashlib
+import json
+import statistics
+import time
+import tomllib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from openrlhf_alp.report.metrics import (
+    METRICS,
+    REWARD,
+    MetricsFileError,
+    StepMetrics,
+    read_steps,
+)
+
+RECIPE, ENVIRONMENT, SUMMARY = "recipe.toml", "environment.json", "summary.json"
+EVALUATIONS = ("before", "after")
+METHOD, SEED, CONDITION = "train.alp.method", "run.seed", "run.condition"
+NO_METHOD = "openrlhf"
+"""Method of a run that trains with OpenRLHF's own loss."""
+
+_MAX_DEPTH = 3
+"""Folders below the one that was named in which runs are looked for."""
+_LIVE_S = 600.0
+"""A file that was written to within this time, or five steps, may belong to a run that goes on."""
+_NOT_COMPARED = (METHOD, SEED, CONDITION, "run.folder", "run.existing", "train.alp.record")
+_TASK = ("data.task", "data.path", "data.sources")
+
+
+class NoRunsError(ValueError):
+    """Nothing of what was named is a run. The message says what was looked for."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Run:
+    """One run as it is on the disk."""
+
+    folder: Path
+    steps: Sequence[StepMetrics]
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    """Of recipe.toml, under dotted names; empty for a run that was started without a recipe."""
+
+    environment: Mapping[str, Any] = field(default_factory=dict)
+    evaluations: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """results.json of `openrlhf-alp evaluate`, by when it was made."""
+
+    state: str = "finished"
+    """`finished`, `still going` or `not finished`."""
+
+    digest: str = ""
+    """First 12 hexadecimal digits of the SHA-256 of metrics.jsonl."""
+
+    notes: Sequence[str] = ()
+    """What is missing or odd, as sentences."""
+
+    @property
+    def method(self) -> str:
+        return str(self.settings.get(METHOD, NO_METHOD if self.settings else "unknown"))
+
+    @property
+    def seed(self) -> int | None:
+        """None for a run without a recipe, which then pairs with no other."""
+        return None if SEED not in self.settings else int(self.settings[SEED])
+
+    @property
+    def commit(self) -> str:
+        return str(self.environment.get("commit") or "")
+
+    @property
+    def task(self) -> str:
+        return " ".join(str(self.settings[key]) for key in _TASK if key in self.settings)
+
+    def values(self, *names: str) -> dict[int, float]:
+        """Step to value of the first of `names` that the run has; steps without it are left out."""
+        for name in names:
+            found = {s.step: s.values[name] for s in self.steps if name in s.values}
+            if found:
+                return found
+        return {}
+
+
+def read_runs(paths: Sequence[Path]) -> list[Run]:
+    """Every run in the folders that were named, or below them.
+
+    Raises:
+        NoRunsError: there is no run, or a path does not exist.
+    """
+    folders: dict[Path, None] = {}
+    for path in paths:
+        found = list(_run_folders(path if path.name != METRICS else path.parent, _MAX_DEPTH))
+        if not found:
+            what = "is no folder" if not path.exists() else f"has no {METRICS} or {RECIPE}"
+            raise NoRunsError(
+                f"{path} {what}, so there is no run in it. Name run folders, such as runs/demo, or "
+                "a folder of them"
+            )
+        folders |= dict.fromkeys(folder.resolve() for folder in found)
+    return [_read_run(folder) for folder in folders]
+
+
+def conditions(runs: Sequence[Run]) -> list[str]:
+    """What sets each run apart besides method and seed: its own words, else how settings differ."""
+    known = [run.settings for run in runs if run.settings]
+    names = dict.fromkeys(name for settings in known for name in settings)
+    differing = [
+        name
+        for name in names
+        if name not in _NOT_COMPARED and len({str(settings.get(name)) for settings in known}) > 1
+    ]
+    return [
+        str(run.settings.get(CONDITION) or _difference(run.settings, differing))
+        if run.settings
+        else run.folder.name
+        for run in runs
+    ]
+
+
+def notes_of(runs: Sequence[Run]) -> list[str]:
+    """What a reader has to know before comparing these runs."""
+    notes = [f"{run.folder.name}: {note}" for run in runs for note in run.notes]
+    tasks = dict.fromkeys(run.task for run in runs if run.task)
+    if len(tasks) > 1:
+        notes.append(f"Runs of different tasks ({', '.join(tasks)}): rewards are not comparable.")
+    commits = dict.fromkeys(run.commit[:12] for run in runs if run.commit)
+    if len(commits) > 1:
+        notes.append(f"Runs of different commits: {', '.join(commits)}.")
+    return notes
+
+
+def _run_folders(folder: Path, depth: int) -> Iterator[Path]:
+    if (folder / METRICS).is_file() or (folder / RECIPE).is_file():
+        yield folder
+    elif depth and folder.is_dir():
+        for child in sorted(folder.iterdir()):
+            if child.is_dir():
+                yield from _run_folders(child, depth - 1)
+
+
+def _read_run(folder: Path) -> Run:
+    notes: list[str] = []
+    steps = _steps(folder, notes)
+    recipe = _parsed(folder / RECIPE, notes, "method, seed and settings are unknown")
+    environment = _parsed(folder / ENVIRONMENT, notes, "commit and versions are unknown")
+    state = _state(folder, steps, notes)
+    if steps and not any(name.startswith("alp/") for step in steps for name in step.values):
+        notes.append(
+            "no metric begins with alp/, so ratios, KL and sigma are not shown. The run used "
+            "OpenRLHF's own loss, or a version with other names."
+        )
+    if steps and not any(REWARD in step.values for step in steps):
+        notes.append(f"there is no {REWARD}, so its reward is not shown.")
+    metrics = folder / METRICS
+    return Run(
+        folder=folder,
+        steps=steps,
+        settings=dict(_dotted(recipe)),
+        environment=environment,
+        evaluations=dict(_evaluations(folder, notes)),
+        state=state,
+        digest=hashlib.sha256(metrics.read_bytes()).hexdigest()[:12] if metrics.exists() else "",
+        notes=notes,
+    )
+
+
+def _steps(folder: Path, notes: list[str]) -> list[StepMetrics]:
+    if not (folder / METRICS).is_file():
+        notes.append(f"there is no {METRICS}: it has not finished a step.")
+        return []
+    try:
+        return read_steps(folder / METRICS)
+    except MetricsFileError as error:
+        notes.append(f"its metrics are not shown: {error}")
+        return []
+
+
+def _parsed(path: Path, notes: list[str], consequence: str) -> dict[str, Any]:
+    if not path.is_file():
+        notes.append(f"there is no {path.name}: {consequence}.")
+        return {}
+    try:
+        text = path.read_text(encoding="utf-8")
+        found: dict[str, Any] = (
+            tomllib.loads(text) if path.suffix == ".toml" else dict(json.loads(text))
+        )
+    except (ValueError, TypeError, OSError) as error:
+        notes.append(f"{path.name} cannot be read ({error}): {consequence}.")
+        return {}
+    return found
+
+
+def _state(folder: Path, steps: Sequence[StepMetrics], notes: list[str]) -> str:
+    if (folder / SUMMARY).is_file() or not (folder / RECIPE).is_file():
+        return "finished"
+    lasted = [step.values.get("timing/step_total", 0.0) for step in steps]
+    live_s = max(_LIVE_S, 5 * (statistics.median(lasted) if lasted else 0.0))
+    newest = max(
+        (path.stat().st_mtime for path in (folder / METRICS, folder / RECIPE) if path.exists()),
+        default=0.0,
+    )
+    if time.time() - newest < live_s:
+        notes.append(f"it is still going, or was stopped a moment ago: {len(steps)} steps so far.")
+        return "still going"
+    notes.append(
+        f"it ended without {SUMMARY} after {len(steps)} steps: it failed or was stopped. "
+        "logs/ says why."
+    )
+    return "not finished"
+
+
+def _evaluations(folder: Path, notes: list[str]) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    for name in EVALUATIONS:
+        path = folder / "evaluation" / name / "results.json"
+        if path.is_file() and (results := _parsed(path, notes, f"evaluation {name} is not shown")):
+            yield name, results
+
+
+def _dotted(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in table.items():
+        if isinstance(value, dict):
+            yield from _dotted(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _difference(settings: Mapping[str, Any], names: Sequence[str]) -> str:
+    short = {name: name.rpartition(".")[2] for name in names}
+    parts = [f"{short[name]}={settings[name]}" for name in names if name in settings]
+    return ", ".join(parts) or ", ".join(f"{short[name]} not set" for name in names)

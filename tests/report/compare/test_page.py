@@ -1,0 +1,107 @@
+import base64
+import gzip
+import json
+import re
+
+import plotly.graph_objects as go
+import pytest
+
+from openrlhf_alp.cli.main import main
+from openrlhf_alp.objective.metric_names import NUM_ENVELOPE_BINS
+from openrlhf_alp.report.compare.page import number, write_report
+
+
+def metrics(step):
+    quantiles = (("p00_1", -3), ("p01", -2), ("p50", 0), ("p99", 2), ("p99_9", 3))
+    envelope = {
+        f"alp/envelope_{index}_{part}": value
+        for index in range(NUM_ENVELOPE_BINS)
+        for part, value in (("p01", -1.0), ("p50", 0.0), ("p99", 1.0))
+    }
+    return {
+        **{f"alp/log_ratio_{name}": value * step / 100 for name, value in quantiles},
+        "alp/clean_k3_kl": 0.01 * step,
+        "alp/lag_0_perturbation_rms": 0.1,
+        "alp/token_ess": 0.9,
+        "alp/entropy": 1.0,
+        "alp/layer_0_sigma": 0.02 * (1 + step / 100),
+        "alp/layer_1_sigma": 0.02,
+        "timing/generation": 3.0,
+        "timing/step_total": 5.0,
+        "tir/status_ok": 1.0,
+        **envelope,
+    }
+
+
+@pytest.fixture
+def folders(make_run):
+    return [
+        make_run(f"{method}{seed}", [0.1, 0.2, 0.4], method=method, seed=seed, metrics=metrics)
+        for method in ("seq-bypass", "seq-alp")
+        for seed in (1, 2)
+    ]
+
+
+def test_the_page_stands_alone_and_links_to_the_runs(folders, tmp_path):
+    written = write_report(folders, tmp_path / "out")
+    page = written.page.read_text()
+    assert written.num_runs == 4
+    assert not re.search(r"""(src|href)=["'](https?:)?//(?!arxiv\.org)""", page)
+    for run in folders:
+        link = re.search(rf'href="([^"]+{run.name})"', page)
+        assert (written.page.parent / link[1]).resolve() == run
+    bundle = re.search(r'id="plotly">([^<]+)<', page)[1]
+    assert b"plotly.js" in gzip.decompress(base64.b64decode(bundle))[:200]
+    assert len(page) < 5 * 2**20
+
+
+def test_every_chart_is_one_that_plotly_takes_and_has_its_pictures(folders, tmp_path):
+    written = write_report(folders, tmp_path / "out")
+    text = re.search(r'id="figures">(.+?)</script>', written.page.read_text())[1]
+    figures = json.loads(text)
+    keys = [figure["key"] for figure in figures]
+    assert keys == [
+        *("reward", "log-ratio", "kl", "split", "ess", "entropy", "envelope", "sigma", "time"),
+        "tools",
+    ]
+    for figure in figures:
+        go.Figure(data=figure["data"], layout=figure["layout"])
+    assert {path.name for path in written.pictures} == {
+        f"{key}.{suffix}" for key in keys for suffix in ("png", "svg")
+    }
+
+
+def test_sigma_is_shown_as_its_change_in_per_cent(folders, tmp_path):
+    """Layer 0 grows from 0.0202 to 0.0206, by 1.98 %."""
+    text = write_report(folders, tmp_path / "out").page.read_text()
+    figures = json.loads(re.search(r'id="figures">(.+?)</script>', text)[1])
+    [sigma] = [figure for figure in figures if figure["key"] == "sigma"]
+    heat = sigma["data"][0]
+    assert heat["z"][0] == pytest.approx([0.0, 100 * 0.0002 / 0.0202, 100 * 0.0004 / 0.0202])
+    assert heat["z"][1] == pytest.approx([0.0, 0.0, 0.0])
+
+
+def test_names_of_runs_stay_text(make_run, tmp_path):
+    folder = make_run("<script>alert(1)", [0.1] * 3, metrics=metrics)
+    page = write_report([folder], tmp_path / "out").page.read_text()
+    assert "<script>alert" not in page
+    assert "&lt;script&gt;alert(1)" in page
+
+
+def test_small_numbers_keep_their_digits():
+    assert number(0.25, 3) == "0.250"
+    assert number(0.00002, 3) == "2.0e-05"
+    assert number(0.0, 3) == "0.000"
+
+
+def test_the_command_writes_and_names_what_is_missing(make_run, tmp_path, capsys):
+    folder = make_run("a", [0.1] * 3, finished=False)
+    assert main(["report", str(folder), "--out", str(tmp_path / "out")]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "a: it is still going" in shown
+    assert "runs: 1," in shown
+
+
+def test_a_folder_without_runs_ends_with_status_2(tmp_path, capsys):
+    assert main(["report", str(tmp_path / "none"), "--out", str(tmp_path / "out")]) == 2
+    assert "there is no run in it" in " ".join(capsys.readouterr().out.split())

@@ -1,0 +1,92 @@
+import os
+import time
+
+import pytest
+
+from openrlhf_alp.report.compare.runs import NoRunsError, conditions, notes_of, read_runs
+
+RISE = [0.1, 0.2, 0.3]
+
+
+def test_a_run_folder_gives_method_seed_steps_and_digest(make_run):
+    [run] = read_runs([make_run("a", RISE, seed=7)])
+    assert (run.method, run.seed, run.state) == ("seq-alp", 7, "finished")
+    assert [step.values["rollout/reward_mean"] for step in run.steps] == RISE
+    assert len(run.digest) == 12 and run.commit.startswith("0123")
+    assert run.notes == []
+
+
+def test_runs_are_found_below_a_folder_and_counted_once(make_run, tmp_path):
+    folder = make_run("sweep/a", RISE)
+    make_run("sweep/b", RISE, seed=2)
+    runs = read_runs([tmp_path / "runs", folder, folder / "metrics.jsonl"])
+    assert [run.folder.name for run in runs] == ["a", "b"]
+
+
+@pytest.mark.parametrize(("name", "said"), [("nowhere", "is no folder"), ("empty", "has no")])
+def test_a_path_without_a_run_is_named(tmp_path, name, said):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(NoRunsError, match=said):
+        read_runs([tmp_path / name])
+
+
+def test_a_run_that_goes_on_and_one_that_ended_early_are_told_apart(make_run):
+    live = make_run("live", RISE, finished=False)
+    dead = make_run("dead", RISE, finished=False)
+    yesterday = time.time() - 86400
+    for name in ("metrics.jsonl", "recipe.toml"):
+        os.utime(dead / name, (yesterday, yesterday))
+    first, second = read_runs([live, dead])
+    assert first.state == "still going" and "3 steps so far" in first.notes[0]
+    assert second.state == "not finished" and "failed or was stopped" in second.notes[0]
+
+
+def test_what_is_broken_or_missing_is_said_and_the_rest_is_kept(make_run):
+    folder = make_run("a", RISE, metrics=lambda step: {"actor/kl": 0.1})
+    (folder / "environment.json").write_text("[")
+    (folder / "recipe.toml").unlink()
+    [run] = read_runs([folder])
+    assert len(run.steps) == 3 and run.method == "unknown" and run.seed is None
+    said = " ".join(run.notes)
+    for part in ("no recipe.toml", "environment.json cannot be read", "no metric begins with alp/"):
+        assert part in said
+
+
+def test_a_bad_line_of_metrics_is_named_with_file_and_line(make_run):
+    folder = make_run("a", RISE)
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write("{}\n")
+    [run] = read_runs([folder])
+    assert run.steps == [] and "line 4" in run.notes[0]
+
+
+def test_conditions_are_the_settings_that_differ(make_run):
+    runs = read_runs(
+        [
+            make_run("a", RISE),
+            make_run("b", RISE, recipe='[rollout]\nsimulate_quantization = "int4"', seed=2),
+            make_run("c", RISE, method="seq-bypass"),
+        ]
+    )
+    assert conditions(runs) == [
+        "simulate_quantization not set",
+        "simulate_quantization=int4",
+        "simulate_quantization not set",
+    ]
+
+
+def test_different_tasks_and_commits_are_said_before_anything_is_compared(make_run):
+    runs = read_runs(
+        [
+            make_run("a", RISE, recipe='[data]\ntask = "addition"'),
+            make_run(
+                "b",
+                RISE,
+                recipe='[data]\ntask = "multiplication"',
+                environment={"commit": "f" * 40, "versions": {}},
+            ),
+        ]
+    )
+    said = " ".join(notes_of(runs))
+    assert "different tasks (addition, multiplication)" in said
+    assert "different commits: 0123456789ab, ffffffffffff" in said
