@@ -5,7 +5,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from openrlhf_alp.launch.recipe import RecipeError, read_recipe
+from openrlhf_alp.launch.recipe import Recipe, RecipeError, read_recipe
 from openrlhf_alp.launch.view import LaunchView
 
 HELP = "start services and learner from a recipe, watch the run, end everything"
@@ -103,8 +103,8 @@ def _launch(arguments: argparse.Namespace, settings: list[str], view: LaunchView
         raise RecipeError("--pretend-gpus plans only: it goes with --dry-run")
     path = arguments.recipe or arguments.resume / "recipe.toml"
     asked, source = read_recipe(path, settings)
-    if arguments.seeds or arguments.sweep:
-        return _sweep(arguments, path, settings, view, asked.run.folder)
+    if arguments.seeds or arguments.sweep or asked.sweep.conditions or asked.sweep.values:
+        return _sweep(arguments, path, settings, view, asked)
     # Here and not above: they import torch and transformers, which takes seconds.
     from openrlhf_alp.launch.run import Options, launch
     from openrlhf_alp.launch.run_folder import read_run
@@ -125,14 +125,22 @@ def _sweep(
     path: Path,
     settings: list[str],
     view: LaunchView,
-    folder: Path | None,
+    asked: Recipe,
 ) -> int:
     from openrlhf_alp.launch.sweep import cells_of, sweep
 
     if arguments.resume or arguments.dry_run or arguments.overwrite:
         raise RecipeError(
-            "--seeds and --sweep continue by themselves: give the same command again. They go with "
-            "none of --resume, --overwrite and --dry-run"
+            "a sweep continues by itself: give the same command again. --seeds, --sweep and the "
+            "recipe's [sweep] go with none of --resume, --overwrite and --dry-run; "
+            "--set 'sweep={}' leaves the recipe's out"
         )
-    below = (folder or Path("runs", path.stem)).with_name(f"{(folder or path).stem}-sweep")
-    return sweep(path, cells_of(below, settings, arguments.seeds, arguments.sweep), view)
+    folder = asked.run.folder or Path("runs", path.stem)
+    cells = cells_of(
+        folder.with_name(f"{folder.name}-sweep"),
+        settings,
+        arguments.seeds,
+        arguments.sweep,
+        asked.sweep,
+    )
+    return sweep(path, cells, view)

@@ -3,6 +3,7 @@
     [run]      folder, seed            [rollout]  servers, GPUs of each, flags of services.rollout
     [model]    the policy              [tool]     servers, flags of services.tool
     [data]     task, file or sources   [train]    GPUs, and flags of the trainer by their names
+    [evaluate] problem sets            [sweep]    values and conditions of several runs
 
 Imports neither torch nor anything of the learner, so that a mistake is reported at once.
 """
@@ -135,6 +136,24 @@ class Evaluate(_Flagged):
     """Evaluate the trained policy."""
 
 
+class Sweep(Section):
+    """Several runs of the recipe, one for every combination; see `launch/sweep.py`."""
+
+    conditions: dict[str, dict[str, Any]] = {}
+    """Name of a condition to the settings that make it; the runs have it as `run.condition`."""
+    values: dict[str, list[Any]] = {}
+    """Setting to the values that it takes in turn."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _dotted(cls, given: Any) -> Any:
+        if not isinstance(given, dict):
+            return given
+        tables = {"conditions": {}, "values": {}, **given}
+        conditions = {name: flatten(table) for name, table in tables["conditions"].items()}
+        return {**tables, "conditions": conditions, "values": flatten(tables["values"])}
+
+
 class Recipe(Section):
     """The whole file."""
 
@@ -145,6 +164,7 @@ class Recipe(Section):
     tool: Services | None = None
     train: Train
     evaluate: Evaluate | None = None
+    sweep: Sweep = Field(default_factory=Sweep)
 
     @model_validator(mode="after")
     def _fit_together(self) -> Recipe:

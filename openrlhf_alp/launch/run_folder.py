@@ -43,6 +43,11 @@ def check_run_folder(path: Path, *, recipe: Recipe, overwrite: bool) -> None:
     Raises:
         RecipeError: something is there that must not be touched.
     """
+    if "," in str(path.absolute()):
+        raise RecipeError(
+            f"run.folder {path}: its path has a comma, at which OpenRLHF would split the path of "
+            "the prompts in it. Name another folder with --set run.folder=..."
+        )
     if not path.exists() or (path.is_dir() and not any(path.iterdir())):
         return
     if not (path / RECIPE).is_file():

@@ -1,4 +1,5 @@
-"""Several runs of one recipe: `--seeds 1,2,3`, `--sweep KEY=A,B`, and every combination of them.
+"""Several runs of one recipe: every combination of what the recipe's `[sweep]`, `--seeds 1,2,3` and
+`--sweep KEY=A,B` name.
 
 Each cell is a launch of its own in a folder below the recipe's. A finished cell is skipped, one
 with a checkpoint continues, so the same command goes on where an earlier one was stopped.
@@ -7,14 +8,16 @@ with a checkpoint continues, so the same command goes on where an earlier one wa
 from __future__ import annotations
 
 import itertools
+import json
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from openrlhf_alp.launch import machine, plan
 from openrlhf_alp.launch.recipe import RecipeError, read_recipe
+from openrlhf_alp.launch.recipe import Sweep as RecipeSweep
 from openrlhf_alp.launch.run_folder import RECIPE, SUMMARY, has_checkpoint
 from openrlhf_alp.launch.supervisor import Child, StopRequested, Supervisor
 from openrlhf_alp.launch.view import LaunchView
@@ -22,6 +25,7 @@ from openrlhf_alp.launch.view import LaunchView
 _GRACE_S = 17.0
 """A cell is a launch and ends everything of its own."""
 _POLL_S = 0.5
+_SEED, _CONDITION = "run.seed", "run.condition"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,32 +52,61 @@ class Cell:
 
 
 def cells_of(
-    folder: Path, settings: Sequence[str], seeds: str | None, sweeps: Sequence[str]
+    folder: Path,
+    settings: Sequence[str],
+    seeds: str | None = None,
+    sweeps: Sequence[str] = (),
+    recipe: RecipeSweep | None = None,
 ) -> list[Cell]:
-    """Every combination of the seeds and the values.
+    """Every combination of seeds, conditions and values; the first seed of all comes first.
 
     Args:
         folder: the cells' folders are made in it.
         settings: `KEY=VALUE`, the same for all cells.
         seeds: numbers with commas between them.
-        sweeps: `KEY=A,B`.
+        sweeps: `KEY=A,B`; `run.condition=A,B` picks conditions of the recipe.
+        recipe: its `[sweep]`; seeds and sweeps win over its values.
 
     Raises:
-        RecipeError: one of them is not of this form.
+        RecipeError: one of them is not of this form, or the recipe has no such condition.
     """
-    axes = [sweep.partition("=") for sweep in sweeps]
-    axes += [("run.seed", "=", seeds)] if seeds else []
-    for key, equals, values in axes:
+    given = [sweep.partition("=") for sweep in sweeps]
+    given += [(_SEED, "=", seeds)] if seeds else []
+    for key, equals, values in given:
         if not equals or not all(values.split(",")):
             raise RecipeError(f"--sweep {key}{equals}{values}: write it as --sweep KEY=A,B")
-    choices = [[f"{key}={value}" for value in values.split(",")] for key, _, values in axes]
+    asked = {key: values.split(",") for key, _, values in given}
+    conditions = recipe.conditions if recipe else {}
+    axes: dict[str, list[str]] = {_CONDITION: list(conditions)} if conditions else {}
+    for key, choices in (recipe.values if recipe else {}).items():
+        axes[key] = [c if isinstance(c, str) else json.dumps(c) for c in choices]
+    axes |= asked
+    if conditions and (unknown := [c for c in axes[_CONDITION] if c not in conditions]):
+        raise RecipeError(
+            f"--sweep {_CONDITION}={unknown[0]}: the recipe has {', '.join(conditions)}"
+        )
+    ordered = sorted(axes, key=lambda key: (key != _SEED, key != _CONDITION))
+    # A cell is one run: what the recipe sweeps over must not start a sweep in it again.
+    alone = (*settings, "sweep={}") if conditions or (recipe and recipe.values) else (*settings,)
     cells = []
-    for chosen in itertools.product(*choices):
-        # The last part of a key says enough; a value may be a path.
-        name = ",".join(c.rpartition(".")[2] if "=" in c.rpartition(".")[2] else c for c in chosen)
-        name = name.replace("/", "_")
-        cells.append(Cell(name=name, settings=(*settings, *chosen), folder=folder / name))
+    for picked in itertools.product(*(axes[key] for key in ordered)):
+        chosen = dict(zip(ordered, picked, strict=True))
+        more = conditions.get(chosen.get(_CONDITION, ""), {})
+        own = [f"{key}={json.dumps(value)}" for key, value in more.items()]
+        own += [f"{key}={value}" for key, value in chosen.items()]
+        name = _name({key: chosen[key] for key in axes})
+        cells.append(Cell(name=name, settings=(*alone, *own), folder=folder / name))
     return cells
+
+
+def _name(chosen: Mapping[str, str]) -> str:
+    """Folder of a cell: the last part of a key says enough, and a value may be a path."""
+    parts = [
+        value if key == _CONDITION else f"{key.rpartition('.')[2]}={value}"
+        for key, value in chosen.items()
+    ]
+    # OpenRLHF reads a comma in the path of its prompts as the end of a first path.
+    return "_".join(parts).replace("/", "_").replace(",", "+")
 
 
 def sweep(recipe: Path, cells: Sequence[Cell], view: LaunchView) -> int:

@@ -9,6 +9,7 @@ import pytest
 import openrlhf_alp.learner  # noqa: F401  (installs the shims that OpenRLHF needs to import)
 from openrlhf_alp.launch.commands import Inputs, train_flags
 from openrlhf_alp.launch.recipe import flatten, read_recipe
+from openrlhf_alp.launch.sweep import cells_of
 from openrlhf_alp.learner import seams
 from openrlhf_alp.learner.flags.settle import add_arguments, settle
 
@@ -16,6 +17,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 NAMES = sorted(path.stem for path in RECIPES.glob("*.toml"))
+EXPERIMENTS = sorted(path.stem for path in (RECIPES / "experiments").glob("*.toml"))
 PAPER = ("single_turn_qwen2.5_math_1.5b", "tir_qwen2.5_7b")
 KEYS = (
     "OPENRLHF_ALP_ROLLOUT_API_KEY",
@@ -49,6 +51,35 @@ def test_every_recipe_is_one_that_training_takes(train_args, name):
     args = train_args(name)
     assert args.alp.perturbed
     assert args.rollout_service.urls == ("http://127.0.0.1:8000",)
+
+
+def first_seed_cells(name):
+    """Cells of an experiment, of its first seed alone: the others differ in nothing else."""
+    path = RECIPES / "experiments" / f"{name}.toml"
+    recipe, _ = read_recipe(path)
+    seed = recipe.sweep.values["run.seed"][0]
+    return cells_of(Path("s"), [], str(seed), [], recipe.sweep)
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_every_cell_of_an_experiment_is_one_that_training_takes(train_args, name):
+    cells = first_seed_cells(name)
+    assert len({cell.name for cell in cells}) == len(cells) > 1
+    for cell in cells:
+        args = train_args(f"experiments/{name}", *cell.settings)
+        assert args.alp.enable
+        samples = args.rollout.batch_size * args.rollout.n_samples_per_prompt
+        assert samples == 32 and samples % args.train.batch_size == 0
+        if "stale-4" in cell.name:
+            assert samples // args.train.batch_size == 4
+
+
+def test_methods_of_an_experiment_run_at_equal_windows(train_args):
+    windows: dict[str, set[tuple[float, float]]] = {}
+    for cell in first_seed_cells("stability"):
+        ratio = train_args("experiments/stability", *cell.settings).alp.objective()
+        windows.setdefault(ratio.level, set()).add((ratio.clip_low, ratio.clip_high))
+    assert windows == {"token": {(0.2, 0.28)}, "sequence": {(0.5, 3.0)}}
 
 
 @pytest.mark.parametrize("name", PAPER)

@@ -35,6 +35,13 @@ def test_a_new_folder_holds_the_settings_and_the_machine(tmp_path, recipe, said)
     assert said == []
 
 
+def test_a_comma_in_the_folder_is_refused_before_openrlhf_splits_a_path_there(tmp_path, recipe):
+    path = tmp_path / "a,b"
+    with pytest.raises(RecipeError, match="its path has a comma"):
+        run_folder.check_run_folder(path, recipe=recipe(), overwrite=False)
+    assert not path.exists()
+
+
 def test_an_earlier_run_is_refused_with_three_ways_out(tmp_path, recipe, said):
     path = tmp_path / "x"
     open_run_folder(path, recipe=recipe(), overwrite=False, say=said.append)

@@ -6,11 +6,19 @@ import pytest
 from rich.console import Console
 
 from openrlhf_alp.launch import sweep as sweep_module
-from openrlhf_alp.launch.recipe import RecipeError
+from openrlhf_alp.launch.recipe import RecipeError, Sweep, read_recipe, to_toml
 from openrlhf_alp.launch.sweep import Cell, cells_of, sweep
 from openrlhf_alp.launch.view import LaunchView
 
 RECIPE = '[model]\npath = "m"\n[data]\npath = "p"\n[train]\n'
+SWEEP = """
+[sweep.conditions]
+none = {}
+int4 = { rollout.simulate_quantization = "int4" }
+[sweep.values]
+train.train.batch_size = [8]
+run.seed = [1, 2]
+"""
 CELL = (
     "import json, pathlib, sys\n"
     "folder = pathlib.Path(sys.argv[1])\n"
@@ -23,10 +31,42 @@ CELL = (
 def test_every_combination_is_a_cell_of_its_own():
     cells = cells_of(Path("s"), ["a.b=1"], "1,2", ["train.alp.method=x,y"])
     assert [cell.name for cell in cells] == [
-        *("method=x,seed=1", "method=x,seed=2", "method=y,seed=1", "method=y,seed=2"),
+        *("method=x_seed=1", "method=y_seed=1", "method=x_seed=2", "method=y_seed=2"),
     ]
-    assert cells[3].settings == ("a.b=1", "train.alp.method=y", "run.seed=2")
-    assert cells[3].folder == Path("s/method=y,seed=2")
+    assert cells[3].settings == ("a.b=1", "run.seed=2", "train.alp.method=y")
+    assert cells[3].folder == Path("s/method=y_seed=2")
+
+
+def test_no_folder_has_a_comma_because_openrlhf_splits_paths_there():
+    [cell] = cells_of(Path("s"), [], recipe=Sweep(values={"train.alp.layers": ["0-4,8"]}))
+    assert cell.name == "layers=0-4+8"
+    assert cell.settings == ("sweep={}", "train.alp.layers=0-4,8")
+
+
+def test_a_recipe_names_conditions_and_values_and_each_cell_is_one_run(tmp_path):
+    recipe = tmp_path / "r.toml"
+    recipe.write_text(RECIPE + SWEEP)
+    read, _ = read_recipe(recipe)
+    cells = cells_of(tmp_path / "s", [], recipe=read.sweep)
+    assert [cell.name for cell in cells] == [
+        *("none_batch_size=8_seed=1", "int4_batch_size=8_seed=1"),
+        *("none_batch_size=8_seed=2", "int4_batch_size=8_seed=2"),
+    ]
+    one, source = read_recipe(recipe, cells[1].settings)
+    assert one.sweep == Sweep() and one.run.condition == "int4" and one.run.seed == 1
+    assert one.rollout.flags == {"simulate_quantization": "int4"}
+    assert one.train.flags == {"train.batch_size": 8}
+    assert "sweep" not in to_toml(one) and source.path == recipe
+
+
+def test_the_command_line_wins_over_the_recipes_sweep(tmp_path):
+    recipe = tmp_path / "r.toml"
+    recipe.write_text(RECIPE + SWEEP)
+    read, _ = read_recipe(recipe)
+    cells = cells_of(tmp_path / "s", [], "7", ["run.condition=int4"], read.sweep)
+    assert [cell.name for cell in cells] == ["int4_batch_size=8_seed=7"]
+    with pytest.raises(RecipeError, match="the recipe has none, int4"):
+        cells_of(tmp_path / "s", [], None, ["run.condition=int5"], read.sweep)
 
 
 @pytest.mark.parametrize(("seeds", "sweeps"), [("1,,2", []), (None, ["train.alp.method"])])

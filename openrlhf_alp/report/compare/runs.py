@@ -109,16 +109,18 @@ def read_runs(paths: Sequence[Path]) -> list[Run]:
 
 
 def conditions(runs: Sequence[Run]) -> list[str]:
-    """What sets each run apart besides method and seed: its own words, else how settings differ."""
+    """What sets each run apart besides method and seed.
+
+    That is `run.condition`, and how the settings of the runs that share it differ. A run without a
+    recipe stands for itself.
+    """
     known = [run.settings for run in runs if run.settings]
-    names = dict.fromkeys(name for settings in known for name in settings)
-    differing = [
-        name
-        for name in names
-        if name not in _NOT_COMPARED and len({str(settings.get(name)) for settings in known}) > 1
-    ]
+    differing = {
+        condition: _differing([s for s in known if s.get(CONDITION, "") == condition])
+        for condition in {settings.get(CONDITION, "") for settings in known}
+    }
     return [
-        str(run.settings.get(CONDITION) or _difference(run.settings, differing))
+        _label(run.settings, differing[run.settings.get(CONDITION, "")])
         if run.settings
         else run.folder.name
         for run in runs
@@ -232,7 +234,17 @@ def _dotted(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, A
             yield f"{prefix}{key}", value
 
 
-def _difference(settings: Mapping[str, Any], names: Sequence[str]) -> str:
+def _differing(compared: Sequence[Mapping[str, Any]]) -> list[str]:
+    names = dict.fromkeys(name for settings in compared for name in settings)
+    return [
+        name
+        for name in names
+        if name not in _NOT_COMPARED and len({str(s.get(name)) for s in compared}) > 1
+    ]
+
+
+def _label(settings: Mapping[str, Any], names: Sequence[str]) -> str:
     short = {name: name.rpartition(".")[2] for name in names}
     parts = [f"{short[name]}={settings[name]}" for name in names if name in settings]
-    return ", ".join(parts) or ", ".join(f"{short[name]} not set" for name in names)
+    unset = [f"{short[name]} not set" for name in names] if not parts else []
+    return ", ".join([*filter(None, [settings.get(CONDITION)]), *(parts or unset)])

@@ -19,6 +19,7 @@ def make_run(tmp_path: Path) -> MakeRun:
         method: str = "seq-alp",
         seed: int = 1,
         recipe: str = "",
+        condition: str = "",
         finished: bool = True,
         metrics: Callable[[int], dict[str, float]] = lambda step: {"alp/k3_kl": 0.01},
         environment: dict[str, Any] | None = None,
@@ -26,7 +27,8 @@ def make_run(tmp_path: Path) -> MakeRun:
         folder = tmp_path / "runs" / name
         folder.mkdir(parents=True)
         (folder / "recipe.toml").write_text(
-            f'{recipe}\n[run]\nseed = {seed}\n[train]\nalp.method = "{method}"\n'
+            f'{recipe}\n[run]\nseed = {seed}\ncondition = "{condition}"\n'
+            f'[train]\nalp.method = "{method}"\n'
         )
         kept = {"commit": "0123456789abcdef", "versions": {"torch": "2.13.0"}}
         (folder / "environment.json").write_text(json.dumps(environment or kept))

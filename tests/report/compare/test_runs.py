@@ -75,6 +75,16 @@ def test_conditions_are_the_settings_that_differ(make_run):
     ]
 
 
+def test_a_named_condition_stands_for_its_settings_and_what_differs_within_it_is_added(make_run):
+    runs = read_runs(
+        [
+            make_run(name, RISE, condition=condition, recipe=f"[rollout]\nmax_num_seqs = {num}")
+            for name, condition, num in (("a", "int4", 1), ("b", "int4", 2), ("c", "none", 3))
+        ]
+    )
+    assert conditions(runs) == ["int4, max_num_seqs=1", "int4, max_num_seqs=2", "none"]
+
+
 def test_different_tasks_and_commits_are_said_before_anything_is_compared(make_run):
     runs = read_runs(
         [
