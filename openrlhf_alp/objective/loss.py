@@ -111,10 +111,11 @@ def policy_loss(
         ValueError: `old_log_probs` is needed, and None.
     """
     mask = action_mask.bool()
-    reference = _denominator(config, rollout_log_probs, old_log_probs, mask)
-    _require_finite("log_probs", log_probs, mask)
-    _require_finite("rollout_log_probs", rollout_log_probs, mask)
-    _require_finite("advantages", advantages, mask)
+    reference = _denominator(config, rollout_log_probs, old_log_probs)
+    given = {"log_probs": log_probs, "rollout_log_probs": rollout_log_probs}
+    if config.needs_old_policy:
+        given["old_log_probs"] = reference
+    _require_finite({**given, "advantages": advantages}, mask)
     # A nan off the mask would survive the multiplication by 0 in the mean.
     advantages = torch.where(mask, advantages, 0.0)
 
@@ -131,15 +132,11 @@ def policy_loss(
         loss=(aggregate or AGGREGATIONS[config.aggregation])(per_token, mask),
         log_ratio=token,
         cuts=cuts,
-        **_fractions(cuts, mask),
-        # In float64: the mean of many small differences would lose digits in bfloat16.
-        approx_kl=-masked_mean(token.double(), mask).item(),
+        **_means({**cuts, "approx_kl": -token}, mask),
     )
 
 
-def _denominator(
-    config: ObjectiveConfig, rollout: Tensor, old: Tensor | None, mask: Tensor
-) -> Tensor:
+def _denominator(config: ObjectiveConfig, rollout: Tensor, old: Tensor | None) -> Tensor:
     if not config.needs_old_policy:
         return rollout
     if old is None:
@@ -147,7 +144,6 @@ def _denominator(
             "the objective divides by the old policy, and old_log_probs is None. Compute the clean "
             "learner's log-probs before the step's first update"
         )
-    _require_finite("old_log_probs", old, mask)
     return old.detach()
 
 
@@ -210,19 +206,23 @@ def _cuts(
     }
 
 
-def _fractions(cuts: Mapping[str, Tensor], mask: Tensor) -> dict[str, float]:
-    # One transfer from the device for all of them instead of one each.
-    fractions = torch.stack([masked_mean(cut.double(), mask) for cut in cuts.values()])
-    return dict(zip(cuts, fractions.tolist(), strict=True))
+def _means(values: Mapping[str, Tensor], mask: Tensor) -> dict[str, float]:
+    # In float64: the mean of many small differences would lose digits in bfloat16. And one transfer
+    # from the device for all of them instead of one each.
+    means = torch.stack([masked_mean(value.double(), mask) for value in values.values()])
+    return dict(zip(values, means.tolist(), strict=True))
 
 
-def _require_finite(name: str, values: Tensor, mask: Tensor) -> None:
-    bad = mask & ~values.isfinite()
-    if bad.any():
-        places = [tuple(place) for place in bad.nonzero()[:5].tolist()]
-        raise NonFiniteLogProbError(
-            f"{int(bad.sum())} of {int(mask.sum())} action tokens have a nan or infinite value in "
-            f"{name}; (sample, position) of the first: {places}. The update would destroy the "
-            "weights. Look for an overflow in the learner (lower its learning rate or "
-            "--alp.sigma_max) or, for rollout_log_probs, in the rollout service"
-        )
+def _require_finite(values: Mapping[str, Tensor], mask: Tensor) -> None:
+    bad = {name: mask & ~value.isfinite() for name, value in values.items()}
+    # One transfer from the device in place of one for each name.
+    if not torch.stack([where.any() for where in bad.values()]).any():
+        return
+    name, where = next((name, where) for name, where in bad.items() if where.any())
+    places = [tuple(place) for place in where.nonzero()[:5].tolist()]
+    raise NonFiniteLogProbError(
+        f"{int(where.sum())} of {int(mask.sum())} action tokens have a nan or infinite value in "
+        f"{name}; (sample, position) of the first: {places}. The update would destroy the "
+        "weights. Look for an overflow in the learner (lower its learning rate or "
+        "--alp.sigma_max) or, for rollout_log_probs, in the rollout service"
+    )
