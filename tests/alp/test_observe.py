@@ -11,6 +11,7 @@ from openrlhf_alp.alp.observe import (
     LayerObserver,
     SigmaGradients,
     layer_metrics,
+    median_magnitude,
     signal_to_noise,
 )
 
@@ -251,3 +252,21 @@ def test_the_last_optimizer_steps_gradient_is_the_sum_of_its_micro_batches():
     gradients.end_update()
     assert gradients.take_last_update().tolist() == [0.0, -3.0, 3.0, 0.0]
     assert gradients.take_last_update().numel() == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("count", [1, 2, 7, 1000])
+def test_the_median_magnitude_is_that_of_a_selection(dtype, count):
+    generator = torch.Generator().manual_seed(count)
+    values = (10 * torch.randn(count, generator=generator)).to(dtype)
+    found = median_magnitude(values[:, None].expand(count, 3))
+    assert found.dtype == dtype
+    assert found == values.abs().repeat_interleave(3).float().median().to(dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_one_nan_makes_the_median_magnitude_nan_and_infinity_is_a_number(dtype):
+    values = torch.tensor([1.0, -2.0, torch.inf, -torch.inf, 0.0], dtype=dtype)
+    assert median_magnitude(values) == 2.0
+    values[0] = torch.nan
+    assert median_magnitude(values).isnan()
