@@ -3,6 +3,7 @@
 import argparse
 import json
 import math
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,7 @@ from openrlhf_alp.cli.explain import explain_model, explanation_json, show
 from openrlhf_alp.objective.methods import METHODS
 
 if TYPE_CHECKING:
+    from openrlhf_alp.replay.bench.update import UpdateSettings
     from openrlhf_alp.replay.files.records import RecordedBatch
     from openrlhf_alp.replay.learner import Learner
 
@@ -26,9 +28,10 @@ Training with --alp.record DIR writes the batches; convert-batch makes one from 
 model must hold the weights that the step updated: for step 1 the model that the run started from.
 If its digest is not the recorded one, the ratios include that difference, and the report says so.
 
-The old policy of grpo, mis and their kind is the clean model before the update. ALP's noise is
-drawn once, with fixed sigma; --sigma0 auto gives it the KL of the batch's own mismatch. Methods
-that make the very same update are computed once ("a = b").
+The optimizer is the run's AdamW: its learning rate, betas and largest gradient norm. The old policy
+of grpo, mis and their kind is the clean model before the update. ALP's noise is drawn once, with
+fixed sigma; --sigma0 auto gives it the KL of the batch's own mismatch. Methods that make the very
+same update are computed once ("= a").
 
 methods: {", ".join(METHODS)}
 
@@ -42,8 +45,8 @@ same options continues. exit status: 0 done, 2 a file, model or option is not us
 """
 
 
-_TABLE_WIDTH = 132
-"""Characters of the table of methods; in a narrower terminal its lines wrap."""
+_TABLE_WIDTH = 80
+"""Characters of the widest table; in a narrower terminal its lines wrap."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -65,10 +68,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--updates", type=int, default=1, help="optimizer steps, each on a part (default: 1)")
     add("--sigma0", default="auto", help="noise of ALP, relative to |h|, or auto (default: auto)")
     add("--layers", default="all", help="--alp.layers of the noise (default: all)")
+    add("--draws", type=int, default=1, help="--alp.draws, averaged draws of it (default: 1)")
     add("--seed", type=int, default=42, help="seed of the noise (default: 42)")
     add("--dtype", default="float32", choices=("float32", "bfloat16"), help="(default: float32)")
     add("--device", default="auto", help="cpu, cuda or auto (default: auto)")
-    add("--max-tokens", type=int, default=1024, help="tokens of a micro-batch (default: 1024)")
+    add("--max-tokens", type=int, default=1024, help="of a micro-batch, all draws (default: 1024)")
     add("--output", type=Path, default=Path("runs/replay"), help="(default: runs/replay)")
     add("--explain", action="store_true", help="say where learner and engine differ, no update")
 
@@ -80,11 +84,15 @@ def run(arguments: argparse.Namespace) -> int:
     try:
         methods = read_methods(arguments.methods)
         _check(arguments)
-        # Here and not above: torch and transformers take seconds to import.
+        # Here and not above, and before the model: torch and transformers take seconds to import,
+        # and a faulty file should not have to wait for them.
+        from openrlhf_alp.replay.files.read import read_batches
+
+        batches = read_batches(arguments.path, arguments.step, say.line)
         from openrlhf_alp.replay.pick import pick_batch
 
         learner = _learner(arguments, say)
-        path, batch = pick_batch(arguments.path, arguments.step, learner, say.line)
+        path, batch = pick_batch(batches, learner)
         _check_model(arguments, learner, path, batch, say)
         learner.temperature = batch.info.temperature
         if arguments.explain:
@@ -126,6 +134,7 @@ class _Say:
 def _check(arguments: argparse.Namespace) -> None:
     for name, value, least in (
         ("--updates", arguments.updates, 1),
+        ("--draws", arguments.draws, 1),
         ("--max-tokens", arguments.max_tokens, 2),
     ):
         if value < least:
@@ -152,7 +161,9 @@ def _learner(arguments: argparse.Namespace, say: _Say) -> "Learner":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     say.line("model", f"{arguments.model} in {arguments.dtype} on {device}")
     model = load_model(arguments.model, dtype=DTYPES[arguments.dtype], device=device)
-    noise = PerturbationConfig(sigma0=None, layers=arguments.layers, seed=arguments.seed)
+    noise = PerturbationConfig(
+        sigma0=None, layers=arguments.layers, draws=arguments.draws, seed=arguments.seed
+    )
     return Learner(model, noise=noise)
 
 
@@ -195,14 +206,11 @@ def _replay(
 ) -> None:
     from openrlhf_alp.replay.bench.figures import write_figures
     from openrlhf_alp.replay.bench.results import Replay, known_results
-    from openrlhf_alp.replay.bench.tables import method_table
-    from openrlhf_alp.replay.bench.update import Bench, UpdateSettings
+    from openrlhf_alp.replay.bench.tables import method_tables
+    from openrlhf_alp.replay.bench.update import Bench
     from openrlhf_alp.replay.pick import digest_of
 
-    lr = arguments.lr or batch.info.training.get("learning_rate") or 1e-6
-    update = UpdateSettings(
-        learning_rate=lr, updates=arguments.updates, max_tokens=arguments.max_tokens
-    )
+    update = _update(arguments, batch)
     sigma0 = _start_sigma(arguments, methods, learner, batch, say)
     replay = Replay(
         batch=str(path),
@@ -212,11 +220,10 @@ def _replay(
             "model_digest": digest_of(learner, batch),
             "recorded_digest": batch.info.model_digest,
             "dtype": arguments.dtype,
-            "learning_rate": lr,
-            "updates": arguments.updates,
-            "max_tokens": arguments.max_tokens,
+            **asdict(update),
             "sigma0": sigma0,
             "layers": arguments.layers,
+            "draws": arguments.draws,
             "seed": arguments.seed,
         },
     )
@@ -230,10 +237,28 @@ def _replay(
             replay.save(arguments.output)
             if result.method not in known and result.same_as is None:
                 say.line("done", f"{result.method} in {result.seconds:.0f} s")
-    say.console.print(method_table(replay.results.values()))
+    say.console.print(*method_tables(replay.results.values()), sep="\n")
     pictures = write_figures(replay.results, arguments.output)
     files = [replay.save(arguments.output), *pictures]
     say.line("files", ", ".join(map(str, files)))
+
+
+def _update(arguments: argparse.Namespace, batch: "RecordedBatch") -> "UpdateSettings":
+    """The optimizer of the run, as far as the file knows it."""
+    from openrlhf_alp.replay.bench.update import UpdateSettings
+
+    run = batch.info.training
+    recorded: dict[str, Any] = {}
+    if run.get("adam_betas"):
+        recorded["betas"] = tuple(run["adam_betas"])
+    if run.get("max_norm"):
+        recorded["max_norm"] = run["max_norm"]
+    return UpdateSettings(
+        learning_rate=arguments.lr or run.get("learning_rate") or 1e-6,
+        updates=arguments.updates,
+        max_tokens=arguments.max_tokens,
+        **recorded,
+    )
 
 
 def _explain(arguments: argparse.Namespace, batch: "RecordedBatch", say: _Say, device: str) -> None:

@@ -13,7 +13,15 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from openrlhf_alp.alp import LayerwisePerturbation, PerturbationConfig, attach, detached
+from openrlhf_alp.alp import (
+    LayerwisePerturbation,
+    PerturbationConfig,
+    attach,
+    detached,
+    find_decoder_layers,
+    log_mean_exp_over_draws,
+    repeat_rows,
+)
 from openrlhf_alp.replay.tensors import MicroBatch
 from services.rollout.wire.fingerprint import (
     chat_template_hash,
@@ -45,11 +53,20 @@ class Learner:
             # One update does not learn sigma: every method gets the same noise.
             self.perturbation.requires_grad_(False)
         self._digests: dict[torch.dtype, str] = {}
+        self._copies = 1  # of each sample in a forward pass: its draws while it is perturbed
         self._keeps = "logits_to_keep" in inspect.signature(model.forward).parameters
+        if self.perturbation and len(find_decoder_layers(model)) in self.perturbation.layers:
+            # Noise on the logits is keyed by position: the head has to run on all of them.
+            self._keeps = False
 
     @property
     def device(self) -> torch.device:
         return next(self.model.parameters()).device
+
+    @property
+    def draws(self) -> int:
+        """Draws of the noise, which go through the model together; 1 without noise."""
+        return 1 if self.perturbation is None else self.perturbation.draws
 
     @property
     def vocab_size(self) -> int:
@@ -78,15 +95,19 @@ class Learner:
         return self._digests
 
     def log_probs(self, batch: MicroBatch) -> Tensor:
-        """(b, a) float32 log-prob of each action, 0.0 elsewhere; with gradient if it is enabled."""
+        """(b, a) float32 log-prob of each action, 0.0 elsewhere; with gradient if it is enabled.
+
+        Within `perturbed`, with several draws of the noise, the log of their mean probability.
+        """
         batch = batch.to(self.device)
         columns = batch.action_mask.any(0).nonzero().squeeze(-1)
         result = torch.zeros(batch.action_mask.shape, device=self.device)
         if columns.numel() == 0:
             return result
-        targets = batch.token_ids[:, 1:][:, columns]
+        targets = repeat_rows(batch.token_ids[:, 1:][:, columns], self._copies)
         chosen = torch.log_softmax(self._logits(batch, columns), -1)
-        picked = chosen.gather(-1, targets[..., None]).squeeze(-1)
+        drawn = chosen.gather(-1, targets[..., None]).squeeze(-1)
+        picked = log_mean_exp_over_draws(drawn, self._copies)
         picked = torch.where(batch.action_mask[:, columns], picked, 0.0)
         return result.index_copy(1, columns, picked)
 
@@ -115,11 +136,16 @@ class Learner:
         with self.perturbation.enabled(
             update=0, sample_ids=batch.sample_ids, attention_mask=batch.attention_mask
         ):
-            yield
+            self._copies = self.draws
+            try:
+                yield
+            finally:
+                self._copies = 1
 
     def _logits(self, batch: MicroBatch, columns: Tensor) -> Tensor:
-        """(b, K, V) float32; the head runs on action columns only where the model can do that."""
-        ids, mask = batch.token_ids, batch.attention_mask
+        """(b, K, V) float32, or draws * b rows of them. The head runs on action columns only where
+        the model can do that."""
+        ids, mask = (repeat_rows(t, self._copies) for t in (batch.token_ids, batch.attention_mask))
         options: dict[str, Any] = {"logits_to_keep": columns} if self._keeps else {}
         logits = self.model(input_ids=ids, attention_mask=mask, use_cache=False, **options).logits
         if logits.shape[1] != columns.numel():

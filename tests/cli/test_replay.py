@@ -1,6 +1,7 @@
 """`openrlhf-alp replay` from a folder of batches to its table, files and pictures."""
 
 import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -11,7 +12,11 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "replay"))
 
 from made_batches import sampled_batch, tiny_llama
 
+from openrlhf_alp.alp import PerturbationConfig, attach
 from openrlhf_alp.cli.main import main
+from openrlhf_alp.objective.methods import METHODS
+from openrlhf_alp.replay.bench.sigma import start_sigma
+from openrlhf_alp.replay.files.read import read_batch
 from openrlhf_alp.replay.files.records import RecordedBatch
 from openrlhf_alp.replay.files.write import step_file, write_batch
 from openrlhf_alp.replay.learner import Learner
@@ -67,6 +72,111 @@ def test_all_methods_of_the_batch_of_the_models_weights(
         assert again[name]["after"] == row["after"]
 
 
+def test_the_tables_fit_into_80_characters(
+    model: Path,
+    batches: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    output = str(tmp_path / "out")
+    assert main(["replay", str(batches), "--model", str(model), "--output", output]) == 0
+    tables = capsys.readouterr().out.partition("before the update")[2].partition("files ")[0]
+    lines = tables.splitlines()
+    assert max(map(len, lines)) <= 80
+    # Each method has one row in both tables, and no cell was cut short.
+    for method in METHODS:
+        assert sum(line.split()[:1] == [method] for line in lines) == 2
+    assert "…" not in tables
+
+
+@pytest.mark.parametrize("layers", ["embedding", "logits", "0-1,logits"])
+def test_the_noise_goes_where_it_is_asked_for(
+    model: Path, batches: Path, tmp_path: Path, layers: str
+) -> None:
+    """Against the model itself, one sample at a time, with the noise in `enabled()` alone."""
+    output = tmp_path / "out"
+    command = ["replay", str(batches), "--model", str(model), "--output", str(output)]
+    command += ["--methods", "token-bypass,token-alp", "--layers", layers, "--sigma0", "0.1"]
+    assert main([*command, "--lr", "1e-12"]) == 0
+    found = json.loads((output / "replay.json").read_text())["methods"]["token-alp"]["before"]
+    noise = PerturbationConfig(sigma0=None, layers=layers)
+    log_ratios = noisy_log_ratios(noise, read_batch(step_file(batches, 2)), sigma0=0.1)
+    assert found["alp/log_ratio_mean"] == pytest.approx(log_ratios.mean().item(), abs=1e-4)
+    assert found["alp/log_ratio_max"] == pytest.approx(log_ratios.max().item(), abs=1e-4)
+
+
+def test_draws_are_averaged(model: Path, batches: Path, tmp_path: Path) -> None:
+    """The mean probability of four draws, of the first of which a single draw consists."""
+    before = {}
+    for draws in (1, 4):
+        output = tmp_path / str(draws)
+        command = ["replay", str(batches), "--model", str(model), "--output", str(output)]
+        command += ["--methods", "token-alp", "--draws", str(draws), "--sigma0", "0.1"]
+        assert main(command) == 0
+        found = json.loads((output / "replay.json").read_text())
+        assert found["settings"]["draws"] == draws
+        before[draws] = found["methods"]["token-alp"]["before"]
+        noise = PerturbationConfig(sigma0=None, draws=draws)
+        expected = noisy_log_ratios(noise, read_batch(step_file(batches, 2)), sigma0=0.1)
+        assert before[draws]["alp/log_ratio_mean"] == pytest.approx(
+            expected.mean().item(), abs=1e-4
+        )
+    assert before[4]["alp/k3_kl"] < before[1]["alp/k3_kl"]
+
+
+def noisy_log_ratios(
+    noise: PerturbationConfig, batch: RecordedBatch, *, sigma0: float
+) -> torch.Tensor:
+    """(N,) of the action tokens, sample by sample, through the model as `attach` leaves it."""
+    model = tiny_llama()
+    perturbation = attach(model, noise)
+    scales = Learner(tiny_llama(), noise=noise)
+    start_sigma(scales, batch.samples, 1024, sigma0)
+    assert scales.perturbation is not None and scales.perturbation.scales is not None
+    perturbation.set_scales(scales.perturbation.scales)
+    perturbation.sigma0 = sigma0
+    found = []
+    for sample in batch.samples:
+        ids = torch.tensor(sample.token_ids.tolist())[None]
+        copies = ids.repeat(noise.draws, 1)
+        with (
+            torch.no_grad(),
+            perturbation.enabled(
+                update=0,
+                sample_ids=torch.tensor([sample.sample]),
+                attention_mask=torch.ones_like(ids),
+            ),
+        ):
+            logits = model(copies, attention_mask=torch.ones_like(copies)).logits
+        every = logits.float().log_softmax(-1)[:, :-1].gather(-1, copies[:, 1:, None])[..., 0]
+        mean = every.exp().mean(0).log()
+        ratio = mean - torch.from_numpy(sample.rollout_log_probs[1:].copy())
+        found.append(ratio[torch.from_numpy(sample.action_mask[1:])])
+    return torch.cat(found)
+
+
+def test_a_faulty_file_is_refused_before_the_model_is_loaded(
+    model: Path, batches: Path, tmp_path: Path
+) -> None:
+    """In a process of its own, with a model folder that cannot be loaded: the file is named, and
+    neither torch nor transformers was imported."""
+    script = (
+        "import sys\n"
+        "from openrlhf_alp.cli.main import main\n"
+        "status = main(sys.argv[1:])\n"
+        "loaded = {'torch', 'transformers'} & set(sys.modules)\n"
+        "sys.exit(f'loaded {loaded}' if loaded else status)\n"
+    )
+    command = ["replay", str(step_file(batches, 3)), "--model", str(tmp_path / "no-model")]
+    done = subprocess.run(
+        [sys.executable, "-c", script, *command], capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 2, done.stderr
+    assert "cut short" in done.stdout
+
+
 def test_weights_that_are_not_the_recorded_ones_are_said(
     model: Path, batches: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -91,6 +201,7 @@ def test_explain_prints_and_writes_where_and_why(
         (["--methods", "ppo"], "--methods 'ppo' is unknown"),
         (["--step", "7"], "--step 7 is not in"),
         (["--updates", "0"], "--updates is 0"),
+        (["--draws", "0"], "--draws is 0"),
         (["--lr", "-1"], "--lr is -1.0"),
         (["--sigma0", "small"], "--sigma0 is small"),
         (["--layers", "9"], "--alp.layers is '9'"),
@@ -106,7 +217,9 @@ def test_a_wrong_option_is_named(
 def test_what_is_not_there_is_named(
     model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for path, folder in ((tmp_path / "none", model), (tmp_path, tmp_path / "no-model")):
+    batch = step_file(tmp_path / "one", 1)
+    write_batch(sampled_batch(tiny_llama()), batch)
+    for path, folder in ((tmp_path / "none", model), (batch, tmp_path / "no-model")):
         assert main(["replay", str(path), "--model", str(folder)]) == 2
     assert main(["replay", str(tmp_path), "--model", str(model)]) == 2
     said = " ".join(capsys.readouterr().out.split())

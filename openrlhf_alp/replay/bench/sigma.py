@@ -24,6 +24,7 @@ def start_sigma(
     """Set the layers' scales and sigma0 of the learner's perturbation; returns sigma0.
 
     Args:
+        max_tokens: of a micro-batch, all draws together.
         sigma0: None to match the KL of noise and mismatch.
 
     Raises:
@@ -35,11 +36,11 @@ def start_sigma(
     if not chosen:
         raise ValueError("no sample of the batch has an action token; there is nothing to replay")
     batch = batch_tensors(chosen)
-    batches = micro_batches(chosen, max_tokens)
-    clean = _observed(learner, batches, batch)
+    clean = _observed(learner, micro_batches(chosen, max_tokens), batch)
     if sigma0 is not None:
         perturbation.sigma0 = sigma0
         return sigma0
+    batches = micro_batches(chosen, max_tokens // learner.draws)
     mismatch = k3_kl(clean, batch.rollout_log_probs, batch.action_mask)
     perturbation.sigma0 = calibrate_sigma0(
         lambda sigma: _noise_kl(learner, batches, batch, clean, sigma),

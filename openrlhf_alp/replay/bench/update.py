@@ -15,6 +15,7 @@ The old policy is the clean model before the update.
 import itertools
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,7 +46,7 @@ class UpdateSettings:
     max_norm: float = 1.0
     """The gradient's norm is cut to it."""
     max_tokens: int = 1024
-    """Tokens of a micro-batch, with padding."""
+    """Tokens of a micro-batch, with padding and all draws of the noise."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -111,9 +112,10 @@ class Bench:
         self.settings = settings
         self.batch = batch_tensors(samples)
         self._on_stage = on_stage
-        self._all = micro_batches(samples, settings.max_tokens)
+        max_tokens = settings.max_tokens // learner.draws
+        self._all = micro_batches(samples, max_tokens)
         self._parts = [
-            (rows, micro_batches(samples, settings.max_tokens, rows))
+            (rows, micro_batches(samples, max_tokens, rows))
             for rows in _parts(len(samples), settings.updates)
         ]
         self._kept = {name: w.detach().clone() for name, w in learner.weights().items()}
@@ -260,10 +262,7 @@ class Bench:
             part = coefficients[list(batch.rows), :columns].to(self.learner.device)
             if not part.any():
                 continue  # nothing of it moves a weight
-            if noisy:
-                with self.learner.perturbed(batch):
-                    (self.learner.log_probs(batch) * part).sum().backward()
-            else:
+            with self.learner.perturbed(batch) if noisy else nullcontext():
                 (self.learner.log_probs(batch) * part).sum().backward()
 
     def _cosine(self, weights: Sequence[Tensor]) -> float:

@@ -3,7 +3,7 @@
 folder or file --find_files--> paths --read_batch--> RecordedBatch, or BatchFileError
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +60,46 @@ def read_all(files: Sequence[Path]) -> Iterator[tuple[Path, RecordedBatch | list
             yield path, read_batch(path)
         except BatchFileError as error:
             yield path, error.faults
+
+
+def read_batches(
+    path: Path, step: int | None, say: Callable[[str, str], None]
+) -> dict[Path, RecordedBatch]:
+    """The batch of a file, or the readable ones of a folder; what is wrong with the others is said.
+
+    Args:
+        step: of a folder, the only one that is returned; None for all.
+        say: takes "skipped" and what is wrong with one file.
+
+    Raises:
+        BatchFileError: the file, or every file of the folder, is faulty.
+        ValueError: the folder has no such step, or no batch.
+        OSError: nothing is there.
+    """
+    if path.is_file():
+        return {path: read_batch(path)}
+    files, faults = find_files(path)
+    good: dict[Path, RecordedBatch] = {}
+    for file, found in read_all(files):
+        if isinstance(found, RecordedBatch):
+            good[file] = found
+        else:
+            faults += found
+    for fault in faults:
+        say("skipped", str(fault))
+    if not good:
+        raise (
+            BatchFileError(faults)
+            if faults
+            else ValueError(f"{path} has no batch file; --alp.record writes them")
+        )
+    if step is None:
+        return good
+    chosen = {file: batch for file, batch in good.items() if batch.info.step == step}
+    if not chosen:
+        steps = sorted(batch.info.step for batch in good.values())
+        raise ValueError(f"--step {step} is not in {path}; readable are {steps}")
+    return chosen
 
 
 def read_info(path: Path) -> BatchInfo:
