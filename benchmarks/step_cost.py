@@ -6,7 +6,8 @@
 Both run through OpenRLHF's own policy actor and DeepSpeed on one CPU rank, interleaved, repetition
 by repetition, so that what else the machine does hits both alike. Printed: medians of CPU seconds
 over all threads, which other processes hardly change, and their ratio; then what telemetry costs of
-a step of ALP: at every step, and the clean sequences of `--alp.telemetry_every` spread over these.
+a step of ALP: at every step, and what only every `--alp.telemetry_every`-th step measures, spread
+over these. Compilation, once in a run, is not counted.
 The perturbed forward and backward alone are in `perturbed_forward.py`.
 
     python benchmarks/step_cost.py [--repeats 5] [--samples 64] [--model DIR]
@@ -19,7 +20,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -131,8 +132,9 @@ def step(actor: Any, batch: list[Experience]) -> tuple[float, float]:
 
 
 @contextmanager
-def timed(seconds: dict[str, list[float]]) -> Iterator[None]:
-    """Append the CPU seconds of every call of the step's telemetry, by what it is for."""
+def timed(seconds: dict[str, float]) -> Iterator[None]:
+    """Add the CPU seconds of every call of the step's telemetry, by what it is for."""
+    from openrlhf_alp.alp.observe import LayerObserver
     from openrlhf_alp.learner.telemetry.clean import CleanProbe
     from openrlhf_alp.learner.telemetry.step import Adviser, StepTelemetry
 
@@ -142,20 +144,26 @@ def timed(seconds: dict[str, list[float]]) -> Iterator[None]:
             try:
                 return method(*args, **kwargs)
             finally:
-                seconds[kind].append(time.process_time() - started)
+                seconds[kind] = seconds.get(kind, 0.0) + time.process_time() - started
 
         return call
 
     with ExitStack() as stack:
         for kind, owner, names in (
-            ("every", StepTelemetry, ("__init__", "add", "end_update", "metrics")),
-            ("every", Adviser, ("look",)),
-            ("measured", CleanProbe, ("__init__", "metrics")),
+            ("ratios", StepTelemetry, ("__init__", "add", "end_update", "metrics")),
+            ("ratios", Adviser, ("look",)),
+            ("layers", LayerObserver, ("see", "see_gradient", "figures")),
+            ("clean", CleanProbe, ("__init__", "metrics")),
         ):
             for name in names:
                 wrapped = timing(kind, getattr(owner, name))
                 stack.enter_context(mock.patch.object(owner, name, wrapped))
         yield
+
+
+def measure_telemetry_every(actor: Any, every: int) -> None:
+    trainer = actor.trainer
+    trainer.args.alp = replace(trainer.alp, telemetry_every=every)
 
 
 def main() -> None:
@@ -166,25 +174,29 @@ def main() -> None:
         alp = ("--alp.enable", "--alp.sigma0", "0.003")
         actors = {
             "stock GRPO": build_actor(upstream_args(*common)),
-            "token-ALP": build_actor(upstream_args(*common, *alp, "--alp.telemetry_every", "0")),
+            # The step that warms up measures everything, so that all shapes are compiled then.
+            "token-ALP": build_actor(upstream_args(*common, *alp, "--alp.telemetry_every", "1")),
         }
         batch = record_batch(actors["stock GRPO"], options.samples)
+        for actor in actors.values():
+            step(actor, batch)
+        measure_telemetry_every(actors["token-ALP"], 0)
         times: dict[str, list[tuple[float, float]]] = {name: [] for name in actors}
-        telemetry: dict[str, list[float]] = {"every": [], "measured": []}
-        for repeat in range(options.repeats + 1):
+        usual: dict[str, float] = {}
+        detailed: dict[str, float] = {}
+        for _ in range(options.repeats):
             for name, actor in actors.items():
-                with timed(telemetry) if repeat else nullcontext():
-                    seconds = step(actor, batch)
-                if repeat:  # the first one warms up
-                    times[name].append(seconds)
-                    print(f"{name:12} {sum(seconds):8.2f} s", flush=True)
-        every = AlpConfig().telemetry_every
-        trainer = actors["token-ALP"].trainer
-        trainer.args.alp = replace(trainer.alp, telemetry_every=1)
-        with timed(telemetry):
-            step(actors["token-ALP"], batch)
+                with timed(usual):
+                    times[name].append(step(actor, batch))
+                print(f"{name:12} {sum(times[name][-1]):8.2f} s", flush=True)
+        measure_telemetry_every(actors["token-ALP"], 1)
+        for _ in range(options.repeats):
+            with timed(detailed):
+                step(actors["token-ALP"], batch)
     alp_s = report(times, options.samples)
-    report_telemetry(telemetry, alp_s, repeats=options.repeats + 1, every=every)
+    for found in (usual, detailed):
+        found.update({kind: spent / options.repeats for kind, spent in found.items()})
+    report_telemetry(usual, detailed, alp_s)
 
 
 def report(times: dict[str, list[tuple[float, float]]], samples: int) -> float:
@@ -203,15 +215,23 @@ def report(times: dict[str, list[tuple[float, float]]], samples: int) -> float:
     return alp
 
 
-def report_telemetry(
-    seconds: dict[str, list[float]], step_s: float, *, repeats: int, every: int
-) -> None:
-    always = sum(seconds["every"]) / repeats
-    measured = sum(seconds["measured"]) / every
-    print(
-        f"telemetry: {always / step_s:.2%} of a step, and {measured / step_s:.2%} for the clean "
-        f"sequences of every {every}th (goal: at most {TELEMETRY_GOAL:.0%} together)"
-    )
+def report_telemetry(usual: dict[str, float], detailed: dict[str, float], step_s: float) -> None:
+    """Print the parts.
+
+    Args:
+        usual: CPU seconds of each part at a step that measures nothing more.
+        detailed: the same at one of `--alp.telemetry_every`.
+        step_s: CPU seconds of a step.
+    """
+    every = AlpConfig().telemetry_every
+    print(f"\ntelemetry, CPU seconds: {'usual':>8} {'detailed':>9} {'of a step':>10}")
+    total = 0.0
+    for kind in detailed:
+        first, second = usual.get(kind, 0.0), detailed[kind]
+        share = (first * (every - 1) + second) / every / step_s
+        total += share
+        print(f"{kind:>23} {first:8.3f} {second:9.3f} {share:10.2%}")
+    print(f"{'together':>23} {'':18} {total:10.2%}   (goal: at most {TELEMETRY_GOAL:.0%})")
 
 
 if __name__ == "__main__":
