@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
@@ -51,10 +52,15 @@ def explanation_json(explanation: "Explanation") -> dict[str, Any]:
     return asdict(explanation)
 
 
+def _table(title: str) -> Table:
+    """Without lines between columns: readable in a terminal of 80 characters."""
+    return Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+
+
 def _classes(explanation: "Explanation") -> Table:
-    table = Table(title="where: clean learner over rollout engine, by class of token")
-    for column in ("", "tokens", "k3 KL", "share of KL", "mean", "P1", "P99"):
-        table.add_column(column, justify="right" if column else "left")
+    table = _table("where: clean learner over rollout engine, by class of token")
+    for column in ("", "tokens", "k3 KL", "of KL", "mean", "P1", "P99"):
+        table.add_column(column, justify="right" if column else "left", no_wrap=True)
     view = ""
     for row in explanation.classes:
         if row.view != view:
@@ -74,9 +80,7 @@ def _classes(explanation: "Explanation") -> Table:
 
 
 def _layers(explanation: "Explanation") -> Table:
-    table = Table(
-        title=f"layers: KL of one part's rounding alone, {explanation.num_samples} samples"
-    )
+    table = _table(f"layers: KL of one part's rounding alone, {explanation.num_samples} samples")
     for column in ("part", "k3 KL", "relative error of its output"):
         table.add_column(column, justify="left" if column == "part" else "right")
     for row in explanation.layers:
@@ -85,9 +89,9 @@ def _layers(explanation: "Explanation") -> Table:
 
 
 def _hypotheses(explanation: "Explanation") -> Table:
-    table = Table(title="why: one thing changed at a time")
+    table = _table("why: one thing changed at a time")
     for column in ("cause", "verdict", "figure", "switch"):
-        table.add_column(column)
+        table.add_column(column, overflow="fold")
     for row in explanation.hypotheses:
         verdict = f"[{_COLORS[row.verdict]}]{row.verdict}[/]"
         table.add_row(row.name, verdict, row.figure, row.switch)
