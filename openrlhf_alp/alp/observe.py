@@ -168,14 +168,14 @@ def _chosen_rows(states: Tensor, valid: Tensor | None, max_rows: int) -> Tensor:
 
 
 def layer_metrics(
-    figures: Mapping[int, LayerFigures], sigmas: Mapping[int, Tensor], *, detailed: bool = False
+    figures: Mapping[int, LayerFigures], sigmas: Mapping[int, Tensor]
 ) -> dict[str, float]:
-    """`alp/layer_*` of the first, middle and last perturbed layer, and the extremes of all.
+    """`alp/layer_*` of every perturbed layer by its number, of the first, middle and last one, and
+    the extremes of all.
 
     Args:
         figures: from `LayerObserver.figures`; without any the result is empty.
         sigmas: of each of these layers, (D,) or (1,), in the unit of the hidden states.
-        detailed: also every layer by its number.
     """
     if not figures:
         return {}
@@ -201,12 +201,11 @@ def layer_metrics(
         largest = max(shares, key=shares.__getitem__)
         metrics["alp/layer_variance_share_max"] = shares[largest]
         metrics["alp/layer_variance_share_argmax"] = float(largest)
-    if detailed:
-        for layer in order:
-            metrics[f"alp/layer_{layer}_sigma"] = medians[layer]
-            metrics[f"alp/layer_{layer}_sigma_over_scale"] = ratios[layer]
-            metrics[f"alp/layer_{layer}_changed_share"] = figures[layer].changed_share
-        metrics |= {f"alp/layer_{layer}_variance_share": shares[layer] for layer in shares}
+    for layer in order:
+        metrics[f"alp/layer_{layer}_sigma"] = medians[layer]
+        metrics[f"alp/layer_{layer}_sigma_over_scale"] = ratios[layer]
+        metrics[f"alp/layer_{layer}_changed_share"] = figures[layer].changed_share
+    metrics |= {f"alp/layer_{layer}_variance_share": shares[layer] for layer in shares}
     return metrics
 
 

@@ -114,7 +114,7 @@ def test_no_real_token_has_no_figures():
     assert layer_metrics(observer.figures(), {}) == {}
 
 
-def test_layer_metrics_are_of_the_first_middle_and_last_layer_and_the_extremes():
+def test_layer_metrics_are_of_every_layer_and_of_three_and_the_extremes():
     observer = LayerObserver()
     for layer, scale in ((0, 1.0), (3, 2.0), (7, 4.0)):
         hidden = torch.full((1, 2, 4), scale)
@@ -136,6 +136,13 @@ def test_layer_metrics_are_of_the_first_middle_and_last_layer_and_the_extremes()
         "alp/layer_last_scale": 4.0,
         "alp/layer_last_sigma_over_scale": 0.125,
         "alp/layer_last_changed_share": 0.5,
+        **{f"alp/layer_{layer}_sigma": 0.5 for layer in (0, 3, 7)},
+        "alp/layer_0_sigma_over_scale": 0.5,
+        "alp/layer_3_sigma_over_scale": 0.25,
+        "alp/layer_7_sigma_over_scale": 0.125,
+        "alp/layer_0_changed_share": 0.125,
+        "alp/layer_3_changed_share": 0.25,
+        "alp/layer_7_changed_share": 0.5,
     }
 
 
@@ -232,12 +239,11 @@ def test_shares_of_the_loss_variance_add_up_and_name_the_largest(build_model):
         layer: LayerFigures(scale=1.0, changed_share=0.5, loss_variance=variance)
         for layer, variance in enumerate((1.0, 6.0, 1.0))
     }
-    metrics = layer_metrics(figures, sigmas, detailed=True)
+    metrics = layer_metrics(figures, sigmas)
     assert metrics["alp/layer_variance_share_max"] == 0.75
     assert metrics["alp/layer_variance_share_argmax"] == 1.0
     assert metrics["alp/layer_2_sigma"] == pytest.approx(0.3)
     assert metrics["alp/layer_0_variance_share"] == 0.125
-    assert "alp/layer_0_sigma" not in layer_metrics(figures, sigmas)
     without = {0: LayerFigures(scale=1.0, changed_share=0.5)}
     assert "alp/layer_variance_share_max" not in layer_metrics(without, sigmas)
 

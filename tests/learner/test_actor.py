@@ -362,6 +362,9 @@ def test_every_nth_step_compares_the_clean_learner_before_and_after_its_update(
         )
     assert MEASURED.keys() & first.keys() == MEASURED.keys() & third.keys()
     assert not MEASURED.keys() & second.keys()
+    # The layers are looked at in the same steps.
+    assert {"alp/layer_0_sigma", "alp/layer_last_scale"} <= first.keys() & third.keys()
+    assert not [name for name in second if name.startswith("alp/layer_")]
     assert first["alp/lag_0_share"] == 1.0
     assert first["alp/lag_0_mismatch_rms"] == pytest.approx(0.03, rel=0.4)
     assert first["alp/clean_start_k3_kl"] == pytest.approx(0.03**2 / 2, rel=0.8)

@@ -23,8 +23,7 @@ logger = logging.getLogger(__name__)
 
 
 OBSERVED_ROWS = 256
-"""Tokens of a layer that a step looks at: a quarter of what sets the unit of sigma, as the medians
-of all layers are the largest part of what telemetry costs."""
+"""Tokens of a layer that a detailed step looks at: a quarter of what sets the unit of sigma."""
 
 
 class Adviser:
@@ -54,7 +53,7 @@ class StepTelemetry:
 
     Args:
         perturbation: of the policy, if any.
-        detailed: also log the envelope and every layer.
+        detailed: also look at the layers, and log them and the envelope.
     """
 
     def __init__(self, perturbation: LayerwisePerturbation | None, *, detailed: bool) -> None:
@@ -66,8 +65,8 @@ class StepTelemetry:
 
     @contextmanager
     def observed(self, attention_mask: Tensor) -> Iterator[None]:
-        """Look at the layers of the step's first micro-batch, forward and backward."""
-        if self.perturbation is None or self.layers:
+        """In a detailed step, look at the layers of its first micro-batch, forward and backward."""
+        if self.perturbation is None or not self.detailed or self.layers:
             yield
             return
         # Without the unit of sigma there is no noise yet, and so a single pass.
@@ -103,14 +102,14 @@ class StepTelemetry:
             return {**found, "alp/weight_grad_norm": grad_norm}
         return {
             **found,
-            **_sigma_metrics(self.perturbation, self.layers, detailed=self.detailed),
+            **_sigma_metrics(self.perturbation, self.layers),
             **_gradient_metrics(self.perturbation, grad_norm=grad_norm, loss_scale=loss_scale),
             **(self.perturbation.start or {}),
         }
 
 
 def _sigma_metrics(
-    perturbation: LayerwisePerturbation, layers: dict[int, LayerFigures], *, detailed: bool
+    perturbation: LayerwisePerturbation, layers: dict[int, LayerFigures]
 ) -> dict[str, float]:
     """Sigma, and the layers as this rank saw them in its first micro-batch."""
     summary = perturbation.summary()
@@ -121,7 +120,7 @@ def _sigma_metrics(
         "alp/sigma_min": summary.minimum,
         "alp/sigma_max": summary.maximum,
         "alp/sigma_bound_share": summary.share_at_bound,
-        **layer_metrics(layers if sigmas else {}, sigmas, detailed=detailed),
+        **layer_metrics(layers if sigmas else {}, sigmas),
     }
 
 
