@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 export PYTHON VENV
 
 .DEFAULT_GOAL := help
-.PHONY: help install lock demo demo-tool trl test test-fast lint format bench lm-eval house serve serve-tool check-wheel docker-test keys docs lint-deploy clean
+.PHONY: help install lock demo demo-tool trl pages test test-fast lint format bench lm-eval house serve serve-tool check-wheel docker-test keys docs lint-deploy clean
 
 help:  ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -76,6 +76,13 @@ trl: install  ## Test examples/alp_in_trl.py against the pinned TRL, in an envir
 	$(BIN)/python -c "import site; print(site.getsitepackages()[0])" > $(TRL_VENV)/lib/python3.11/site-packages/base.pth
 	$(BIN)/python -m pip --python $(TRL_VENV)/bin/python install -qq --no-deps --disable-pip-version-check trl==1.16.0
 	PYTHONPATH=examples $(TRL_VENV)/bin/python -m pytest -p no:cacheprovider examples $(ARGS)
+
+PAGES_VENV := .venv-pages
+pages: install  ## Test the report and the episode browser in a headless Chromium (Debian: chromium chromium-driver)
+	test -x $(PAGES_VENV)/bin/python || $(BIN)/python -m venv --without-pip $(PAGES_VENV)
+	$(BIN)/python -c "import site; print(site.getsitepackages()[0])" > $(PAGES_VENV)/lib/python3.11/site-packages/base.pth
+	$(BIN)/python -m pip --python $(PAGES_VENV)/bin/python install -qq --disable-pip-version-check --requirement requirements/pages.txt
+	$(PAGES_VENV)/bin/python -m pytest -p no:cacheprovider tests/report/browser $(ARGS)
 
 clean:  ## Remove caches and runs/, keep .venv
 	rm -rf runs build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

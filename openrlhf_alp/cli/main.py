@@ -40,6 +40,7 @@ class Command(Protocol):
 
 COMMANDS = {
     "convert-batch": "learner",
+    "episodes": "learner",
     "evaluate": "evaluate",
     "launch": "learner,demo",
     "metrics": "learner",
