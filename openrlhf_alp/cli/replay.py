@@ -84,15 +84,7 @@ def run(arguments: argparse.Namespace) -> int:
     try:
         methods = read_methods(arguments.methods)
         _check(arguments)
-        # Here and not above, and before the model: torch and transformers take seconds to import,
-        # and a faulty file should not have to wait for them.
-        from openrlhf_alp.replay.files.read import read_batches
-
-        batches = read_batches(arguments.path, arguments.step, say.line)
-        from openrlhf_alp.replay.pick import pick_batch
-
-        learner = _learner(arguments, say)
-        path, batch = pick_batch(batches, learner)
+        learner, path, batch = _start(arguments, say)
         _check_model(arguments, learner, path, batch, say)
         learner.temperature = batch.info.temperature
         if arguments.explain:
@@ -148,6 +140,22 @@ def _check(arguments: argparse.Namespace) -> None:
             sigma0 = math.nan
         if not 0 <= sigma0 <= 1:
             raise ValueError(f"--sigma0 is {arguments.sigma0}; it must be auto or in [0, 1]")
+
+
+def _start(arguments: argparse.Namespace, say: _Say) -> tuple["Learner", Path, "RecordedBatch"]:
+    """The model and the batch. Torch and transformers, which take seconds to import, come after
+    all that can be said of the files without a model."""
+    from openrlhf_alp.replay.files.read import find_batches, read_batch
+
+    infos = find_batches(arguments.path, arguments.step, say.line)
+    if len(infos) == 1:
+        [path] = infos
+        batch = read_batch(path)
+        return _learner(arguments, say), path, batch
+    from openrlhf_alp.replay.pick import pick_batch
+
+    learner = _learner(arguments, say)
+    return learner, *pick_batch(infos, learner, say.line)
 
 
 def _learner(arguments: argparse.Namespace, say: _Say) -> "Learner":

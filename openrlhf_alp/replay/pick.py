@@ -1,28 +1,41 @@
 """Which recorded batch is meant, and whether a model holds the weights that it was recorded at."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
 
+from openrlhf_alp.replay.files.checks import BatchFileError, Fault
+from openrlhf_alp.replay.files.read import read_all
 from openrlhf_alp.replay.files.records import RecordedBatch
+from openrlhf_alp.replay.files.schema import BatchInfo
 from openrlhf_alp.replay.learner import DTYPES, Learner
 
 
 def pick_batch(
-    batches: Mapping[Path, RecordedBatch], learner: Learner
+    infos: Mapping[Path, BatchInfo], learner: Learner, say: Callable[[str, str], None]
 ) -> tuple[Path, RecordedBatch]:
-    """The first of the batches that was recorded at the learner's weights, else the first of all.
+    """The first batch that was recorded at the learner's weights, else the first of all.
+
+    Only what is picked is read: a long run's folder would not fit into memory.
 
     Args:
-        batches: at least one, from `read_batches`.
+        infos: from `find_batches`.
+        say: takes "skipped" and what is wrong with a file that would have been picked.
+
+    Raises:
+        BatchFileError: every file is faulty.
     """
-    if len(batches) == 1:
-        return next(iter(batches.items()))
     digests = learner.digests().values()
-    own = [file for file, batch in batches.items() if batch.info.model_digest in digests]
-    file = min(own or batches)
-    return file, batches[file]
+    order = sorted(infos, key=lambda file: (infos[file].model_digest not in digests, file))
+    faults: list[Fault] = []
+    for file, found in read_all(order):
+        if isinstance(found, RecordedBatch):
+            return file, found
+        faults += found
+        for fault in found:
+            say("skipped", str(fault))
+    raise BatchFileError(faults)
 
 
 def digest_of(learner: Learner, batch: RecordedBatch) -> str:

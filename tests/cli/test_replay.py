@@ -3,8 +3,10 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -155,6 +157,24 @@ def noisy_log_ratios(
         ratio = mean - torch.from_numpy(sample.rollout_log_probs[1:].copy())
         found.append(ratio[torch.from_numpy(sample.action_mask[1:])])
     return torch.cat(found)
+
+
+def test_a_faulty_batch_of_the_models_weights_is_named_and_the_next_one_taken(
+    model: Path, batches: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bad = read_batch(step_file(batches, 2))
+    first = replace(
+        bad.samples[0], rollout_log_probs=np.full_like(bad.samples[0].rollout_log_probs, np.nan)
+    )
+    write_batch(replace(bad, samples=(first, *bad.samples[1:])), step_file(batches, 2))
+    command = ["replay", str(batches), "--model", str(model), "--methods", "grpo"]
+    assert main([*command, "--output", str(tmp_path / "out")]) == 0
+    said = capsys.readouterr().out
+    assert "step-000002.parquet, sample 0, field rollout_log_probs" in said
+    assert "step 1, 8 samples" in said
+    step_file(batches, 1).unlink()
+    assert main([*command, "--output", str(tmp_path / "none")]) == 2
+    assert "Not replayed" in capsys.readouterr().out
 
 
 def test_a_faulty_file_is_refused_before_the_model_is_loaded(

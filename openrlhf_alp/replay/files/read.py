@@ -62,10 +62,10 @@ def read_all(files: Sequence[Path]) -> Iterator[tuple[Path, RecordedBatch | list
             yield path, error.faults
 
 
-def read_batches(
+def find_batches(
     path: Path, step: int | None, say: Callable[[str, str], None]
-) -> dict[Path, RecordedBatch]:
-    """The batch of a file, or the readable ones of a folder; what is wrong with the others is said.
+) -> dict[Path, BatchInfo]:
+    """What the readable files at `path` say about their batches; no sample is read yet.
 
     Args:
         step: of a folder, the only one that is returned; None for all.
@@ -77,27 +77,27 @@ def read_batches(
         OSError: nothing is there.
     """
     if path.is_file():
-        return {path: read_batch(path)}
+        return {path: read_info(path)}
     files, faults = find_files(path)
-    good: dict[Path, RecordedBatch] = {}
-    for file, found in read_all(files):
-        if isinstance(found, RecordedBatch):
-            good[file] = found
-        else:
-            faults += found
+    infos: dict[Path, BatchInfo] = {}
+    for file in files:
+        try:
+            infos[file] = read_info(file)
+        except BatchFileError as error:
+            faults += error.faults
     for fault in faults:
         say("skipped", str(fault))
-    if not good:
+    if not infos:
         raise (
             BatchFileError(faults)
             if faults
             else ValueError(f"{path} has no batch file; --alp.record writes them")
         )
     if step is None:
-        return good
-    chosen = {file: batch for file, batch in good.items() if batch.info.step == step}
+        return infos
+    chosen = {file: info for file, info in infos.items() if info.step == step}
     if not chosen:
-        steps = sorted(batch.info.step for batch in good.values())
+        steps = sorted(info.step for info in infos.values())
         raise ValueError(f"--step {step} is not in {path}; readable are {steps}")
     return chosen
 
