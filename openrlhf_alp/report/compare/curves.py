@@ -213,9 +213,11 @@ def _ratio_bands(groups: Sequence[Group]) -> Chart:
 
 def _envelope(groups: Sequence[Group]) -> Chart:
     middles = [float(index) for index in range(NUM_ENVELOPE_BINS)]
+    extremes: list[float] = []
 
     def of(one: Group) -> list[Line]:
         found = [values for run in _runs(one) if (values := _last_envelope(run))]
+        extremes.extend(value for values in found for part in values for value in part)
         if not found:
             return []
         low, median, high = (
@@ -224,6 +226,7 @@ def _envelope(groups: Sequence[Group]) -> Chart:
         )
         return [Line(name=one.method, x=middles, y=median, low=low, high=high)]
 
+    panels = _panels(groups, of)
     return Chart(
         key="envelope",
         title="Log-ratio by rollout probability",
@@ -232,7 +235,8 @@ def _envelope(groups: Sequence[Group]) -> Chart:
         "left make the tail.",
         x_title="rollout probability of the token",
         y_title="log-ratio, nats",
-        panels=_panels(groups, of),
+        panels=panels,
+        y_limits=(1.1 * min(extremes), 1.1 * max(extremes)) if extremes else None,
         paper="Figure 2 (middle and right)",
         ticks=[
             (float(i), f"{low:g}-{high:g}")

@@ -126,7 +126,7 @@ def _axes(
         low, high = limits
         y["range"] = [math.log10(low), math.log10(high)] if chart.log_y else [low, high]
     if chart.log_y:
-        y |= {"type": "log", "dtick": 1, "exponentformat": "power"}
+        y |= {"type": "log", "exponentformat": "power"}
     return x, y
 
 
@@ -179,7 +179,8 @@ def _line(line: Line, color: str, floor: float) -> Iterator[dict[str, Any]]:
     yield {
         **same,
         "mode": "lines+markers" if few else "lines",
-        "y": _rounded(line.y),
+        # A gap stands where a logarithmic axis has no place for the value, such as a norm of 0.
+        "y": [y if y > floor else None for y in _rounded(line.y)],
         "name": line.name,
         "meta": line.name,
         "marker": {"size": 4},
