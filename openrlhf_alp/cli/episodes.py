@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.markup import escape
 
+from openrlhf_alp.report.metrics import BATCHES
+
 if TYPE_CHECKING:
     from openrlhf_alp.replay.files.records import RecordedBatch
     from openrlhf_alp.report.episodes.ratios import Ratios
@@ -30,6 +32,9 @@ surprise, and the texts come from the tokenizer of the model that the run starte
 
 exit status: 0 written, 2 a file, model or option is not usable.
 """
+
+
+RECIPE = "recipe.toml"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -140,20 +145,24 @@ def _batches(
         wanted = "" if arguments.step is None else f" of step {arguments.step}"
         raise ValueError(
             f"{arguments.path} has no readable batch{wanted}. Training with --alp.record DIR (in a "
-            "recipe train.alp.record) writes them"
+            "recipe run.record = true) writes them"
         )
 
 
 def recorded_in(path: Path) -> Path:
-    """Where a run has its batches; any other path is taken as it is."""
-    recipe = path / "recipe.toml"
-    if not recipe.is_file():
+    """Where a run has its batches; any other path is taken as it is.
+
+    Raises:
+        ValueError: the run has recorded none.
+    """
+    if not (path / RECIPE).is_file():
         return path
-    train: dict[str, Any] = tomllib.loads(recipe.read_text(encoding="utf-8")).get("train", {})
+    if (path / BATCHES).is_dir():
+        return path / BATCHES
+    train: dict[str, Any] = tomllib.loads((path / RECIPE).read_text("utf-8")).get("train", {})
     folder = train.get("alp", {}).get("record")
     if folder is None:
         raise ValueError(
-            f"{path} has recorded no batches. Set train.alp.record to a folder in its recipe and "
-            "run it again"
+            f"{path} has recorded no batches. Set run.record to true in its recipe and run it again"
         )
     return Path(folder)

@@ -12,7 +12,7 @@ from typing import Any
 
 from openrlhf_alp.data.templates import INPUT_KEY, LABEL_KEY, TEMPLATES
 from openrlhf_alp.launch.recipe import Recipe, RecipeError, Services
-from openrlhf_alp.report.metrics import METRICS
+from openrlhf_alp.report.metrics import BATCHES, METRICS
 from services.common.wire import ADMIN_KEY_VARIABLE, API_KEY_VARIABLE, TOOL_KEY_VARIABLE
 
 _PREFLIGHT_ONCE = 10**9
@@ -144,6 +144,7 @@ def train_flags(recipe: Recipe, inputs: Inputs) -> list[str]:
         **({"rollout.preflight_stop": True} if recipe.run.preflight else {}),
         "logger.metrics_jsonl": folder / METRICS,
         "logger.tensorboard_dir": folder / "tensorboard",
+        **({"alp.record": folder / BATCHES} if recipe.run.record else {}),
         "ckpt.path": folder / "checkpoints",
         "ckpt.output_dir": folder / "model",
         **({"ckpt.load_enable": True} if inputs.resume else {}),

@@ -44,6 +44,8 @@ class Run(Section):
     """What becomes of an earlier run in the folder: stop and say so, or move it aside."""
     preflight: bool = True
     """Measure the log-prob mismatch before the first update, and stop when it is broken."""
+    record: bool = False
+    """Record the batch of every step in batches/ of the run folder (`--alp.record`)."""
     condition: str = ""
     """What sets this run apart from others in a report, besides its method and seed."""
 

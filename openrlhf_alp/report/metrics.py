@@ -9,6 +9,9 @@ from pathlib import Path
 METRICS = "metrics.jsonl"
 """Name of the file in a run folder."""
 
+BATCHES = "batches"
+"""Folder of a run with the recorded steps, if its recipe asks for them."""
+
 EDGE_STEPS = 3
 """Rewards are compared over this many steps at the start and at the end of a run."""
 

@@ -113,6 +113,11 @@ def test_a_setting_wins_over_the_recipe(train_args):
     assert not train_args(PAPER[0], "train.alp.method=token-bypass").alp.perturbed
 
 
+def test_a_run_records_its_steps_in_its_own_folder(train_args):
+    assert train_args("demo").alp.record is None
+    assert train_args("demo", "run.record=true").alp.record == "/runs/x/batches"
+
+
 def test_tool_integrated_training_is_the_papers(train_args):
     """Section 4.1, Table 3 and the release: 128 prompts of 16 episodes, 4 updates, 5 programs."""
     args = train_args(PAPER[1])

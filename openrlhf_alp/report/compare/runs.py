@@ -33,7 +33,10 @@ _MAX_DEPTH = 3
 """Folders below the one that was named in which runs are looked for."""
 _LIVE_S = 600.0
 """A file that was written to within this time, or five steps, may belong to a run that goes on."""
-_NOT_COMPARED = (METHOD, SEED, CONDITION, "run.folder", "run.existing", "train.alp.record")
+_NOT_COMPARED = (
+    *(METHOD, SEED, CONDITION),
+    *("run.folder", "run.existing", "run.record", "train.alp.record"),
+)
 _TASK = ("data.task", "data.path", "data.sources")
 
 

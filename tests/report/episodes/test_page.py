@@ -59,8 +59,17 @@ def run_folder(tmp_path, recorded, model_folder):
         made = batch(*recorded.samples, **info.model_dump())
         write_batch(made, folder / "batches" / f"step-{step:06d}.parquet")
     (folder / "batches" / "step-000003.parquet.partial").write_text("cut")
-    (folder / "recipe.toml").write_text(f'[train]\nalp.record = "{folder / "batches"}"\n')
+    (folder / "recipe.toml").write_text("[run]\nrecord = true\n")
     return folder
+
+
+def test_batches_that_were_recorded_elsewhere_are_found_by_the_recipe(tmp_path, capsys):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "recipe.toml").write_text(f'[train]\nalp.record = "{tmp_path / "b"}"\n')
+    write_batch(batch(), tmp_path / "b" / "step-000001.parquet")
+    assert main(["episodes", str(tmp_path / "run"), "--out", str(tmp_path / "out")]) == 0
+    data = json.loads(unpacked((tmp_path / "out" / "step-000001.html").read_text(), "data"))
+    assert data["vocabulary"][0] == "<5>" and "tokens are shown as ids" in data["notes"][0]
 
 
 def test_the_command_finds_the_batches_of_a_run(run_folder, tmp_path, capsys):
@@ -95,4 +104,4 @@ def test_what_cannot_be_shown_ends_with_status_2(run_folder, tmp_path, capsys, o
 def test_a_run_that_recorded_nothing_says_how_to_record(tmp_path, capsys):
     (tmp_path / "recipe.toml").write_text('[train]\nalp.method = "seq-alp"\n')
     assert main(["episodes", str(tmp_path)]) == 2
-    assert "Set train.alp.record" in " ".join(capsys.readouterr().out.split())
+    assert "Set run.record to true" in " ".join(capsys.readouterr().out.split())
