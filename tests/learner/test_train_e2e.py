@@ -18,7 +18,9 @@ import pytest
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from openrlhf_alp.objective.metric_names import LAGS
 from openrlhf_alp.replay.files.read import find_files, read_batch
+from openrlhf_alp.replay.files.records import RecordedBatch
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 
@@ -158,6 +160,54 @@ def test_partial_rollouts_train_while_generating_and_old_tokens_are_dropped_and_
     dropped = sum(step["rollout/dropped_groups"] for step in steps)
     missing = (batches - len(steps)) * PROMPTS_PER_STEP - dropped
     assert 0 <= missing <= 2 * PROMPTS_PER_STEP
+
+
+def test_an_asynchronous_run_splits_its_log_ratios_by_the_lag_of_its_samples(
+    tiny_model: Path, hf_service: Any, tmp_path: Path
+) -> None:
+    """Two batches wait in the queue while one is trained on, so later ones are some pushes old."""
+    folder, reward = tmp_path / "batches", tmp_path / "reward.py"
+    # Nothing that a random model says is right, and without a reward no weight would move.
+    reward.write_text(
+        "def reward_func(queries, prompts, labels):\n"
+        "    return {'rewards': float(sum(map(ord, queries[0])) % 97)}\n"
+    )
+    flags = (
+        *("--alp.enable", "--alp.sigma0", "0.01", "--alp.telemetry_every", "1"),
+        *("--train.async_enable", "--train.async_queue_size", "2", "--alp.record", str(folder)),
+        *("--reward.remote_url", str(reward), "--actor.lr_scheduler", "constant"),
+        *("--actor.lr_warmup_ratio", "0"),
+    )
+    arguments = command(tiny_model, tmp_path, hf_service.url, steps=6, flags=flags)
+    log = tmp_path / "train.log"
+    status, output, left = finish(start(arguments, log), log)
+    assert status == 0, output[-4000:]
+    assert not left
+    steps = metrics(tmp_path)
+    files, _ = find_files(folder)
+    lags = [lag_of(read_batch(file)) for file in files]
+    # How far generation runs ahead depends on the machine; the first batch is never overtaken.
+    assert len(steps) == len(lags) == 6
+    assert lags[0] == 0 and max(lags) > 0
+    assert [step["rollout/staleness_max"] for step in steps] == lags
+    for step, lag in zip(steps, lags, strict=True):
+        [name] = [f"lag_{n}" for n in LAGS if f"alp/lag_{n}_share" in step]
+        assert name == f"lag_{LAGS[min(lag, 3)]}"
+        assert step[f"alp/{name}_share"] == 1.0
+        assert step[f"alp/{name}_perturbation_rms"] > 0
+        parts = ("staleness_and_mismatch",) if lag else ("staleness", "mismatch")
+        assert all(step[f"alp/{name}_{part}_rms"] > 0 for part in parts)
+    # Weights that moved by 1e-3 a step are further away than the rounding of the engine.
+    oldest = max(range(6), key=lags.__getitem__)
+    stale = steps[oldest][f"alp/lag_{LAGS[min(lags[oldest], 3)]}_staleness_and_mismatch_rms"]
+    assert stale > 2 * steps[0]["alp/lag_0_mismatch_rms"]
+
+
+def lag_of(batch: RecordedBatch) -> int:
+    """Pushes since its samples were made; all of a batch are of one version."""
+    [version] = {span.version for sample in batch.samples for span in sample.spans}
+    assert batch.info.policy_version is not None
+    return batch.info.policy_version - version
 
 
 def test_a_service_that_dies_in_a_step_ends_the_run_with_its_name(
