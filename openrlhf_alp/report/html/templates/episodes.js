@@ -244,7 +244,8 @@ function showSide(side) {
   list.scrollTop = 0;
   if (side === "groups") {
     list.replaceChildren(...data.groups.map((group, index) => {
-      const node = item(visible(group.name), "", visible(group.prompt.slice(0, 160)), () => showGroup(index));
+      const own = group.prompt.slice(data.shared, data.shared + 160).trim();
+      const node = item(visible(group.name), "", visible(own), () => showGroup(index));
       const dots = make("span", "dots");
       for (const place of group.samples.slice(0, 32)) {
         const dot = make("i");
@@ -352,6 +353,13 @@ function onKey(event) {
   if (act) { event.preventDefault(); act(); }
 }
 
+// Prompts begin with the same template; a list shows where they part, from the beginning of a word.
+function sharedPrefix(texts) {
+  let length = Math.min(...texts.map((text) => text.length));
+  for (const text of texts) while (text.slice(0, length) !== texts[0].slice(0, length)) length--;
+  return texts.length > 1 ? texts[0].slice(0, length).search(/\s\S*$/) + 1 : 0;
+}
+
 async function start() {
   const [json, ids, numbers] = await Promise.all(["data", "tokens", "numbers"].map(unpack));
   data = JSON.parse(new TextDecoder().decode(json));
@@ -360,6 +368,7 @@ async function start() {
   columns = data.modes.map((_, index) => all.subarray(index * tokens.length, (index + 1) * tokens.length));
   data.groupOf = [];
   data.groups.forEach((group, index) => group.samples.forEach((place) => { data.groupOf[place] = index; }));
+  data.shared = sharedPrefix(data.groups.map((group) => group.prompt));
   const rewards = data.samples.map((sample) => sample.reward).filter((reward) => reward !== null);
   data.rewards = { low: Math.min(...rewards, 0), high: Math.max(...rewards, 0) };
   $("modes").append(...data.modes.map((mode, index) => {
