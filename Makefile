@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 export PYTHON VENV
 
 .DEFAULT_GOAL := help
-.PHONY: help install lock demo demo-tool trl pages test test-fast lint format bench lm-eval house serve serve-tool check-wheel docker-test keys docs lint-deploy clean
+.PHONY: help install lock demo demo-tool trl pages test test-fast lint format bench lm-eval house serve serve-tool check-wheel docker-test vllm-next ray-serve keys docs lint-deploy clean
 
 help:  ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -56,8 +56,8 @@ serve-tool: install  ## Serve sandboxed Python: make serve-tool ARGS="--port 809
 check-wheel:  ## Build the wheel and use it in an empty environment
 	@$(PYTHON) requirements/check_wheel.py
 
-docker-test: install  ## Build the tool image, run it hardened, attack it; starts an engine if none answers
-	$(BIN)/python dockerfiles/check_tool_image.py $(ARGS)
+docker-test: install  ## Build the images, attack the tool image, train a step through compose.yaml; starts an engine if none answers
+	$(BIN)/python dockerfiles/check.py $(ARGS)
 
 keys:  ## Write the keys of the compose stack into secrets/
 	@sh deploy/keys.sh
@@ -69,6 +69,19 @@ docs: install  ## Build the documentation site in build/site (mkdocs-material in
 
 lint-deploy:  ## Check Dockerfiles, compose.yaml, Kubernetes objects; look for secrets (in .venv-deploy)
 	@$(PYTHON) deploy/lint.py
+
+VLLM_NEXT := 0.32.0
+VLLM_VENV := .venv-vllm-$(VLLM_NEXT)
+vllm-next: install  ## Train a step against a rollout service on a newer vLLM, in an environment of its own
+	test -x $(VLLM_VENV)/bin/python || $(BIN)/python -m venv --without-pip $(VLLM_VENV)
+	$(BIN)/python -c "import site; print(site.getsitepackages()[0])" > $(VLLM_VENV)/lib/python3.11/site-packages/base.pth
+	$(BIN)/python -m pip --python $(VLLM_VENV)/bin/python install -qq --no-deps --disable-pip-version-check \
+	  --requirement requirements/vllm-$(VLLM_NEXT).txt
+	$(BIN)/python requirements/check_vllm.py $(VLLM_VENV)/bin/python $(ARGS)
+
+ray-serve: install  ## Test the tool service on Ray Serve, which needs an older protobuf than vLLM
+	test -d .ray-serve || $(BIN)/python -m pip install -qq --no-deps --disable-pip-version-check --target .ray-serve protobuf==6.33.6
+	PYTHONPATH=.ray-serve $(BIN)/python -m pytest tests/deploy/test_ray_serve.py $(ARGS)
 
 TRL_VENV := .venv-trl
 trl: install  ## Test examples/alp_in_trl.py against the pinned TRL, in an environment of its own

@@ -1,18 +1,9 @@
-"""Build the tool image, run it hardened, and attack it: `make docker-test`.
+"""The image of the tool service: inspected, attacked, and compared with the service outside."""
 
-    python dockerfiles/check_tool_image.py [--base IMAGE] [--pip-conf FILE] [--ca FILE] [--keep]
-
-An engine that answers is used; otherwise one is started on a private socket and ended afterwards
-(root only). Exit status 0: every check passed; 1: one failed; 77: no engine is to be had. It needs
-the repository's environment, from which the expected answers come.
-"""
-
-import argparse
 import contextlib
 import json
 import os
 import secrets
-import shutil
 import statistics
 import subprocess
 import sys
@@ -23,13 +14,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-REPOSITORY = Path(__file__).resolve().parents[1]
+from engine import REPOSITORY, START_S, docker, require, wait
+
 THREATS = REPOSITORY / "tests/services/tool/sandbox"
 IMAGE = "openrlhf-alp/tool:check"
 MAX_IMAGE_BYTES = 400_000_000
 MAX_SLOWDOWN = 1.3
-START_S = 180.0
-NO_ENGINE = 77
 NUM_CALLS = 300
 
 HARDENED = [
@@ -42,106 +32,15 @@ HARDENED = [
 """As README.md tells, but for the network: a private engine has no bridge."""
 
 
-class CheckError(Exception):
-    """A check failed; the message says which."""
-
-
-def main() -> int:
-    """Run every check; return the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="python dockerfiles/check_tool_image.py", description=__doc__.partition("\n")[0]
-    )
-    parser.add_argument("--base", help="base image (default: the Dockerfile's)")
-    parser.add_argument("--pip-conf", type=Path, help="pip's configuration for the build")
-    parser.add_argument("--ca", type=Path, help="certificates for the build's downloads")
-    parser.add_argument("--keep", action="store_true", help="keep the image")
-    arguments = parser.parse_args()
-    try:
-        with contextlib.ExitStack() as stack:
-            if not engine_answers():
-                stack.enter_context(private_engine())
-            check(arguments)
-    except CheckError as error:
-        print(f"docker-test: FAILED: {error}", file=sys.stderr)
-        return 1
-    except FileNotFoundError as error:
-        print(f"docker-test: skipped, no engine is to be had: {error}", file=sys.stderr)
-        return NO_ENGINE
-    print("docker-test: every check passed")
-    return 0
-
-
-def docker(*arguments: object, timeout_s: float = 1800.0) -> str:
-    """Run the docker client; return what it prints."""
-    command = ["docker", *map(str, arguments)]
-    environment = {**os.environ, "DOCKER_BUILDKIT": "1"}
-    done = subprocess.run(
-        command, capture_output=True, text=True, timeout=timeout_s, env=environment, check=False
-    )
-    if done.returncode != 0:
-        raise CheckError(f"{' '.join(command[:4])} ...: {done.stderr[-2000:]}")
-    return done.stdout
-
-
-def engine_answers() -> bool:
-    try:
-        docker("version", "--format", "{{.Server.Version}}", timeout_s=30)
-    except CheckError:
-        return False
-    return True
-
-
-@contextlib.contextmanager
-def private_engine() -> Iterator[None]:
-    """An engine of our own, with its data in a temporary folder; gone afterwards."""
-    if shutil.which("dockerd") is None or os.geteuid() != 0:
-        raise FileNotFoundError("none answers, and one can be started by root with dockerd only")
-    with tempfile.TemporaryDirectory(prefix="docker-test-") as folder:
-        socket = f"unix://{folder}/docker.sock"
-        print(f"docker-test: no engine answers; starting one on {socket}")
-        roots = [f"--data-root={folder}/data", f"--exec-root={folder}/exec"]
-        network = ["--iptables=false", "--ip6tables=false", "--bridge=none"]
-        command = ["dockerd", "--host", socket, f"--pidfile={folder}/pid", *roots, *network]
-        with Path(folder, "log").open("wb") as log:
-            engine = subprocess.Popen(command, stdout=log, stderr=log)
-        before = os.environ.get("DOCKER_HOST")
-        os.environ["DOCKER_HOST"] = socket
-        try:
-            wait(engine_answers, "the private engine")
-            yield
-        finally:
-            engine.terminate()
-            engine.wait(START_S)
-            os.environ.pop("DOCKER_HOST")
-            if before is not None:
-                os.environ["DOCKER_HOST"] = before
-
-
-def check(arguments: argparse.Namespace) -> None:
-    """Build, inspect, serve and attack; remove what was made."""
-    build(arguments)
-    try:
-        check_image()
-        check_threats()
-        check_service()
-    finally:
-        if not arguments.keep:
-            docker("image", "rm", "--force", IMAGE)
-
-
-def build(arguments: argparse.Namespace) -> None:
-    print("docker-test: build", flush=True)
-    options = ["--network", "host", "--file", REPOSITORY / "dockerfiles/tool.Dockerfile"]
-    if arguments.base:
-        options += ["--build-arg", f"BASE={arguments.base}"]
-    for name, path in (("pip", arguments.pip_conf), ("ca", arguments.ca)):
-        if path:
-            options += ["--secret", f"id={name},src={path}"]
-    docker("build", "--quiet", *options, "--tag", IMAGE, REPOSITORY)
+def check_tool_image() -> None:
+    """Inspect, attack and serve the image IMAGE."""
+    check_image()
+    check_threats()
+    check_service()
 
 
 def check_image() -> None:
-    """Size, user, health check, labels, and no secret in the history."""
+    """Size, user, health check, labels, bill of materials, and no secret in the history."""
     (image,) = json.loads(docker("image", "inspect", IMAGE))
     size, config = image["Size"], image["Config"]
     print(f"docker-test: image of {size / 1e6:.0f} MB (at most {MAX_IMAGE_BYTES / 1e6:.0f})")
@@ -151,6 +50,12 @@ def check_image() -> None:
     require("org.opencontainers.image.version" in config["Labels"], "it has no labels")
     history = docker("history", "--no-trunc", "--format", "{{.CreatedBy}}", IMAGE)
     require("API_KEY" not in history + str(config["Env"]), "a key is in its history")
+    read = ["run", "--rm", "--network", "none", "--entrypoint", "cat", IMAGE]
+    bill = json.loads(docker(*read, "/usr/local/openrlhf-alp/sbom.cdx.json"))
+    names = {component["name"] for component in bill["components"]}
+    print(f"docker-test: its bill of materials names {len(names)} packages")
+    require({"numpy", "openrlhf-alp"} <= names, "packages are missing in its bill of materials")
+    require(not names & {"torch", "pip"}, "it brings torch or pip")
 
 
 def check_service() -> None:
@@ -269,21 +174,3 @@ def ready(url: str) -> bool:
 
 def health(container: str) -> str:
     return docker("inspect", "--format", "{{.State.Health.Status}}", container).strip()
-
-
-def wait(holds: Any, what: str, container: str | None = None) -> None:
-    deadline = time.monotonic() + START_S
-    while not holds():
-        if time.monotonic() > deadline:
-            log = "" if container is None else docker("logs", container)
-            raise CheckError(f"{what} did not answer within {START_S:.0f} s. {log}")
-        time.sleep(0.5)
-
-
-def require(holds: bool, otherwise: str) -> None:
-    if not holds:
-        raise CheckError(otherwise)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -46,6 +46,15 @@ RUN --mount=type=secret,id=pip,target=/etc/pip.conf \
     --mount=type=cache,target=/root/.cache/pip \
     if [ -s /run/secrets/ca ]; then export PIP_CERT=/run/secrets/ca; fi; \
     pip install --quiet --no-deps --requirement cpu.lock
+# Another vLLM, with what it needs newer than the lock has it: requirements/vllm-VERSION.txt. Only the
+# rollout service can be that new; the learner's pins are OpenRLHF's.
+ARG VLLM=""
+COPY requirements/vllm-*.txt ./
+RUN --mount=type=secret,id=pip,target=/etc/pip.conf \
+    --mount=type=secret,id=ca \
+    --mount=type=cache,target=/root/.cache/pip \
+    if [ -s /run/secrets/ca ]; then export PIP_CERT=/run/secrets/ca; fi; \
+    [ -z "$VLLM" ] || pip install --quiet --no-deps --requirement "vllm-$VLLM.txt"
 
 FROM base AS install-gpu
 WORKDIR /src
@@ -62,10 +71,18 @@ RUN --mount=type=secret,id=pip,target=/etc/pip.conf \
 # hadolint ignore=DL3006
 FROM install-${FLAVOUR} AS installed
 WORKDIR /src
+# Of the bill of materials only the result goes into the image.
+RUN --mount=type=secret,id=pip,target=/etc/pip.conf \
+    --mount=type=secret,id=ca \
+    --mount=type=cache,target=/root/.cache/pip \
+    if [ -s /run/secrets/ca ]; then export PIP_CERT=/run/secrets/ca; fi; \
+    python3.11 -m venv /sbom && /sbom/bin/pip install --quiet cyclonedx-bom==7.5.0
 COPY setup.py README.md ./
 COPY services services
 COPY openrlhf_alp openrlhf_alp
-RUN pip install --quiet --no-cache-dir --no-deps --no-index --no-build-isolation --force-reinstall .
+RUN pip install --quiet --no-cache-dir --no-deps --no-index --no-build-isolation --force-reinstall . ; \
+    /sbom/bin/cyclonedx-py environment --output-reproducible \
+        --output-file /usr/local/openrlhf-alp/sbom.cdx.json /usr/local/openrlhf-alp/bin/python
 
 FROM base AS runtime
 ARG VERSION=unknown

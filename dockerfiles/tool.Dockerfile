@@ -24,6 +24,12 @@ RUN --mount=type=secret,id=pip,target=/etc/pip.conf \
     --mount=type=cache,target=/root/.cache/pip \
     if [ -s /run/secrets/ca ]; then export PIP_CERT=/run/secrets/ca; fi; \
     /usr/local/openrlhf-alp/bin/pip install --quiet --constraint cpu.lock '.[tool]' setuptools wheel
+# Of the bill of materials only the result goes into the image.
+RUN --mount=type=secret,id=pip,target=/etc/pip.conf \
+    --mount=type=secret,id=ca \
+    --mount=type=cache,target=/root/.cache/pip \
+    if [ -s /run/secrets/ca ]; then export PIP_CERT=/run/secrets/ca; fi; \
+    python3.11 -m venv /sbom && /sbom/bin/pip install --quiet cyclonedx-bom==7.5.0
 COPY services services
 COPY openrlhf_alp openrlhf_alp
 # Programs need neither the test suites of the libraries nor pip, and nobody debugs extension modules.
@@ -32,7 +38,9 @@ RUN /usr/local/openrlhf-alp/bin/pip install --quiet --no-deps --no-index --no-bu
         --force-reinstall . ; \
     /usr/local/openrlhf-alp/bin/pip uninstall --quiet --yes setuptools wheel pip; \
     find /usr/local/openrlhf-alp -depth -type d -name tests -exec rm -r {} + ; \
-    find /usr/local/openrlhf-alp -name '*.so' -not -path '*.libs/*' -exec strip --strip-unneeded {} +
+    find /usr/local/openrlhf-alp -name '*.so' -not -path '*.libs/*' -exec strip --strip-unneeded {} + ; \
+    /sbom/bin/cyclonedx-py environment --output-reproducible \
+        --output-file /usr/local/openrlhf-alp/sbom.cdx.json /usr/local/openrlhf-alp/bin/python
 
 # hadolint ignore=DL3006
 FROM ${BASE}

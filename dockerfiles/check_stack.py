@@ -1,0 +1,153 @@
+"""The compose stack with a tiny model: brought up, one step trained through it, torn down.
+
+The learner gets a recipe, prompts and a model that calls its tool from the volume of models. Keys
+come from a temporary folder, so a user's own stay as they are.
+"""
+
+import contextlib
+import json
+import os
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from engine import REPOSITORY, CheckError, NotToBeHadError, docker, require
+
+VERSION = "check"
+ROLLOUT, LEARNER = f"openrlhf-alp/rollout:{VERSION}-cpu", f"openrlhf-alp/learner:{VERSION}-cpu"
+PROJECT = "openrlhf-alp-check"
+OF_PROJECT = f"label=com.docker.compose.project={PROJECT}"
+NUM_SERVERS = 2
+FIRST_STEP_S = 600.0
+SETTINGS = {
+    "VERSION": VERSION,
+    "MODEL": "/models/check/model",
+    "RECIPE": "/models/check/recipe.toml",
+    "RUN": "check",
+    "MAX_MODEL_LEN": "128",
+}
+"""Variables of compose.yaml."""
+KEYS = ("rollout_api_key", "rollout_admin_key", "tool_api_key", "grafana_password")
+
+
+def check_stack() -> None:
+    """Train one step through the services of compose.yaml, with images that are built.
+
+    Raises:
+        NotToBeHadError: the docker client has no Compose.
+    """
+    try:
+        docker("compose", "version")
+    except CheckError as error:
+        raise NotToBeHadError(f"the client has no Compose v2 ({error})") from error
+    with tempfile.TemporaryDirectory(prefix="docker-test-") as folder, project(Path(folder)) as up:
+        seconds, metrics = up.first_step()
+        ran = metrics["tir/status_ok"]
+        print(f"docker-test: first step {seconds:.0f} s after `up`, {ran:.1f} programs an episode")
+        require(ran > 0, f"no program ran: {metrics}")
+        check_services(up)
+    leftovers = left_behind()
+    require(not leftovers, f"left behind: {leftovers}")
+
+
+class Project:
+    """The compose project of this check."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        secrets = {name: {"file": str(folder / name)} for name in KEYS}
+        self.override = folder / "override.json"
+        self.override.write_text(json.dumps({"secrets": secrets}))
+        for name in KEYS:
+            (folder / name).write_text(os.urandom(24).hex())
+            (folder / name).chmod(0o444)
+
+    def compose(self, *arguments: str) -> str:
+        """Run docker compose on the repository's file; return what it prints."""
+        files = ["--file", str(REPOSITORY / "compose.yaml"), "--file", str(self.override)]
+        where = ["--project-directory", str(REPOSITORY), "--project-name", PROJECT]
+        command = ["compose", *where, *files, "--profile", "cpu", *arguments]
+        return docker(*command, settings=SETTINGS)
+
+    def container(self, service: str) -> str:
+        """Id of the one container of a service, running or not; empty when there is none."""
+        of_service = f"label=com.docker.compose.service={service}"
+        filters = ["--filter", OF_PROJECT, "--filter", of_service]
+        return docker("ps", "--all", "--quiet", *filters).strip()
+
+    def fill_models(self) -> None:
+        """Put model, prompts and recipe into the volume, as the learner will read them."""
+        folders = {"benchmarks/policies": "/policies", "dockerfiles/tiny": "/tiny"}
+        mounts = [f"{REPOSITORY / here}:{there}:ro" for here, there in folders.items()]
+        volumes = [o for v in (f"{PROJECT}_models:/models", *mounts) for o in ("--volume", v)]
+        script = (
+            "mkdir -p /models/check && cd /models/check && cp /tiny/recipe.toml . && "
+            "PYTHONPATH=/policies python /tiny/make_model.py"
+        )
+        run = ["run", "--rm", "--network", "none", *volumes, "--entrypoint", "sh"]
+        docker(*run, LEARNER, "-ec", script)
+
+    def first_step(self) -> tuple[float, dict[str, Any]]:
+        """Bring the stack up; seconds until the first step is in metrics.jsonl, and its line."""
+        started_s = time.monotonic()
+        self.compose("up", "--detach", "--no-build", "--pull", "never")
+        while time.monotonic() - started_s < FIRST_STEP_S:
+            learner = self.container("learner")
+            with contextlib.suppress(CheckError, json.JSONDecodeError, IndexError):
+                lines = read_file(learner, "/runs/check/metrics.jsonl").splitlines()
+                return time.monotonic() - started_s, json.loads(lines[0])
+            state = docker("inspect", "--format", "{{.State.Status}} {{.State.ExitCode}}", learner)
+            if state.startswith("exited") and state.split()[1] != "0":
+                raise CheckError(f"the learner ended: {docker('logs', '--tail', '60', learner)}")
+            time.sleep(1.0)
+        raise CheckError(
+            f"no step within {FIRST_STEP_S:.0f} s: {self.compose('logs', '--tail', '40')}"
+        )
+
+
+def read_file(container: str, path: str) -> str:
+    """A text file of a container that need not run, volumes included."""
+    with tempfile.TemporaryDirectory() as folder:
+        docker("cp", f"{container}:{path}", folder)
+        return Path(folder, Path(path).name).read_text()
+
+
+@contextlib.contextmanager
+def project(folder: Path) -> Iterator[Project]:
+    """The project with its models; everything of it is removed afterwards."""
+    made = Project(folder)
+    try:
+        # `up` would make the volume only once its first container starts.
+        labels = ["--label", f"com.docker.compose.project={PROJECT}"]
+        labels += ["--label", "com.docker.compose.volume=models"]
+        docker("volume", "create", *labels, f"{PROJECT}_models")
+        made.fill_models()
+        yield made
+    finally:
+        made.compose("down", "--volumes", "--remove-orphans", "--timeout", "20")
+
+
+def check_services(up: Project) -> None:
+    """Each service runs as often as it should, and the learner used all rollout servers."""
+    running = up.compose("ps", "--format", "{{.Service}} {{.Health}}").split("\n")
+    healthy = [line.split()[0] for line in running if line.endswith(" healthy")]
+    require(healthy.count("rollout") == NUM_SERVERS, f"healthy services: {healthy}")
+    require(healthy.count("tool") == 1, f"healthy services: {healthy}")
+    log = subprocess.run(
+        ["docker", "logs", up.container("learner")], capture_output=True, text=True, check=True
+    ).stdout
+    named = {f"{PROJECT}-rollout-{number}" for number in range(1, NUM_SERVERS + 1)}
+    require(all(name in log for name in named), "the learner did not find every rollout server")
+
+
+def left_behind() -> list[str]:
+    """Containers, volumes and networks of the project that still exist."""
+    listed = (("ps", "--all"), ("volume", "ls"), ("network", "ls"))
+    return [
+        line
+        for command in listed
+        for line in docker(*command, "--quiet", "--filter", OF_PROJECT).split()
+    ]

@@ -1,0 +1,24 @@
+"""Write a policy of two layers that calls its tool, and prompts for it, into the current folder.
+
+It needs `benchmarks/policies` on its path. `make docker-test` runs it in the learner's image.
+"""
+
+import json
+from pathlib import Path
+
+import torch
+from tiny_policy import save_tiny_policy
+
+NUM_TASKS = 4
+# As the chat template writes it: what a program printed comes as a turn of the user.
+CALL = "```python\nprint({0})\n```\n\nuser: ```output\n{0}\n```\nassistant: \\boxed{{{0}}}<eos>"
+
+tasks = [f"Task {number}" for number in range(NUM_TASKS)]
+with Path("prompts.jsonl").open("w") as prompts:
+    for number, task in enumerate(tasks):
+        prompts.write(json.dumps({"input": task, "label": str(number)}) + "\n")
+dialogues = [
+    (f"user: {task}\nassistant: ", CALL.format(number)) for number, task in enumerate(tasks)
+]
+# Learnt so far that answers of one group differ now and then.
+save_tiny_policy(Path("model"), dialogues, dtype=torch.bfloat16, good_loss=0.05)
