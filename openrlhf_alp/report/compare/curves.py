@@ -117,7 +117,11 @@ def curve_charts(groups: Sequence[Group]) -> Iterator[Chart]:
 
 def mean_line(runs: Sequence[Run], name: str, *metrics: str) -> Line | None:
     """Mean over seeds at each step, with its band; None where no run has the metric."""
-    found = [values for run in runs if (values := run.values(*metrics))]
+    return mean_of([values for run in runs if (values := run.values(*metrics))], name)
+
+
+def mean_of(found: Sequence[Mapping[int, float]], name: str) -> Line | None:
+    """The same of values by step, one mapping per seed."""
     at = sorted({step for values in found for step in values})
     if not at:
         return None

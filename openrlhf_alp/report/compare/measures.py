@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from statistics import fmean
 
-from openrlhf_alp.report.compare.runs import Run
+from openrlhf_alp.report.compare.runs import AFTER, Run
 from openrlhf_alp.report.metrics import EDGE_STEPS, REWARD
 
 KL = ("alp/clean_k3_kl", "alp/k3_kl")
@@ -66,7 +66,7 @@ def _extreme(of: Callable[..., float], *names: str) -> Callable[[Run], float | N
 
 
 def _evaluated(run: Run) -> float | None:
-    suites = run.evaluations.get("after", {}).get("suites", [])
+    suites = run.evaluations.get(AFTER, {}).get("suites", [])
     averages = [suite["avg"]["value"] for suite in suites]
     return fmean(averages) if averages else None
 

@@ -3,9 +3,11 @@
 import re
 from collections.abc import Iterator, Sequence
 from statistics import fmean
+from typing import Any
 
 from openrlhf_alp.report.compare.charts import Bars, Chart, Heat, Line, Panel, Points
-from openrlhf_alp.report.compare.runs import EVALUATIONS, Run
+from openrlhf_alp.report.compare.curves import by_condition, mean_of
+from openrlhf_alp.report.compare.runs import AFTER, BEFORE, Run
 from openrlhf_alp.report.compare.table import Group
 
 _SIGMA = re.compile(r"alp/layer_(\d+)_sigma")
@@ -25,7 +27,8 @@ def part_charts(groups: Sequence[Group]) -> Iterator[Chart]:
         _time(groups),
         _tools(groups),
         _evaluation(groups),
-        *_pass_at_k(groups),
+        _evaluation_by_step(groups),
+        _pass_at_k(groups),
     )
     return (chart for chart in charts if not all(panel.is_empty for panel in chart.panels))
 
@@ -123,14 +126,11 @@ def _evaluation(groups: Sequence[Group]) -> Chart:
     panels = []
     for suite, title in _suites(groups).items():
         labels, values = [], []
-        for one in groups:
-            for when in EVALUATIONS:
-                for _, run in one.runs:
-                    if found := _suite(run, when, suite):
-                        seed = "" if run.seed is None else f", seed {run.seed}"
-                        labels.append(f"{label_of(one)}{seed}, {when}")
-                        avg = found["avg"]
-                        values.append((avg["value"], avg["low"], avg["high"]))
+        for one, run, when in _edges(groups):
+            if found := _suite(run, when, suite):
+                seed = "" if run.seed is None else f", seed {run.seed}"
+                labels.append(f"{label_of(one)}{seed}, {when}")
+                values.append((found["avg"]["value"], found["avg"]["low"], found["avg"]["high"]))
         panels.append(Panel(title=title, points=Points(labels=labels, values=values)))
     return Chart(
         key="evaluation",
@@ -142,12 +142,51 @@ def _evaluation(groups: Sequence[Group]) -> Chart:
     )
 
 
-def _pass_at_k(groups: Sequence[Group]) -> Iterator[Chart]:
+def _evaluation_by_step(groups: Sequence[Group]) -> Chart:
+    panels = []
+    for suite, title in _suites(groups).items():
+        for condition, members in by_condition(groups):
+            lines = [mean_of(_averages(one, suite), one.method) for one in members]
+            kept = [line for line in lines if line is not None and len(line.x) > 2]
+            name = ", ".join(part for part in (title, condition) if part)
+            panels.append(Panel(title=name, lines=kept))
+    return Chart(
+        key="evaluation-steps",
+        title="Evaluation during training",
+        caption="avg@n at the evaluated steps, before training at 0; mean over seeds with the 95 % "
+        "t interval.",
+        y_title="avg@n",
+        panels=panels,
+    )
+
+
+def _averages(one: Group, suite: str) -> list[dict[int, float]]:
+    """Step to avg@n of each run that was evaluated."""
+    found = [
+        {
+            run.evaluated_at(when): result["avg"]["value"]
+            for when in run.evaluations
+            if (result := _suite(run, when, suite))
+        }
+        for _, run in one.runs
+    ]
+    return [values for values in found if values]
+
+
+def _edges(groups: Sequence[Group]) -> Iterator[tuple[Group, Run, str]]:
+    """Every run before training, and after it."""
+    for one in groups:
+        for when in (BEFORE, AFTER):
+            for _, run in one.runs:
+                yield one, run, when
+
+
+def _pass_at_k(groups: Sequence[Group]) -> Chart:
     panels = []
     for suite, title in _suites(groups).items():
         lines = []
         for one in groups:
-            for when in EVALUATIONS:
+            for when in (BEFORE, AFTER):
                 for _, run in one.runs[:1]:
                     if found := _suite(run, when, suite):
                         curve = sorted((int(k), e) for k, e in found["pass_at"].items())
@@ -158,11 +197,11 @@ def _pass_at_k(groups: Sequence[Group]) -> Iterator[Chart]:
                                 y=[e["value"] for _, e in curve],
                                 low=[e["low"] for _, e in curve],
                                 high=[e["high"] for _, e in curve],
-                                style="dash" if when == "before" else "solid",
+                                style="dash" if when == BEFORE else "solid",
                             )
                         )
         panels.append(Panel(title=title, lines=lines))
-    yield Chart(
+    return Chart(
         key="pass-at-k",
         title="pass@k",
         caption="Chance that k of the n answers hold a right one, for the first seed of each "
@@ -185,7 +224,7 @@ def _suites(groups: Sequence[Group]) -> dict[str, str]:
     }
 
 
-def _suite(run: Run, when: str, name: str) -> dict | None:
+def _suite(run: Run, when: str, name: str) -> dict[str, Any] | None:
     for suite in run.evaluations.get(when, {}).get("suites", []):
         if suite["suite"] == name:
             return dict(suite)

@@ -7,6 +7,7 @@ summary.json      only of a finished run
 
 import hashlib
 import json
+import re
 import statistics
 import time
 import tomllib
@@ -24,11 +25,12 @@ from openrlhf_alp.report.metrics import (
 )
 
 RECIPE, ENVIRONMENT, SUMMARY = "recipe.toml", "environment.json", "summary.json"
-EVALUATIONS = ("before", "after")
+BEFORE, AFTER = "before", "after"
 METHOD, SEED, CONDITION = "train.alp.method", "run.seed", "run.condition"
 NO_METHOD = "openrlhf"
 """Method of a run that trains with OpenRLHF's own loss."""
 
+_AT_STEP = "step-"
 _MAX_DEPTH = 3
 """Folders below the one that was named in which runs are looked for."""
 _LIVE_S = 600.0
@@ -55,7 +57,7 @@ class Run:
 
     environment: Mapping[str, Any] = field(default_factory=dict)
     evaluations: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    """results.json of `openrlhf-alp evaluate`, by when it was made."""
+    """results.json of `openrlhf-alp evaluate` by when it was made: `before`, `step-N`, `after`."""
 
     state: str = "finished"
     """`finished`, `still going` or `not finished`."""
@@ -82,6 +84,12 @@ class Run:
     @property
     def task(self) -> str:
         return " ".join(str(self.settings[key]) for key in _TASK if key in self.settings)
+
+    def evaluated_at(self, name: str) -> int:
+        """Steps that were made before the evaluation `name`."""
+        if name.startswith(_AT_STEP):
+            return int(name.removeprefix(_AT_STEP))
+        return 0 if name == BEFORE or not self.steps else self.steps[-1].step
 
     def values(self, *names: str) -> dict[int, float]:
         """Step to value of the first of `names` that the run has; steps without it are left out."""
@@ -223,9 +231,12 @@ def _state(folder: Path, steps: Sequence[StepMetrics], notes: list[str]) -> str:
 
 
 def _evaluations(folder: Path, notes: list[str]) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    for name in EVALUATIONS:
+    names = [path.parent.name for path in folder.glob("evaluation/*/results.json")]
+    steps = [n for n in names if re.fullmatch(rf"{_AT_STEP}\d+", n)]
+    ordered = [BEFORE, *sorted(steps, key=lambda n: int(n.removeprefix(_AT_STEP))), AFTER]
+    for name in (n for n in ordered if n in names):
         path = folder / "evaluation" / name / "results.json"
-        if path.is_file() and (results := _parsed(path, notes, f"evaluation {name} is not shown")):
+        if results := _parsed(path, notes, f"evaluation {name} is not shown"):
             yield name, results
 
 

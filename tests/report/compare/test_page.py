@@ -81,6 +81,33 @@ def test_sigma_is_shown_as_its_change_in_per_cent(folders, tmp_path):
     assert heat["z"][1] == pytest.approx([0.0, 0.0, 0.0])
 
 
+def evaluated(folder, name, value):
+    estimate = {"value": value, "low": value - 0.1, "high": value + 0.1}
+    suite = {
+        "suite": "sums",
+        "title": "Sums",
+        "avg": estimate,
+        "pass_at": {"1": estimate, "4": estimate},
+    }
+    path = folder / "evaluation" / name / "results.json"
+    path.parent.mkdir(parents=True)
+    path.write_text(json.dumps({"suites": [suite]}))
+
+
+def test_evaluations_are_shown_at_their_steps(make_run, tmp_path):
+    """Three steps were made: before is 0, after is 3."""
+    folder = make_run("a", [0.1] * 3)
+    for name, value in (("after", 0.6), ("step-2", 0.4), ("before", 0.2)):
+        evaluated(folder, name, value)
+    text = write_report([folder], tmp_path / "out").page.read_text()
+    figures = json.loads(re.search(r'id="figures">(.+?)</script>', text)[1])
+    data = {figure["key"]: figure["data"] for figure in figures}
+    assert data["evaluation"][0]["x"] == [0.2, 0.6]
+    [line] = data["evaluation-steps"]
+    assert (line["x"], line["y"]) == ([0, 2, 3], [0.2, 0.4, 0.6])
+    assert [trace["line"].get("dash") for trace in data["pass-at-k"][1::2]] == ["dash", "solid"]
+
+
 def test_names_of_runs_stay_text(make_run, tmp_path):
     folder = make_run("<script>alert(1)", [0.1] * 3, metrics=metrics)
     page = write_report([folder], tmp_path / "out").page.read_text()
