@@ -1,16 +1,22 @@
 """What the core raises, and what a caller sees of it.
 
     RolloutError
-        LedgerError      ledger.py              a request id, or the capacity of the service
+        LedgerError      ledger.py              the capacity of the service
         GenerateError    generator.py           a generate request
         WeightsError     weights/serving.py     a weight update, an upload, or sleep
         TransferError    engines/protocol.py    a transfer from the learner's GPU
 
 An error has a stable code and a message. The HTTP status, field, fix and Retry-After of every code
-stand in this table alone.
+stand in this table alone. What request ids stand for is checked for both services by
+`common/idempotent.py`, which raises errors of its own.
 """
 
 from services.common.errors import ErrorSpec, ErrorTable
+from services.common.idempotent import (
+    RequestCancelledError,
+    RequestConflictError,
+    RequestUnknownError,
+)
 from services.rollout.wire.schemas import MIN_SAMPLED_TEMPERATURE
 
 
@@ -133,4 +139,9 @@ SPECS = {row[1]: _spec(*row) for row in _ROWS}
 # Callers see one code for sleep: a data call may come later, a control call conflicts with it.
 SPECS["must_be_awake"] = ErrorSpec(409, "sleeping", fix="POST /v1/wake_up first.")
 
-ERRORS: ErrorTable = {RolloutError: lambda error: SPECS[error.code]}
+ERRORS: ErrorTable = {
+    RolloutError: lambda error: SPECS[error.code],
+    RequestConflictError: SPECS["request_id_reused"],
+    RequestUnknownError: SPECS["request_unknown"],
+    RequestCancelledError: SPECS["request_cancelled"],
+}

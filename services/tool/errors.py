@@ -1,7 +1,7 @@
 """What a caller sees of each exception of the tool service, over REST and MCP alike."""
 
 from services.common.errors import ErrorSpec, ErrorTable
-from services.tool.kept import RequestConflictError
+from services.common.idempotent import RequestCancelledError, RequestConflictError
 from services.tool.rules import LimitError, OverloadedError
 from services.tool.sandbox.host.session import SessionFileError
 from services.tool.sessions import (
@@ -60,6 +60,9 @@ ERRORS: ErrorTable = {
         "request_id_reused",
         fix="Use a new request_id for every program.",
         field="request_id",
+    ),
+    RequestCancelledError: ErrorSpec(
+        503, "stopping", fix="Send it again to another server; this one stops."
     ),
     SessionFileError: lambda error: _FILE_MISSING if error.missing else _FILE_REFUSED,
     **dict.fromkeys(OPENING_ERRORS, _SANDBOX_FAILED),

@@ -13,9 +13,10 @@ import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
+from services.common.idempotent import IdempotentRuns, KeptAnswers
 from services.tool import metrics
 from services.tool.isolation import establish
-from services.tool.kept import KeptAnswers, Ledger
+from services.tool.kept import GRACE_S, digest_of, is_final, size_bytes
 from services.tool.rules import REFUSALS, ExecutionRules, utf8
 from services.tool.sandbox.host.execution import Job
 from services.tool.sandbox.host.pool import Sandbox
@@ -38,7 +39,10 @@ class ToolService:
         self.isolation = isolation
         self.rules = ExecutionRules(settings, isolation.level)
         self.sessions = Sessions(self.rules, sandbox)
-        self.ledger = Ledger(KeptAnswers(settings.keep_bytes // 2, settings.keep_s))
+        kept: KeptAnswers[ExecuteResult] = KeptAnswers(
+            size_bytes, settings.keep_bytes // 2, settings.keep_s
+        )
+        self.runs = IdempotentRuns(kept, GRACE_S, is_final)
 
     @classmethod
     @asynccontextmanager
@@ -55,7 +59,7 @@ class ToolService:
             async with service.sessions.sweeping():
                 yield service
         finally:
-            await service.ledger.close()
+            await service.runs.close()
             await sandbox.stop()
 
     def _export_gauges(self) -> None:
@@ -76,10 +80,14 @@ class ToolService:
             LimitError: it is above a ceiling.
             OverloadedError: no slot became free.
             RequestConflictError: its request id came before with another body.
+            RequestCancelledError: the service stops.
         """
         if request.request_id is None:
             return await self._run(request)
-        return await self.ledger.run(request, lambda: self._run(request))
+        self.runs.submit(request.request_id, digest_of(request), lambda: self._run(request))
+        result = await self.runs.attach(request.request_id)
+        assert result is not None, "without a time limit the answer is waited for"
+        return result
 
     async def _run(self, request: ExecuteRequest, waited_s: float = 0.0) -> ExecuteResult:
         with self.rules.counting_refusals():

@@ -14,7 +14,8 @@ from collections import OrderedDict
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field, replace
 
-from services.tool.kept import KeptAnswers
+from services.common.idempotent import KeptAnswers
+from services.tool.kept import size_bytes
 from services.tool.rules import ExecutionRules, utf8
 from services.tool.sandbox.host.pool import Sandbox
 from services.tool.sandbox.host.session import (
@@ -94,7 +95,9 @@ class Sessions:
         self._opening = 0
         self._tombstones: OrderedDict[str, str] = OrderedDict()
         # Of all sessions together: each answer may be tens of megabytes.
-        self._answers: KeptAnswers[CellResult] = KeptAnswers(rules.settings.keep_bytes // 2)
+        self._answers: KeptAnswers[CellResult] = KeptAnswers(
+            size_bytes, rules.settings.keep_bytes // 2
+        )
         self.num_evicted = 0
         """Sessions ended because another one needed their place."""
 

@@ -22,6 +22,7 @@ from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 
 from services.common.errors import ApiError, ErrorBody, error_response, to_api_error
+from services.common.idempotent import RequestIdError
 from services.common.routes import ItemStream, WireRoute, reply, while_connected
 from services.common.wire import media_type_of
 from services.rollout.errors import ERRORS, RolloutError
@@ -56,6 +57,7 @@ _BATCH: dict[int | str, dict[str, Any]] = {
 }
 
 _WaitS = Annotated[float, Query(ge=0.0, le=3600.0, allow_inf_nan=False)]
+_EXPECTED = (RolloutError, RequestIdError)  # what a caller can act on
 _DEADLINE_HEADER = "x-request-deadline"
 # Read by hand: as a Header parameter it would be a fifth of the CPU of a request.
 _DEADLINE = {
@@ -205,7 +207,7 @@ async def _events(
 def _last_event(result: asyncio.Future[GenerateResponse | None]) -> bytes:
     try:
         response = result.result()
-    except RolloutError as error:
+    except _EXPECTED as error:
         body = error_response(to_api_error(error, ERRORS)).body
         return b"event: error\ndata: " + bytes(body) + b"\n\n"
     assert response is not None, "attach without a time limit waits for the reply"
@@ -226,7 +228,7 @@ async def _finish(
         response = await service.ledger.attach(request_id)
         return BatchItem(index=index, request_id=request_id, status=200, response=response)
     except Exception as error:
-        if not isinstance(error, RolloutError):
+        if not isinstance(error, _EXPECTED):
             logger.exception("request of a batch failed", extra={"generate_id": request_id})
         seen = to_api_error(error, ERRORS)
         failure = ItemError(code=seen.code, message=seen.message, fix=seen.fix, field=seen.field)

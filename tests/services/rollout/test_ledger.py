@@ -6,6 +6,11 @@ import httpx
 import pytest
 
 from services.common.errors import ApiError, to_api_error
+from services.common.idempotent import (
+    RequestCancelledError,
+    RequestConflictError,
+    RequestUnknownError,
+)
 from services.rollout.errors import ERRORS
 from services.rollout.generator import GenerateError
 from services.rollout.ledger import Ledger, LedgerError, LedgerLimits
@@ -30,7 +35,7 @@ def request(request_id: str = "r", **changes: Any) -> GenerateRequest:
     return GenerateRequest.model_validate({**fields, **changes})
 
 
-def answer(raised: pytest.ExceptionInfo[LedgerError]) -> ApiError:
+def answer(raised: pytest.ExceptionInfo[Exception]) -> ApiError:
     """What a caller sees of a raised error."""
     return to_api_error(raised.value, ERRORS)
 
@@ -86,7 +91,7 @@ async def test_the_same_id_with_another_body_is_a_409() -> None:
     ledger, work = Ledger(limits()), Work()
     ledger.submit(request(), work)
     for _ in range(2):
-        with pytest.raises(LedgerError) as raised:
+        with pytest.raises(RequestConflictError) as raised:
             ledger.submit(request(token_ids=[2]), work)
         assert (answer(raised).status_code, answer(raised).field) == (409, "request_id")
         work.release.set()
@@ -168,7 +173,7 @@ async def test_forget_cancels_at_once_and_tells_the_callers() -> None:
     caller = asyncio.create_task(ledger.attach("r"))
     await asyncio.sleep(0)
     assert ledger.forget("r") == "cancelled"
-    with pytest.raises(LedgerError) as raised:
+    with pytest.raises(RequestCancelledError) as raised:
         await caller
     assert answer(raised).status_code == 410
     assert ledger.pending_samples == 0
@@ -187,13 +192,13 @@ async def test_kept_replies_expire_by_time_and_by_bytes(monkeypatch: pytest.Monk
         ledger.submit(request(name), work)
         await ledger.attach(name)
     assert ledger.kept_bytes == 2 * 2_080
-    with pytest.raises(LedgerError) as raised:
+    with pytest.raises(RequestUnknownError) as raised:
         await ledger.attach("a")
     assert answer(raised).status_code == 404
     assert await ledger.attach("c") is not None
     later_s = time.monotonic() + 61.0
     monkeypatch.setattr(time, "monotonic", lambda: later_s)
-    with pytest.raises(LedgerError):
+    with pytest.raises(RequestUnknownError):
         await ledger.attach("c")
     assert ledger.kept_bytes == 0
 

@@ -307,17 +307,17 @@ async def test_a_retry_after_a_lost_connection_joins_the_same_run(
     client: httpx.AsyncClient, service: ToolService
 ) -> None:
     job = {**CLOCK, "request_id": "lost"}
-    ran = len(service.ledger)
+    ran = len(service.runs)
     task = asyncio.create_task(client.post("/v1/execute", json=job))
-    while len(service.ledger) == ran:
+    while len(service.runs) == ran:
         await asyncio.sleep(0.01)
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
-    assert len(service.ledger) == ran + 1
+    assert len(service.runs) == ran + 1
     answer = (await client.post("/v1/execute", json=job)).json()
     assert answer["status"] == "ok"
-    assert len(service.ledger) == ran
+    assert len(service.runs) == ran
 
 
 async def test_a_failing_program_is_kept_and_a_refusal_is_not(client: httpx.AsyncClient) -> None:
