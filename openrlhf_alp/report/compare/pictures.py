@@ -24,9 +24,11 @@ def write_pictures(charts: Sequence[Chart], colors: Mapping[str, str], folder: P
     with matplotlib.rc_context({"svg.fonttype": "none", "font.size": 8.5}):
         for chart in charts:
             figure = _draw(chart, colors)
+            paper = f" (arXiv 2603.19470: {chart.paper})" if chart.paper else ""
+            about = {"Title": f"{chart.title}{paper}", "Description": chart.caption}
             for suffix in ("png", "svg"):
                 paths.append(folder / f"{chart.key}.{suffix}")
-                figure.savefig(paths[-1], dpi=_DPI)
+                figure.savefig(paths[-1], dpi=_DPI, metadata=about)
     return paths
 
 

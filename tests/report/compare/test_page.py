@@ -132,3 +132,9 @@ def test_the_command_writes_and_names_what_is_missing(make_run, tmp_path, capsys
 def test_a_folder_without_runs_ends_with_status_2(tmp_path, capsys):
     assert main(["report", str(tmp_path / "none"), "--out", str(tmp_path / "out")]) == 2
     assert "there is no run in it" in " ".join(capsys.readouterr().out.split())
+
+
+def test_a_picture_names_the_papers_figure(folders, tmp_path):
+    write_report(folders, tmp_path / "out")
+    picture = (tmp_path / "out" / "figures" / "kl.svg").read_text()
+    assert "arXiv 2603.19470: Figures 3 and 4" in picture
