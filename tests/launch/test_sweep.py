@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from openrlhf_alp.cli.main import main
 from openrlhf_alp.launch import sweep as sweep_module
 from openrlhf_alp.launch.recipe import RecipeError, Sweep, read_recipe, to_toml
 from openrlhf_alp.launch.sweep import Cell, cells_of, sweep
@@ -102,3 +103,18 @@ def test_finished_cells_are_skipped_and_a_broken_one_is_named(tmp_path, monkeypa
     assert "seed=2 ended with exit status 1" in shown
     assert json.loads((cells[0].folder / "summary.json").read_text()) == "earlier"
     assert [cell.is_finished for cell in cells] == [True, False, True]
+
+
+def test_launching_a_recipe_with_a_sweep_runs_its_cells(tmp_path, monkeypatch, capsys):
+    recipe = tmp_path / "r.toml"
+    recipe.write_text(RECIPE + f'[run]\nfolder = "{tmp_path / "x"}"\n' + SWEEP)
+    python = sweep_module.sys.executable
+    script = CELL.replace("folder.name == 'seed=2'", "False")
+    monkeypatch.setattr(Cell, "command", lambda cell, _: [python, "-c", script, str(cell.folder)])
+    assert main(["launch", str(recipe), "--seeds", "1"]) == 0
+    assert sorted(path.name for path in (tmp_path / "x-sweep").iterdir() if path.is_dir()) == [
+        "int4_batch_size=8_seed=1",
+        "none_batch_size=8_seed=1",
+    ]
+    assert main(["launch", str(recipe), "--dry-run"]) == 2
+    assert "--set 'sweep={}' leaves the recipe's out" in " ".join(capsys.readouterr().out.split())
