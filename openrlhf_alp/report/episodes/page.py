@@ -56,7 +56,7 @@ def write_page(
             title=" / ".join(filter(None, [step, info.method, Path(info.model).name])),
             subtitle=_subtitle(batch),
             # ASCII, so that lone surrogates of a policy's text survive the file's encoding.
-            data=packed(json.dumps(data, separators=(",", ":")).encode("ascii")),
+            data=packed(json.dumps(data, separators=(",", ":"), allow_nan=False).encode("ascii")),
             tokens=packed(tokens.astype("<u4").tobytes()),
             numbers=packed(packed_columns(columns)),
         ),

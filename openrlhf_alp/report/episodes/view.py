@@ -68,7 +68,9 @@ def mode_rows(columns: dict[str, list[np.ndarray]]) -> list[dict[str, Any]]:
         sizes = np.abs(np.concatenate(column))
         known = np.flatnonzero(~np.isnan(sizes))
         order = known[np.argsort(-sizes[known], kind="stable")][:_NUM_WORST]
-        scale = float(np.percentile(sizes[known], _SCALE_PERCENTILE)) if known.size else 0.0
+        # A token that the learner holds impossible is the worst, and no measure for the others.
+        finite = sizes[np.isfinite(sizes)]
+        scale = float(np.percentile(finite, _SCALE_PERCENTILE)) if finite.size else 0.0
         rows.append(
             {
                 "name": name,
@@ -101,7 +103,12 @@ def sample_rows(batch: RecordedBatch) -> list[dict[str, Any]]:
                 "spans": [[s.version, s.digest[:12], s.start, s.end] for s in sample.spans],
                 "turns": _turns(sample),
                 "tools": [
-                    {"code": c.code, "output": c.output, "status": c.status, "s": c.total_s}
+                    {
+                        "code": c.code,
+                        "output": c.output,
+                        "status": c.status,
+                        "s": _finite(c.total_s),
+                    }
                     for c in sample.tool_calls
                 ],
             }

@@ -54,6 +54,14 @@ def test_the_worst_tokens_come_first_and_giants_do_not_set_the_scale():
     assert mode["scale"] == pytest.approx(0.1)
 
 
+def test_an_impossible_token_is_the_worst_and_sets_no_scale():
+    column = np.array([0.1, -math.inf, 0.1, math.nan], dtype=np.float32)
+    [mode] = mode_rows({"clean": [column]})
+    assert mode["worst"][0] == 1 and mode["scale"] == pytest.approx(0.1)
+    values = np.frombuffer(packed_columns({"clean": [column]}), dtype="<i2")
+    assert values.tolist() == [100, -32767, 100, NOTHING]
+
+
 def test_samples_of_a_prompt_stand_together():
     rows = group_rows([sample(0), sample(1), sample(2), sample(3, group="")])
     assert [(row["name"], row["samples"]) for row in rows] == [

@@ -122,7 +122,7 @@ function token(sample, at) {
 function folded(title, sample, start, end, call) {
   const node = make("details", "part");
   const summary = make("summary", "", "");
-  if (call) summary.append(make("b", "", "tool"), ` ${visible(call.status)}, ${call.s.toFixed(2)} s`);
+  if (call) summary.append(make("b", "", "tool"), ` ${visible(call.status)}${call.s === null ? "" : `, ${call.s.toFixed(2)} s`}`);
   else summary.append(title);
   node.append(summary);
   node.addEventListener("toggle", () => {
