@@ -44,6 +44,26 @@ STRENGTH = {Level.NONE: 0, Level.BASIC: 1, Level.UID: 2, Level.FULL: 3}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class LandlockRights:
+    """Bits of the kernel's Landlock (host/landlock.py)."""
+
+    files: int
+    """What a ruleset governs of files; what no rule grants is refused."""
+    network: int
+    """What it refuses of the network."""
+    scopes: int
+    """What it refuses of signals and sockets to the outside."""
+    reading: int
+    """Granted below folders that may be read."""
+    writing: int
+    """Granted below folders that may be written."""
+    devices: int
+    """Granted for devices."""
+    of_single_files: int
+    """What a rule for a path that is no folder can grant."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SandboxConfig:
     """How the sandbox is built. The defaults suit one machine."""
 
@@ -89,6 +109,8 @@ class Plan(SandboxConfig):
     """Compiled filter, base64; empty at level none."""
     no_fork_filter: str
     """The filter that level basic adds before untrusted code runs, base64; empty elsewhere."""
+    landlock: LandlockRights | None
+    """None at level none."""
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))
@@ -96,6 +118,7 @@ class Plan(SandboxConfig):
     @classmethod
     def from_json(cls, text: str) -> "Plan":
         fields = json.loads(text)
-        return cls(
-            **{**fields, "level": Level(fields["level"]), "presets": tuple(fields["presets"])}
-        )
+        fields |= {"level": Level(fields["level"]), "presets": tuple(fields["presets"])}
+        if fields["landlock"] is not None:
+            fields["landlock"] = LandlockRights(**fields["landlock"])
+        return cls(**fields)

@@ -24,6 +24,7 @@ from services.common.trees import remove_tree
 from services.tool.sandbox.host import execution
 from services.tool.sandbox.host.cgroups import Cgroups, CgroupUnavailableError
 from services.tool.sandbox.host.execution import Job, Limits
+from services.tool.sandbox.host.landlock import find_rights
 from services.tool.sandbox.host.launcher_handle import LauncherHandle
 from services.tool.sandbox.host.slots import (
     SlotFailedError,
@@ -309,6 +310,7 @@ class Sandbox:
             work_root=self._make_work_root(),
             seccomp=compile_filter(allow_fork=True) if fenced else "",
             no_fork_filter=compile_filter(allow_fork=False) if level is Level.BASIC else "",
+            landlock=find_rights() if fenced else None,
         )
 
 

@@ -7,9 +7,9 @@ own folder is removed (host/pool.py).
 """
 
 import os
-import queue
 import signal
 import threading
+from collections import deque
 from pathlib import Path
 from typing import NoReturn
 
@@ -52,8 +52,26 @@ def start(reader: int, work_root: str) -> int:
     return os.pidfd_open(pid)
 
 
+class _Waiting:
+    """Folders to remove, each with the slices of time that it has left. Not a queue.SimpleQueue,
+    whose library every fork of a zygote would map."""
+
+    def __init__(self) -> None:
+        self._folders: deque[tuple[Path, int]] = deque()
+        self._count = threading.Semaphore(0)
+
+    def put(self, folder: Path, slices: int) -> None:
+        self._folders.append((folder, slices))
+        self._count.release()
+
+    def take(self) -> tuple[Path, int]:
+        """The next folder, once there is one."""
+        self._count.acquire()
+        return self._folders.popleft()
+
+
 def _serve(reader: int, work_root: Path) -> NoReturn:
-    waiting: queue.SimpleQueue[tuple[Path, int]] = queue.SimpleQueue()
+    waiting = _Waiting()
     for _ in range(_WORKERS):
         threading.Thread(target=_work, args=(waiting,), daemon=True).start()
     rest = b""
@@ -61,11 +79,11 @@ def _serve(reader: int, work_root: Path) -> NoReturn:
         data = os.read(reader, 1 << 16)
         *names, rest = (rest + data).split(_NAME_END)
         for name in names:
-            waiting.put((work_root / os.fsdecode(name), _SLICES))
+            waiting.put(work_root / os.fsdecode(name), _SLICES)
 
 
-def _work(waiting: "queue.SimpleQueue[tuple[Path, int]]") -> NoReturn:
+def _work(waiting: _Waiting) -> NoReturn:
     while True:
-        folder, slices = waiting.get()
+        folder, slices = waiting.take()
         if not remove_tree(folder, _SLICE_S) and slices > 1:
-            waiting.put((folder, slices - 1))
+            waiting.put(folder, slices - 1)

@@ -1,8 +1,9 @@
 """Every raw system call of the sandbox, in one file that can be audited in one sitting.
 
 Python 3.11 wraps none of these calls and no maintained package wraps all of them. libseccomp
-compiles the seccomp filters (filters.py) and py_landlock builds the Landlock rulesets (slot.py);
-this file only loads them. If the kernel refuses a call, the function raises OSError with its name.
+compiles the seccomp filters (filters.py) and py_landlock knows the rights of Landlock
+(host/landlock.py); this file only makes the calls. If the kernel refuses one, the function raises
+OSError with its name.
 """
 
 import ctypes
@@ -48,7 +49,10 @@ _MOUNT_ATTR_RDONLY = 0x1
 _MOUNT_ATTR_NOSUID = 0x2
 # These numbers are the same on x86_64 and aarch64, like every call since 424.
 _SYS_MOUNT_SETATTR = 442
+_SYS_LANDLOCK_CREATE_RULESET = 444
+_SYS_LANDLOCK_ADD_RULE = 445
 _SYS_LANDLOCK_RESTRICT_SELF = 446
+_LANDLOCK_RULE_PATH_BENEATH = 1
 _SYS_PIVOT_ROOT = {"x86_64": 155, "aarch64": 41}
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -191,6 +195,23 @@ def dropping_capabilities() -> Step:
     return "capset", _libc.capset, (header, bytes(24))  # three sets of 64 bits, all empty
 
 
+def create_landlock_ruleset(files: int, network: int, scopes: int) -> int:
+    """A new Landlock ruleset that governs these rights; returns its descriptor."""
+    attributes = struct.pack("3Q", files, network, scopes)
+    size, flags = ctypes.c_size_t(len(attributes)), ctypes.c_uint32(0)
+    ruleset = _libc.syscall(_SYS_LANDLOCK_CREATE_RULESET, attributes, size, flags)
+    _check(ruleset, "landlock_create_ruleset")
+    return int(ruleset)
+
+
+def add_landlock_rule(ruleset: int, access: int, path: int) -> None:
+    """Grant rights for the file or folder behind descriptor `path` and what is below it."""
+    attributes = struct.pack("=Qi", access, path)
+    where = ctypes.c_int(ruleset), ctypes.c_int(_LANDLOCK_RULE_PATH_BENEATH)
+    result = _libc.syscall(_SYS_LANDLOCK_ADD_RULE, *where, attributes, ctypes.c_uint32(0))
+    _check(result, "landlock_add_rule")
+
+
 def restricting_by_landlock(ruleset: int) -> Step:
     """Enforce a Landlock ruleset; needs no_new_privs."""
     call = (_SYS_LANDLOCK_RESTRICT_SELF, ctypes.c_int(ruleset), ctypes.c_uint32(0))
@@ -204,6 +225,12 @@ def loading_seccomp(program: bytes) -> Step:
     # byref keeps the descriptor alive, and the descriptor the buffer.
     arguments = (_PR_SET_SECCOMP, ctypes.c_ulong(_SECCOMP_MODE_FILTER), ctypes.byref(descriptor))
     return "prctl(PR_SET_SECCOMP)", _libc.prctl, (*arguments, ctypes.c_ulong(0), ctypes.c_ulong(0))
+
+
+def fill_with_random_bytes(address: int, length: int) -> None:
+    """Fill memory of this process with random bytes."""
+    count = _libc.getrandom(ctypes.c_void_p(address), ctypes.c_size_t(length), ctypes.c_uint(0))
+    _check(min(count, count - length), "getrandom")
 
 
 def collapse(address: int, length: int) -> bool:

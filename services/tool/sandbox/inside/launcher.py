@@ -19,7 +19,7 @@ import socket
 import sys
 from typing import NoReturn
 
-from services.tool.sandbox.inside import filesystem, janitor, kernel, slot, watchdog, zygote
+from services.tool.sandbox.inside import filesystem, janitor, kernel, watchdog, zygote
 from services.tool.sandbox.plan import Level, Plan
 
 _NAMESPACES = (
@@ -42,7 +42,6 @@ def main() -> None:
     os.dup2(null, 0)
     os.dup2(null, 1)
     os.close(null)
-    slot.load_landlock()
     # Snippets import from the packages first, and never from this repository.
     sys.path[:] = [*plan.package_paths, *(path for path in sys.path if path != plan.code_root)]
     if plan.uid_base is not None:

@@ -6,7 +6,6 @@ slot before any job reaches it.
 """
 
 import base64
-import contextlib
 import gc
 import os
 import resource
@@ -15,14 +14,10 @@ import sys
 from dataclasses import dataclass, replace
 from typing import NoReturn
 
-from py_landlock import AccessFs, landlock_sys
-from py_landlock.abi import get_supported_fs, get_supported_net, get_supported_scope
-from py_landlock.errors import LandlockError
-
 from services.tool.sandbox import wire
 from services.tool.sandbox.inside import files, filesystem, kernel, supervisor
 from services.tool.sandbox.inside.snippet import program
-from services.tool.sandbox.plan import BOX, WORK, Level, Plan
+from services.tool.sandbox.plan import BOX, WORK, LandlockRights, Level, Plan
 
 _SETUP_FAILED = 70
 """Exit code of a slot that could not put up a fence (EX_SOFTWARE)."""
@@ -53,12 +48,6 @@ class Fences:
     """The system call filter, which would refuse the calls before it."""
     place: program.Place
     """The same for every slot at level full; elsewhere each slot puts its own home in."""
-
-
-def load_landlock() -> None:
-    """Have py_landlock find the C library, which fails once the root directory has changed."""
-    with contextlib.suppress(LandlockError):
-        landlock_sys.get_abi_version()
 
 
 def prepare_fences(plan: Plan, baseline_bytes: int) -> Fences:
@@ -217,12 +206,12 @@ def _fence(fences: Fences, uid: int | None, folder: str | None) -> None:
 
 
 def _own_landlock(plan: Plan, folder: str | None) -> list[kernel.Step]:
-    if plan.level is Level.NONE:
+    if plan.landlock is None:
         return []
     read, write = ["/"], filesystem.writable_paths(plan)  # at level full the mounts limit reading
     if folder is not None:
         read, write = plan.read_paths, [folder]
-    return [kernel.restricting_by_landlock(_build_ruleset(read, write))]
+    return [kernel.restricting_by_landlock(_build_ruleset(plan.landlock, read, write))]
 
 
 def _set_home(home: str) -> None:
@@ -245,37 +234,27 @@ def _limits(plan: Plan) -> list[tuple[int, tuple[int, int]]]:
     return [(name, (value, value)) for name, value in limits.items()]
 
 
-def _build_ruleset(read: list[str], write: list[str]) -> int:
+def _build_ruleset(rights: LandlockRights, read: list[str], write: list[str]) -> int:
     """Landlock: reading below `read`, full use of files below `write`, no TCP, no signals to the
     outside. Returns the descriptor of the ruleset."""
-    abi = landlock_sys.get_abi_version()
-    handled = get_supported_fs(abi)
-    attributes = landlock_sys.RulesetAttr(
-        int(handled), int(get_supported_net(abi)), int(get_supported_scope(abi))
-    )
-    ruleset = landlock_sys.create_ruleset(attributes)
-    reading = AccessFs.READ_FILE | AccessFs.READ_DIR
-    special = AccessFs.MAKE_CHAR | AccessFs.MAKE_BLOCK | AccessFs.MAKE_SOCK
-    refused = special | AccessFs.EXECUTE | AccessFs.IOCTL_DEV
-    devices = [f"/dev/{name}" for name in filesystem.DEVICES]
-    rules = [(path, reading) for path in read]
-    rules += [(path, handled & ~refused) for path in write]
-    rules += [(path, AccessFs.READ_FILE | AccessFs.WRITE_FILE) for path in devices]
+    ruleset = kernel.create_landlock_ruleset(rights.files, rights.network, rights.scopes)
+    rules = [(path, rights.reading) for path in read]
+    rules += [(path, rights.writing) for path in write]
+    rules += [(f"/dev/{name}", rights.devices) for name in filesystem.DEVICES]
     for path, access in rules:
-        _add_rule(ruleset, path, access & handled)
-    return int(ruleset)
+        _add_rule(ruleset, path, access, rights.of_single_files)
+    return ruleset
 
 
-def _add_rule(ruleset: int, path: str, access: int) -> None:
+def _add_rule(ruleset: int, path: str, access: int, of_single_files: int) -> None:
     try:
         descriptor = os.open(path, os.O_PATH | os.O_CLOEXEC)
     except (FileNotFoundError, PermissionError):
         return  # without a rule the path is refused: less access, never more
     try:
         if not os.path.isdir(path):
-            access &= AccessFs.READ_FILE | AccessFs.WRITE_FILE | AccessFs.TRUNCATE
+            access &= of_single_files
         if access:
-            rule = landlock_sys.PathBeneathAttr(int(access), descriptor)
-            landlock_sys.add_rule(landlock_sys.RulesetFd(ruleset), rule)
+            kernel.add_landlock_rule(ruleset, access, descriptor)
     finally:
         os.close(descriptor)

@@ -8,7 +8,6 @@ After each fork, every memory page that the zygote touches has to be copied, bec
 shares it. So it does little: the factory builds the rooms, and messages are fixed records.
 """
 
-import contextlib
 import gc
 import os
 import select
@@ -128,7 +127,7 @@ def _load(plan: Plan, preset: str, factory: socket.socket, ways: Ways) -> None:
 
 
 def _serve(zygote: _Zygote) -> None:
-    program.prepare()
+    program.prepare(zygote.plan.max_open_files)
     for _ in range(_REHEARSALS):
         program.rehearse_fork()
         program.rehearse()
@@ -232,12 +231,17 @@ def _free_uid(zygote: _Zygote, number: int) -> int | None:
 
 
 def _reap(zygote: _Zygote, child: _Slot) -> None:
-    """Collect a dead slot, kill what it left behind, and report what the kernel says about it."""
+    """Collect a dead slot, report what the kernel says about it, and kill what it left behind."""
     soft_cpu_s = kernel.soft_cpu_limit_s(child.pid)
     _, status, usage = os.wait4(child.pid, 0)
     del zygote.slots[child.pid_fd]
     zygote.poller.unregister(child.pid_fd)
     too_large = child.watched and zygote.watchdog.forget(child.number)
+    cpu_s, peak_bytes = usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024
+    # First: on this event the caller gets its answer, and of what is killed below, many processes
+    # with many mappings die slowly and leave this one no time.
+    ended = Event(channel.EXIT, child.number, status, cpu_s, peak_bytes, too_large, soft_cpu_s)
+    zygote.channel.send(ended.encode())
     # At level full the slot's other processes die with the room.
     if child.kill_fd != child.pid_fd:
         _kill(child)
@@ -248,12 +252,10 @@ def _reap(zygote: _Zygote, child: _Slot) -> None:
         slot.sweep(child.uid)
     if child.folder is not None:
         janitor.hand_over(zygote.ways.leftovers, child.folder)
-    cpu_s, peak_bytes = usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024
-    # Last: on this event the caller gets its answer, and the slot's processes are gone by then.
-    ended = Event(channel.EXIT, child.number, status, cpu_s, peak_bytes, too_large, soft_cpu_s)
-    zygote.channel.send(ended.encode())
 
 
 def _kill(child: _Slot) -> None:
-    with contextlib.suppress(ProcessLookupError):
+    try:  # not by contextlib, which would cost every program page copies
         signal.pidfd_send_signal(child.kill_fd, signal.SIGKILL)
+    except ProcessLookupError:
+        return

@@ -16,10 +16,8 @@ import contextlib
 import ctypes
 import gc
 import io
-import itertools
 import os
-import resource
-import select
+import struct
 import sys
 import threading
 import traceback
@@ -36,7 +34,9 @@ _FLUSH_FAILED = 120
 _WRITERS = (io.TextIOWrapper, io.BufferedWriter, io.BufferedRandom, io.BufferedRWPair)
 
 _FIRST_FD = 4  # after the standard streams and the job socket
-_MOST_FDS = 1024  # more than a slot may have; a zygote may have more
+_POLLFD = struct.Struct("ihh")  # descriptor, events waited for, events seen
+_polled = ctypes.create_string_buffer(0)
+_num_polled = 0
 _libc = ctypes.CDLL(None)
 _libraries: set[str] = set()
 _ctypes_users = 0
@@ -44,9 +44,16 @@ _ctypes_users = 0
 _OWN_FOLDER = os.path.join(os.path.dirname(__file__), "")
 
 
-def remember_libraries() -> None:
-    """Take note of the modules that are loaded: they are no snippet's. The zygote calls it once."""
-    global _ctypes_users
+def prepare(max_open_files: int) -> None:
+    """Take note of the modules that are loaded: they are no snippet's. The zygote calls it once.
+
+    Args:
+        max_open_files: limit of a slot.
+    """
+    global _ctypes_users, _polled, _num_polled
+    numbers = range(_FIRST_FD, max_open_files)
+    _polled = ctypes.create_string_buffer(b"".join(_POLLFD.pack(each, 0, 0) for each in numbers))
+    _num_polled = len(numbers)
     _libraries.update(sys.modules)
     _ctypes_users = sys.getrefcount(ctypes)
 
@@ -72,14 +79,15 @@ def end_process(exit_code: int, home: str) -> NoReturn:
         if threading._shutdown_locks or threading._threading_atexits:  # type: ignore[attr-defined]
             # Not without a thread to wait for: even then it copies 19 pages.
             _attempt(threading._shutdown)  # type: ignore[attr-defined]
-        _attempt(figures.save_open)  # before matplotlib's exit handler, which closes them
+        if figures.asked:
+            _attempt(figures.save_open)  # before matplotlib's exit handler, which closes them
         atexit._run_exitfuncs()
         if not _flush_standard():
             exit_code = _FLUSH_FAILED
         # Before files in cycles are closed, which may happen in the wrong order.
         _flush(_writers())
         prints_in_c = sys.getrefcount(ctypes) > _ctypes_users
-        _let_go(os.path.dirname(home))
+        _let_go(home[: home.rindex("/")])
         _flush([sys.stdout, sys.stderr])
         if prints_in_c:
             _libc.fflush(None)
@@ -100,17 +108,17 @@ def _writers() -> list[Any]:
 
 def _is_any_open() -> bool:
     """Whether the snippet may have a descriptor besides those that every program has."""
-    limit = min(resource.getrlimit(resource.RLIMIT_NOFILE)[0], _MOST_FDS)
-    poller = select.poll()
-    for descriptor in range(_FIRST_FD, limit):
-        poller.register(descriptor, 0)
-    return len(poller.poll(0)) < limit - _FIRST_FD  # a closed one is told as such
+    # The C function, because a poll object would cost every program ten page copies. Closed ones
+    # are counted; it fails when the snippet has lowered its limit.
+    return bool(_libc.poll(_polled, _num_polled, 0) != _num_polled)
 
 
 def _flush(writers: list[Any]) -> None:
     for writer in writers:
-        with contextlib.suppress(BaseException):  # closed, replaced or broken
+        try:
             writer.flush()
+        except BaseException:
+            continue  # closed, replaced or broken
 
 
 def _attempt(step: Callable[[], Any]) -> None:
@@ -152,8 +160,9 @@ def _let_go(box: str) -> None:
     A module that nothing else refers to goes as a whole, and its finalisers still see its names.
     Modules that something holds have their names set to None.
     """
-    for name in ("stdin", "stdout", "stderr"):
-        setattr(sys, name, getattr(sys, f"__{name}__", None))
+    sys.stdin = getattr(sys, "__stdin__", None)
+    sys.stdout = getattr(sys, "__stdout__", None)
+    sys.stderr = getattr(sys, "__stderr__", None)
     builtins._ = None  # type: ignore[attr-defined]
     own = [weakref.ref(sys.modules[name]) for name in _take_own(box)]
     # A full collection also empties caches, for which it copies their pages. It is needed once the
@@ -169,8 +178,12 @@ def _let_go(box: str) -> None:
 
 def _take_own(box: str) -> Iterator[str]:
     """Give the names of the snippet's modules, and replace each by None once it was looked at."""
+    added = []
     # From the end, where imports are added: to look at every name copies the pages of them all.
-    added = itertools.takewhile(lambda name: name not in _libraries, reversed(sys.modules))
+    for name in reversed(sys.modules):
+        if name in _libraries:
+            break
+        added.append(name)
     for name in [*added, "__main__"]:
         if _is_own(sys.modules.get(name), box):
             yield name

@@ -15,14 +15,14 @@ from typing import Any
 from services.tool.sandbox.inside import files
 
 BACKEND = f"module://{__name__}"
-_asked: list[tuple[int, str]] = []
+asked: list[tuple[int, str]] = []
 """Process and working folder of the program that the request is for, if it asks for figures."""
 
 
 def ask(wanted: bool, home: str) -> None:
     """Say whether figures of the program or cell that starts now are asked for."""
-    if wanted or _asked:  # otherwise no page is touched
-        _asked[:] = [(getpid(), home)] if wanted else []
+    if wanted or asked:  # otherwise no page is touched
+        asked[:] = [(getpid(), home)] if wanted else []
 
 
 def __getattr__(name: str) -> Any:
@@ -37,13 +37,13 @@ def __getattr__(name: str) -> Any:
 
 def show(*_: Any, **__: Any) -> None:
     """`plt.show()`: save every open figure, then close it, as closing its window would."""
-    if _asked:
+    if asked:
         _save_all()
 
 
 def save_open() -> None:
     """Save the figures that a program or cell has left open. Its forked children do nothing."""
-    if _asked and _asked[0][0] == getpid() and "matplotlib._pylab_helpers" in sys.modules:
+    if asked and asked[0][0] == getpid() and "matplotlib._pylab_helpers" in sys.modules:
         _save_all()
 
 
@@ -53,7 +53,7 @@ def _save_all() -> None:
     errors = []
     for manager in Gcf.get_all_fig_managers():
         # Whole or not at all, also when the program is killed meanwhile.
-        unfinished = files.figure_path(_asked[0][1], -getpid())
+        unfinished = files.figure_path(asked[0][1], -getpid())
         try:
             manager.canvas.figure.savefig(unfinished, format="png")
             _number(unfinished)
@@ -71,6 +71,6 @@ def _number(unfinished: str) -> None:
     """Give a saved figure the next number."""
     for number in range(1, files.MAX_FIGURES + 1):
         with contextlib.suppress(FileExistsError):
-            return os.link(unfinished, files.figure_path(_asked[0][1], number))
+            return os.link(unfinished, files.figure_path(asked[0][1], number))
     message = f"more than {files.MAX_FIGURES} figures: the rest is not kept"
     warnings.warn(message, RuntimeWarning, stacklevel=5)  # where the program calls plt.show()
