@@ -190,6 +190,7 @@ def _fork_state_process(session: _Session) -> None:
         # Untrusted code runs here from now on: it gets neither the supervisor's handlers nor the
         # socket of the API process.
         signal.set_wakeup_fd(-1)
+        os.nice(program.NICENESS)
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         os.close(session.job_fd)
         session.orders.close()
@@ -215,7 +216,7 @@ def _obey(session: _Session, message: wire.Message) -> None:
     elif session.cell is not None:
         _resume(session.state_pid)  # it tells how the cell ended
         if session.cell.pid:
-            _kill_cell(session.cell)
+            _kill_cell(session, session.cell)
         else:
             # Which process to kill is known once the fork of the cell is made.
             session.cell.give_up_at = time.monotonic() + _START_S
@@ -249,8 +250,10 @@ def _exists(pid: int) -> bool:
     return True
 
 
-def _kill_cell(cell: _Cell) -> None:
-    _kill(cell.pid, own_group=cell.snapshot)
+def _kill_cell(session: _Session, cell: _Cell) -> None:
+    # Where what it has started is swept, only once it is dead: many processes that die at the same
+    # time would hold it up, and with it the answer.
+    _kill(cell.pid, own_group=cell.snapshot and not session.place.alone)
 
 
 def _resume(pid: int) -> None:
@@ -333,12 +336,15 @@ def _on_started(session: _Session, cell: _Cell, message: wire.Message) -> None:
     cell.pid = int(message["started"]) if cell.snapshot else session.state_pid
     if cell.give_up_at is not None:
         cell.give_up_at = None
-        _kill_cell(cell)
+        _kill_cell(session, cell)
 
 
 def _sweep(session: _Session, cell: _Cell) -> None:
     """Kill what a killed cell has left running, before its answer is sent."""
     if session.place.alone and cell.pid > 1:
+        if cell.snapshot:  # most of it in one call: each single call can cost this process its turn
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(cell.pid, signal.SIGKILL)
         sweep.kill_since(cell.pid, {os.getpid(), session.state_pid})
 
 
@@ -365,7 +371,7 @@ def _reap(session: _Session) -> None:
             session.died_between = status
             continue
         if cell.snapshot:
-            _kill_cell(cell)
+            _kill_cell(session, cell)
         _sweep(session, cell)
         over_s = soft_cpu_s - cell.budget_s
         _answer(

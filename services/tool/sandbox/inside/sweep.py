@@ -5,6 +5,9 @@ import os
 import signal
 from collections.abc import Iterator
 
+from services.tool.sandbox.inside import kernel
+
+_STACK = kernel.new_stack()
 _PASSES = 5  # what forks while it is swept has children with pids that are newer still
 _RESERVED_PIDS = 300
 """Below this no pid is handed out a second time."""
@@ -19,13 +22,17 @@ def kill_since(first: int, spared: set[int]) -> None:
     A session sees no /proc. But the kernel hands out pids in order, so everything that was started
     since a process has a pid between that process's and the newest one.
 
+    The caller has to collect the children that this function starts. It does not wait for them:
+    beside what it has killed, which may take seconds to die, that would take long.
+
     Args:
         first: pid of a process, which may be dead.
         spared: pids that live on.
     """
     for _ in range(_PASSES):
+        newest = _newest_pid(first)
         killed = False
-        for pid in _pids_between(first, _newest_pid(first)):
+        for pid in _pids_between(first, newest):
             if pid in spared:
                 continue
             with contextlib.suppress(OSError):  # mostly: there is no such process
@@ -33,16 +40,15 @@ def kill_since(first: int, spared: set[int]) -> None:
                 killed = True
         if not killed:
             return
+        first = newest + 1  # what is older was killed, and does nothing more even while it is dying
 
 
 def _newest_pid(first: int) -> int:
     try:
-        pid = os.fork()
+        pid = kernel.clone_idle(signal.SIGCHLD, _STACK)  # a fork would copy this process's memory
     except OSError:  # the cell has taken all processes
         return first + _RESERVED_PIDS
-    if pid == 0:
-        os._exit(0)
-    os.waitpid(pid, 0)
+    os.kill(pid, signal.SIGKILL)
     return pid
 
 

@@ -216,7 +216,9 @@ class _Census:
             ]
             if sizes:
                 return sum(sizes) * 1024
-        return self._processes[pid].resident_bytes
+        # It does not let itself be looked at, or it has died since.
+        found = _look_at(self._proc, pid)
+        return 0 if found is None else found.resident_bytes
 
 
 def baseline_bytes(proc: int | None) -> int:

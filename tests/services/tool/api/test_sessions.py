@@ -218,6 +218,22 @@ async def test_special_files_and_deep_folders_are_refused_and_nothing_waits(
     assert (await cell(client, session, "x"))["result"] == "1"
 
 
+async def test_a_cell_whose_many_large_children_die_slowly_keeps_the_state(
+    client: httpx.AsyncClient,
+) -> None:
+    session = await open_session(client)
+    await cell(client, session, "x = 1")
+    code = (
+        "import mmap, os, time\n"
+        "kept = [mmap.mmap(-1, 4096, prot=1 + 2 * (i % 2)) for i in range(20_000)]\n"
+        "for _ in range(40):\n    if os.fork() == 0:\n        time.sleep(60)\n"
+        "time.sleep(60)"
+    )
+    body = await cell(client, session, code, timeout_s=4)
+    assert (body["status"], body["rolled_back"], body["state_lost"]) == ("timeout", True, False)
+    assert (await cell(client, session, "x"))["result"] == "1"
+
+
 async def test_memory_that_no_single_process_limit_sees_ends_the_session_and_is_told(
     client: httpx.AsyncClient,
 ) -> None:

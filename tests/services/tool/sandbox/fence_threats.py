@@ -181,6 +181,16 @@ for _ in range(10):
     os.wait()
 time.sleep(20)
 """
+_CHILDREN_THAT_END = """
+import os, time
+end = time.monotonic() + 0.6
+while time.monotonic() < end:
+    for number in range(50):
+        if os.fork() == 0:
+            time.sleep(0.03 + 0.002 * (number % 20))
+            os._exit(0)
+    for _ in range(50): os.wait()
+"""
 _PAGE_TABLES = """
 import mmap
 blocks = []
@@ -198,6 +208,8 @@ time.sleep(20)
 MEMORY = [
     Threat(row="96-hidden", code=_HIDDEN_MEMORY, expect=("memory_limit",), levels=FORKING),
     Threat(row="96-orphans", code=_MEMORY_OF_ORPHANS, expect=("memory_limit",), levels=FORKING),
+    # They hold next to nothing, and end while they are looked at.
+    Threat(row="96-ending", code=_CHILDREN_THAT_END, expect=("ok", "timeout"), levels=FORKING),
     Threat(row="96-shared", code=_SHARED_MEMORY, expect=("memory_limit",)),
     # 192 MB of page tables and no other memory.
     Threat(row="96-page-tables", code=_PAGE_TABLES, expect=("memory_limit",)),
