@@ -42,9 +42,17 @@ _OWN_PROCESS_ONLY = """
 """
 """Calls whose first argument is a pid; 0 is the caller itself."""
 _PRIO_PROCESS, _IOPRIO_WHO_PROCESS = 0, 1
-_FILE_ATTRIBUTES = (0x40086602, 0x401C5820, 0x40087602, 0x40806685, 0x40046602, 0x40047602)
-"""FS_IOC_SETFLAGS, FSSETXATTR, SETVERSION, ENABLE_VERITY, and the 32-bit forms of two.
-They change a file that is open for reading only."""
+_FILE_ATTRIBUTES = (
+    0x40086602,
+    0x401C5820,
+    0x40087602,
+    0x40806685,
+    0x800C6613,
+    0x40046602,
+    0x40047602,
+)
+"""FS_IOC_SETFLAGS, FSSETXATTR, SETVERSION, ENABLE_VERITY, SET_ENCRYPTION_POLICY, and the 32-bit
+forms of two. They change a file that is open for reading only."""
 
 _FIRST_UNKNOWN, _FIRST_X32 = 450, 0x4000_0000
 """System calls from here on, such as fchmodat2 and setxattrat, are newer than C libraries need;
@@ -64,6 +72,9 @@ _CLONE_NAMESPACES = (
     0x20000000,  # pid
     0x40000000,  # network
 )
+_WATCHING_FILES = (1024, 1026)
+"""F_SETLEASE, with which a program that may read a file of its user has everybody else wait for 45
+seconds who opens it, and F_NOTIFY."""
 _TERMINAL_INJECTION = (0x5412, 0x541C)  # TIOCSTI, TIOCLINUX
 _AF_UNIX = 1
 _NOT_A_STREAM = (0x2, 0x4, 0x8)
@@ -107,6 +118,8 @@ def compile_filter(*, allow_fork: bool) -> str:
     # It would hide the process from the watchdog.
     hide = pyseccomp.Arg(0, pyseccomp.MASKED_EQ, _MASK_32, _PR_SET_DUMPABLE)
     _add(program, deny, "prctl", hide, pyseccomp.Arg(1, pyseccomp.NE, 1))
+    for request in _WATCHING_FILES:
+        _add(program, deny, "fcntl", pyseccomp.Arg(1, pyseccomp.MASKED_EQ, _MASK_32, request))
     for request in _TERMINAL_INJECTION:
         _add(program, deny, "ioctl", pyseccomp.Arg(1, pyseccomp.MASKED_EQ, _MASK_32, request))
     if not allow_fork:
