@@ -23,6 +23,9 @@ MAX_CONTAINERS = 200_000
 """Lists and objects in all."""
 MAX_VALUES = 400_000
 """Items of lists and objects in all; a batch of 4096 programs has 50,000."""
+MAX_ITEMS = 4096
+"""Items of one list or object, as many as a batch may have. Without it a body could be wrong in
+400,000 places, and to list them all stops the event loop for seconds."""
 _INLINE_BYTES = 64 * 1024
 """Bodies up to here are checked and parsed in the event loop, which takes milliseconds."""
 
@@ -37,7 +40,7 @@ async def parse_json(body: bytes) -> Any:
     """Parse a JSON body.
 
     Raises:
-        ApiError: 422 when it has too many values or is nested too deep.
+        ApiError: 422 when it has too many values, in all or in one place, or is nested too deep.
         json.JSONDecodeError: it is not JSON.
     """
     if len(body) <= _INLINE_BYTES:
@@ -62,7 +65,10 @@ def _parse(body: bytes) -> Any:
         _check(body)
     # Not orjson, which refuses the half surrogate pairs that programs may hold. Decoded here, since
     # the parser would take UTF-16 too, in which other characters contain the byte of a quote.
-    return json.loads(body.removeprefix(_BOM).decode("utf-8", "surrogatepass"))
+    value = json.loads(body.removeprefix(_BOM).decode("utf-8", "surrogatepass"))
+    if body.count(b",") >= MAX_ITEMS:
+        _check_items(value)
+    return value
 
 
 def _num_openers(body: bytes) -> int:
@@ -83,6 +89,16 @@ def _check(body: bytes) -> None:
         # In JSON each value has one comma, and two strings at most; this bounds other bodies.
         if num_values > MAX_VALUES or num_tokens > 5 * MAX_VALUES:
             raise _too_complex(f"has more than {MAX_VALUES} values")
+
+
+def _check_items(value: Any) -> None:
+    waiting = [value] if isinstance(value, (dict, list)) else []
+    while waiting:
+        container = waiting.pop()
+        if len(container) > MAX_ITEMS:
+            raise _too_complex(f"has a list or object of more than {MAX_ITEMS} items")
+        inner = container.values() if isinstance(container, dict) else container
+        waiting += [each for each in inner if isinstance(each, (dict, list))]
 
 
 def _too_complex(cause: str) -> ApiError:

@@ -100,7 +100,7 @@ class GenerateRequest(Wire):
     request_id: RequestId
     """The caller's id, which makes the request idempotent: a retry sends the same id and body."""
 
-    token_ids: list[TokenId] = Field(min_length=1)
+    token_ids: list[TokenId] = Field(min_length=1, fail_fast=True)
     """The prompt, (T,) ids."""
 
     n: Whole = Field(default=1, ge=1, le=MAX_SAMPLES)
@@ -118,7 +118,7 @@ class GenerateRequest(Wire):
 class BatchRequest(Wire):
     """Many generate requests in one call; each has its own id, by which it is retried."""
 
-    requests: list[GenerateRequest] = Field(min_length=1, max_length=MAX_BATCH)
+    requests: list[GenerateRequest] = Field(min_length=1, max_length=MAX_BATCH, fail_fast=True)
 
 
 class Span(Wire):

@@ -78,7 +78,7 @@ class ExecuteRequest(_Wire):
 class BatchRequest(_Wire):
     """Several programs; answers stream back as NDJSON in the order they finish."""
 
-    requests: list[ExecuteRequest] = Field(min_length=1, max_length=4096)
+    requests: list[ExecuteRequest] = Field(min_length=1, max_length=4096, fail_fast=True)
 
 
 class ErrorReport(_Wire):

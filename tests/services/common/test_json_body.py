@@ -6,7 +6,13 @@ import time
 import pytest
 
 from services.common.errors import ApiError
-from services.common.json_body import MAX_CONTAINERS, MAX_DEPTH, MAX_VALUES, parse_json
+from services.common.json_body import (
+    MAX_CONTAINERS,
+    MAX_DEPTH,
+    MAX_ITEMS,
+    MAX_VALUES,
+    parse_json,
+)
 
 LARGE = 16 * 2**20
 
@@ -18,7 +24,8 @@ LARGE = 16 * 2**20
         {"code": '"\\"[{,}]' * 500_000},
         {"requests": [{"code": "print(1)", "timeout_s": 2.0}] * 4096},
         "\ud800",
-        [0] * MAX_VALUES,
+        [[0] * MAX_ITEMS] * (MAX_VALUES // MAX_ITEMS),
+        0,
     ],
 )
 async def test_bodies_that_people_send_pass(value: object) -> None:
@@ -36,8 +43,13 @@ async def test_bodies_that_people_send_pass(value: object) -> None:
         b"[" + b'"",' * (LARGE // 3),
         b'""' * (LARGE // 2) + b"[" * MAX_DEPTH + b"[",
         b"[{}" + b",{}" * MAX_CONTAINERS + b"]",
+        b'{"a": [0' + b",0" * MAX_ITEMS + b"]}",
+        b'[{"a":0' + b"".join(b',"%d":0' % i for i in range(MAX_ITEMS)) + b"}]",
     ],
-    ids=["depth", "objects", "open", "wide", "values", "strings", "no commas", "containers"],
+    ids=[
+        *("depth", "objects", "open", "wide", "values", "strings", "no commas", "containers"),
+        *("items", "keys"),
+    ],
 )
 async def test_bodies_above_a_limit_are_refused_quickly(body: bytes) -> None:
     started = time.process_time()
