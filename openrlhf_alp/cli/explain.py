@@ -11,6 +11,7 @@ from rich.table import Table
 if TYPE_CHECKING:
     from openrlhf_alp.replay.explain.explain import Explanation
     from openrlhf_alp.replay.files.records import RecordedBatch
+    from openrlhf_alp.replay.learner import Learner
 
 _COLORS = {"likely": "red", "ok": "green", "unlikely": "green", "not tested": "yellow"}
 
@@ -20,9 +21,13 @@ def explain_model(
     model: str,
     *,
     device: str = "cpu",
+    learner: "Learner | None" = None,
     on_stage: Callable[[str], None] = lambda line: None,
 ) -> "Explanation":
     """Explain `batch` with the weights of a model folder or id.
+
+    Args:
+        learner: the model in float32, without noise, if it is loaded already.
 
     Raises:
         ValueError: the model cannot be loaded, or the batch has no action token.
@@ -37,7 +42,7 @@ def explain_model(
         loaded = load_model(model, dtype=dtype, device=device)
         return Learner(loaded, temperature=batch.info.temperature)
 
-    return explain(load(torch.float32), batch, load_tokenizer(model), load, on_stage)
+    return explain(learner or load(torch.float32), batch, load_tokenizer(model), load, on_stage)
 
 
 def show(explanation: "Explanation", console: Console) -> None:

@@ -88,7 +88,7 @@ def run(arguments: argparse.Namespace) -> int:
         _check_model(arguments, learner, path, batch, say)
         learner.temperature = batch.info.temperature
         if arguments.explain:
-            _explain(arguments, batch, say, str(learner.device))
+            _explain(arguments, learner, batch, say)
         else:
             _replay(arguments, methods, learner, path, batch, say)
     except (ValueError, OSError, FloatingPointError) as error:
@@ -167,8 +167,12 @@ def _learner(arguments: argparse.Namespace, say: _Say) -> "Learner":
     device = arguments.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    say.line("model", f"{arguments.model} in {arguments.dtype} on {device}")
-    model = load_model(arguments.model, dtype=DTYPES[arguments.dtype], device=device)
+    # An explanation compares other dtypes with float32, and its learner has no noise.
+    dtype = "float32" if arguments.explain else arguments.dtype
+    say.line("model", f"{arguments.model} in {dtype} on {device}")
+    model = load_model(arguments.model, dtype=DTYPES[dtype], device=device)
+    if arguments.explain:
+        return Learner(model)
     noise = PerturbationConfig(
         sigma0=None, layers=arguments.layers, draws=arguments.draws, seed=arguments.seed
     )
@@ -269,9 +273,17 @@ def _update(arguments: argparse.Namespace, batch: "RecordedBatch") -> "UpdateSet
     )
 
 
-def _explain(arguments: argparse.Namespace, batch: "RecordedBatch", say: _Say, device: str) -> None:
+def _explain(
+    arguments: argparse.Namespace, learner: "Learner", batch: "RecordedBatch", say: _Say
+) -> None:
     with say.console.status("") as status:
-        found = explain_model(batch, arguments.model, device=device, on_stage=status.update)
+        found = explain_model(
+            batch,
+            arguments.model,
+            device=str(learner.device),
+            learner=learner,
+            on_stage=status.update,
+        )
     show(found, say.console)
     arguments.output.mkdir(parents=True, exist_ok=True)
     path = arguments.output / "explain.json"
