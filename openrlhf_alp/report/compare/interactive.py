@@ -16,6 +16,8 @@ from openrlhf_alp.report.compare.charts import (
 )
 
 _PANEL_PX, _GAP_PX, _ROW_PX, _TOP_PX, _BOTTOM_PX = 270, 64, 26, 40, 52
+_BARE_TOP_PX = 12
+"""Above panels without a title or legend."""
 _GAP_X = 0.16
 """Between two panels, over the number of columns."""
 
@@ -27,9 +29,11 @@ def plotly_figure(chart: Chart, colors: Mapping[str, str]) -> dict[str, Any]:
     # A logarithmic axis cannot draw the part of a band at or below 0.
     floor = limits[0] / 10 if limits and chart.log_y else -math.inf
     grid = _Grid(num_panels=len(panels), num_columns=chart.num_columns, panel_px=_tallest(panels))
+    has_head = any(panel.title or panel.bars for panel in panels)
+    top_px = _TOP_PX if has_head else _BARE_TOP_PX
     layout: dict[str, Any] = {
-        "height": grid.height_px + _TOP_PX + _BOTTOM_PX,
-        "margin": {"l": 64, "r": 16, "t": _TOP_PX, "b": _BOTTOM_PX},
+        "height": grid.height_px + top_px + _BOTTOM_PX,
+        "margin": {"l": 64, "r": 16, "t": top_px, "b": _BOTTOM_PX},
         "barmode": "stack",
         "showlegend": any(panel.bars for panel in panels),
         "annotations": [],

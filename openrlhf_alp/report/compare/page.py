@@ -100,6 +100,8 @@ def write_report(
 
 
 def _title(runs: Sequence[Run], groups: Sequence[Group]) -> str:
+    if len(runs) == 1:
+        return f"{runs[0].method}, {runs[0].folder.name}"
     counts = (
         (len(runs), "run"),
         (len({one.method for one in groups}), "method"),
