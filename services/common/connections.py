@@ -190,6 +190,7 @@ class Connection(HttpToolsProtocol):
 
     def on_headers_complete(self) -> None:
         self._in_head, self._in_body = False, True
+        self._gap_bytes = 0  # or a head that was just short enough would be refused with no answer
         self._disarm("head")
         if self._refused:
             return

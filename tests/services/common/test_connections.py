@@ -105,6 +105,14 @@ async def test_a_long_head_is_refused(data: bytes) -> None:
         assert answer == b"" or answer.startswith(b"HTTP/1.1 431 ")
 
 
+@pytest.mark.parametrize("length", [31_000, 33_000, 40_000, 47_000, 50_000, 60_000])
+async def test_a_head_of_about_the_limit_is_answered(length: int) -> None:
+    async with serving(ConnectionLimits()) as served:
+        data = b"GET /livez HTTP/1.1\r\nhost: x\r\nx: " + b"a" * length
+        answer = await served.answer(data + b"\r\nconnection: close\r\n\r\n")
+        assert answer.startswith((b"HTTP/1.1 200 ", b"HTTP/1.1 431 "))
+
+
 @pytest.mark.parametrize(
     "tail",
     [b"1;" + b"x" * 200_000, b"1\r\nx\r\n0\r\nt: " + b"x" * 200_000, b"0\r\n" + b"t:\r\n" * 9_000],
