@@ -27,7 +27,7 @@ test: install lint  ## Lint, type check, architecture contracts and all tests
 test-fast: install  ## Tests that start no Ray, no vLLM and no second process
 	$(BIN)/python -m pytest -m "not e2e and not gpu" $(ARGS)
 
-lint: install  ## ruff, mypy and the import contracts
+lint: install lint-deploy  ## ruff, mypy, the import contracts, and lint-deploy
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
