@@ -13,7 +13,7 @@ import contextlib
 import sys
 from pathlib import Path
 
-from check_stack import LEARNER, ROLLOUT, check_stack
+from check_stack import LEARNER, ROLLOUT, check_stack, require_compose
 from check_tool_image import IMAGE, check_tool_image
 from engine import CheckError, NotToBeHadError, build, docker, engine_answers, private_engine
 
@@ -56,6 +56,7 @@ def check(arguments: argparse.Namespace) -> None:
         if arguments.only != "stack":
             check_tool_image()
         if arguments.only != "tool":
+            require_compose()
             index = arguments.torch_index
             options += ["--build-arg", f"TORCH_INDEX={index}"] if index else []
             for target, image in (("rollout", ROLLOUT), ("learner", LEARNER)):

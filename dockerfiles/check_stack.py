@@ -33,16 +33,20 @@ SETTINGS = {
 KEYS = ("rollout_api_key", "rollout_admin_key", "tool_api_key", "grafana_password")
 
 
-def check_stack() -> None:
-    """Train one step through the services of compose.yaml, with images that are built.
+def require_compose() -> None:
+    """Return if the docker client has Compose.
 
     Raises:
-        NotToBeHadError: the docker client has no Compose.
+        NotToBeHadError: it has not.
     """
     try:
         docker("compose", "version")
     except CheckError as error:
         raise NotToBeHadError(f"the client has no Compose v2 ({error})") from error
+
+
+def check_stack() -> None:
+    """Train one step through the services of compose.yaml, with images that are built."""
     with tempfile.TemporaryDirectory(prefix="docker-test-") as folder, project(Path(folder)) as up:
         seconds, metrics = up.first_step()
         ran = metrics["tir/status_ok"]
