@@ -187,8 +187,7 @@ def _read_run(folder: Path) -> Run:
 
 def _steps(folder: Path, notes: list[str]) -> list[StepMetrics]:
     if not (folder / METRICS).is_file():
-        notes.append(f"there is no {METRICS}: it has not finished a step.")
-        return []
+        return []  # its state says how many steps it has made
     try:
         return read_steps(folder / METRICS)
     except MetricsFileError as error:
@@ -213,6 +212,8 @@ def _parsed(path: Path, notes: list[str], consequence: str) -> dict[str, Any]:
 
 def _state(folder: Path, steps: Sequence[StepMetrics], notes: list[str]) -> str:
     if (folder / SUMMARY).is_file() or not (folder / RECIPE).is_file():
+        if not steps:
+            notes.append(f"it is finished, and {METRICS} has no step of it.")
         return "finished"
     lasted = [step.values.get("timing/step_total", 0.0) for step in steps]
     live_s = max(_LIVE_S, 5 * (statistics.median(lasted) if lasted else 0.0))

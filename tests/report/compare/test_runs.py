@@ -100,3 +100,13 @@ def test_different_tasks_and_commits_are_said_before_anything_is_compared(make_r
     said = " ".join(notes_of(runs))
     assert "different tasks (addition, multiplication)" in said
     assert "different commits: 0123456789ab, ffffffffffff" in said
+
+
+def test_a_run_that_failed_before_its_first_step_has_one_note(make_run):
+    folder = make_run("a", [], finished=False)
+    (folder / "metrics.jsonl").unlink()
+    yesterday = time.time() - 86400
+    os.utime(folder / "recipe.toml", (yesterday, yesterday))
+    [run] = read_runs([folder])
+    assert len(run.notes) == 1 and "after 0 steps" in run.notes[0]
+    assert run.digest == ""
