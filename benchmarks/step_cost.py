@@ -1,7 +1,8 @@
 """What a step costs with ALP, against OpenRLHF's own GRPO, on the same recorded batch.
 
     stock GRPO   old log-probs: one forward   update: forward, backward   four forwards' worth
-    ALP          none                         the same, perturbed         three forwards' worth
+    ALP          none                         the same, perturbed         three forwards' worth,
+                                              logits of actions only      less of the output layer
 
 Both run through OpenRLHF's own policy actor and DeepSpeed on one CPU rank, interleaved, repetition
 by repetition, so that what else the machine does hits both alike. Printed: medians of CPU seconds

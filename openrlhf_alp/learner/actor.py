@@ -20,7 +20,6 @@ from openrlhf_alp.alp import LayerwisePerturbation
 from openrlhf_alp.clients.weights.push import WeightPusher
 from openrlhf_alp.learner.batches import BatchShape
 from openrlhf_alp.learner.compat import undecorated
-from openrlhf_alp.learner.draws import averaging
 from openrlhf_alp.learner.experience import SAMPLE_ID
 from openrlhf_alp.learner.flags.config import AlpConfig
 from openrlhf_alp.learner.mismatch import training as mismatch
@@ -36,6 +35,7 @@ from openrlhf_alp.learner.mismatch.measure import (
     scorable,
 )
 from openrlhf_alp.learner.mismatch.start import NUM_SAMPLES, SigmaStart
+from openrlhf_alp.learner.policy_forward import averaging, logits_of_actions
 from openrlhf_alp.learner.strategy import (
     METHOD_STATE,
     method_of,
@@ -185,7 +185,8 @@ class AlpActorPPOTrainer(ppo_actor.ActorPPOTrainer):
         ends = self._mark_optimizer_step(step)
         # Around the backward pass too: gradient checkpointing runs the layers again there.
         observed = self.telemetry.observed(experience.attention_mask)
-        with self._perturbed(experience, sample_ids), observed:
+        logits = logits_of_actions(self.actor, experience) if self.alp.enable else nullcontext()
+        with self._perturbed(experience, sample_ids), observed, logits:
             result = super().training_step(experience, kl_ctl, step, loss_batch_info)
         if self.alp.enable:
             self._record_ratios(experience, result)

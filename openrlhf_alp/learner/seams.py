@@ -12,6 +12,8 @@ is copied.
       ray.init                    + our shims in every worker
       create_vllm_engines         -> one RolloutEngine per service URL
       PolicyModelActor            -> AlpPolicyModelActor -> AlpActorPPOTrainer -> AlpPolicyLoss
+      log_probs_from_logits,         + of the logits of actions    within a forward of the policy
+        compute_entropy
       PPOTrainer                  -> AlpPPOTrainer -> AlpExperienceMaker, AlpSamplesGenerator
       PPOTrainerAsync             -> AlpPPOTrainerAsync -> AlpTrainingActor -> AlpExperienceMaker
                                                         -> AlpGenerateSamplesActor
@@ -104,6 +106,12 @@ SEAMS = (
         "openrlhf.models:",  # called, not replaced
         "actor:AlpPolicyLoss",
         aggregate_loss="loss loss_mask token_level_loss dp_size batch_num_tokens global_batch_size",
+    ),
+    *_methods(
+        "openrlhf.models.actor:",
+        "policy_forward:logits_of_actions",
+        log_probs_from_logits="logits labels temperature",
+        compute_entropy="logits",
     ),
     *_methods(
         f"{_PPO_UTILS}.experience_maker:RemoteExperienceMaker.",

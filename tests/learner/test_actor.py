@@ -320,7 +320,7 @@ def test_a_shorter_batch_is_a_whole_optimizer_step(parse: Parse) -> None:
 
 def test_an_update_averages_its_draws_where_the_noise_goes(parse: Parse) -> None:
     """Noise on the logits too; the average is that of single passes with each draw's rows."""
-    from openrlhf_alp.learner.draws import averaging
+    from openrlhf_alp.learner.policy_forward import averaging
 
     flags = ("--alp.enable", "--alp.layers", "embedding,logits", "--alp.sigma0", "auto")
     actor = build_actor(parse(*flags, "--alp.draws", "3", "--ckpt.load_enable"))

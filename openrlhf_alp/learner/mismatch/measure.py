@@ -19,6 +19,7 @@ from openrlhf.trainer.ppo_utils.experience import Experience, split_experience_b
 from openrlhf.trainer.ppo_utils.samples_generator import SamplesGenerator
 
 from openrlhf_alp.learner.mismatch.judge import LEVELS, Verdict
+from openrlhf_alp.learner.policy_forward import logits_of_actions
 from openrlhf_alp.objective.ratio import k3_kl
 
 PERCENTS = (1, 5, 25, 50, 75, 95, 99)
@@ -89,7 +90,8 @@ def metrics_of(mismatch: Mismatch, verdict: Verdict) -> dict[str, float]:
 def learner_log_probs(actor: Actor, batch: Experience) -> torch.Tensor:
     """(B, T-1) float32 log-probs of the learner, in evaluation mode as for an "old" pass."""
     actor.eval()
-    log_probs = actor(batch.sequences, batch.action_mask, batch.attention_mask)
+    with logits_of_actions(actor, batch):
+        log_probs = actor(batch.sequences, batch.action_mask, batch.attention_mask)
     actor.train()
     return log_probs
 
@@ -100,13 +102,14 @@ def learner_log_probs_and_entropy(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`learner_log_probs`, and the entropy in nats of the distributions they come from."""
     actor.eval()
-    log_probs, output = actor(
-        batch.sequences,
-        batch.action_mask,
-        batch.attention_mask,
-        return_output=True,
-        return_entropy=True,
-    )
+    with logits_of_actions(actor, batch):
+        log_probs, output = actor(
+            batch.sequences,
+            batch.action_mask,
+            batch.attention_mask,
+            return_output=True,
+            return_entropy=True,
+        )
     actor.train()
     return log_probs, output.entropy[:, -batch.action_mask.shape[1] :]
 
