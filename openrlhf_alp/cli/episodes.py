@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
+from rich.filesize import decimal
 from rich.markup import escape
 
 from openrlhf_alp.report.metrics import BATCHES
@@ -56,10 +57,8 @@ def run(arguments: argparse.Namespace) -> int:
     console = Console()
     try:
         for page in _pages(arguments, console):
-            size = page.stat().st_size / 2**20
-            console.print(
-                f"[bold cyan]page[/]  {escape(str(page))} ({size:.1f} MB)", soft_wrap=True
-            )
+            where = f"{page} ({decimal(page.stat().st_size)})"
+            console.print(f"[bold cyan]file[/]  {escape(where)}", soft_wrap=True)
     except (ValueError, OSError) as error:
         console.print(f"[bold red]Not written.[/] {escape(str(error))}", soft_wrap=True)
         return 2

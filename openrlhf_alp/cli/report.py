@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 
 from rich.console import Console
+from rich.filesize import decimal
 from rich.markup import escape
 
 HELP = "put any number of runs on one page: table, curves, intervals over seeds"
@@ -63,8 +64,8 @@ def run(arguments: argparse.Namespace) -> int:
         return 2
     for note in written.notes:
         console.print(f"[bold yellow]note[/]   {escape(note)}", soft_wrap=True)
-    size = written.page.stat().st_size / 2**20
-    where = f"{written.page} ({size:.1f} MB), runs: {written.num_runs}"
+    size = decimal(written.page.stat().st_size)
+    where = f"{written.page} ({size}), runs: {written.num_runs}"
     pictures = f"{len(written.pictures)} pictures in {written.page.parent}/figures"
     console.print(f"[bold cyan]report[/] {escape(where)}, {escape(pictures)}", soft_wrap=True)
     return 0
