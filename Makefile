@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 export PYTHON VENV
 
 .DEFAULT_GOAL := help
-.PHONY: help install lock demo demo-tool trl pages test test-fast lint format bench lm-eval house serve serve-tool check-wheel docker-test vllm-next ray-serve keys docs lint-deploy clean
+.PHONY: help install lock demo demo-tool trl pages trackio test test-fast lint format bench lm-eval house serve serve-tool check-wheel docker-test vllm-next ray-serve keys docs lint-deploy clean
 
 help:  ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -96,6 +96,11 @@ pages: install  ## Test the report and the episode browser in a headless Chromiu
 	$(BIN)/python -c "import site; print(site.getsitepackages()[0])" > $(PAGES_VENV)/lib/python3.11/site-packages/base.pth
 	$(BIN)/python -m pip --python $(PAGES_VENV)/bin/python install -qq --disable-pip-version-check --requirement requirements/pages.txt
 	$(PAGES_VENV)/bin/python -m pytest -p no:cacheprovider tests/report/browser $(ARGS)
+
+trackio: install  ## Test run.trackio against the pinned Trackio, beside the locked environment
+	test -d .venv-trackio || $(BIN)/python -m pip install -qq --no-deps --target .venv-trackio \
+	  trackio==0.43.0 gradio-client==2.7.2 brotli==1.2.1
+	PYTHONPATH=.venv-trackio $(BIN)/python -m pytest tests/report/test_tracking.py $(ARGS)
 
 clean:  ## Remove caches and runs/, keep .venv
 	rm -rf runs build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

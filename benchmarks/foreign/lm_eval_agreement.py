@@ -10,6 +10,7 @@ its avg@n equals ours on the same answers to the last digit.
 import argparse
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -35,6 +36,7 @@ _REPOSITORY = Path(__file__).parents[2]
 _TOLERANCE_NATS = 0.01
 """Of a choice of a few tokens, float32 on both sides."""
 
+_NUM_SHOTS = 3
 _CHOICES = [
     ("The capital of France is", [" Paris", " banana", " running"], 0),
     ("Two plus two equals", [" purple", " four", " yesterday"], 1),
@@ -46,17 +48,18 @@ _CHOICES = [
 def write_inputs(data: Path, limit: int, folder: Path) -> tuple[Path, Path]:
     """Problems of GSM8K as prompts, and the choices.
 
-    The first ones whose answer has one digit: a small model is right there now and then, and an
-    average of 0 on both sides would say little.
+    The first ones whose answer has one digit, after three solved ones: a small model is right there
+    now and then, and an average of 0 on both sides would say little.
     """
     rows = [json.loads(line) for line in data.read_text(encoding="utf-8").splitlines()]
-    rows = [row for row in rows if len(label_texts(row["answer"])[0]) == 1][:limit]
+    rows = [row for row in rows if len(label_texts(row["answer"])[0]) == 1]
+    shots, rows = "".join(map(_solved, rows[-_NUM_SHOTS:])), rows[:-_NUM_SHOTS][:limit]
     problems, choices = folder / "problems.jsonl", folder / "choices.jsonl"
     _write(
         problems,
         [
             {
-                "prompt": f"Question: {row['question']}\nAnswer:",
+                "prompt": f"{shots}Question: {row['question']}\nAnswer:",
                 "label": label_texts(row["answer"])[0],
             }
             for row in rows
@@ -64,6 +67,13 @@ def write_inputs(data: Path, limit: int, folder: Path) -> tuple[Path, Path]:
     )
     _write(choices, [{"text": t, "choices": c, "answer": a} for t, c, a in _CHOICES])
     return problems, choices
+
+
+def _solved(row: dict[str, str]) -> str:
+    """A problem with its solution, whose calculator annotations are left out."""
+    steps = re.sub(r"<<.*?>>", "", row["answer"].partition("####")[0]).strip()
+    label = label_texts(row["answer"])[0]
+    return f"Question: {row['question']}\nAnswer: {steps} The answer is \\boxed{{{label}}}.\n\n"
 
 
 def run_harness(python: str, job: dict[str, Any], folder: Path, key: str) -> dict[str, Any]:
@@ -182,7 +192,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as made, Supervisor() as supervisor:
         folder = Path(made)
         services = Services(supervisor, EvaluationView(Console(stderr=True)))
-        flags = ["--model", options.model, "--dtype", "float32", "--max-model-len", "1024"]
+        flags = {"model": options.model, "dtype": "float32", "max_model_len": 1024}
         server = local_server("rollout-0", "services.rollout", flags, folder / "services")
         (url,) = services.start("the rollout service", [server])
         problems, choices = write_inputs(options.data, options.limit, folder)

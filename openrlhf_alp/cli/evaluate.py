@@ -189,6 +189,7 @@ def _config(options: argparse.Namespace) -> EvaluationConfig:
         ValueError: options contradict each other or are out of range.
         DataError: a suite is not right.
     """
+    from openrlhf_alp.evaluate.player import Plan
     from openrlhf_alp.evaluate.suites import find_suites, load_suite
     from openrlhf_alp.launch.evaluation import EvaluationConfig
     from openrlhf_alp.rollouts.runners import ToolConfig
@@ -206,35 +207,35 @@ def _config(options: argparse.Namespace) -> EvaluationConfig:
         load_suite(suite, data_dir=options.data_dir, limit=options.limit)
         for suite in find_suites(options.suite, fields=fields)
     ]
-    flags = ["--engine", options.engine, "--dtype", options.dtype]
-    flags += ["--max-num-seqs", str(options.concurrency)]
+    tool = ToolConfig(
+        urls=tuple(options.tool_urls),
+        session=options.tool_session,
+        timeout_s=options.tool_timeout_s,
+        max_tool_turns=options.max_tool_turns,
+        max_tokens_per_turn=options.max_tokens_per_turn,
+        # The prompt's form decides how a program's output comes back, as in training.
+        template="chat" if TEMPLATES[template].is_chat else "plain",
+    )
+    sampling = ("temperature", "top_p", "top_k", "max_new_tokens", "seed")
+    flags = {"engine": options.engine, "dtype": options.dtype, "max_num_seqs": options.concurrency}
     if options.max_model_len is not None:
-        flags += ["--max-model-len", str(options.max_model_len)]
+        flags["max_model_len"] = options.max_model_len
     return EvaluationConfig(
         model=options.model,
         tokenizer=options.tokenizer,
         rollout_urls=tuple(options.rollout_urls),
-        tool_urls=tuple(options.tool_urls),
-        uses_tool=options.tir,
-        tool=ToolConfig(
-            session=options.tool_session,
-            timeout_s=options.tool_timeout_s,
-            max_tool_turns=options.max_tool_turns,
-            max_tokens_per_turn=options.max_tokens_per_turn,
-        ),
         suites=tuple(suites),
         n=options.n,
-        template=template,
-        temperature=options.temperature,
-        top_p=options.top_p,
-        top_k=options.top_k,
-        max_new_tokens=options.max_new_tokens,
-        seed=options.seed,
+        plan=Plan(
+            template=template,
+            tool=tool if options.tir else None,
+            **{name: getattr(options, name) for name in sampling},
+        ),
         output=options.output,
         num_workers=options.workers,
         concurrency=options.concurrency,
         request_timeout_s=options.request_timeout_s,
-        service_flags=tuple(flags),
+        service_flags=flags,
         num_servers=options.num_servers,
     )
 

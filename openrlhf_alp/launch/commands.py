@@ -11,12 +11,16 @@ from pathlib import Path
 from typing import Any
 
 from openrlhf_alp.data.templates import INPUT_KEY, LABEL_KEY, TEMPLATES
-from openrlhf_alp.launch.recipe import Recipe, RecipeError, Services
+from openrlhf_alp.launch.recipe import Recipe, RecipeError
+from openrlhf_alp.launch.servers import service_command
 from openrlhf_alp.report.metrics import BATCHES, METRICS
 from services.common.wire import ADMIN_KEY_VARIABLE, API_KEY_VARIABLE, TOOL_KEY_VARIABLE
 
-_PREFLIGHT_ONCE = 10**9
-"""Value of --rollout.preflight_every: the first step is measured, and none after it."""
+_PREFLIGHT_ONCE = {"rollout.preflight_every": 10**9, "rollout.preflight_stop": True}
+"""The first step is measured, and none after it."""
+
+HOLD = "hold"
+"""File of the run folder in which the learner says that it waits for an evaluation."""
 
 _OWN_FLAGS = {
     "actor.model_name_or_path": "[model] path",
@@ -27,6 +31,8 @@ _OWN_FLAGS = {
     "ckpt.load_enable": "openrlhf-alp launch --resume RUN",
     "ckpt.path": "[run] folder",
     "ckpt.output_dir": "[run] folder",
+    "eval.hold_steps": "[evaluate] every",
+    "eval.hold_file": "[evaluate] every",
     "logger.metrics_jsonl": "[run] folder",
     "logger.tensorboard_dir": "[run] folder",
 }
@@ -49,40 +55,24 @@ def rollout_command(
     recipe: Recipe, *, model: str, url_file: Path, port: int, weights_dir: Path
 ) -> list[str]:
     """A rollout server. `port` 0 takes any free one; the service writes it to `url_file`."""
+    gpus = recipe.rollout.gpus
     flags: dict[str, Any] = {
         "model": model,
         "seed": recipe.run.seed,
-        **({"tensor_parallel_size": recipe.rollout.gpus} if recipe.rollout.gpus > 1 else {}),
         # One for all servers, and the same after a restart: the learner writes each update once.
         "weights_dir": weights_dir,
+        **({"tensor_parallel_size": gpus} if gpus > 1 else {}),
         # When nothing is said: learner and engine take turns on a CPU, so each may use every core.
-        **({} if recipe.rollout.gpus else {"num_threads": os.cpu_count() or 1}),
+        **({} if gpus else {"num_threads": os.cpu_count() or 1}),
+        **recipe.rollout.flags,
     }
-    return _service_command("services.rollout", flags, recipe.rollout, url_file, port)
+    return service_command("services.rollout", flags, url_file=url_file, port=port)
 
 
 def tool_command(recipe: Recipe, *, url_file: Path, port: int) -> list[str]:
     """A tool server, with the best isolation that this machine allows."""
     assert recipe.tool is not None
-    return _service_command("services.tool", {}, recipe.tool, url_file, port)
-
-
-def _service_command(
-    module: str, flags: Mapping[str, Any], services: Services, url_file: Path, port: int
-) -> list[str]:
-    # Short: by then the learner is gone, and the end of a launch has a time limit.
-    own = {"host": "127.0.0.1", "drain_s": 1.0, **flags, **services.flags}
-    own |= {"port": port, "url_file": url_file}
-    return [sys.executable, "-m", module, *_service_flags(own)]
-
-
-def _service_flags(flags: Mapping[str, Any]) -> Iterable[str]:
-    for name, value in flags.items():
-        flag = name.replace("_", "-")
-        if isinstance(value, bool):
-            yield f"--{flag}" if value else f"--no-{flag}"
-        else:
-            yield from (f"--{flag}", str(value))
+    return service_command("services.tool", recipe.tool.flags, url_file=url_file, port=port)
 
 
 def warm_up_command(recipe: Recipe, *, model: str, output: Path) -> list[str]:
@@ -140,17 +130,24 @@ def train_flags(recipe: Recipe, inputs: Inputs) -> list[str]:
         **_data_flags(recipe),
         "train.seed": seed,
         "alp.seed": seed,
-        **({"rollout.preflight_every": _PREFLIGHT_ONCE} if recipe.run.preflight else {}),
-        **({"rollout.preflight_stop": True} if recipe.run.preflight else {}),
+        **(_PREFLIGHT_ONCE if recipe.run.preflight else {}),
         "logger.metrics_jsonl": folder / METRICS,
         "logger.tensorboard_dir": folder / "tensorboard",
         **({"alp.record": folder / BATCHES} if recipe.run.record else {}),
         "ckpt.path": folder / "checkpoints",
         "ckpt.output_dir": folder / "model",
         **({"ckpt.load_enable": True} if inputs.resume else {}),
+        **_hold_flags(recipe, folder),
         **recipe.train.flags,
     }
     return list(_trainer_flags(given))
+
+
+def _hold_flags(recipe: Recipe, folder: Path) -> dict[str, Any]:
+    """What makes the learner wait while a step is evaluated."""
+    if recipe.evaluate is None or not recipe.evaluate.every:
+        return {}
+    return {"eval.hold_steps": recipe.evaluate.every, "eval.hold_file": folder / HOLD}
 
 
 def _data_flags(recipe: Recipe) -> dict[str, Any]:

@@ -7,7 +7,7 @@ import contextlib
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,6 @@ from openrlhf_alp.launch.servers import Services, fresh_keys, local_server
 from openrlhf_alp.launch.supervisor import ProcessFailedError, StopRequested, Supervisor
 from openrlhf_alp.launch.view import StageView
 from openrlhf_alp.report.pass_at_k import write_pass_at_k
-from openrlhf_alp.rollouts.runners import ToolConfig
 from services.common.wire import API_KEY_VARIABLE
 
 _LINE_EVERY_S = 20.0
@@ -38,29 +37,23 @@ _LINE_EVERY_S = 20.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EvaluationConfig:
-    """The options of a run that are not the plan's."""
+    """What to ask whom, and what to start for that."""
 
     model: str | None
     """Folder or Hugging Face id; served here unless `rollout_urls` are given."""
 
     tokenizer: str | None
     rollout_urls: tuple[str, ...]
-    tool_urls: tuple[str, ...]
-    uses_tool: bool
-    tool: ToolConfig
     suites: tuple[LoadedSuite, ...]
     n: int
-    template: str
-    temperature: float
-    top_p: float
-    top_k: int
-    max_new_tokens: int
-    seed: int
+    plan: Plan
+    """Its tool settings need no URLs: a tool service is started here when there are none."""
+
     output: Path
     num_workers: int
     concurrency: int
     request_timeout_s: float
-    service_flags: tuple[str, ...]
+    service_flags: Mapping[str, Any]
     """Flags of the rollout services that are started here."""
 
     num_servers: int
@@ -115,7 +108,7 @@ def run(config: EvaluationConfig, view: EvaluationView) -> int:
         right, or 128 + the number of the signal that stopped it.
     """
     # The client of this process reads them where the services do.
-    keys = fresh_keys() if not config.rollout_urls or config.uses_tool else {}
+    keys = fresh_keys() if not config.rollout_urls or config.plan.tool else {}
     try:
         with _environment(keys), Supervisor({"PYTHONUNBUFFERED": "1"}) as supervisor:
             services = Services(supervisor, view)
@@ -161,26 +154,18 @@ def _evaluate(config: EvaluationConfig, services: Services, view: EvaluationView
     urls = config.rollout_urls
     if not urls:
         model = str(find_model(config.model or SMOLLM2, say=lambda text: view.say("model", text)))
-        flags = ["--model", model, *config.service_flags]
-        for index in range(config.num_servers):
-            server = local_server(f"rollout-{index}", "services.rollout", flags, folder)
-            urls += services.start("the rollout service", [server])
-    tool = None
-    if config.uses_tool:
-        tool_urls = config.tool_urls or services.start(
-            "the tool service", [local_server("tool-0", "services.tool", [], folder)]
-        )
-        tool = _tool_config(config, tool_urls)
+        flags = {"model": model, **config.service_flags}
+        servers = [
+            local_server(f"rollout-{index}", "services.rollout", flags, folder)
+            for index in range(config.num_servers)
+        ]
+        urls = services.start(f"{len(servers)} rollout service(s)", servers)
+    plan, tool = config.plan, config.plan.tool
+    if tool and not tool.urls:
+        server = local_server("tool-0", "services.tool", {}, folder)
+        tool_urls = services.start("the tool service", [server])
+        plan = replace(plan, tool=replace(tool, urls=tool_urls))
     named, tokenizer = _tokenizer(config.tokenizer or model, urls)
-    plan = Plan(
-        template=config.template,
-        temperature=config.temperature,
-        top_p=config.top_p,
-        top_k=config.top_k,
-        max_new_tokens=config.max_new_tokens,
-        seed=config.seed,
-        tool=tool,
-    )
     return run_evaluation(
         Run(
             output=config.output,
@@ -198,13 +183,6 @@ def _evaluate(config: EvaluationConfig, services: Services, view: EvaluationView
         ),
         view,
     )
-
-
-def _tool_config(config: EvaluationConfig, urls: tuple[str, ...]) -> ToolConfig:
-    given = {name: getattr(config.tool, name) for name in ToolConfig.__slots__}
-    # The prompt's form decides how a program's output comes back, as in training.
-    form = "chat" if config.template.startswith("chat-") else "plain"
-    return ToolConfig(**{**given, "urls": urls, "template": form})
 
 
 def _tokenizer(name: str | None, urls: tuple[str, ...]) -> tuple[str, Any]:

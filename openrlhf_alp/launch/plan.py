@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 import math
@@ -11,8 +12,9 @@ import shlex
 import socket
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +22,16 @@ from safetensors import safe_open
 
 from openrlhf_alp.launch import machine
 from openrlhf_alp.launch.commands import ROLLOUT_KEYS, TOOL_KEYS, Commands, Inputs
-from openrlhf_alp.launch.recipe import Recipe, RecipeError, Source, nearest
+from openrlhf_alp.launch.recipe import Recipe, RecipeError, Services, Source, nearest
+from openrlhf_alp.launch.servers import Server
 from openrlhf_alp.launch.supervisor import Supervisor
+from openrlhf_alp.report import tracking
 
 _CHECK_GRACE_S = 1.0
-_EVALUATIONS = ("evaluate-before", "evaluate-after")
-_CHECKED = ("rollout-0", "tool-0", *_EVALUATIONS)
-"""Processes whose program is asked about its options."""
+_PROGRAMS = {"rollout": "--check", "tool": "--check", "evaluate": "--list"}
+"""Kind of process -> option with which its program reads every other one, and ends."""
+WEIGHTS_PREFIX = "openrlhf-alp-weights-"
+_SHARED_MEMORY = Path("/dev/shm")
 _PROCESS_GB = 1.0
 """Interpreter, torch and the engine's own buffers, of each process that has a model."""
 _URL = "http://127.0.0.1:{}"
@@ -56,13 +61,21 @@ class Plan:
     """Processes in the order of their start, and what they need."""
 
     recipe: Recipe
-    folder: Path
-    model: str
-    """Folder of the policy, or an id that has not been fetched."""
+    base: str
+    """Folder of the model that the recipe names, or an id that has not been fetched."""
+    inputs: Inputs
+    """Before the services run their URLs are placeholders."""
+    tools: tuple[Server, ...]
+    rollouts: tuple[Server, ...]
+    weights_dir: Path
     processes: tuple[Process, ...]
     needs: tuple[Need, ...] = ()
     shape: dict[str, Any] = field(default_factory=dict)
     """What the trainer's own parser says of the run, see `learner/flags/check.py`."""
+
+    def process(self, name: str) -> Process:
+        """The process of this name."""
+        return next(process for process in self.processes if process.name == name)
 
 
 def gpus_needed(recipe: Recipe) -> int:
@@ -78,67 +91,87 @@ def make_plan(
 ) -> Plan:
     """The processes of `recipe` on `gpus`: first the servers', then the learner's."""
     names = iter([gpu.name for gpu in gpus])
-    base = model
-    logs, processes = folder / "logs", []
-    rollout_urls, tool_urls = recipe.rollout.urls, recipe.tool.urls if recipe.tool else ()
+    folder = folder.resolve()
     prompts = recipe.data.path or str(folder / "data" / "prompts.jsonl")
-    if recipe.data.sources:
-        command = commands.prepare(recipe, model=model, output=Path(prompts))
-        processes.append(Process(name="data", command=command))
-    if recipe.tool and not tool_urls:
-        for name, port in named_ports("tool", recipe.tool.servers, recipe.tool.flags):
-            command = commands.tool(recipe, url_file=logs / f"{name}.url", port=port)
-            processes.append(Process(name=name, command=command))
-            tool_urls += (_URL.format(port or name),)
-    if recipe.model.warm_up_steps:
-        output = folder / "warm-model"
-        command = commands.warm_up(recipe, model=model, output=output)
-        processes.append(Process(name="warm-up", command=command))
-        model = str(output)
-    if not rollout_urls:
-        shared = Path("SHARED")
-        for name, port in named_ports("rollout", recipe.rollout.servers, recipe.rollout.flags):
-            url_file = logs / f"{name}.url"
-            command = commands.rollout(
-                recipe, model=model, url_file=url_file, port=port, weights_dir=shared
-            )
-            own = tuple(next(names) for _ in range(recipe.rollout.gpus))
-            processes.append(Process(name=name, command=command, gpus=own))
-            rollout_urls += (_URL.format(port or name),)
+    trained = str(folder / "warm-model") if recipe.model.warm_up_steps else model
+    shared = weights_dir(folder)
+    tools = _servers("tool", recipe.tool, folder, partial(commands.tool, recipe))
+    start = partial(commands.rollout, recipe, model=trained, weights_dir=shared)
+    rollouts = _servers("rollout", recipe.rollout, folder, start)
     inputs = Inputs(
-        model=model,
+        model=trained,
         prompts=prompts,
         folder=folder,
-        rollout_urls=rollout_urls,
-        tool_urls=tool_urls,
+        rollout_urls=recipe.rollout.urls or _urls(rollouts),
+        tool_urls=recipe.tool.urls or _urls(tools) if recipe.tool else (),
     )
-    left = [gpu.name for gpu in gpus] if recipe.train.shares_gpus else names
-    own = tuple(itertools.islice(left, recipe.train.gpus))
-    learner = Process(name="train", command=commands.train(recipe, inputs), gpus=own)
-    before, after = (
-        [
-            Process(
-                name=f"evaluate-{name}",
-                command=commands.evaluate(recipe, inputs, folder / "evaluation" / name),
-            )
-        ]
-        if recipe.evaluate and getattr(recipe.evaluate, name)
-        else []
-        for name in ("before", "after")
-    )
+    processes: list[Process] = []
+
+    def add(name: str, command: list[str], gpus: Iterable[str] = (), num_gpus: int = 0) -> None:
+        own = tuple(itertools.islice(gpus, num_gpus))
+        processes.append(Process(name=name, command=command, gpus=own))
+
+    if recipe.data.sources:
+        add("data", commands.prepare(recipe, model=model, output=Path(prompts)))
+    for server in tools:
+        add(server.name, server.command(server.port))
+    if recipe.model.warm_up_steps:
+        add("warm-up", commands.warm_up(recipe, model=model, output=trained))
+    for server in rollouts:
+        add(server.name, server.command(server.port), names, recipe.rollout.gpus)
+    stages = recipe.evaluate.names if recipe.evaluate else []
+    stages.insert("before" in stages, "train")
+    for name in stages:
+        if name == "train":
+            left = iter([gpu.name for gpu in gpus]) if recipe.train.shares_gpus else names
+            add(name, commands.train(recipe, inputs), left, recipe.train.gpus)
+        else:
+            command = commands.evaluate(recipe, inputs, folder / "evaluation" / name)
+            add(f"evaluate-{name}", command)
     return Plan(
         recipe=recipe,
-        folder=folder,
-        model=base,
-        processes=(*processes, *before, learner, *after),
+        base=model,
+        inputs=inputs,
+        tools=tools,
+        rollouts=rollouts,
+        weights_dir=shared,
+        processes=tuple(processes),
     )
 
 
-def named_ports(kind: str, servers: int, flags: dict[str, Any]) -> Iterator[tuple[str, int]]:
-    """Name and port of each server; the ports follow the recipe's one, or are any free ones."""
-    first = int(flags.get("port", 0))
-    for index in range(servers):
-        yield f"{kind}-{index}", first + index if first else 0
+def _servers(
+    kind: str, how: Services | None, folder: Path, command: Callable[..., list[str]]
+) -> tuple[Server, ...]:
+    """The servers to start; their ports follow the recipe's one, or are any free ones."""
+    if how is None or how.urls:
+        return ()
+    first = int(how.flags.get("port", 0))
+    servers = []
+    for index in range(how.servers):
+        url_file = folder / "logs" / f"{kind}-{index}.url"
+        server = Server(
+            name=url_file.stem,
+            command=lambda port, file=url_file: command(  # type: ignore[misc]
+                url_file=file, port=port
+            ),
+            url_file=url_file,
+            port=first and first + index,
+            ready_timeout_s=how.ready_timeout_s,
+            max_restarts=how.max_restarts,
+        )
+        servers.append(server)
+    return tuple(servers)
+
+
+def _urls(servers: Sequence[Server]) -> tuple[str, ...]:
+    return tuple(_URL.format(server.port or server.name) for server in servers)
+
+
+def weights_dir(folder: Path) -> Path:
+    """Where the servers of a run folder read the weights of an update; in memory if it can be."""
+    parent = _SHARED_MEMORY if _SHARED_MEMORY.is_dir() else Path(tempfile.gettempdir())
+    digest = hashlib.sha256(str(folder).encode()).hexdigest()
+    return parent / f"{WEIGHTS_PREFIX}{digest[:16]}"
 
 
 def check_plan(plan: Plan, source: Source, here: machine.Machine, supervisor: Supervisor) -> Plan:
@@ -147,24 +180,24 @@ def check_plan(plan: Plan, source: Source, here: machine.Machine, supervisor: Su
     Raises:
         RecipeError: a flag, a value, a key, a port, the memory or the disk is not right.
     """
-    _check_keys(plan.recipe)
+    _check_surroundings(plan.recipe)
     _check_ports(plan)
+    # One of each kind: they share their options.
+    kinds = {process.name.partition("-")[0]: process for process in reversed(plan.processes)}
     with tempfile.TemporaryDirectory() as folder:
         # All at once: OpenRLHF takes several seconds to import.
         asked = {
-            process.name: supervisor.start(
-                f"The check of {process.name}",
-                _check_command(plan, process),
-                log=Path(folder) / process.name,
+            kind: supervisor.start(
+                f"The check of {kind}",
+                _check_command(plan, kind, process),
+                log=Path(folder) / kind,
                 grace_s=_CHECK_GRACE_S,
             )
-            for process in plan.processes
-            if process.name in (*_CHECKED, "train")
+            for kind, process in kinds.items()
+            if kind in (*_PROGRAMS, "train")
         }
-        for name in _CHECKED:
-            if child := asked.get(name):
-                kind = name.partition("-")[0]
-                _judge_program(plan, kind, source, supervisor.ended(child))
+        for kind in [kind for kind in _PROGRAMS if kind in asked]:
+            _judge_program(plan, kind, source, supervisor.ended(asked[kind]))
         shape = _judge_trainer(plan, source, supervisor.ended(asked["train"]))
     plan = replace(plan, shape=shape)
     plan = replace(plan, needs=tuple(_needs(plan)))
@@ -174,7 +207,7 @@ def check_plan(plan: Plan, source: Source, here: machine.Machine, supervisor: Su
 
 def describe(plan: Plan, gpus: Sequence[machine.Gpu]) -> Iterator[tuple[str, str]]:
     """Lines of `--dry-run`: commands, GPUs, estimates."""
-    yield "folder", str(plan.folder)
+    yield "folder", str(plan.inputs.folder)
     for process in plan.processes:
         on = f"GPU {', '.join(process.gpus)}" if process.gpus else "CPU"
         yield process.name, f"on {on}: {shlex.join(process.command)}"
@@ -187,8 +220,10 @@ def describe(plan: Plan, gpus: Sequence[machine.Gpu]) -> Iterator[tuple[str, str
         yield "GPUs", f"{len(gpus)} free, {spare} of them not used by this run"
 
 
-def _check_keys(recipe: Recipe) -> None:
-    """Keys of services that somebody else started come from the environment."""
+def _check_surroundings(recipe: Recipe) -> None:
+    """Keys of services that somebody else started come from the environment; packages are there."""
+    if recipe.run.trackio and not tracking.is_installed():
+        raise RecipeError(f"run.trackio needs the package trackio: {tracking.INSTALL}")
     needed = [*(ROLLOUT_KEYS if recipe.rollout.urls else ())]
     needed += TOOL_KEYS if recipe.tool and recipe.tool.urls else ()
     if missing := [name for name in needed if not os.environ.get(name)]:
@@ -199,32 +234,27 @@ def _check_keys(recipe: Recipe) -> None:
 
 
 def _check_ports(plan: Plan) -> None:
-    for process in plan.processes:
-        if "--port" not in process.command:
-            continue
-        number = int(process.command[process.command.index("--port") + 1])
-        if number:
-            with socket.socket() as probe:
-                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-                try:
-                    probe.bind(("127.0.0.1", number))
-                except OSError as error:
-                    raise RecipeError(
-                        f"{process.name}: port {number} is not free ({error.strerror}). Stop what "
-                        "listens there, name another port, or leave port out for any free one."
-                    ) from error
+    for server in (*plan.tools, *plan.rollouts):
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind(("127.0.0.1", server.port))
+            except OSError as error:
+                raise RecipeError(
+                    f"{server.name}: port {server.port} is not free ({error.strerror}). Stop what "
+                    "listens there, name another port, or leave port out for any free one."
+                ) from error
 
 
-def _check_command(plan: Plan, process: Process) -> list[str]:
-    if process.name != "train":
-        # Both read every option, and end.
-        return [*process.command, "--list" if process.name in _EVALUATIONS else "--check"]
+def _check_command(plan: Plan, kind: str, process: Process) -> list[str]:
+    if option := _PROGRAMS.get(kind):
+        return [*process.command, option]
     command, path = process.command, Path(plan.recipe.data.path or "")
     if "--entry" in command:
         command = shlex.split(command[command.index("--entry") + 1])
     question = {
         "argv": command[command.index("openrlhf_alp.cli.train_ppo_ray") + 1 :],
-        "model": plan.model if Path(plan.model).is_dir() else None,
+        "model": plan.base if Path(plan.base).is_dir() else None,
         # A path with a suffix is a file, also one that does not exist; others may be ids.
         "check_data": bool(path.is_file() or path.suffix),
     }
@@ -274,7 +304,7 @@ def num_parameters(folder: Path) -> int | None:
 
 def _needs(plan: Plan) -> Iterator[Need]:
     """A lower bound: what cannot be computed without running, such as activations, is left out."""
-    recipe, shape, folder = plan.recipe, plan.shape, Path(plan.model)
+    recipe, shape, folder = plan.recipe, plan.shape, Path(plan.base)
     parameters = num_parameters(folder)
     if parameters is None:
         return
@@ -320,7 +350,7 @@ def _check_room(plan: Plan, here: machine.Machine) -> None:
     host = 0.0
     for need in plan.needs:
         if need.where.startswith("disk"):
-            room, fix = machine.free_disk_gb(plan.folder), "set run.folder to another disk"
+            room, fix = machine.free_disk_gb(plan.inputs.folder), "set run.folder to another disk"
         elif "GPU" in need.where:
             room = min((gpu.memory_gb for gpu in here.free_gpus), default=0.0)
             fix = "use more GPUs, train.ds.zero_stage = 3, or train.ds.adam_offload = true"

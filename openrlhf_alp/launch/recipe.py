@@ -48,6 +48,8 @@ class Run(Section):
     """Record the batch of every step in batches/ of the run folder (`--alp.record`)."""
     condition: str = ""
     """What sets this run apart from others in a report, besides its method and seed."""
+    trackio: str | None = None
+    """Project of Trackio that gets the steps, under the name of the run's folder."""
 
 
 class Model(Section):
@@ -134,8 +136,17 @@ class Evaluate(_Flagged):
     """Published sets or files of your own."""
     before: bool = True
     """Evaluate the policy that training starts from."""
+    every: int = Field(default=0, ge=0)
+    """Evaluate after every so many steps, while the learner waits; 0: never."""
     after: bool = True
     """Evaluate the trained policy."""
+
+    @property
+    def names(self) -> list[str]:
+        """What is evaluated, in this order; the names of folders."""
+        step = f"step-{self.every}"
+        wanted = {"before": self.before, step: bool(self.every), "after": self.after}
+        return [name for name, is_wanted in wanted.items() if is_wanted]
 
 
 class Sweep(Section):

@@ -7,35 +7,34 @@ check --> data --> tool services --> [warm-up] --> rollout services --> [accurac
 from __future__ import annotations
 
 import os
-import secrets
-import tempfile
+import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from filelock import FileLock, Timeout
 
 from openrlhf_alp.clients.errors import ServiceError
 from openrlhf_alp.launch import machine, plan, run_folder
-from openrlhf_alp.launch.commands import ROLLOUT_KEYS, TOOL_KEYS, Commands, Inputs
-from openrlhf_alp.launch.recipe import SMOLLM2, Recipe, RecipeError, Source
-from openrlhf_alp.launch.servers import Server, Services
+from openrlhf_alp.launch.commands import HOLD, Commands
+from openrlhf_alp.launch.recipe import SMOLLM2, Recipe, RecipeError, Source, to_settings
+from openrlhf_alp.launch.servers import Server, Services, fresh_keys
 from openrlhf_alp.launch.stages.summary import write_summary
 from openrlhf_alp.launch.stages.task import noun_of, write_task
 from openrlhf_alp.launch.stages.training import count_steps, follow_training
 from openrlhf_alp.launch.supervisor import ProcessFailedError, StopRequested, Supervisor
 from openrlhf_alp.launch.view import LaunchView
 from openrlhf_alp.report.metrics import METRICS, MetricsFileError, StepMetrics
+from openrlhf_alp.report.tracking import tracking
 
 if TYPE_CHECKING:
     from openrlhf_alp.launch.stages.accuracy import Accuracy
 
 _WORK_GRACE_S = 4.5
-_SHARED_MEMORY = Path("/dev/shm")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,25 +101,26 @@ class _Run:
         self._view, self._options = view, options
         self._supervisor, self._commands = supervisor, commands
         self._services = Services(supervisor, view)
-        self._rollout_urls = recipe.rollout.urls
-        self._tool_urls = recipe.tool.urls if recipe.tool else ()
 
     def run(self, stack: ExitStack, check: Callable[..., plan.Plan]) -> None:
         step = self._check_folder(stack)
-        self._model = self._find_model()
         self._plan = self._make_plan(stack, check)
+        self._inputs = replace(self._plan.inputs, resume=self._options.resume is not None)
         if self._options.dry_run:
             return
         self._open_folder(step)
         self._set_environment()
         self._write_data()
-        if self._recipe.tool and not self._tool_urls:
-            self._tool_urls = self._start_servers("tool", self._recipe.tool, None)
+        tool_urls = self._start_servers("tool", self._plan.tools)
         # Before the engine: its memory is free again before vLLM measures what there is.
         self._warm_up()
-        if not self._rollout_urls:
-            shared = self._shared_folder(stack)
-            self._rollout_urls = self._start_servers("rollout", self._recipe.rollout, shared)
+        self._share_weights(stack)
+        rollout_urls = self._start_servers("rollout", self._plan.rollouts)
+        self._inputs = replace(
+            self._inputs,
+            rollout_urls=rollout_urls or self._inputs.rollout_urls,
+            tool_urls=tool_urls or self._inputs.tool_urls,
+        )
         self._evaluate("before")
         before = self._measure("before")
         steps = self._train()
@@ -158,7 +158,7 @@ class _Run:
         return str(run_folder.find_model(name, say=partial(self._view.say, "model")))
 
     def _make_plan(self, stack: ExitStack, check: Callable[..., plan.Plan]) -> plan.Plan:
-        needed = plan.gpus_needed(self._recipe)
+        model, needed = self._find_model(), plan.gpus_needed(self._recipe)
         if text := self._options.pretend_gpus:
             here = machine.pretended_machine(text)
         else:
@@ -170,7 +170,7 @@ class _Run:
             gpus = stack.enter_context(machine.claimed(gpus, needed))
         # Where there is a GPU, whoever gets none must not find one by itself.
         self._has_gpus = bool(here.gpus)
-        made = plan.make_plan(self._recipe, self._folder, self._model, gpus, self._commands)
+        made = plan.make_plan(self._recipe, self._folder, model, gpus, self._commands)
         with self._view.waiting("Checking flags, ports, memory and disk"):
             made = check(made, self._source, here, self._supervisor)
         for name, text in plan.describe(made, gpus) if self._options.dry_run else ():
@@ -179,23 +179,19 @@ class _Run:
 
     def _open_folder(self, step: int) -> None:
         say = partial(self._view.say, "folder")
-        if self._options.resume:
-            self._folder = self._folder.resolve()
-            undone = run_folder.drop_undone_steps(self._folder, step)
+        if self._inputs.resume:
+            undone = run_folder.drop_undone_steps(self._inputs.folder, step)
             say(f"{self._folder}: continues after step {step}; {undone} later steps are repeated")
-            return
-        self._folder = run_folder.open_run_folder(
-            self._folder, recipe=self._recipe, overwrite=self._options.overwrite, say=say
-        )
-        say(str(self._folder))
+        else:
+            run_folder.open_run_folder(
+                self._folder, recipe=self._recipe, overwrite=self._options.overwrite, say=say
+            )
+            say(str(self._folder))
+        self._folder = self._inputs.folder
 
     def _set_environment(self) -> None:
         """Keys and switches of the children, by environment: a command line is public."""
-        self._keys = {
-            name: os.environ[name] if urls else secrets.token_urlsafe(32)
-            for names, urls in ((ROLLOUT_KEYS, self._rollout_urls), (TOOL_KEYS, self._tool_urls))
-            for name in names
-        }
+        self._keys = fresh_keys()
         self._environment = {**self._keys, "PYTHONUNBUFFERED": "1"}
         data = self._recipe.data
         if "HF_HUB_OFFLINE" not in os.environ and not (data.path and not Path(data.path).exists()):
@@ -205,93 +201,82 @@ class _Run:
             self._offline = {}
 
     def _environment_of(self, name: str) -> dict[str, str]:
-        gpus = next((p.gpus for p in self._plan.processes if p.name == name), ())
-        visible = {"CUDA_VISIBLE_DEVICES": ",".join(gpus)} if self._has_gpus else {}
+        gpus = ",".join(self._plan.process(name).gpus)
+        visible = {"CUDA_VISIBLE_DEVICES": gpus} if self._has_gpus else {}
         return {**self._environment, **self._offline, **visible}
 
     def _write_data(self) -> None:
         data, seed = self._recipe.data, self._recipe.run.seed
-        self._prompts = Path(data.path or self._folder / "data" / "prompts.jsonl")
+        prompts = Path(self._inputs.prompts)
         if data.task:
             # As many rows as the steps read: the run then ends after exactly this many steps.
             count = (data.steps or 0) * self._plan.shape["batch_size"]
-            questions = write_task(data.task, self._prompts, num_rows=count, seed=seed)
+            questions = write_task(data.task, prompts, num_rows=count, seed=seed)
             self._noun, self._test = noun_of(data.task), questions.test
             self._view.say(
                 "task",
                 f'"{self._test[0].question}" and the like: {len(questions.train)} questions to '
                 f"train on, {len(self._test)} held out",
             )
-        elif data.sources and not self._prompts.exists():
-            self._prompts.parent.mkdir(exist_ok=True)
-            command = self._commands.prepare(self._recipe, model=self._model, output=self._prompts)
+        elif data.sources and not prompts.exists():
+            prompts.parent.mkdir(exist_ok=True)
+            command = self._plan.process("data").command
             self._work("data", "Preparing the prompts", command, self._environment)
 
-    def _start_servers(self, kind: str, how: Any, shared: Path | None) -> tuple[str, ...]:
-        """URLs of the services, which they write once they accept connections."""
-        servers = []
-        for name, port in plan.named_ports(kind, how.servers, how.flags):
-            url_file = self._folder / "logs" / f"{name}.url"
-            start = partial(self._commands.tool, self._recipe)
-            if kind == "rollout":
-                start = partial(
-                    self._commands.rollout, self._recipe, model=self._model, weights_dir=shared
-                )
-            servers.append(
-                Server(
-                    name=name,
-                    command=lambda port, start=start, file=url_file: start(  # type: ignore[misc]
-                        url_file=file, port=port
-                    ),
-                    environment=self._environment_of(name),
-                    url_file=url_file,
-                    log=url_file.with_suffix(".log"),
-                    port=port,
-                )
-            )
-        return self._services.start(
-            f"{len(servers)} {kind} service(s)",
-            servers,
-            ready_timeout_s=how.ready_timeout_s,
-            max_restarts=how.max_restarts,
-        )
+    def _start_servers(self, kind: str, servers: Sequence[Server]) -> tuple[str, ...]:
+        """URLs of the services; none when the recipe has none, or those that run already."""
+        if not servers:
+            return ()
+        for server in servers:
+            server.environment = self._environment_of(server.name)
+        return self._services.start(f"{len(servers)} {kind} service(s)", servers)
 
-    def _shared_folder(self, stack: ExitStack) -> Path:
-        """Where servers read the weights of an update, also after a restart; in memory if it can
-        be."""
-        parent = _SHARED_MEMORY if _SHARED_MEMORY.is_dir() else None
-        folder = tempfile.TemporaryDirectory(
-            prefix="openrlhf-alp-weights-", dir=parent, ignore_cleanup_errors=True
-        )
-        return Path(stack.enter_context(folder))
+    def _share_weights(self, stack: ExitStack) -> None:
+        """Makes the folder of updates for as long as the run lasts; of killed runs none stays."""
+        folder = self._plan.weights_dir
+        for lock in folder.parent.glob(f"{plan.WEIGHTS_PREFIX}*.lock"):
+            with suppress(Timeout, OSError), FileLock(lock, timeout=0):
+                shutil.rmtree(lock.with_suffix(""), ignore_errors=True)
+                lock.unlink()
+        stack.enter_context(FileLock(f"{folder}.lock", timeout=0))
+        stack.callback(Path(f"{folder}.lock").unlink, missing_ok=True)
+        stack.callback(shutil.rmtree, folder, ignore_errors=True)
+        folder.mkdir(mode=0o700)
 
     def _work(
-        self, name: str, what: str, command: list[str], environment: Mapping[str, str]
+        self,
+        name: str,
+        what: str,
+        command: list[str],
+        environment: Mapping[str, str],
+        meanwhile: Callable[[], None] | None = None,
     ) -> None:
-        """Runs a process to its end, while the services run."""
+        """Runs a process to its end, while the services run; `meanwhile` sees to that they do."""
         log = self._folder / "logs" / f"{name}.log"
         child = self._supervisor.start(
             what, command, log=log, grace_s=_WORK_GRACE_S, environment=environment
         )
         started_s = time.monotonic()
         with self._view.waiting(f"{what} (log: {log})"):
-            self._supervisor.wait(child)
+            try:
+                self._supervisor.wait(child, meanwhile or self._services.check)
+            except ProcessFailedError:
+                self._supervisor.stop(child)
+                raise
         self._view.say(name, f"{what}: {time.monotonic() - started_s:.0f} s (log: {log})")
 
     def _warm_up(self) -> None:
         """Shows the policy the form of a tool call, by supervised learning, and says so."""
-        if not self._recipe.model.warm_up_steps:
+        steps = self._recipe.model.warm_up_steps
+        if not steps or (Path(self._inputs.model) / "config.json").exists():
             return
-        warm = self._folder / "warm-model"
-        if not (warm / "config.json").exists():
-            command = self._commands.warm_up(self._recipe, model=self._model, output=warm)
-            self._work("warm-up", "Supervised warm-up", command, self._environment_of("train"))
-            self._view.say(
-                "warm-up",
-                f"{self._recipe.model.warm_up_steps} supervised steps show what a tool call looks "
-                "like, and twice as often a wrong guess; which of them pays is left to the reward",
-            )
-        self._model = str(warm)
+        command = self._plan.process("warm-up").command
+        self._work("warm-up", "Supervised warm-up", command, self._environment_of("train"))
+        self._view.say(
+            "warm-up",
+            f"{steps} supervised steps show what a tool call looks like, and twice as often a "
+            "wrong guess; which of them pays is left to the reward",
+        )
 
     def _measure(self, name: str) -> Accuracy | None:
         """Held-out questions of a made task."""
@@ -303,9 +288,9 @@ class _Run:
         with self._view.waiting(f"Asking the {len(self._test)} held-out questions"):
             accuracy = measure_accuracy(
                 self._test,
-                model=Path(self._model),
-                rollout_urls=self._rollout_urls,
-                tool_urls=self._tool_urls,
+                model=Path(self._inputs.model),
+                rollout_urls=self._inputs.rollout_urls,
+                tool_urls=self._inputs.tool_urls,
                 flags=self._recipe.train.flags,
                 keys=self._keys,
                 seed=self._recipe.run.seed,
@@ -318,38 +303,68 @@ class _Run:
         )
         return accuracy
 
-    def _evaluate(self, name: str) -> None:
+    def _evaluate(self, name: str, meanwhile: Callable[[], None] | None = None) -> None:
         """Problem sets of the recipe; what an earlier attempt has answered is not asked again."""
-        if self._recipe.evaluate is None or not getattr(self._recipe.evaluate, name):
+        wanted = self._recipe.evaluate
+        if wanted is None or getattr(wanted, name, True) is False:
             return
         output = self._folder / "evaluation" / name
-        command = self._commands.evaluate(self._recipe, self._inputs(), output)
-        self._work(f"evaluate-{name}", f"Evaluating {name} training", command, self._environment)
+        command = self._commands.evaluate(self._recipe, self._inputs, output)
+        what = f"Evaluating {name.replace('-', ' ')}"
+        self._work(f"evaluate-{name}", what, command, self._environment, meanwhile)
         self._view.say("results", str(output / "results.md"))
 
-    def _inputs(self) -> Inputs:
-        return Inputs(
-            model=self._model,
-            prompts=str(self._prompts),
-            folder=self._folder,
-            rollout_urls=self._rollout_urls,
-            tool_urls=self._tool_urls,
-            resume=self._options.resume is not None,
-        )
+    def _evaluate_step(self, step: int, keep_running: Callable[[], None]) -> None:
+        """As `_evaluate`; where it cannot be made, that is said, and training continues."""
+        restarts = [server.restarts for server in self._services.all]
+
+        def keep_weights() -> None:
+            keep_running()
+            for server, before in zip(self._services.all, restarts, strict=True):
+                if server.restarts > before:
+                    # It has the weights that training began with, until they are pushed again.
+                    ending = f"{server.name} lost the weights of the step"
+                    raise ProcessFailedError(ending, ending)
+
+        try:
+            self._evaluate(f"step-{step}", keep_weights)
+        except ProcessFailedError as error:
+            keep_running()  # raises where it was training, or a service for good
+            self._view.say("note", f"step {step} is not evaluated: {error.ending}")
 
     def _train(self) -> list[StepMetrics]:
-        log = self._folder / "logs" / "train.log"
+        log, metrics = self._folder / "logs" / "train.log", self._folder / METRICS
+        hold = self._folder / HOLD
+        hold.unlink(missing_ok=True)  # of an attempt that was killed while it evaluated
         train = self._supervisor.start(
             "Training",
-            self._commands.train(self._recipe, self._inputs()),
+            self._commands.train(self._recipe, self._inputs),
             log=log,
             grace_s=_WORK_GRACE_S,
             environment=self._environment_of("train"),
         )
+
+        def keep_running() -> None:
+            if not train.is_running:
+                raise train.failure()
+            self._services.keep_running()
+
+        def evaluate() -> None:
+            if hold.exists():
+                self._evaluate_step(int(hold.read_text()), keep_running)
+                hold.unlink()
+
         self._view.say("training", f"starting Ray and DeepSpeed (log: {log})")
-        wanted = count_steps(self._prompts, self._plan.shape)
-        metrics = self._folder / METRICS
-        steps = follow_training(train, metrics, self._services.groups, wanted, self._view)
+        wanted = count_steps(Path(self._inputs.prompts), self._plan.shape)
+        with tracking(
+            self._recipe.run.trackio,
+            name=self._folder.name,
+            settings=to_settings(self._recipe),
+            continues=self._inputs.resume,
+        ) as log_step:
+            steps = follow_training(
+                train, metrics, self._services, wanted, self._view, log_step, evaluate
+            )
         self._supervisor.wait(train)
         if wanted is not None and len(steps) != wanted:
             self._view.say(

@@ -9,6 +9,7 @@ summary.json       only of a finished run
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from datetime import datetime
@@ -73,7 +74,7 @@ def open_run_folder(path: Path, *, recipe: Recipe, overwrite: bool, say: Say) ->
         if overwrite:
             shutil.rmtree(path)
         else:
-            say(f"the earlier run is now {_move_aside(path)}")
+            say(f"the earlier run is now {_move_aside(path, path / RECIPE)}")
     try:
         (path / "logs").mkdir(parents=True, exist_ok=True)
         (path / RECIPE).write_text(to_toml(recipe), encoding="utf-8")
@@ -127,7 +128,8 @@ def newest_checkpoint(path: Path) -> int:
 
 
 def drop_undone_steps(path: Path, step: int) -> int:
-    """Moves the metrics of steps after `step`, which will be made again, to a file of their own.
+    """Moves what steps after `step` left, which will be made again: metrics to a file of their own,
+    an evaluation to a folder beside it.
 
     Returns:
         How many steps these were.
@@ -148,6 +150,10 @@ def drop_undone_steps(path: Path, step: int) -> int:
     partial = metrics.with_suffix(".partial")
     partial.write_text("".join(kept), encoding="utf-8")
     partial.replace(metrics)
+    for folder in (path / "evaluation").glob("*"):
+        name = re.fullmatch(r"after|step-(\d+)", folder.name)
+        if name and (name[1] is None or int(name[1]) > step):
+            _move_aside(folder, folder / "run.json")
     return len(undone)
 
 
@@ -207,9 +213,9 @@ def _download(name: str, *, say: Say) -> Path:
         ) from error
 
 
-def _move_aside(path: Path) -> Path:
-    # Named after its own time, not today's: the name then says which run it is.
-    written = datetime.fromtimestamp((path / RECIPE).stat().st_mtime)
+def _move_aside(path: Path, first: Path) -> Path:
+    # Named after the time of its first file, not today's: the name then says which run it is.
+    written = datetime.fromtimestamp((first if first.exists() else path).stat().st_mtime)
     aside = path.with_name(f"{path.name}-{written:%Y%m%d-%H%M%S}")
     if aside.exists():
         raise RecipeError(

@@ -9,9 +9,8 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 from urllib.parse import urlsplit
 
 import httpx
@@ -23,38 +22,9 @@ from services.common.wire import ADMIN_KEY_VARIABLE, API_KEY_VARIABLE, TOOL_KEY_
 SERVICE_GRACE_S = 4.5
 _POLL_S = 0.3
 _STATUS_S = 1.0
-_READY_S = 600.0
 _REQUESTS = ("openrlhf_alp_rollout_requests", "openrlhf_alp_tool_executions")
 _TOKENS = "openrlhf_alp_rollout_sampled_tokens"
 _VERSION = "openrlhf_alp_rollout_weight_version"
-
-
-@dataclass(slots=True, kw_only=True)
-class Server:
-    """One service that this launch started."""
-
-    name: str
-    command: Callable[[int], list[str]]
-    """Command line for a port; 0 takes any free one."""
-    environment: Mapping[str, str]
-    url_file: Path
-    log: Path
-    port: int = 0
-    url: str = ""
-    child: Child | None = None
-    restarts: int = 0
-    started_s: float = 0.0
-    status: Status = field(default_factory=lambda: Status())
-
-    @property
-    def is_ready(self) -> bool:
-        """Whether it has said that it accepts connections."""
-        return self.url_file.exists()
-
-    def failure(self) -> ProcessFailedError:
-        """The error that shows how it ended."""
-        assert self.child is not None
-        return self.child.failure()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,50 +38,103 @@ class Status:
     tokens_per_s: float | None = None
 
 
-class Servers:
-    """All services of one kind.
+@dataclass(slots=True, kw_only=True)
+class Server:
+    """One service that this launch starts."""
 
-    Args:
-        ready_timeout_s: how long one may take until it answers.
-        max_restarts: how often one may be started again.
-        say: told of every restart.
-    """
+    name: str
+    command: Callable[[int], list[str]]
+    """Command line for a port; 0 takes any free one."""
+    url_file: Path
+    """Written by the service once it accepts connections; its log stands beside it."""
+    environment: Mapping[str, str] = field(default_factory=dict)
+    port: int = 0
+    ready_timeout_s: float = 600.0
+    """How long it may take until it answers."""
+    max_restarts: int = 0
+    """How often it may be started again."""
+    url: str = ""
+    child: Child | None = None
+    restarts: int = 0
+    started_s: float = 0.0
+    status: Status = Status()
 
-    def __init__(
-        self,
-        supervisor: Supervisor,
-        servers: Sequence[Server],
-        *,
-        ready_timeout_s: float,
-        max_restarts: int,
-        say: Callable[[str], None],
-    ) -> None:
-        self.all = list(servers)
-        self._supervisor = supervisor
-        self._ready_timeout_s, self._max_restarts, self._say = ready_timeout_s, max_restarts, say
+    @property
+    def log(self) -> Path:
+        return self.url_file.with_suffix(".log")
 
-    def start(self, check_others: Callable[[], None]) -> None:
-        """Starts all at once, and returns when every one accepts connections.
+    @property
+    def is_ready(self) -> bool:
+        """Whether it has said that it accepts connections."""
+        return self.url_file.exists()
+
+    @property
+    def is_running(self) -> bool:
+        return self.child is not None and self.child.is_running
+
+    def failure(self) -> ProcessFailedError:
+        """The error that shows how it ended."""
+        assert self.child is not None
+        return self.child.failure()
+
+    def require_start(self) -> None:
+        """Raises ProcessFailedError when it has ended, or takes longer than it may."""
+        late = time.monotonic() - self.started_s > self.ready_timeout_s
+        if late or not self.is_running:
+            raise self.failure()
+
+
+class ServiceView(Protocol):
+    """Who is told about starts."""
+
+    def say(self, stage: str, text: str) -> None: ...
+
+    def waiting(self, text: str) -> AbstractContextManager[object]: ...
+
+
+class Services:
+    """Every service that a command starts: announced, watched, and ended by the supervisor."""
+
+    def __init__(self, supervisor: Supervisor, view: ServiceView) -> None:
+        self._supervisor, self._view = supervisor, view
+        self.all: list[Server] = []
+        """Those that serve or have served, in the order of their start."""
+
+    def start(self, what: str, servers: Sequence[Server]) -> tuple[str, ...]:
+        """Starts services together; returns their URLs once all of them serve.
+
+        Args:
+            what: names them while they start.
 
         Raises:
-            ProcessFailedError: one ended, or was not ready in time.
+            ProcessFailedError: one ended, or did not serve in time.
         """
-        for server in self.all:
-            self._start(server)
-        while waiting := [server for server in self.all if not server.is_ready]:
-            for server in waiting:
-                self._require_start(server)
-            check_others()
-            time.sleep(_POLL_S)
-        for server in self.all:
+        started_s = time.monotonic()
+        with self._view.waiting(f"Starting {what} (logs: {servers[0].log.parent})"):
+            for server in servers:
+                server.url_file.parent.mkdir(parents=True, exist_ok=True)
+                self._start(server)
+            while waiting := [server for server in servers if not server.is_ready]:
+                for server in waiting:
+                    server.require_start()
+                self.check()
+                time.sleep(_POLL_S)
+        self.all += servers
+        seconds = time.monotonic() - started_s
+        for server in servers:
             server.url = server.url_file.read_text(encoding="utf-8").strip()
             # A restart takes the same port: the learner knows no other address.
             server.port = urlsplit(server.url).port or 0
+            self._view.say(
+                "service",
+                f"{server.name} is ready at {server.url} after {seconds:.0f} s (log: {server.log})",
+            )
+        return tuple(server.url for server in servers)
 
     def check(self) -> None:
-        """Raises ProcessFailedError when one has ended."""
+        """Raises ProcessFailedError when one of them has ended."""
         for server in self.all:
-            if server.child is not None and not server.child.is_running:
+            if not server.is_running:
                 raise server.failure()
 
     def keep_running(self) -> None:
@@ -121,13 +144,10 @@ class Servers:
             ProcessFailedError: one ended too often, or does not come back.
         """
         for server in self.all:
-            assert server.child is not None
-            if not server.child.is_running:
-                if server.restarts >= self._max_restarts:
-                    raise server.failure()
+            if not server.is_running:
                 self._restart(server)
             elif not server.is_ready:
-                self._require_start(server)
+                server.require_start()
 
     def poll(self) -> None:
         """Asks every service what it has counted."""
@@ -135,6 +155,8 @@ class Servers:
             server.status = _ask(server.url, server.status) if server.is_ready else Status()
 
     def _start(self, server: Server) -> None:
+        # Of an earlier run in this folder, or of a process that was killed.
+        server.url_file.unlink(missing_ok=True)
         server.started_s = time.monotonic()
         server.child = self._supervisor.start(
             server.name,
@@ -147,19 +169,40 @@ class Servers:
 
     def _restart(self, server: Server) -> None:
         assert server.child is not None
-        ended = server.child.failure().ending
+        failure = server.failure()
+        if server.restarts >= server.max_restarts:
+            raise failure
         server.restarts += 1
-        self._say(f"{ended}; started again ({server.restarts} of {self._max_restarts})")
+        count = f"{server.restarts} of {server.max_restarts}"
+        self._view.say("restart", f"{failure.ending}; started again ({count})")
         self._supervisor.forget(server.child)
-        # A process that was killed leaves it behind.
-        server.url_file.unlink(missing_ok=True)
         self._start(server)
 
-    def _require_start(self, server: Server) -> None:
-        assert server.child is not None
-        late = time.monotonic() - server.started_s > self._ready_timeout_s
-        if late or not server.child.is_running:
-            raise server.failure()
+
+def service_command(
+    module: str, flags: Mapping[str, Any], *, url_file: Path, port: int
+) -> list[str]:
+    """`python -m MODULE` on this machine's loopback address, unless `flags` name another host."""
+    # A short drain: whoever asks it has ended by then, and the end of a launch has a time limit.
+    own = {"host": "127.0.0.1", "drain_s": 1.0, **flags, "port": port, "url_file": url_file}
+    command = [sys.executable, "-m", module]
+    for name, value in own.items():
+        flag = name.replace("_", "-")
+        if isinstance(value, bool):
+            command.append(f"--{flag}" if value else f"--no-{flag}")
+        else:
+            command += [f"--{flag}", str(value)]
+    return command
+
+
+def local_server(name: str, module: str, flags: Mapping[str, Any], folder: Path) -> Server:
+    """`module` on a free port of this machine; log and URL file are in `folder`."""
+    url_file = folder / f"{name}.url"
+    return Server(
+        name=name,
+        command=lambda port: service_command(module, flags, url_file=url_file, port=port),
+        url_file=url_file,
+    )
 
 
 def _ask(url: str, before: Status) -> Status:
@@ -183,85 +226,6 @@ def _ask(url: str, before: Status) -> Status:
         requests=int(requests[0]) if requests else None,
         tokens=tokens,
         tokens_per_s=rate,
-    )
-
-
-class ServiceView(Protocol):
-    """Who is told about the start."""
-
-    def say(self, stage: str, text: str) -> None: ...
-
-    def waiting(self, text: str) -> AbstractContextManager[object]: ...
-
-
-class Services:
-    """Every service that a command starts: announced, and ended by the supervisor."""
-
-    def __init__(self, supervisor: Supervisor, view: ServiceView) -> None:
-        self._supervisor, self._view = supervisor, view
-        self.groups: list[Servers] = []
-
-    @property
-    def all(self) -> list[Server]:
-        """In the order of their start."""
-        return [server for group in self.groups for server in group.all]
-
-    def start(
-        self,
-        what: str,
-        servers: Sequence[Server],
-        *,
-        ready_timeout_s: float = _READY_S,
-        max_restarts: int = 0,
-    ) -> tuple[str, ...]:
-        """Starts services of one kind together; returns their URLs once all of them serve.
-
-        Args:
-            what: names them while they start.
-
-        Raises:
-            ProcessFailedError: one ended, or did not serve in time.
-        """
-        started_s = time.monotonic()
-        for server in servers:
-            server.url_file.parent.mkdir(parents=True, exist_ok=True)
-            # Of an earlier run in this folder.
-            server.url_file.unlink(missing_ok=True)
-        group = Servers(
-            self._supervisor,
-            servers,
-            ready_timeout_s=ready_timeout_s,
-            max_restarts=max_restarts,
-            say=partial(self._view.say, "restart"),
-        )
-        with self._view.waiting(f"Starting {what} (logs: {servers[0].log.parent})"):
-            group.start(self.check)
-        self.groups.append(group)
-        seconds = time.monotonic() - started_s
-        for server in servers:
-            self._view.say(
-                "service",
-                f"{server.name} is ready at {server.url} after {seconds:.0f} s (log: {server.log})",
-            )
-        return tuple(server.url for server in servers)
-
-    def check(self) -> None:
-        """Raises ProcessFailedError when one of them has ended."""
-        for group in self.groups:
-            group.check()
-
-
-def local_server(name: str, module: str, flags: Sequence[str], folder: Path) -> Server:
-    """`python -m MODULE FLAGS` on a free port of this machine; log and URL file are in `folder`."""
-    url_file = folder / f"{name}.url"
-    command = [sys.executable, "-m", module, "--host", "127.0.0.1", "--port", "0"]
-    command += ["--url-file", str(url_file), *flags]
-    return Server(
-        name=name,
-        command=lambda port: command,
-        environment={},
-        url_file=url_file,
-        log=url_file.with_suffix(".log"),
     )
 
 

@@ -4,7 +4,8 @@ Each child leads a session of its own, so Ctrl-C in the terminal reaches only th
 then stops the children in order. Ray and vLLM start daemons that leave their parent's process group
 and may outlive it. On Linux this process therefore adopts orphans of its descendants (it becomes a
 "subreaper"): whatever the children started, in whatever session, is a descendant here and is ended
-by its process id.
+by its process id. Where this process is itself killed, the kernel kills the children (`tied.py`),
+and Ray, vLLM and the sandbox do the same for theirs.
 """
 
 import contextlib
@@ -14,7 +15,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -24,6 +25,8 @@ import psutil
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
+_TIED = Path(__file__).with_name("tied.py")
+_POLL_S = 0.3
 _PR_SET_CHILD_SUBREAPER = 36
 _KILL_ROUNDS = 20
 """Rounds of killing; a process that forks while it is being killed shows up in the next round."""
@@ -130,10 +133,12 @@ class Supervisor:
         environment: Mapping[str, str] | None = None,
         is_service: bool = False,
     ) -> Child:
-        """Starts `command`; its output goes to the end of `log`."""
+        """Starts `command`; its output goes to the end of `log`. It dies with this process."""
+        # Isolated: it imports nothing of ours, and what PYTHONPATH names may be slow to read.
+        tied = (sys.executable, "-I", "-S", str(_TIED), str(os.getpid()))
         with log.open("ab") as output:
             process = subprocess.Popen(
-                command,
+                (*tied, *command),
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
@@ -144,13 +149,17 @@ class Supervisor:
         self._children.append(child)
         return child
 
-    def wait(self, child: Child) -> None:
-        """Waits for `child` to end and forgets it.
+    def wait(self, child: Child, meanwhile: Callable[[], None] = lambda: None) -> None:
+        """Waits for `child` to end and forgets it; `meanwhile` is called several times a second.
 
         Raises:
             ProcessFailedError: it ended with another status than 0.
         """
-        if child.process.wait() != 0:
+        while child.is_running:
+            meanwhile()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                child.process.wait(timeout=_POLL_S)
+        if child.process.returncode != 0:
             raise child.failure()
         self.forget(child)
 
@@ -159,6 +168,11 @@ class Supervisor:
         status = child.process.wait()
         self.forget(child)
         return status, child.log.read_text(encoding="utf-8", errors="replace")
+
+    def stop(self, child: Child) -> None:
+        """Ends `child` alone, within its grace, and forgets it."""
+        _end([child.process], child.grace_s)
+        self.forget(child)
 
     def forget(self, child: Child) -> None:
         """Leaves out of the end what has ended."""

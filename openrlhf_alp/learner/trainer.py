@@ -10,6 +10,7 @@ import contextlib
 import json
 import logging
 import threading
+import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -32,6 +33,7 @@ from openrlhf_alp.rollouts.response import with_ratios
 
 logger = logging.getLogger(__name__)
 
+_HOLD_POLL_S = 0.2
 _LOST_EVERY_S = 5.0
 """How often the servers are asked whether they still have the weights."""
 
@@ -114,6 +116,20 @@ class _ServiceTraining:
         super().save_logs_and_checkpoints(  # type: ignore[misc]
             global_step, logs_dict, client_states
         )
+        self._hold(global_step)
+
+    def _hold(self, global_step: int) -> None:
+        """Wait where somebody evaluates the weights that the services now serve."""
+        service = self.args.rollout_service
+        if not service.hold_steps or global_step % service.hold_steps:
+            return
+        file = Path(service.hold_file)
+        logger.info("step %d: waiting until %s is removed", global_step, file)
+        whole = file.with_suffix(".partial")
+        whole.write_text(str(global_step), encoding="utf-8")
+        whole.replace(file)
+        while file.exists():
+            time.sleep(_HOLD_POLL_S)
 
     @contextlib.contextmanager
     def _pushing_again(self) -> Iterator[None]:

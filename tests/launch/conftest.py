@@ -5,11 +5,14 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
+
+from benchmarks.common.launching import RealLaunch, StartLaunch
 
 HERE = Path(__file__).parent
 
@@ -93,3 +96,18 @@ def start_launch(tmp_path: Path, character_model: Path) -> Iterator[Callable[...
     for launch in started:
         with launch.process:
             launch.process.kill()
+
+
+@pytest.fixture
+def start_real() -> Iterator[StartLaunch]:
+    """Starts `openrlhf-alp launch`; what still runs at the end of the test is ended."""
+    started: list[RealLaunch] = []
+
+    def start(*arguments: str, **options: Any) -> RealLaunch:
+        started.append(RealLaunch(*arguments, **options))
+        return started[-1]
+
+    yield start
+    for launch in started:
+        launch.process.terminate()
+        launch.process.communicate(timeout=60)

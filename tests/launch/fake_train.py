@@ -11,7 +11,7 @@ from pathlib import Path
 
 MODES = (
     *("ok", "fails", "fails_later", "hangs", "stubborn", "is_killed"),
-    *("kills_service", "kills_always"),
+    *("kills_service", "kills_always", "holds"),
 )
 DAEMON = (
     "import os, signal\n"
@@ -55,6 +55,46 @@ def kill(url_file: Path, pid: int) -> None:
         time.sleep(0.05)
 
 
+def wait_to_be_evaluated(hold: Path) -> None:
+    hold.with_suffix(".partial").write_text("2")
+    hold.with_suffix(".partial").rename(hold)
+    while hold.exists():
+        time.sleep(0.05)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    services = arguments.pids.read_text().split()
+    with arguments.pids.open("a") as file:
+        file.write(f"{os.getpid()}\n{start_daemon()}\n")
+    latest = arguments.run / "checkpoints" / "_actor" / "latest"
+    first = int(latest.read_text().removeprefix("global_step")) + 1 if arguments.resume else 1
+    num_steps = len(arguments.train_data.read_text().splitlines()) // 8
+    for step in range(first, num_steps + 1):
+        log_step(arguments.run / "metrics.jsonl", step)
+        if step % 2 == 0:
+            latest.parent.mkdir(parents=True, exist_ok=True)
+            latest.write_text(f"global_step{step}")
+        misbehave(arguments, step, services)
+
+
+def misbehave(arguments: argparse.Namespace, step: int, services: list[str]) -> None:
+    mode = arguments.mode
+    if mode == "fails" or (mode == "fails_later" and step == 3):
+        sys.exit("error: a loss of NaN; fix: lower the learning rate")
+    if mode == "is_killed":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if mode in ("kills_service", "kills_always") and step == 2:
+        kill(arguments.run / "logs" / "rollout-0.url", int(services[-2]))
+        if mode == "kills_always":
+            os.kill(int(arguments.pids.read_text().split()[-2]), signal.SIGKILL)
+            signal.pause()
+    if mode == "holds" and step == 2:
+        wait_to_be_evaluated(arguments.run / "hold")
+    if mode in ("hangs", "stubborn"):
+        while True:
+            signal.pause()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--run", type=Path, required=True)
@@ -65,31 +105,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.mode == "stubborn":
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    daemon = start_daemon()
-    services = arguments.pids.read_text().split()
-    with arguments.pids.open("a") as file:
-        file.write(f"{os.getpid()}\n{daemon}\n")
-    latest = arguments.run / "checkpoints" / "_actor" / "latest"
-    first = int(latest.read_text().removeprefix("global_step")) + 1 if arguments.resume else 1
-    num_steps = len(arguments.train_data.read_text().splitlines()) // 8
-    for step in range(first, num_steps + 1):
-        log_step(arguments.run / "metrics.jsonl", step)
-        if step % 2 == 0:
-            latest.parent.mkdir(parents=True, exist_ok=True)
-            latest.write_text(f"global_step{step}")
-        if arguments.mode == "fails" or (arguments.mode == "fails_later" and step == 3):
-            sys.exit("error: a loss of NaN; fix: lower the learning rate")
-        if arguments.mode == "is_killed":
-            os.kill(os.getpid(), signal.SIGKILL)
-        if arguments.mode in ("kills_service", "kills_always") and step == 2:
-            url_file = arguments.run / "logs" / "rollout-0.url"
-            kill(url_file, int(services[-2]))
-            if arguments.mode == "kills_always":
-                os.kill(int(arguments.pids.read_text().split()[-2]), signal.SIGKILL)
-                signal.pause()
-        if arguments.mode in ("hangs", "stubborn"):
-            while True:
-                signal.pause()
+    run(arguments)
 
 
 if __name__ == "__main__":

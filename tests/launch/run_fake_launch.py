@@ -1,7 +1,7 @@
 """Runs a launch on fakes: `run_fake_launch.py MODEL_FOLDER FOLDER STEPS OPTIONS_AS_JSON`.
 
 Options: `tool`, `rollout` and `train` are modes of the fake programs, `check` may be "hangs",
-`resume` continues the run of an earlier call.
+`resume` continues the run of an earlier call, `evaluate` is the code that evaluates step 2.
 """
 
 import json
@@ -39,6 +39,9 @@ def main(model: str, folder: str, steps: str, text: str) -> int:
         flags += ["--resume"] if inputs.resume else []
         return [sys.executable, script, *flags, "--mode", options.get("train", "ok")]
 
+    def evaluate(recipe, inputs, output):
+        return [sys.executable, "-c", options["evaluate"], str(pids)]
+
     def check(plan, source, machine, supervisor):
         if options.get("check") == "hangs":
             print("checking", flush=True)
@@ -52,9 +55,13 @@ def main(model: str, folder: str, steps: str, text: str) -> int:
         f'[data]\ntask = "addition"\nsteps = {steps}\n[rollout]\nmax_restarts = 1\n'
         "[train]\nalp.method = 'seq-alp'\nrollout.max_new_tokens = 20\n"
         + ("[tool]\n" if "tool" in options else "")
+        + ("[evaluate]\nsuite = ['x']\nevery = 2\n" if "evaluate" in options else "")
+        + ("before = false\nafter = false\n" if "evaluate" in options else "")
     )
     recipe, source = read_recipe(path)
-    fakes = Commands(rollout=service("rollout"), tool=service("tool"), train=train)
+    fakes = Commands(
+        rollout=service("rollout"), tool=service("tool"), train=train, evaluate=evaluate
+    )
     resume = Path(folder) / "run" if options.get("resume") else None
     return launch(recipe, source, LaunchView(Console()), Options(resume=resume), fakes, check)
 

@@ -126,6 +126,33 @@ def test_a_service_that_is_killed_in_training_comes_back_and_the_run_goes_on(sta
     assert launch.still_running() == []
 
 
+@pytest.mark.parametrize(
+    ("code", "shown"),
+    [
+        ("print('fine')", "results   "),
+        (
+            "import sys; sys.exit('no such set')",
+            "step 2 is not evaluated: Evaluating step 2 ended with exit status 1",
+        ),
+        (
+            "import os, signal, sys; "
+            "os.kill(int(open(sys.argv[1]).read().split()[0]), 9); signal.pause()",
+            "step 2 is not evaluated: rollout-0 lost the weights of the step",
+        ),
+    ],
+    ids=["made", "fails", "the service dies"],
+)
+def test_the_learner_waits_for_an_evaluation_and_continues_whatever_becomes_of_it(
+    start_launch, code, shown
+):
+    launch = start_launch(train="holds", evaluate=code, steps=4)
+    status, output = launch.finish()
+    assert status == 0, output
+    assert shown in output
+    assert output.index(shown) < output.index("3/4  reward")
+    assert launch.still_running() == []
+
+
 def test_a_run_that_failed_continues_after_its_newest_checkpoint(start_launch):
     """It fails in step 3, whose metrics are written; the checkpoint is that of step 2."""
     first = start_launch(train="fails_later", steps=4)

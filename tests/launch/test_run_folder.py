@@ -116,6 +116,20 @@ def test_steps_after_the_checkpoint_are_set_aside_also_a_line_that_was_cut(tmp_p
     assert (tmp_path / "metrics.undone.jsonl").read_text() == rows[2] + '{"global_st'
 
 
+def test_evaluations_of_weights_that_will_be_made_again_are_kept_beside_the_new_ones(tmp_path):
+    names = ("before", "step-2", "step-4", "after")
+    for name in names:
+        (tmp_path / "evaluation" / name).mkdir(parents=True)
+    run_folder.drop_undone_steps(tmp_path, 2)
+    folders = sorted(path.name for path in (tmp_path / "evaluation").iterdir())
+    after, before, done, undone = folders
+    assert (before, done) == ("before", "step-2")
+    assert after.startswith("after-2") and undone.startswith("step-4-2")
+    # A second attempt that ends before it evaluates leaves them as they are.
+    run_folder.drop_undone_steps(tmp_path, 2)
+    assert sorted(path.name for path in (tmp_path / "evaluation").iterdir()) == folders
+
+
 def test_a_model_folder_is_taken_as_it_is(tmp_path, said):
     (tmp_path / "config.json").write_text("{}")
     assert find_model(str(tmp_path), say=said.append) == tmp_path.resolve()

@@ -126,9 +126,7 @@ def server(**status: float) -> Server:
     return Server(
         name="rollout-0",
         command=lambda port: [],
-        environment={},
         url_file=Path(__file__),
-        log=Path("log"),
         restarts=1,
         status=Status(**status),
     )

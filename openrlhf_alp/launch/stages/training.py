@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from openrlhf_alp.launch.servers import Servers
+from openrlhf_alp.launch.servers import Services
 from openrlhf_alp.launch.supervisor import Child
 from openrlhf_alp.launch.view import LaunchView
 from openrlhf_alp.report.metrics import MetricsFollower, StepMetrics
@@ -27,9 +27,19 @@ def count_steps(prompts: Path, shape: Mapping[str, int]) -> int | None:
 
 
 def follow_training(
-    train: Child, metrics: Path, groups: Sequence[Servers], num_steps: int | None, view: LaunchView
+    train: Child,
+    metrics: Path,
+    services: Services,
+    num_steps: int | None,
+    view: LaunchView,
+    on_step: Callable[[StepMetrics], None],
+    on_poll: Callable[[], None],
 ) -> list[StepMetrics]:
     """Shows each step as it is logged, until training ends.
+
+    Args:
+        on_step: called with each new step.
+        on_poll: called several times a second.
 
     Returns:
         all steps of `metrics`, those of an earlier part of the run included.
@@ -45,19 +55,18 @@ def follow_training(
         while True:
             # Asked before reading, so that what is logged just before the end is still read.
             is_running = train.is_running
-            servers = [server for group in groups for server in group.all]
             for step in follower.new_steps():
                 steps.append(step)
-                on_change(servers, step)
+                on_change(services.all, step)
+                on_step(step)
                 _say_verdict(step, view)
             if not is_running:
                 return steps
-            for group in groups:
-                group.keep_running()
+            services.keep_running()
+            on_poll()
             if view.is_live and time.monotonic() - asked_s > _ASK_EVERY_S:
-                for group in groups:
-                    group.poll()
-                on_change(servers, None)
+                services.poll()
+                on_change(services.all, None)
                 asked_s = time.monotonic()
             time.sleep(_POLL_S)
 

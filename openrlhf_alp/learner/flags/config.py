@@ -168,6 +168,12 @@ class ServiceConfig:
     grades some 40,000 short answers a minute."""
     metrics_jsonl: str | None = field(default=None, metadata={"prefix": "logger"})
     """File that gets one JSON object per step."""
+    hold_steps: int = field(default=0, metadata={"prefix": "eval", "metavar": "N"})
+    """After every N-th step, once the services serve its weights, make --eval.hold_file, which then
+    holds the step's number, and wait until it is removed; `openrlhf-alp launch` evaluates meanwhile
+    (default: off)."""
+    hold_file: str | None = field(default=None, metadata={"prefix": "eval", "metavar": "FILE"})
+    """The file of --eval.hold_steps."""
 
     def __post_init__(self) -> None:
         # Clients join the path of a route to it.
@@ -186,6 +192,11 @@ class ServiceConfig:
             )
         if self.reward_workers < 1:
             raise ValueError(f"--reward.num_workers is {self.reward_workers}; it must be 1 or more")
+        if self.hold_steps < 0 or bool(self.hold_steps) != bool(self.hold_file):
+            raise ValueError(
+                f"--eval.hold_steps is {self.hold_steps} and --eval.hold_file {self.hold_file}: "
+                "give a number of steps with a file, or neither."
+            )
         if not 0 <= self.max_lost_share <= 1:
             raise ValueError(
                 f"--rollout.max_lost_share is {self.max_lost_share}; it must be in 0..1. 1 never "

@@ -172,6 +172,8 @@ def test_contradictions_are_named(parse: Parse, flags: list[str], message: str) 
         (["--rollout.request_timeout_s", "0"], "--rollout.request_timeout_s is 0"),
         (["--rollout.queue_timeout_s", "9"], "--rollout.queue_timeout_s 9 includes the work"),
         (["--rollout.queue_timeout_s", "-1"], "--rollout.queue_timeout_s is -1"),
+        (["--eval.hold_steps", "2"], "--eval.hold_steps is 2 and --eval.hold_file None"),
+        (["--eval.hold_file", "f"], "--eval.hold_steps is 0 and --eval.hold_file f"),
         (["--rollout.max_lost_share", "1.5"], "--rollout.max_lost_share is 1.5"),
         (["--data.max_images_per_prompt", "1"], "serves text only"),
         (["--algo.dynamic_filtering_enable"], "divides by zero"),

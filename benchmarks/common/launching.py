@@ -1,0 +1,215 @@
+"""A launch of real programs: a tiny model, both services, Ray and DeepSpeed, evaluation."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import psutil
+import torch
+from transformers import LlamaForCausalLM
+
+from benchmarks.policies.tiny_policy import make_tokenizer, tiny_config
+
+TRAIN = """\
+[model]
+path = "{model}"
+{warm_up}
+[data]
+{data}
+[rollout]
+engine = "hf"
+max_model_len = {length}
+[train]
+data.max_len = {length}
+data.apply_chat_template = true
+ds.attn_implementation = "sdpa"
+rollout.max_new_tokens = 6
+rollout.batch_size = 2
+rollout.n_samples_per_prompt = 2
+rollout.micro_batch_size = 2
+train.batch_size = 4
+train.micro_batch_size = 2
+train.num_episodes = 1
+alp.enable = true
+alp.sigma0 = 0.01
+alp.lr = 1e-2
+algo.advantage.estimator = "group_norm"
+algo.kl.init_coef = 0
+actor.adam.lr = 1e-3
+actor.lr_scheduler = "constant"
+actor.lr_warmup_ratio = 0.0
+reward.remote_url = "{reward}"
+ckpt.save_steps = 2
+"""
+EVALUATE = """\
+[evaluate]
+suite = ["{suite}"]
+every = 1
+n = 2
+problem_field = "question"
+label_field = "answer"
+max_new_tokens = 8
+workers = 1
+"""
+REWARD = """\
+import torch
+
+def reward_func(queries, prompts, labels, **_):
+    return {"rewards": torch.tensor([float(sum(map(ord, query)) % 3) for query in queries])}
+"""
+"""Answers of a random model are never right; this reward tells them apart."""
+
+
+class RealLaunch:
+    """`openrlhf-alp launch` as a process of its own."""
+
+    def __init__(self, *arguments: str, run: Path, environment: Mapping[str, str] = {}) -> None:
+        self.run = run
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "openrlhf_alp.cli.main", "launch", *arguments],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env={
+                **os.environ,
+                **environment,
+                "OMP_NUM_THREADS": "1",
+                "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
+            },
+        )
+
+    def family(self) -> list[psutil.Process]:
+        """Every process that descends from the launch."""
+        return psutil.Process(self.process.pid).children(recursive=True)
+
+    def child(self, *words: str) -> psutil.Process | None:
+        """The child whose command line has all `words`, if there is one now."""
+        for child in psutil.Process(self.process.pid).children():
+            try:
+                command = child.cmdline()
+            except psutil.Error:
+                continue
+            # As long as it is being tied to the launch it is not yet what it is going to be.
+            if "-I" not in command and all(any(word in part for part in command) for word in words):
+                return child
+        return None
+
+    def kill(self, *words: str) -> psutil.Process:
+        """Kills the child whose command line has all `words`."""
+        child = self.child(*words)
+        assert child is not None
+        child.kill()
+        return child
+
+    def wait_until(self, condition: Callable[[], object]) -> None:
+        """Returns once `condition` is true.
+
+        Raises:
+            AssertionError: the launch ended first; shows its output.
+        """
+        while not condition():
+            assert self.process.poll() is None, self.process.communicate()[0]
+            time.sleep(0.05)
+
+    def num_steps(self) -> int:
+        metrics = self.run / "metrics.jsonl"
+        return len(metrics.read_text().splitlines()) if metrics.exists() else 0
+
+    def finish(self, timeout: float = 900) -> tuple[int, str]:
+        """Exit status and output."""
+        output, _ = self.process.communicate(timeout=timeout)
+        return self.process.returncode, output
+
+
+STAGES: dict[str, Callable[[RealLaunch], object]] = {
+    "check": lambda launch: launch.child("flags.check"),
+    "data": lambda launch: launch.child("prepare-data"),
+    "tool service": lambda launch: launch.child("services.tool", "--url-file"),
+    "warm-up": lambda launch: launch.child("stages.warmup"),
+    "rollout service": lambda launch: launch.child("services.rollout", "--url-file"),
+    "evaluation before": lambda launch: launch.child("evaluation/before"),
+    "held-out questions": lambda launch: (launch.run / "evaluation/before/results.json").exists(),
+    "learner starts": lambda launch: launch.child("cli.train_ppo_ray"),
+    "training": lambda launch: launch.num_steps() >= 1,
+    "evaluation of a step": lambda launch: launch.child("evaluation/step-1"),
+    "evaluation after": lambda launch: launch.child("evaluation/after"),
+}
+"""Stage -> whether a launch of a recipe with all stages is there."""
+
+StartLaunch = Callable[..., RealLaunch]
+"""The constructor, under a fixture that ends what still runs at the end of the test."""
+
+
+def start_until(stage: str, start: StartLaunch, folder: Path) -> RealLaunch:
+    """A launch in `folder` that has come to `stage`."""
+    recipe, run = write_recipe(folder, stages=True, sources=stage == "data"), folder / "run"
+    launch = start(str(recipe), "--output", str(run), run=run)
+    launch.wait_until(lambda: STAGES[stage](launch))
+    return launch
+
+
+def wait_until_gone(processes: list[psutil.Process], seconds: float) -> list[psutil.Process]:
+    """Those that still run after so many seconds; a process that nobody reaps has ended too."""
+    give_up_s = time.monotonic() + seconds
+    while running := [p for p in processes if _runs(p)]:
+        if time.monotonic() > give_up_s:
+            break
+        time.sleep(0.1)
+    return running
+
+
+def _runs(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def write_recipe(folder: Path, *, stages: bool, sources: bool = False) -> Path:
+    """A recipe in `folder`, with its model.
+
+    Args:
+        stages: with a tool service, warm-up, held-out questions and evaluations; otherwise with a
+            prompt file and nothing else.
+        sources: with prompts that have to be prepared, and then without warm-up.
+    """
+    tokenizer = make_tokenizer()
+    torch.manual_seed(0)
+    length = 1536 if stages else 64
+    model = LlamaForCausalLM(tiny_config(tokenizer, max_positions=length)).to(torch.bfloat16)
+    model.save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    rows = [{"input": f"What is {n} + 1?", "label": str(n + 1)} for n in range(8)]
+    _write_rows(folder / "prompts.jsonl", rows)
+    suite = [{"question": f"What is {n} + 2?", "answer": str(n + 2)} for n in range(3)]
+    _write_rows(folder / "suite.jsonl", suite)
+    reward = folder / "reward.py"
+    reward.write_text(REWARD)
+    made = stages and not sources
+    data = f'path = "{folder}/prompts.jsonl"'
+    if stages:
+        data = (
+            'task = "multiplication"\nsteps = 2' if made else f'sources = ["{folder}/suite.jsonl"]'
+        )
+    text = TRAIN.format(
+        model=folder / "model",
+        warm_up="warm_up_steps = 1" if made else "",
+        data=data,
+        length=length,
+        reward=reward,
+    )
+    if stages:
+        # A random model writes neither code nor boxes; its episodes are trained on all the same.
+        text += "tir.void = 'off'\n[tool]\npresets = 'numpy'\n"
+        text += EVALUATE.format(suite=folder / "suite.jsonl")
+    recipe = folder / "recipe.toml"
+    recipe.write_text(text)
+    return recipe
+
+
+def _write_rows(path: Path, rows: list[dict[str, str]]) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
