@@ -14,12 +14,14 @@ import asyncio
 import os
 import signal
 import sys
+import time
 from types import FrameType
 
 from ray.job_submission import JobStatus, JobSubmissionClient
 
 from services.common.wire import ADMIN_KEY_VARIABLE, API_KEY_VARIABLE, TOOL_KEY_VARIABLE
 
+_READY_S = 120.0
 _CARRIED = (API_KEY_VARIABLE, ADMIN_KEY_VARIABLE, TOOL_KEY_VARIABLE, "PYTHONUNBUFFERED")
 """Variables of this process that the job gets."""
 
@@ -32,7 +34,7 @@ def main() -> int:
     arguments = parser.parse_args()
     client = JobSubmissionClient(arguments.address)
     variables = {name: os.environ[name] for name in _CARRIED if name in os.environ}
-    job = client.submit_job(entrypoint=arguments.entry, runtime_env={"env_vars": variables})
+    job = _submit(client, arguments.entry, variables)
     print(f"job {job} on {arguments.address}", flush=True)
 
     def stop(signum: int, frame: FrameType | None) -> None:
@@ -44,6 +46,18 @@ def main() -> int:
     status = client.get_job_status(job)
     print(f"job {job}: {status}: {client.get_job_info(job).message}", flush=True)
     return 0 if status == JobStatus.SUCCEEDED else 1
+
+
+def _submit(client: JobSubmissionClient, entry: str, variables: dict[str, str]) -> str:
+    """The id of the job; a cluster that has just been started takes jobs after some seconds."""
+    give_up_s = time.monotonic() + _READY_S
+    while True:
+        try:
+            return str(client.submit_job(entrypoint=entry, runtime_env={"env_vars": variables}))
+        except RuntimeError as error:
+            if "No available agent" not in str(error) or time.monotonic() > give_up_s:
+                raise
+            time.sleep(1.0)
 
 
 async def _follow(client: JobSubmissionClient, job: str) -> None:
