@@ -76,6 +76,9 @@ def private_engine() -> Iterator[None]:
         finally:
             engine.terminate()
             engine.wait(START_S)
+            # Stays mounted after a container on the host's network; the folder could not be removed.
+            netns = f"{folder}/exec/netns/default"
+            subprocess.run(["umount", netns], check=False, stderr=subprocess.DEVNULL)
             os.environ.pop("DOCKER_HOST")
             if before is not None:
                 os.environ["DOCKER_HOST"] = before
