@@ -76,7 +76,7 @@ def private_engine() -> Iterator[None]:
         finally:
             engine.terminate()
             engine.wait(START_S)
-            # Stays mounted after a container on the host's network; the folder could not be removed.
+            # Stays mounted after a container on the host's network and would keep the folder.
             netns = f"{folder}/exec/netns/default"
             subprocess.run(["umount", netns], check=False, stderr=subprocess.DEVNULL)
             os.environ.pop("DOCKER_HOST")
