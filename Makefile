@@ -86,14 +86,14 @@ ray-serve: install  ## Test the tool service on Ray Serve, which needs an older 
 TRL_VENV := .venv-trl
 trl: install  ## Test examples/alp_in_trl.py against the pinned TRL, in an environment of its own
 	test -x $(TRL_VENV)/bin/python || $(BIN)/python -m venv --without-pip $(TRL_VENV)
-	$(BIN)/python -c "import site; print(site.getsitepackages()[0])" > $(TRL_VENV)/lib/python3.11/site-packages/base.pth
+	$(BIN)/python -c "import site; print(site.getsitepackages()[0])" > $$(echo $(TRL_VENV)/lib/python3.*/site-packages)/base.pth
 	$(BIN)/python -m pip --python $(TRL_VENV)/bin/python install -qq --no-deps --disable-pip-version-check trl==1.16.0
 	PYTHONPATH=examples $(TRL_VENV)/bin/python -m pytest -p no:cacheprovider examples $(ARGS)
 
 PAGES_VENV := .venv-pages
 pages: install  ## Test the report and the episode browser in a headless Chromium (Debian: chromium chromium-driver)
 	test -x $(PAGES_VENV)/bin/python || $(BIN)/python -m venv --without-pip $(PAGES_VENV)
-	$(BIN)/python -c "import site; print(site.getsitepackages()[0])" > $(PAGES_VENV)/lib/python3.11/site-packages/base.pth
+	$(BIN)/python -c "import site; print(site.getsitepackages()[0])" > $$(echo $(PAGES_VENV)/lib/python3.*/site-packages)/base.pth
 	$(BIN)/python -m pip --python $(PAGES_VENV)/bin/python install -qq --disable-pip-version-check --requirement requirements/pages.txt
 	$(PAGES_VENV)/bin/python -m pytest -p no:cacheprovider tests/report/browser $(ARGS)
 

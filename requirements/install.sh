@@ -18,10 +18,18 @@ fi
 stage() { echo "install [$1/5] $2 ($(date +%H:%M:%S))"; }
 pip() { "$VENV/bin/python" -m pip install -qq --disable-pip-version-check "$@"; }
 
-"$PYTHON" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' || {
-  echo "install: the lock is for Python 3.11, $PYTHON is $("$PYTHON" -V). Set PYTHON=/path/to/python3.11." >&2
-  exit 1
-}
+# What cannot work is said before the downloads; what may be too little is said, and tried.
+refuse() { echo "install: $*" >&2; exit 1; }
+[ "$(uname -sm)" = "Linux x86_64" ] || refuse "the pinned stack is for Linux on x86-64, this is $(uname -sm). Use a" \
+  "container there: docs/deploy.md, or \`docker run --platform linux/amd64\` with the image learner."
+"$PYTHON" -c 'import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))' ||
+  refuse "the lock is for Python 3.11 and 3.12 (OpenRLHF 0.11.2 has no release for 3.13), $PYTHON is $("$PYTHON" -V)." \
+    "Set PYTHON=/path/to/python3.12."
+grep -qw avx2 /proc/cpuinfo || refuse "this CPU has no AVX2, which vLLM's CPU build needs. Use another machine."
+grep -qw avx512f /proc/cpuinfo || echo "install: no AVX-512: vLLM runs with AVX2, slower; the demo takes longer"
+memory_gb=$(awk '/^MemTotal/ {print int($2 / 1048576)}' /proc/meminfo)
+[ "$memory_gb" -ge 9 ] || echo "install: $memory_gb GB of memory; the demo needs about 10. The services, \`make test-fast\`" \
+  "and examples/alp_in_plain_pytorch.py need less."
 
 stage 1 "virtual environment $VENV"
 [ -x "$VENV/bin/python" ] || "$PYTHON" -m venv "$VENV"

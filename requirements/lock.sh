@@ -12,7 +12,7 @@ pip install -qq --no-deps --requirement requirements/cpu-nodeps.in
 # Required by xgrammar for its CUDA kernels; without a GPU vLLM only warns about it.
 pip uninstall --quiet --yes triton
 {
-  echo "# Made by requirements/lock.sh from cpu.in and cpu-nodeps.in, for Python 3.11 on x86-64 Linux."
+  echo "# Made by requirements/lock.sh from cpu.in and cpu-nodeps.in, for Python 3.11 and 3.12 on x86-64 Linux."
   # A build tag such as +cpu names an index, not a version.
   pip freeze --all --exclude pip | sed 's/+cpu$//'
 } > requirements/cpu.lock
