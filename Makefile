@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 export PYTHON VENV
 
 .DEFAULT_GOAL := help
-.PHONY: help install lock demo demo-tool trl pages trackio test test-fast lint format bench lm-eval house serve serve-tool check-wheel docker-test vllm-next ray-serve keys docs lint-deploy clean
+.PHONY: help install lock demo demo-tool trl pages trackio test test-slow test-fast lint format bench lm-eval house serve serve-tool check-wheel docker-test vllm-next ray-serve keys docs lint-deploy clean
 
 help:  ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -21,8 +21,11 @@ demo: install  ## Train SmolLM2 to add, for real, in about 10 minutes; ARGS="--s
 demo-tool: install  ## Train SmolLM2 to multiply by writing Python, in about 12 minutes
 	$(BIN)/openrlhf-alp launch recipes/demo_tool.toml $(ARGS)
 
-test: install lint  ## Lint, type check, architecture contracts and all tests
-	$(BIN)/python -m pytest $(ARGS)
+test: install lint  ## Lint, type check, architecture contracts and all tests but the slowest
+	$(BIN)/python -m pytest -m "not slow" $(ARGS)
+
+test-slow: install  ## Launches that are stopped and killed at their stages: minutes each
+	$(BIN)/python -m pytest -m slow $(ARGS)
 
 test-fast: install  ## Tests that start no Ray, no vLLM and no second process
 	$(BIN)/python -m pytest -m "not e2e and not gpu" $(ARGS)

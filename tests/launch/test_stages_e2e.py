@@ -10,7 +10,7 @@ import pytest
 from benchmarks.common.launching import STAGES, StartLaunch, start_until, wait_until_gone
 from openrlhf_alp.launch.plan import weights_dir
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(1500)]
+pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(1500)]
 
 MOST_S = 20.0
 """From a stop signal to the last process gone."""
@@ -36,8 +36,9 @@ def test_a_launch_that_is_killed_takes_its_processes_with_it(
     family = launch.family()
     launch.process.kill()
     launch.process.wait()
-    # Longer than MOST_S: two agents of Ray end by themselves when they notice that its daemon has.
-    assert wait_until_gone(family, 3 * MOST_S) == []
+    # Longer than MOST_S: two agents of Ray end by themselves when they notice that its daemon has,
+    # which was seen to take from seconds to more than a minute.
+    assert wait_until_gone(family, 15 * MOST_S) == []
 
 
 def test_a_tool_service_that_is_killed_in_the_warm_up_ends_the_run_by_name(

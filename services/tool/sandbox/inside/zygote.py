@@ -238,13 +238,19 @@ def _reap(zygote: _Zygote, child: _Slot) -> None:
     zygote.poller.unregister(child.pid_fd)
     too_large = child.watched and zygote.watchdog.forget(child.number)
     cpu_s, peak_bytes = usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024
-    # First: on this event the caller gets its answer, and of what is killed below, many processes
-    # with many mappings die slowly and leave this one no time.
     ended = Event(channel.EXIT, child.number, status, cpu_s, peak_bytes, too_large, soft_cpu_s)
-    zygote.channel.send(ended.encode())
     # At level full the slot's other processes die with the room.
-    if child.kill_fd != child.pid_fd:
+    has_room = child.kill_fd != child.pid_fd
+    # Without user ids of their own, slots share a limit of processes: what this one left must be
+    # dying when the next program starts.
+    if has_room and child.uid is None:
         _kill(child)
+    # On this event the caller gets its answer. Many processes with many mappings die slowly and
+    # leave this one no time, so others are killed after it.
+    zygote.channel.send(ended.encode())
+    if has_room:
+        if child.uid is not None:
+            _kill(child)
         os.close(child.kill_fd)
     os.close(child.pid_fd)
     # At level uid they are found by their user id, which the next slot may get after this.
