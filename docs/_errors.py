@@ -10,6 +10,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from _markdown import cell
+
 from services.common.errors import ErrorSpec, ErrorTable
 from services.rollout.errors import SPECS as ROLLOUT_SPECS
 from services.tool.errors import ERRORS as TOOL_ERRORS
@@ -109,5 +111,5 @@ def _last_name(node: ast.expr) -> str:
 
 
 def _cell(text: str) -> str:
-    shown = " ".join(text.split()).replace("|", "\\|").replace("<", "&lt;")
-    return shown.replace("{", "&#123;").replace("}", "&#125;")
+    # Braces would be read as the attributes of what stands before them.
+    return cell(text).replace("{", "&#123;").replace("}", "&#125;")

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from _errors import errors_page
+from _markdown import cell
 from pydantic_core import PydanticUndefined
 from pydantic_settings import BaseSettings
 
@@ -178,11 +179,6 @@ def default_cell(value: object) -> str:
     if isinstance(value, bool):
         return "on" if value else "off"
     return f"`{cell(str(value))}`"
-
-
-def cell(text: str) -> str:
-    """Text that fits into one cell of a table."""
-    return " ".join(text.split()).replace("|", "\\|").replace("<", "&lt;")
 
 
 def sentence(text: str) -> str:

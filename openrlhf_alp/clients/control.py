@@ -23,6 +23,7 @@ from openrlhf_alp.clients.errors import (
     error_of,
 )
 from openrlhf_alp.clients.fleet import Access, Backoff, Fleet, Requirement, Server
+from openrlhf_alp.clients.server_watch import NoServerLeft
 from services.rollout.wire.schemas import (
     CommitRequest,
     CommitResponse,
@@ -122,6 +123,19 @@ class ControlClient(AbstractAsyncContextManager["ControlClient"]):
         """
         self._missed.clear()
         return await self._update(_weights)
+
+    async def wait_for_one(self, timeout_s: float) -> None:
+        """Return when a server tells its weights, as one does that was started again.
+
+        Raises:
+            NoServerLeft: none does within `timeout_s`.
+        """
+        try:
+            await self.fleet.call(
+                lambda server, _: _weights(server), what="weights of a server", within_s=timeout_s
+            )
+        except ServiceUnavailable as error:
+            raise NoServerLeft(f"No server answers within {timeout_s:g} s. {error}") from error
 
     async def upload(self, path: Path, name: str) -> str:
         """Send a file to every server that answers; the others become stale.

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import jinja2
 from rich.console import Console
@@ -107,10 +107,11 @@ def run(config: EvaluationConfig, view: EvaluationView) -> int:
         0, or 1 when the run could not be finished, 2 when an option, a suite or a folder is not
         right, or 128 + the number of the signal that stopped it.
     """
-    # The client of this process reads them where the services do.
+    # The client of this process reads them where the services do. Taken back afterwards: whoever
+    # calls this may start services of their own.
     keys = fresh_keys() if not config.rollout_urls or config.plan.tool else {}
     try:
-        with _environment(keys), Supervisor({"PYTHONUNBUFFERED": "1"}) as supervisor:
+        with mock.patch.dict(os.environ, keys), Supervisor({"PYTHONUNBUFFERED": "1"}) as supervisor:
             services = Services(supervisor, view)
             results = _evaluate(config, services, view)
     except (RecipeError, DataError) as error:
@@ -124,21 +125,6 @@ def run(config: EvaluationConfig, view: EvaluationView) -> int:
         return stop.exit_status
     show_results(config.output, results, view)
     return 0
-
-
-@contextlib.contextmanager
-def _environment(variables: Mapping[str, str]) -> Iterator[None]:
-    """Sets variables and takes them back: whoever calls `run` may start services of their own."""
-    before = {name: os.environ.get(name) for name in variables}
-    os.environ.update(variables)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
 
 
 def show_results(folder: Path, results: Results, view: EvaluationView) -> None:

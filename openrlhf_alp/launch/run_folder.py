@@ -18,6 +18,7 @@ from pathlib import Path
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 
+from openrlhf_alp.data.output import replace_file
 from openrlhf_alp.launch.machine import environment
 from openrlhf_alp.launch.recipe import (
     SMOLLM2,
@@ -147,9 +148,7 @@ def drop_undone_steps(path: Path, step: int) -> int:
         (kept if done else undone).append(line)
     with (path / _UNDONE).open("a", encoding="utf-8") as file:
         file.writelines(undone)
-    partial = metrics.with_suffix(".partial")
-    partial.write_text("".join(kept), encoding="utf-8")
-    partial.replace(metrics)
+    replace_file(metrics, kept)
     for folder in (path / "evaluation").glob("*"):
         name = re.fullmatch(r"after|step-(\d+)", folder.name)
         if name and (name[1] is None or int(name[1]) > step):

@@ -20,6 +20,7 @@ from unittest import mock
 import ray
 from openrlhf.trainer import ppo_trainer, ppo_trainer_async
 
+from openrlhf_alp.data.output import replace_file
 from openrlhf_alp.learner.batches import BatchShape, fitting_part
 from openrlhf_alp.learner.compat import undecorated
 from openrlhf_alp.learner.evaluation import counting_every_prompt
@@ -125,9 +126,7 @@ class _ServiceTraining:
             return
         file = Path(service.hold_file)
         logger.info("step %d: waiting until %s is removed", global_step, file)
-        whole = file.with_suffix(".partial")
-        whole.write_text(str(global_step), encoding="utf-8")
-        whole.replace(file)
+        replace_file(file, [str(global_step)])
         while file.exists():
             time.sleep(_HOLD_POLL_S)
 

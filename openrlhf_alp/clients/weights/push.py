@@ -1,7 +1,6 @@
 """The whole weight push as one blocking call, for a training thread that runs no event loop."""
 
 import asyncio
-import itertools
 import logging
 import shutil
 import time
@@ -13,8 +12,7 @@ from pathlib import Path
 from openrlhf_alp.clients.channel import Timeouts
 from openrlhf_alp.clients.control import ControlClient
 from openrlhf_alp.clients.errors import UpdateUnanswered, WeightUpdateFailed
-from openrlhf_alp.clients.fleet import Access, Backoff
-from openrlhf_alp.clients.server_watch import NoServerLeft
+from openrlhf_alp.clients.fleet import Access
 from openrlhf_alp.clients.weights.carry import Carrier, NamedBuckets, carry_weights
 from openrlhf_alp.clients.weights.file_carriers import FileCarrier, HttpCarrier
 from openrlhf_alp.clients.weights.gpu_carrier import GpuCarrier, Meeting
@@ -153,20 +151,12 @@ class WeightPusher:
 
     async def _begin(self, client: ControlClient) -> list[WeightsStatus]:
         """The weights of the servers that answer, once there is one."""
-        give_up_s = time.monotonic() + self._patience_s
-        for attempt in itertools.count(1):
-            try:
-                return await client.reachable_weights()
-            except UpdateUnanswered as error:
-                delay_s = Backoff().delay_s(attempt, 0.0)
-                if time.monotonic() + delay_s >= give_up_s:
-                    raise NoServerLeft(
-                        f"No server took the weights within {self._patience_s:g} s. {error}"
-                    ) from error
-                if attempt == 1:
-                    logger.warning("the push waits for a server: %s", error)
-                await asyncio.sleep(delay_s)
-        raise AssertionError("unreachable: the loop has no end")
+        try:
+            return await client.reachable_weights()
+        except UpdateUnanswered as error:
+            logger.warning("the push waits for a server: %s", error)
+            await client.wait_for_one(self._patience_s)
+            return await client.reachable_weights()
 
     async def _carrier(self, client: ControlClient, name: str) -> Carrier:
         if self._transport == "http":
