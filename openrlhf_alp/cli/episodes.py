@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.filesize import decimal
 from rich.markup import escape
 
-from openrlhf_alp.report.metrics import BATCHES
+from openrlhf_alp.report.metrics import BATCHES, RECIPE
 
 if TYPE_CHECKING:
     from openrlhf_alp.replay.files.records import RecordedBatch
@@ -33,9 +33,6 @@ surprise, and the texts come from the tokenizer of the model that the run starte
 
 exit status: 0 written, 2 a file, model or option is not usable.
 """
-
-
-RECIPE = "recipe.toml"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -7,6 +7,7 @@ from rich.console import Console
 
 from openrlhf_alp.launch.recipe import Recipe, RecipeError, read_recipe
 from openrlhf_alp.launch.view import LaunchView
+from openrlhf_alp.report.metrics import RECIPE
 
 HELP = "start services and learner from a recipe, watch the run, end everything"
 
@@ -101,7 +102,7 @@ def _launch(arguments: argparse.Namespace, settings: list[str], view: LaunchView
         raise RecipeError(f"--resume keeps the settings of the run, so {settings[0]} has no place")
     if arguments.pretend_gpus and not arguments.dry_run:
         raise RecipeError("--pretend-gpus plans only: it goes with --dry-run")
-    path = arguments.recipe or arguments.resume / "recipe.toml"
+    path = arguments.recipe or arguments.resume / RECIPE
     asked, source = read_recipe(path, settings)
     if arguments.seeds or arguments.sweep or asked.sweep.conditions or asked.sweep.values:
         return _sweep(arguments, path, settings, view, asked)

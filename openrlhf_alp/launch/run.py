@@ -28,7 +28,7 @@ from openrlhf_alp.launch.stages.task import noun_of, write_task
 from openrlhf_alp.launch.stages.training import count_steps, follow_training
 from openrlhf_alp.launch.supervisor import ProcessFailedError, StopRequested, Supervisor
 from openrlhf_alp.launch.view import LaunchView
-from openrlhf_alp.report.metrics import METRICS, MetricsFileError, StepMetrics
+from openrlhf_alp.report.metrics import METRICS, SUMMARY, MetricsFileError, StepMetrics
 from openrlhf_alp.report.tracking import tracking
 
 if TYPE_CHECKING:
@@ -385,9 +385,7 @@ class _Run:
         (folder / "plots").mkdir(exist_ok=True)
         plots = write_plots(steps, folder / "plots", title=title)
         restarts = {server.name: server.restarts for server in self._services.all}
-        write_summary(
-            folder / run_folder.SUMMARY, steps, restarts=restarts, before=before, after=after
-        )
+        write_summary(folder / SUMMARY, steps, restarts=restarts, before=before, after=after)
         if before and after:
             self._view.results(self._noun, self._test, before, after, steps)
             if recipe.tool:

@@ -28,10 +28,8 @@ from openrlhf_alp.launch.recipe import (
     to_settings,
     to_toml,
 )
-from openrlhf_alp.report.metrics import METRICS
+from openrlhf_alp.report.metrics import ENVIRONMENT, METRICS, RECIPE, SUMMARY
 
-RECIPE, SUMMARY = "recipe.toml", "summary.json"
-"""The recipe is written first. Only a folder that holds it counts as a run and may be replaced."""
 _UNDONE = "metrics.undone.jsonl"
 _LATEST = Path("checkpoints", "_actor", "latest")
 _TAG = "global_step"
@@ -78,9 +76,10 @@ def open_run_folder(path: Path, *, recipe: Recipe, overwrite: bool, say: Say) ->
             say(f"the earlier run is now {_move_aside(path, path / RECIPE)}")
     try:
         (path / "logs").mkdir(parents=True, exist_ok=True)
+        # First: only a folder that holds it counts as a run and may be replaced.
         (path / RECIPE).write_text(to_toml(recipe), encoding="utf-8")
         text = json.dumps(environment(), indent=2)
-        (path / "environment.json").write_text(text + "\n", encoding="utf-8")
+        (path / ENVIRONMENT).write_text(text + "\n", encoding="utf-8")
     except OSError as error:
         raise RecipeError(
             f"run.folder {path} cannot be written ({error.strerror}): name another folder with "

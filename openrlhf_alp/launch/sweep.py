@@ -18,9 +18,10 @@ from pathlib import Path
 from openrlhf_alp.launch import machine, plan
 from openrlhf_alp.launch.recipe import RecipeError, read_recipe
 from openrlhf_alp.launch.recipe import Sweep as RecipeSweep
-from openrlhf_alp.launch.run_folder import RECIPE, SUMMARY, has_checkpoint
+from openrlhf_alp.launch.run_folder import has_checkpoint
 from openrlhf_alp.launch.supervisor import Child, StopRequested, Supervisor
 from openrlhf_alp.launch.view import LaunchView
+from openrlhf_alp.report.metrics import RECIPE, SUMMARY
 
 _GRACE_S = 17.0
 """A cell is a launch and ends everything of its own."""

@@ -6,6 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+RECIPE, ENVIRONMENT, SUMMARY = "recipe.toml", "environment.json", "summary.json"
+"""Files of a run folder: what was asked for, versions and machine, how a finished run ended."""
+
 METRICS = "metrics.jsonl"
 """Name of the file in a run folder."""
 

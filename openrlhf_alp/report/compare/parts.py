@@ -33,9 +33,10 @@ def part_charts(groups: Sequence[Group]) -> Iterator[Chart]:
     return (chart for chart in charts if not all(panel.is_empty for panel in chart.panels))
 
 
-def label_of(one: Group) -> str:
-    """A group's name where it stands alone."""
-    return ", ".join(part for part in (one.method, one.condition) if part)
+def label_of(one: Group, run: Run | None = None) -> str:
+    """The name of a group, or of one of its runs, where it stands alone."""
+    seed = "" if run is None or run.seed is None else f"seed {run.seed}"
+    return ", ".join(part for part in (one.method, one.condition, seed) if part)
 
 
 def _sigma(groups: Sequence[Group]) -> Chart:
@@ -43,8 +44,7 @@ def _sigma(groups: Sequence[Group]) -> Chart:
     for one in groups:
         for _, run in one.runs[:1]:
             if heat := _heat(run):
-                seed = "" if run.seed is None else f", seed {run.seed}"
-                panels.append(Panel(title=f"{label_of(one)}{seed}", heat=heat))
+                panels.append(Panel(title=label_of(one, run), heat=heat))
     return Chart(
         key="sigma",
         title="Sigma per layer",
@@ -128,8 +128,7 @@ def _evaluation(groups: Sequence[Group]) -> Chart:
         labels, values = [], []
         for one, run, when in _edges(groups):
             if found := _suite(run, when, suite):
-                seed = "" if run.seed is None else f", seed {run.seed}"
-                labels.append(f"{label_of(one)}{seed}, {when}")
+                labels.append(f"{label_of(one, run)}, {when}")
                 values.append((found["avg"]["value"], found["avg"]["low"], found["avg"]["high"]))
         panels.append(Panel(title=title, points=Points(labels=labels, values=values)))
     return Chart(

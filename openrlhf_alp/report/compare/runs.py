@@ -17,14 +17,16 @@ from pathlib import Path
 from typing import Any
 
 from openrlhf_alp.report.metrics import (
+    ENVIRONMENT,
     METRICS,
+    RECIPE,
     REWARD,
+    SUMMARY,
     MetricsFileError,
     StepMetrics,
     read_steps,
 )
 
-RECIPE, ENVIRONMENT, SUMMARY = "recipe.toml", "environment.json", "summary.json"
 BEFORE, AFTER = "before", "after"
 METHOD, SEED, CONDITION = "train.alp.method", "run.seed", "run.condition"
 NO_METHOD = "openrlhf"
