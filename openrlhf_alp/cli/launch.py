@@ -70,6 +70,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="with --dry-run: plan for 8 free GPUs of 80 GB instead of this machine's",
     )
     add("--quiet", action="store_true", help="print errors only")
+    # What a sweep gives to its cells.
+    add("--lent", type=Path, help=argparse.SUPPRESS)
 
 
 _SHORT = {
@@ -117,6 +119,7 @@ def _launch(arguments: argparse.Namespace, settings: list[str], view: LaunchView
         overwrite=arguments.overwrite,
         dry_run=arguments.dry_run,
         pretend_gpus=arguments.pretend_gpus,
+        lent=arguments.lent,
     )
     return launch(recipe, source, view, options)
 

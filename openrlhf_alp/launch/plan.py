@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import json
 import math
@@ -20,7 +19,7 @@ from typing import Any
 
 from safetensors import safe_open
 
-from openrlhf_alp.launch import machine
+from openrlhf_alp.launch import machine, weights_folder
 from openrlhf_alp.launch.commands import ROLLOUT_KEYS, TOOL_KEYS, Commands, Inputs
 from openrlhf_alp.launch.recipe import Recipe, RecipeError, Services, Source, nearest
 from openrlhf_alp.launch.servers import Server
@@ -30,8 +29,6 @@ from openrlhf_alp.report import tracking
 _CHECK_GRACE_S = 1.0
 _PROGRAMS = {"rollout": "--check", "tool": "--check", "evaluate": "--list"}
 """Kind of process -> option with which its program reads every other one, and ends."""
-WEIGHTS_PREFIX = "openrlhf-alp-weights-"
-_SHARED_MEMORY = Path("/dev/shm")
 _PROCESS_GB = 1.0
 """Interpreter, torch and the engine's own buffers, of each process that has a model."""
 _URL = "http://127.0.0.1:{}"
@@ -94,7 +91,7 @@ def make_plan(
     folder = folder.resolve()
     prompts = recipe.data.path or str(folder / "data" / "prompts.jsonl")
     trained = str(folder / "warm-model") if recipe.model.warm_up_steps else model
-    shared = weights_dir(folder)
+    shared = weights_folder.weights_dir(folder)
     tools = _servers("tool", recipe.tool, folder, partial(commands.tool, recipe))
     start = partial(commands.rollout, recipe, model=trained, weights_dir=shared)
     rollouts = _servers("rollout", recipe.rollout, folder, start)
@@ -165,13 +162,6 @@ def _servers(
 
 def _urls(servers: Sequence[Server]) -> tuple[str, ...]:
     return tuple(_URL.format(server.port or server.name) for server in servers)
-
-
-def weights_dir(folder: Path) -> Path:
-    """Where the servers of a run folder read the weights of an update; in memory if it can be."""
-    parent = _SHARED_MEMORY if _SHARED_MEMORY.is_dir() else Path(tempfile.gettempdir())
-    digest = hashlib.sha256(str(folder).encode()).hexdigest()
-    return parent / f"{WEIGHTS_PREFIX}{digest[:16]}"
 
 
 def check_plan(plan: Plan, source: Source, here: machine.Machine, supervisor: Supervisor) -> Plan:

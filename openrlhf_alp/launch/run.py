@@ -7,10 +7,9 @@ check --> data --> tool services --> [warm-up] --> rollout services --> [accurac
 from __future__ import annotations
 
 import os
-import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -19,8 +18,8 @@ from typing import TYPE_CHECKING
 from filelock import FileLock, Timeout
 
 from openrlhf_alp.clients.errors import ServiceError
-from openrlhf_alp.launch import machine, plan, run_folder
-from openrlhf_alp.launch.commands import HOLD, Commands
+from openrlhf_alp.launch import machine, plan, run_folder, weights_folder
+from openrlhf_alp.launch.commands import HOLD, ROLLOUT_KEYS, Commands
 from openrlhf_alp.launch.recipe import SMOLLM2, Recipe, RecipeError, Source, to_settings
 from openrlhf_alp.launch.servers import Server, Services, fresh_keys
 from openrlhf_alp.launch.stages.summary import write_summary
@@ -45,6 +44,8 @@ class Options:
     overwrite: bool = False
     dry_run: bool = False
     pretend_gpus: str | None = None
+    lent: Path | None = None
+    """Folder with the addresses of rollout services that a sweep keeps running."""
 
 
 def launch(
@@ -114,8 +115,7 @@ class _Run:
         tool_urls = self._start_servers("tool", self._plan.tools)
         # Before the engine: its memory is free again before vLLM measures what there is.
         self._warm_up()
-        self._share_weights(stack)
-        rollout_urls = self._start_servers("rollout", self._plan.rollouts)
+        rollout_urls = self._start_rollouts(stack)
         self._inputs = replace(
             self._inputs,
             rollout_urls=rollout_urls or self._inputs.rollout_urls,
@@ -231,17 +231,20 @@ class _Run:
             server.environment = self._environment_of(server.name)
         return self._services.start(f"{len(servers)} {kind} service(s)", servers)
 
-    def _share_weights(self, stack: ExitStack) -> None:
-        """Makes the folder of updates for as long as the run lasts; of killed runs none stays."""
-        folder = self._plan.weights_dir
-        for lock in folder.parent.glob(f"{plan.WEIGHTS_PREFIX}*.lock"):
-            with suppress(Timeout, OSError), FileLock(lock, timeout=0):
-                shutil.rmtree(lock.with_suffix(""), ignore_errors=True)
-                lock.unlink()
-        stack.enter_context(FileLock(f"{folder}.lock", timeout=0))
-        stack.callback(Path(f"{folder}.lock").unlink, missing_ok=True)
-        stack.callback(shutil.rmtree, folder, ignore_errors=True)
-        folder.mkdir(mode=0o700)
+    def _start_rollouts(self, stack: ExitStack) -> tuple[str, ...]:
+        servers = self._plan.rollouts
+        if self._options.lent and servers:
+            from openrlhf_alp.clients.weights.push import WeightPusher  # imports torch
+
+            urls = self._services.borrow(servers, self._options.lent)
+            api_key, admin_key = (self._keys[name] for name in ROLLOUT_KEYS)
+            # Whatever an earlier run has pushed to them.
+            WeightPusher(urls, api_key=api_key, admin_key=admin_key).push_folder(
+                Path(self._inputs.model)
+            )
+            return urls
+        stack.enter_context(weights_folder.held(self._plan.weights_dir))
+        return self._start_servers("rollout", servers)
 
     def _work(
         self,

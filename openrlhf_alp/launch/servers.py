@@ -55,6 +55,8 @@ class Server:
     """How often it may be started again."""
     url: str = ""
     child: Child | None = None
+    is_borrowed: bool = False
+    """Whether another process started it and sees to it."""
     restarts: int = 0
     started_s: float = 0.0
     status: Status = Status()
@@ -70,7 +72,7 @@ class Server:
 
     @property
     def is_running(self) -> bool:
-        return self.child is not None and self.child.is_running
+        return self.is_borrowed or (self.child is not None and self.child.is_running)
 
     def failure(self) -> ProcessFailedError:
         """The error that shows how it ended."""
@@ -114,11 +116,7 @@ class Services:
             for server in servers:
                 server.url_file.parent.mkdir(parents=True, exist_ok=True)
                 self._start(server)
-            while waiting := [server for server in servers if not server.is_ready]:
-                for server in waiting:
-                    server.require_start()
-                self.check()
-                time.sleep(_POLL_S)
+            self._wait_ready(servers)
         self.all += servers
         seconds = time.monotonic() - started_s
         for server in servers:
@@ -130,6 +128,26 @@ class Services:
                 f"{server.name} is ready at {server.url} after {seconds:.0f} s (log: {server.log})",
             )
         return tuple(server.url for server in servers)
+
+    def borrow(self, servers: Sequence[Server], folder: Path) -> tuple[str, ...]:
+        """Takes the URLs of services that another process runs, and which it starts again itself.
+
+        Args:
+            folder: where their files of addresses are.
+        """
+        for server in servers:
+            server.url_file, server.is_borrowed = folder / server.url_file.name, True
+            server.url = server.url_file.read_text(encoding="utf-8").strip()
+            self._view.say("service", f"{server.name} runs already at {server.url}")
+        self.all += servers
+        return tuple(server.url for server in servers)
+
+    def stop(self) -> None:
+        """Ends them all."""
+        for server in self.all:
+            assert server.child is not None
+            self._supervisor.stop(server.child)
+        self.all.clear()
 
     def check(self) -> None:
         """Raises ProcessFailedError when one of them has ended."""
@@ -149,10 +167,25 @@ class Services:
             elif not server.is_ready:
                 server.require_start()
 
+    def wait_ready(self) -> None:
+        """Waits for those that are starting again.
+
+        Raises:
+            ProcessFailedError: one does not come back.
+        """
+        self._wait_ready(self.all)
+
     def poll(self) -> None:
         """Asks every service what it has counted."""
         for server in self.all:
             server.status = _ask(server.url, server.status) if server.is_ready else Status()
+
+    def _wait_ready(self, servers: Sequence[Server]) -> None:
+        while waiting := [server for server in servers if not server.is_ready]:
+            for server in waiting:
+                server.require_start()
+            self.check()
+            time.sleep(_POLL_S)
 
     def _start(self, server: Server) -> None:
         # Of an earlier run in this folder, or of a process that was killed.

@@ -16,10 +16,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from openrlhf_alp.launch import machine, plan
-from openrlhf_alp.launch.recipe import RecipeError, read_recipe
+from openrlhf_alp.launch.commands import Commands
+from openrlhf_alp.launch.lent import Lender
+from openrlhf_alp.launch.recipe import Recipe, RecipeError, read_recipe
 from openrlhf_alp.launch.recipe import Sweep as RecipeSweep
 from openrlhf_alp.launch.run_folder import has_checkpoint
-from openrlhf_alp.launch.supervisor import Child, StopRequested, Supervisor
+from openrlhf_alp.launch.supervisor import Child, ProcessFailedError, StopRequested, Supervisor
 from openrlhf_alp.launch.view import LaunchView
 from openrlhf_alp.report.metrics import RECIPE, SUMMARY
 
@@ -41,11 +43,16 @@ class Cell:
     def is_finished(self) -> bool:
         return (self.folder / SUMMARY).exists()
 
-    def command(self, recipe: Path) -> list[str]:
-        """The launch of this cell; an attempt that left nothing to continue from is replaced."""
+    def command(self, recipe: Path, lent: Path | None = None) -> list[str]:
+        """The launch of this cell; an attempt that left nothing to continue from is replaced.
+
+        Args:
+            lent: folder with the addresses of services that it may use.
+        """
         command = [sys.executable, "-m", "openrlhf_alp.cli.main", "launch", str(recipe)]
         for setting in self.settings:
             command += ["--set", setting]
+        command += ["--lent", str(lent)] if lent else []
         if has_checkpoint(self.folder):
             return [*command, "--resume", str(self.folder)]
         command += ["--set", f"run.folder={self.folder}"]
@@ -110,22 +117,30 @@ def _name(chosen: Mapping[str, str]) -> str:
     return "_".join(parts).replace("/", "_").replace(",", "+")
 
 
-def sweep(recipe: Path, cells: Sequence[Cell], view: LaunchView) -> int:
+def sweep(
+    recipe: Path, cells: Sequence[Cell], view: LaunchView, commands: Commands | None = None
+) -> int:
     """Runs the cells that are not finished, as many at once as there are GPUs for.
+
+    On a CPU they run one after the other, and rollout services stay up between those that need the
+    same ones.
 
     Returns:
         0, or 1 when a cell failed, 2 when a setting is wrong, or 128 + a stop signal.
     """
-    for cell in cells:
-        # All before the first one starts: the last may be hours away.
-        checked, _ = read_recipe(recipe, cell.settings)
-    needed = plan.gpus_needed(checked)
+    # All before the first one starts: the last may be hours away.
+    recipes = {cell.name: read_recipe(recipe, cell.settings)[0] for cell in cells}
+    needed = max(map(plan.gpus_needed, recipes.values()))
     at_once = max(1, len(machine.this_machine().free_gpus) // needed) if needed else 1
     waiting = [cell for cell in cells if not cell.is_finished]
     view.say("sweep", f"{len(cells)} cells, {len(cells) - len(waiting)} of them finished already")
     try:
-        with Supervisor() as supervisor:
-            failed = list(_run_all(recipe, waiting, at_once, view, supervisor))
+        with (
+            Supervisor() as supervisor,
+            Lender(cells[0].folder.parent, supervisor, view, commands or Commands()) as lender,
+        ):
+            running = _Running(recipe, recipes, view, supervisor, lender)
+            failed = list(running.run_all(waiting, at_once))
     except StopRequested as stop:
         view.say("stopped", f"by {stop}; the same command continues")
         return stop.exit_status
@@ -137,23 +152,53 @@ def sweep(recipe: Path, cells: Sequence[Cell], view: LaunchView) -> int:
     return 1 if failed else 0
 
 
-def _run_all(
-    recipe: Path, waiting: list[Cell], at_once: int, view: LaunchView, supervisor: Supervisor
-) -> Iterator[Cell]:
-    """Yields the cells that fail."""
-    running: dict[str, tuple[Cell, Child]] = {}
-    while waiting or running:
-        while waiting and len(running) < at_once:
-            cell = waiting.pop(0)
-            cell.folder.parent.mkdir(parents=True, exist_ok=True)
-            log = cell.folder.with_name(f"{cell.name}.log")
-            view.say("cell", f"{cell.name}: started (log: {log})")
-            child = supervisor.start(cell.name, cell.command(recipe), log=log, grace_s=_GRACE_S)
-            running[cell.name] = (cell, child)
-        time.sleep(_POLL_S)
-        for cell, child in [pair for pair in running.values() if not pair[1].is_running]:
-            del running[cell.name]
-            status, _ = supervisor.ended(child)
+class _Running:
+    """The cells that run now."""
+
+    def __init__(
+        self,
+        recipe: Path,
+        recipes: Mapping[str, Recipe],
+        view: LaunchView,
+        supervisor: Supervisor,
+        lender: Lender,
+    ) -> None:
+        self._recipe, self._recipes, self._view = recipe, recipes, view
+        self._supervisor, self._lender = supervisor, lender
+        self._cells: dict[str, tuple[Cell, Child]] = {}
+
+    def run_all(self, waiting: list[Cell], at_once: int) -> Iterator[Cell]:
+        """Yields the cells that fail."""
+        while waiting or self._cells:
+            while waiting and len(self._cells) < at_once:
+                try:
+                    self._start(waiting[0])
+                except ProcessFailedError as error:
+                    self._view.say("cell", f"{waiting[0].name}: {error}")
+                    yield waiting[0]
+                del waiting[0]
+            time.sleep(_POLL_S)
+            self._lender.keep_running()
+            yield from self._failed()
+
+    def _start(self, cell: Cell) -> None:
+        cell.folder.parent.mkdir(parents=True, exist_ok=True)
+        lent = self._lender.lend(self._recipes[cell.name])
+        log = cell.folder.with_name(f"{cell.name}.log")
+        self._view.say("cell", f"{cell.name}: started (log: {log})")
+        child = self._supervisor.start(
+            cell.name,
+            cell.command(self._recipe, lent),
+            log=log,
+            grace_s=_GRACE_S,
+            environment=self._lender.keys,
+        )
+        self._cells[cell.name] = (cell, child)
+
+    def _failed(self) -> Iterator[Cell]:
+        for cell, child in [pair for pair in self._cells.values() if not pair[1].is_running]:
+            del self._cells[cell.name]
+            status, _ = self._supervisor.ended(child)
             if status:
-                view.say("cell", child.failure().ending)
+                self._view.say("cell", child.failure().ending)
                 yield cell

@@ -1,17 +1,22 @@
 import io
 import json
+import sys
 from pathlib import Path
 
+import psutil
 import pytest
 from rich.console import Console
 
 from openrlhf_alp.cli.main import main
 from openrlhf_alp.launch import sweep as sweep_module
+from openrlhf_alp.launch.commands import Commands
 from openrlhf_alp.launch.recipe import RecipeError, Sweep, read_recipe, to_toml
 from openrlhf_alp.launch.sweep import Cell, cells_of, sweep
 from openrlhf_alp.launch.view import LaunchView
 
+FAKE = Path(__file__).with_name("fake_service.py")
 RECIPE = '[model]\npath = "m"\n[data]\npath = "p"\n[train]\n'
+RUNNING = RECIPE + '[rollout]\nurls = ["http://127.0.0.1:9"]\n'
 SWEEP = """
 [sweep.conditions]
 none = {}
@@ -90,9 +95,9 @@ def test_a_cell_starts_replaces_or_continues_what_is_there(tmp_path):
 
 def test_finished_cells_are_skipped_and_a_broken_one_is_named(tmp_path, monkeypatch):
     recipe = tmp_path / "r.toml"
-    recipe.write_text(RECIPE)
+    recipe.write_text(RUNNING)
     python = sweep_module.sys.executable
-    monkeypatch.setattr(Cell, "command", lambda cell, _: [python, "-c", CELL, str(cell.folder)])
+    monkeypatch.setattr(Cell, "command", lambda cell, *_: [python, "-c", CELL, str(cell.folder)])
     cells = cells_of(tmp_path / "s", [], "1,2,3", [])
     cells[0].folder.mkdir(parents=True)
     (cells[0].folder / "summary.json").write_text(json.dumps("earlier"))
@@ -107,10 +112,10 @@ def test_finished_cells_are_skipped_and_a_broken_one_is_named(tmp_path, monkeypa
 
 def test_launching_a_recipe_with_a_sweep_runs_its_cells(tmp_path, monkeypatch, capsys):
     recipe = tmp_path / "r.toml"
-    recipe.write_text(RECIPE + f'[run]\nfolder = "{tmp_path / "x"}"\n' + SWEEP)
+    recipe.write_text(RUNNING + f'[run]\nfolder = "{tmp_path / "x"}"\n' + SWEEP)
     python = sweep_module.sys.executable
     script = CELL.replace("folder.name == 'seed=2'", "False")
-    monkeypatch.setattr(Cell, "command", lambda cell, _: [python, "-c", script, str(cell.folder)])
+    monkeypatch.setattr(Cell, "command", lambda cell, *_: [python, "-c", script, str(cell.folder)])
     assert main(["launch", str(recipe), "--seeds", "1"]) == 0
     assert sorted(path.name for path in (tmp_path / "x-sweep").iterdir() if path.is_dir()) == [
         "int4_batch_size=8_seed=1",
@@ -118,3 +123,33 @@ def test_launching_a_recipe_with_a_sweep_runs_its_cells(tmp_path, monkeypatch, c
     ]
     assert main(["launch", str(recipe), "--dry-run"]) == 2
     assert "--set 'sweep={}' leaves the recipe's out" in " ".join(capsys.readouterr().out.split())
+
+
+def test_services_stay_up_between_cells_that_need_the_same_ones(tmp_path, monkeypatch):
+    recipe, pids = tmp_path / "r.toml", tmp_path / "pids"
+    (tmp_path / "m").mkdir()
+    (tmp_path / "m" / "config.json").write_text("{}")
+    recipe.write_text(RECIPE.replace('"m"', f'"{tmp_path / "m"}"') + SWEEP)
+    read, _ = read_recipe(recipe)
+    cells = cells_of(tmp_path / "s", ["data.limit=1"], recipe=read.sweep)
+    ask = "import httpx, sys; open(sys.argv[1], 'a').write(sys.argv[2] + '\\n')"
+    ask += "; assert httpx.get(sys.argv[2] + '/openapi.json').status_code == 200"
+    asked = tmp_path / "asked"
+
+    def command(cell, recipe, lent):
+        return [sys.executable, "-c", ask, str(asked), (lent / "rollout-0.url").read_text().strip()]
+
+    def rollout(recipe, *, url_file, port, **_):
+        # The stress decides which service a cell needs; the fake has no other flag for it.
+        mode = ["--mode", "ok" if recipe.rollout.flags else "stubborn"]
+        flags = ["--url-file", str(url_file), "--port", str(port), "--pids", str(pids)]
+        return [sys.executable, str(FAKE), *flags, *mode]
+
+    monkeypatch.setattr(Cell, "command", command)
+    view = LaunchView(Console(file=io.StringIO()))
+    assert sweep(recipe, [*cells, cells[3]], view, Commands(rollout=rollout)) == 0
+    first, second, third, fourth, fifth = asked.read_text().split()
+    assert (fourth == fifth) and len({first, second, third, fourth}) == 4
+    started = [int(pid) for pid in pids.read_text().split()]
+    assert len(started) == 2 * 4  # each fake has a helper
+    assert not any(psutil.pid_exists(pid) for pid in started)

@@ -9,6 +9,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from safetensors import safe_open
+
 from openrlhf_alp.clients.channel import Timeouts
 from openrlhf_alp.clients.control import ControlClient
 from openrlhf_alp.clients.errors import UpdateUnanswered, WeightUpdateFailed
@@ -95,6 +97,10 @@ class WeightPusher:
             ServiceUnavailable: on the first push, a server does not answer.
         """
         return asyncio.run(self.push_async(buckets))
+
+    def push_folder(self, folder: Path) -> PushResult:
+        """As `push`, with the tensors of a model folder's safetensors files."""
+        return self.push(_tensors_of(folder))
 
     async def push_async(self, buckets: NamedBuckets) -> PushResult:
         """As `push`, inside an event loop. Taking the tensors blocks that loop."""
@@ -192,3 +198,10 @@ def _common_version(statuses: Sequence[WeightsStatus]) -> int | None:
     first = statuses[0]
     same = all((s.version, s.digest) == (first.version, first.digest) for s in statuses)
     return first.version if same and all(s.state == "serving" for s in statuses) else None
+
+
+def _tensors_of(folder: Path) -> NamedBuckets:
+    """A file at a time; its tensors are memory-mapped."""
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            yield [(name, file.get_tensor(name)) for name in file.keys()]  # noqa: SIM118

@@ -140,6 +140,19 @@ def served_equal(service: RolloutService, model: LlamaForCausalLM) -> bool:
     return all(torch.equal(tensor, own[name]) for name, tensor in model.state_dict().items())
 
 
+async def test_a_model_folder_takes_back_what_was_pushed(
+    make_service: Any, network: Any, make_client: Any, model_folder: Path
+) -> None:
+    service = make_service()
+    pusher = pusher_of(make_client, network.add("a", service))
+    loaded = service.contract().digest
+    changed = await push(pusher, new_model(model_folder, 0.5))
+    assert changed.digest != loaded
+    back = await asyncio.to_thread(pusher.push_folder, model_folder)
+    assert back.digest == service.contract().digest == loaded
+    assert served_equal(service, new_model(model_folder, 1.0))
+
+
 async def test_a_push_reaches_every_server_and_leaves_no_file(
     make_service: Any, network: Any, make_client: Any, model_folder: Path
 ) -> None:
