@@ -86,7 +86,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--max-tokens", type=int, default=128, help="longest answer (default: 128)")
     add("--temperature", type=float, default=1.0, help="--rollout.temperature (default: 1)")
     add(
-        "--dtype", default="bf16", choices=("bf16", "fp16"), help="--ds.param_dtype (default: bf16)"
+        "--dtype",
+        default="bf16",
+        choices=("bf16", "fp16", "fp32"),
+        help="--ds.param_dtype (default: bf16)",
     )
     add(
         "--attention",

@@ -316,8 +316,9 @@ def _needs(plan: Plan) -> Iterator[Need]:
 
 def _learner_need(recipe: Recipe, shape: dict[str, Any], billions: float, vocabulary: int) -> Need:
     ranks, stage = shape["num_ranks"], shape["zero_stage"]
-    weights = 2 / (ranks if stage == 3 else 1)
-    gradients = 2 / (ranks if stage >= 2 else 1)
+    each_bytes = shape["weight_bytes"]
+    weights = each_bytes / (ranks if stage == 3 else 1)
+    gradients = each_bytes / (ranks if stage >= 2 else 1)
     on_gpu = recipe.train.gpus > 0
     states = 0.0 if on_gpu and shape["adam_offload"] else 12 / (ranks if stage >= 1 else 1)
     logits = 10 * shape["micro_batch_tokens"] * vocabulary / 1e9

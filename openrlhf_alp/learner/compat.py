@@ -10,6 +10,7 @@ shown without waiting for it.
     flash_attn.bert_padding, .utils           imported by openrlhf.models             PR #1302
     torch.cuda.current_device and two more    used as "the device" everywhere         PR #1301
     deepspeed_shm_comm switched off           compiled for a minute on first use      DeepSpeed
+    convert_to_torch_dtype knows fp32         a CPU without bfloat16 units is slow    (any machine)
 """
 
 from __future__ import annotations
@@ -63,6 +64,23 @@ def disable_shm_collectives() -> None:
     import deepspeed.ops
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+def allow_float32() -> None:
+    """Teach OpenRLHF's loader of models `--ds.param_dtype fp32`. Idempotent.
+
+    DeepSpeed trains in float32 by itself when neither bf16 nor fp16 is asked for.
+    """
+    import openrlhf.utils.utils as upstream
+    import torch
+
+    dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+    def convert_to_torch_dtype(param_dtype: str) -> torch.dtype:
+        return dtypes[param_dtype]
+
+    # For good: every model of this process is loaded through it, the reference's too.
+    upstream.convert_to_torch_dtype = convert_to_torch_dtype
 
 
 def undecorated(actor_class: Any) -> type:

@@ -175,6 +175,9 @@ SEAMS = (
         "rollout_engine:UpstreamReward",
         _fetch_rewards_via_http="self queries_list prompts_list labels_list",
     ),
+    *_methods(
+        "openrlhf.utils.utils:", "compat:allow_float32", convert_to_torch_dtype="param_dtype"
+    ),
     *_methods("openrlhf.utils.config:", "seams:run_upstream", hierarchize="args"),
 )
 

@@ -55,6 +55,7 @@ class AlpStrategy(DeepspeedStrategy):
     def setup_distributed(self, timeout: timedelta = timedelta(minutes=60)) -> None:
         if not torch.cuda.is_available():
             compat.disable_shm_collectives()
+        compat.allow_float32()
         super().setup_distributed(timeout)
 
     def prepare(self, *models: Any) -> Any:

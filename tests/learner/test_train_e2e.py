@@ -81,9 +81,11 @@ def metrics(folder: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
 
-@pytest.mark.parametrize(("method", "transport"), [("token-alp", "file"), ("token-mis", "http")])
+@pytest.mark.parametrize(
+    ("method", "transport", "dtype"), [("token-alp", "file", "bf16"), ("token-mis", "http", "fp32")]
+)
 def test_a_run_trains_pushes_and_exports_a_clean_model(
-    tiny_model: Path, start_service: Any, tmp_path: Path, method: str, transport: str
+    tiny_model: Path, start_service: Any, tmp_path: Path, method: str, transport: str, dtype: str
 ) -> None:
     other = shutil.copytree(tiny_model, tmp_path / "other-weights") / "model.safetensors"
     save_file(
@@ -92,6 +94,7 @@ def test_a_run_trains_pushes_and_exports_a_clean_model(
     flags = (
         *("--alp.enable", "--alp.method", method, "--alp.sigma0", "0.01"),
         *("--rollout.weight_transport", transport, "--alp.record", str(tmp_path / "batches")),
+        *("--ds.param_dtype", dtype),
     )
     log = tmp_path / "train.log"
     with start_service(other.parent, tmp_path, "--engine", "hf") as service:
@@ -107,7 +110,10 @@ def test_a_run_trains_pushes_and_exports_a_clean_model(
     assert ("/v1/weights/files/update-1-" in served) == (transport == "http")
     assert all(step["alp/num_tokens"] > 0 and step["rollout/num_samples"] == 4 for step in steps)
     with safe_open(tmp_path / "export" / "model.safetensors", framework="pt") as exported:
-        assert not [name for name in exported.keys() if "alp" in name]  # noqa: SIM118
+        names = list(exported.keys())
+        dtypes = {exported.get_slice(name).get_dtype() for name in names}
+    assert not [name for name in names if "alp" in name]
+    assert dtypes == {"F32" if dtype == "fp32" else "BF16"}
     check_recording(tmp_path / "batches", steps, method=method)
 
 

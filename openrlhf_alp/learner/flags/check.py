@@ -62,6 +62,7 @@ def _shape(args: SimpleNamespace) -> dict[str, Any]:
         "max_samples": int(args.data.max_samples),
         "num_ranks": args.actor.num_nodes * args.actor.num_gpus_per_node,
         "micro_batch_tokens": tokens if args.train.dynamic_batch_enable else fixed,
+        "weight_bytes": 4 if args.ds.param_dtype == "fp32" else 2,
         "zero_stage": args.ds.zero_stage,
         "adam_offload": bool(args.ds.adam_offload),
     }

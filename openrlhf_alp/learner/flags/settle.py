@@ -30,6 +30,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         ("tool-integrated episodes", ToolConfig, "tool"),
     ):
         add_flags(parser.add_argument_group(title), config, prefix)
+    _offer_float32(parser)
+
+
+def _offer_float32(parser: argparse.ArgumentParser) -> None:
+    """For CPUs without bfloat16 units, and for a learner that is more exact than the rollouts."""
+    [dtype] = [a for a in parser._actions if a.dest == "ds.param_dtype"]
+    dtype.choices = [*(dtype.choices or ()), "fp32"]
+    dtype.help = "Model data type; fp32 is faster on a CPU without bfloat16 units"
 
 
 def settle(args: SimpleNamespace) -> SimpleNamespace:

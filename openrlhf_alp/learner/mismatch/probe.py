@@ -30,6 +30,7 @@ from openrlhf_alp.clients.weights.carry import SERVED_DTYPES
 from openrlhf_alp.clients.weights.push import WeightPusher
 from openrlhf_alp.episodes.protocols import Task
 from openrlhf_alp.episodes.records import Episode, SamplingConfig
+from openrlhf_alp.learner import compat
 from openrlhf_alp.learner.mismatch.judge import Verdict, judge
 from openrlhf_alp.learner.mismatch.measure import Mismatch, log_ratio, scorable
 from openrlhf_alp.learner.weight_sync import gathered_buckets, gathered_parameters
@@ -61,7 +62,7 @@ class ProbeConfig:
     max_tokens: int
     temperature: float
     dtype: str
-    """`bf16` or `fp16`, as `--ds.param_dtype`."""
+    """`bf16`, `fp16` or `fp32`, as `--ds.param_dtype`."""
     attention: str
     """As `--ds.attn_implementation`."""
     micro_batch_size: int
@@ -158,6 +159,7 @@ def _recorded(
 
 def load_actor(config: ProbeConfig) -> Actor:
     """OpenRLHF's policy as a training run builds it, without DeepSpeed around it."""
+    compat.allow_float32()
     actor = Actor(
         config.model,
         attn_implementation=config.attention,
