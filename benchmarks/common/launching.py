@@ -1,5 +1,6 @@
 """A launch of real programs: a tiny model, both services, Ray and DeepSpeed, evaluation."""
 
+import contextlib
 import json
 import os
 import subprocess
@@ -87,15 +88,16 @@ class RealLaunch:
         return psutil.Process(self.process.pid).children(recursive=True)
 
     def child(self, *words: str) -> psutil.Process | None:
-        """The child whose command line has all `words`, if there is one now."""
-        for child in psutil.Process(self.process.pid).children():
-            try:
-                command = child.cmdline()
-            except psutil.Error:
-                continue
-            # As long as it is being tied to the launch it is not yet what it is going to be.
-            if "-I" not in command and all(any(word in part for part in command) for word in words):
-                return child
+        """The child below its guardian whose command line has all `words`, if there is one now."""
+        for guardian in psutil.Process(self.process.pid).children():
+            with contextlib.suppress(psutil.Error):
+                for child in guardian.children():
+                    command = child.cmdline()
+                    # Between fork and exec it is not yet what it is going to be.
+                    if command == guardian.cmdline():
+                        continue
+                    if all(any(word in part for part in command) for word in words):
+                        return child
         return None
 
     def kill(self, *words: str) -> psutil.Process:

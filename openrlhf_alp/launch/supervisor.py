@@ -2,10 +2,10 @@
 
 Each child leads a session of its own, so Ctrl-C in the terminal reaches only this process, which
 then stops the children in order. Ray and vLLM start daemons that leave their parent's process group
-and may outlive it. On Linux this process therefore adopts orphans of its descendants (it becomes a
-"subreaper"): whatever the children started, in whatever session, is a descendant here and is ended
-by its process id. Where this process is itself killed, the kernel kills the children (`tied.py`),
-and Ray, vLLM and the sandbox do the same for theirs.
+and may outlive it. On Linux each child therefore runs below a guardian (`tied.py`), which adopts
+orphans of its descendants: whatever the child started, in whatever session, is ended by its process
+id when the child ends, or when this process is itself killed. What a guardian leaves because it was
+killed falls to this process, which does the same at its own end.
 """
 
 import contextlib

@@ -4,6 +4,7 @@ import json
 import signal
 import time
 
+import psutil
 import pytest
 
 pytestmark = pytest.mark.e2e
@@ -66,6 +67,15 @@ def test_a_stop_signal_ends_everything_in_time_at_every_stage(
     assert time.monotonic() - asked_s < MOST_S
     assert status == 128 + signum, output
     assert f"by {signum.name}; every process of the run has been ended" in output
+    assert launch.still_running() == []
+
+
+def test_a_launch_that_is_killed_takes_everything_with_it(start_launch):
+    launch = start_launch(train="stubborn", tool="stubborn", rollout="stubborn")
+    launch.wait_for_pids(6)
+    family = psutil.Process(launch.process.pid).children(recursive=True)
+    launch.process.kill()
+    assert psutil.wait_procs(family, timeout=5)[1] == []
     assert launch.still_running() == []
 
 

@@ -1,9 +1,22 @@
+import os
+import signal
+import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 
 from openrlhf_alp.launch.supervisor import ProcessFailedError, Supervisor, tail
+
+HERE = Path(__file__).parent
+WITH_A_DAEMON = (
+    f"import sys; sys.path.insert(0, {str(HERE)!r})\n"
+    "import os, signal, time\n"
+    "from fake_train import start_daemon\n"
+    "print(os.getpid(), start_daemon(), flush=True)\n"
+)
+"""Prints its process id and that of a daemon that ignores SIGTERM and is nobody's child."""
 
 
 def python(code: str) -> list[str]:
@@ -78,3 +91,49 @@ def test_a_log_keeps_what_an_earlier_process_wrote(tmp_path):
             child = supervisor.start("A", python(f"print({text!r})"), log=log, grace_s=1.0)
             assert supervisor.ended(child)[0] == 0
     assert log.read_text() == "first\nsecond\n"
+
+
+@pytest.mark.parametrize(("code", "status"), [("", 0), ("os.kill(os.getpid(), 11)", -11)])
+def test_what_a_child_leaves_behind_ends_with_it_and_its_own_status_is_told(tmp_path, code, status):
+    log = tmp_path / "log"
+    with Supervisor() as supervisor:
+        child = supervisor.start("A", python(WITH_A_DAEMON + code), log=log, grace_s=1.0)
+        ended, output = supervisor.ended(child)
+        assert ended == status
+        assert not any(psutil.pid_exists(int(pid)) for pid in output.split())
+
+
+@pytest.mark.parametrize("killed", ["starter", "guardian"])
+def test_a_killed_starter_or_guardian_takes_everything_with_it(tmp_path, killed):
+    """The killed one cannot do anything; what it started includes a daemon in its own session."""
+    log = tmp_path / "log"
+    starter = f"""
+import pathlib
+from openrlhf_alp.launch.supervisor import Supervisor
+with Supervisor() as supervisor:
+    command = {python(WITH_A_DAEMON + "signal.pause()")!r}
+    child = supervisor.start("A", command, log=pathlib.Path({str(log)!r}), grace_s=1.0)
+    print(child.process.pid, flush=True)
+    child.process.wait()
+"""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    with subprocess.Popen(
+        python(starter), stdout=subprocess.PIPE, text=True, env=environment
+    ) as process:
+        assert process.stdout is not None
+        guardian = int(process.stdout.readline())
+        while not log.exists() or not log.read_text().endswith("\n"):
+            assert process.poll() is None
+        family = psutil.Process(process.pid).children(recursive=True)
+        assert {int(pid) for pid in log.read_text().split()} < {child.pid for child in family}
+        os.kill(process.pid if killed == "starter" else guardian, signal.SIGKILL)
+        assert psutil.wait_procs(family, timeout=5)[1] == []
+
+
+def test_a_child_that_cannot_be_started_says_why_in_its_log(tmp_path):
+    log = tmp_path / "log"
+    with Supervisor() as supervisor:
+        child = supervisor.start("A", [str(tmp_path / "none")], log=log, grace_s=1.0)
+        status, output = supervisor.ended(child)
+    assert status == 1
+    assert "FileNotFoundError" in output
