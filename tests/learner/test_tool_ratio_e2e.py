@@ -27,7 +27,7 @@ pytestmark = [
     pytest.mark.timeout(900),
 ]
 
-NUM_SAMPLES = 48
+NUM_SAMPLES = 192
 SAMPLING = SimpleNamespace(temperature=1.0, top_p=1.0, top_k=-1, max_tokens=60)
 SERVICE = ServiceConfig(
     urls=(),
