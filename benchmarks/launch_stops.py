@@ -3,7 +3,8 @@ children, at every stage of a launch of real programs on a tiny model; fails abo
 
     python benchmarks/launch_stops.py [--stages "warm-up" training] [--only Ctrl-C launch children]
 
-A service that is killed while the learner runs is started again: a test sees to that.
+A service that is killed while the learner runs is started again: a test sees to that. Earlier
+stages are left out where what runs in the stage itself stays the same.
 """
 
 import argparse
@@ -29,7 +30,7 @@ _MODULES = {
 def measure(stage: str, end: Callable[[RealLaunch], object]) -> tuple[int, int, float, list[str]]:
     """Exit status, processes of the run, seconds until all are gone, and words of its children."""
     with tempfile.TemporaryDirectory() as folder:
-        launch = start_until(stage, RealLaunch, Path(folder))
+        launch = start_until(stage, RealLaunch, Path(folder), directly=True)
         try:
             family = launch.family()
             words = [word for word in _MODULES if launch.child(word)]

@@ -146,10 +146,31 @@ StartLaunch = Callable[..., RealLaunch]
 """The constructor, under a fixture that ends what still runs at the end of the test."""
 
 
-def start_until(stage: str, start: StartLaunch, folder: Path) -> RealLaunch:
-    """A launch in `folder` that has come to `stage`."""
-    recipe, run = write_recipe(folder, stages=True, sources=stage == "data"), folder / "run"
-    launch = start(str(recipe), "--output", str(run), run=run)
+_WITHOUT_WARM_UP = ("model.warm_up_steps=0",)
+_WITHOUT_QUESTIONS = (*_WITHOUT_WARM_UP, "evaluate.before=false", "train.data.max_samples=2")
+_SHORT_CUTS = {
+    "rollout service": _WITHOUT_WARM_UP,
+    "evaluation before": _WITHOUT_WARM_UP,
+    "held-out questions": _WITHOUT_WARM_UP,
+    "learner starts": _WITHOUT_QUESTIONS,
+    "training": _WITHOUT_QUESTIONS,
+    "evaluation of a step": _WITHOUT_QUESTIONS,
+    "evaluation after": (*_WITHOUT_QUESTIONS, "evaluate.every=0"),
+}
+"""Stage -> settings that leave out earlier stages. What runs in the stage itself is the same."""
+
+
+def start_until(
+    stage: str, start: StartLaunch, folder: Path, *, directly: bool = False
+) -> RealLaunch:
+    """A launch in `folder` that has come to `stage`, `directly` without most earlier stages."""
+    settings = _SHORT_CUTS.get(stage, ()) if directly else ()
+    data = "sources" if stage == "data" else "made"
+    if "evaluate.before=false" in settings:
+        data = "path"  # of a made task questions are asked before training
+    recipe, run = write_recipe(folder, stages=True, data=data), folder / "run"
+    flags = (part for setting in settings for part in ("--set", setting))
+    launch = start(str(recipe), "--output", str(run), *flags, run=run)
     launch.wait_until(lambda: STAGES[stage](launch))
     return launch
 
@@ -171,13 +192,13 @@ def _runs(process: psutil.Process) -> bool:
         return False
 
 
-def write_recipe(folder: Path, *, stages: bool, sources: bool = False) -> Path:
+def write_recipe(folder: Path, *, stages: bool, data: str = "path") -> Path:
     """A recipe in `folder`, with its model.
 
     Args:
-        stages: with a tool service, warm-up, held-out questions and evaluations; otherwise with a
-            prompt file and nothing else.
-        sources: with prompts that have to be prepared, and then without warm-up.
+        stages: with a tool service and evaluations.
+        data: "made", a task with warm-up and held-out questions; "path", a prompt file; "sources",
+            prompts that have to be prepared.
     """
     tokenizer = make_tokenizer()
     torch.manual_seed(0)
@@ -191,16 +212,15 @@ def write_recipe(folder: Path, *, stages: bool, sources: bool = False) -> Path:
     _write_rows(folder / "suite.jsonl", suite)
     reward = folder / "reward.py"
     reward.write_text(REWARD)
-    made = stages and not sources
-    data = f'path = "{folder}/prompts.jsonl"'
-    if stages:
-        data = (
-            'task = "multiplication"\nsteps = 2' if made else f'sources = ["{folder}/suite.jsonl"]'
-        )
+    kinds = {
+        "made": 'task = "multiplication"\nsteps = 2',
+        "path": f'path = "{folder}/prompts.jsonl"',
+        "sources": f'sources = ["{folder}/suite.jsonl"]',
+    }
     text = TRAIN.format(
         model=folder / "model",
-        warm_up="warm_up_steps = 1" if made else "",
-        data=data,
+        warm_up="warm_up_steps = 1" if data == "made" else "",
+        data=kinds[data],
         length=length,
         reward=reward,
     )
