@@ -100,6 +100,11 @@ class RealLaunch:
                         return child
         return None
 
+    def serves(self, kind: str) -> bool:
+        """Whether the service of this kind runs; the check runs the same program before."""
+        has_log = (self.run / "logs" / f"{kind}-0.log").exists()
+        return has_log and self.child(f"services.{kind}") is not None
+
     def kill(self, *words: str) -> psutil.Process:
         """Kills the child whose command line has all `words`."""
         child = self.child(*words)
@@ -130,9 +135,9 @@ class RealLaunch:
 STAGES: dict[str, Callable[[RealLaunch], object]] = {
     "check": lambda launch: launch.child("flags.check"),
     "data": lambda launch: launch.child("prepare-data"),
-    "tool service": lambda launch: launch.child("services.tool", "--url-file"),
+    "tool service": lambda launch: launch.serves("tool"),
     "warm-up": lambda launch: launch.child("stages.warmup"),
-    "rollout service": lambda launch: launch.child("services.rollout", "--url-file"),
+    "rollout service": lambda launch: launch.serves("rollout"),
     "evaluation before": lambda launch: launch.child("evaluation/before"),
     "held-out questions": lambda launch: (launch.run / "evaluation/before/results.json").exists(),
     "learner starts": lambda launch: launch.child("cli.train_ppo_ray"),

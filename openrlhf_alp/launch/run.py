@@ -354,7 +354,10 @@ class _Run:
 
         def evaluate() -> None:
             if hold.exists():
-                self._evaluate_step(int(hold.read_text()), keep_running)
+                step = int(hold.read_text())
+                # A run that continues holds at the step of its checkpoint once more.
+                if not (self._folder / "evaluation" / f"step-{step}" / "results.json").exists():
+                    self._evaluate_step(step, keep_running)
                 hold.unlink()
 
         self._view.say("training", f"starting Ray and DeepSpeed (log: {log})")

@@ -150,7 +150,8 @@ def drop_undone_steps(path: Path, step: int) -> int:
     replace_file(metrics, kept)
     for folder in (path / "evaluation").glob("*"):
         name = re.fullmatch(r"after|step-(\d+)", folder.name)
-        if name and (name[1] is None or int(name[1]) > step):
+        # What came after training belongs to these weights when no step comes after them.
+        if name and (int(name[1]) > step if name[1] else undone):
             _move_aside(folder, folder / "run.json")
     return len(undone)
 

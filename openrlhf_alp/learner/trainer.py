@@ -122,7 +122,7 @@ class _ServiceTraining:
     def _hold(self, global_step: int) -> None:
         """Wait where somebody evaluates the weights that the services now serve."""
         service = self.args.rollout_service
-        if not service.hold_steps or global_step % service.hold_steps:
+        if not service.hold_steps or not global_step or global_step % service.hold_steps:
             return
         file = Path(service.hold_file)
         logger.info("step %d: waiting until %s is removed", global_step, file)
@@ -208,6 +208,8 @@ class AlpPPOTrainer(_ServiceTraining, undecorated(ppo_trainer.PPOTrainer)):  # t
         if self.uses_service:
             self.broadcast_to_vllm()
         with self._pushing_again() if self.uses_service else contextlib.nullcontext():
+            # The run may have ended while the step of its checkpoint was evaluated.
+            self._hold(self.init_checkpoint_states()["global_step"])
             super().fit(global_step)
         self._finish()
 
@@ -234,6 +236,7 @@ class AlpTrainingActor(_ServiceTraining, _UpstreamTraining):  # type: ignore[mis
         super().broadcast_to_vllm()
 
     def fit(self, global_step: int = 0) -> None:
+        self._hold(global_step)  # as in `AlpPPOTrainer.fit`
         super().fit(global_step)
         self._finish()
 

@@ -68,6 +68,8 @@ def run(arguments: argparse.Namespace) -> None:
         file.write(f"{os.getpid()}\n{start_daemon()}\n")
     latest = arguments.run / "checkpoints" / "_actor" / "latest"
     first = int(latest.read_text().removeprefix("global_step")) + 1 if arguments.resume else 1
+    if arguments.resume and arguments.mode == "holds" and first == 3:
+        wait_to_be_evaluated(arguments.run / "hold")
     num_steps = len(arguments.train_data.read_text().splitlines()) // 8
     for step in range(first, num_steps + 1):
         log_step(arguments.run / "metrics.jsonl", step)

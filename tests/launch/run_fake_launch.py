@@ -1,7 +1,8 @@
 """Runs a launch on fakes: `run_fake_launch.py MODEL_FOLDER FOLDER STEPS OPTIONS_AS_JSON`.
 
 Options: `tool`, `rollout` and `train` are modes of the fake programs, `check` may be "hangs",
-`resume` continues the run of an earlier call, `evaluate` is the code that evaluates step 2.
+`resume` continues the run of an earlier call, `evaluate` is the code that evaluates step 2, or with
+`after` the trained policy; its arguments are the file of process ids and the folder of results.
 """
 
 import json
@@ -10,6 +11,10 @@ from dataclasses import replace
 from pathlib import Path
 
 HERE = Path(__file__).parent
+EVALUATE = {
+    False: "[evaluate]\nsuite = ['x']\nbefore = false\nevery = 2\nafter = false\n",
+    True: "[evaluate]\nsuite = ['x']\nbefore = false\n",
+}
 HANG = [sys.executable, "-c", "import signal; print(1, flush=True); signal.pause()"]
 
 
@@ -40,7 +45,7 @@ def main(model: str, folder: str, steps: str, text: str) -> int:
         return [sys.executable, script, *flags, "--mode", options.get("train", "ok")]
 
     def evaluate(recipe, inputs, output):
-        return [sys.executable, "-c", options["evaluate"], str(pids)]
+        return [sys.executable, "-c", options["evaluate"], str(pids), str(output)]
 
     def check(plan, source, machine, supervisor):
         if options.get("check") == "hangs":
@@ -55,8 +60,7 @@ def main(model: str, folder: str, steps: str, text: str) -> int:
         f'[data]\ntask = "addition"\nsteps = {steps}\n[rollout]\nmax_restarts = 1\n'
         "[train]\nalp.method = 'seq-alp'\nrollout.max_new_tokens = 20\n"
         + ("[tool]\n" if "tool" in options else "")
-        + ("[evaluate]\nsuite = ['x']\nevery = 2\n" if "evaluate" in options else "")
-        + ("before = false\nafter = false\n" if "evaluate" in options else "")
+        + (EVALUATE[options.get("after", False)] if "evaluate" in options else "")
     )
     recipe, source = read_recipe(path)
     fakes = Commands(

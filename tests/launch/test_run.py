@@ -9,6 +9,21 @@ import pytest
 
 pytestmark = pytest.mark.e2e
 
+EVALUATION = """
+import pathlib, signal, sys
+folder = pathlib.Path(sys.argv[2])
+folder.mkdir(parents=True, exist_ok=True)
+starts = folder / "starts"
+is_first = not starts.exists()
+if {made} or not is_first:
+    (folder / "results.json").touch()
+with starts.open("a") as file:
+    file.write("x")
+if is_first:
+    signal.pause()
+"""
+"""Hangs at its first start, with or without results; counts its starts."""
+
 MOST_S = 20.0
 """From a stop signal to the last process gone."""
 
@@ -176,6 +191,37 @@ def test_a_run_that_failed_continues_after_its_newest_checkpoint(start_launch):
     assert [json.loads(row)["global_step"] for row in rows] == [1, 2, 3, 4]
     undone = (first.folder / "run" / "metrics.undone.jsonl").read_text().splitlines()
     assert [json.loads(row)["global_step"] for row in undone] == [3]
+
+
+@pytest.mark.parametrize(
+    ("stage", "options", "starts"),
+    [
+        pytest.param("step-2", {"train": "holds"}, 2, id="cut off during training"),
+        pytest.param("after", {"after": True}, 2, id="cut off after training"),
+        pytest.param("step-2", {"train": "holds", "made": True}, 1, id="made before the end"),
+    ],
+)
+def test_an_evaluation_that_the_end_of_a_run_cut_off_continues_with_the_run(
+    start_launch, stage, options, starts
+):
+    """Checkpoints are those of steps 2 and 4, the last one. What was answered is still there."""
+    made = options.pop("made", False)
+    code = EVALUATION.format(made=made)
+    launch = start_launch(evaluate=code, steps=4, **options)
+    folder = launch.folder / "run" / "evaluation" / stage
+    while not (folder / "starts").exists():
+        assert launch.process.poll() is None, launch.finish()
+        time.sleep(0.05)
+    launch.process.send_signal(signal.SIGTERM)
+    assert launch.finish()[0] == 143
+    assert (folder / "results.json").exists() == made
+
+    status, output = start_launch(evaluate=code, steps=4, resume=True, **options).finish()
+    assert status == 0, output
+    assert (folder / "starts").read_text() == "x" * starts
+    assert (folder / "results.json").exists()
+    # At the weights of its step, and before they change.
+    assert stage == "after" or made or output.index(str(folder)) < output.index("3/4  reward")
 
 
 def test_two_launches_run_at_once_but_not_in_one_folder(start_launch, tmp_path):

@@ -120,6 +120,7 @@ def test_evaluations_of_weights_that_will_be_made_again_are_kept_beside_the_new_
     names = ("before", "step-2", "step-4", "after")
     for name in names:
         (tmp_path / "evaluation" / name).mkdir(parents=True)
+    (tmp_path / "metrics.jsonl").write_text('{"global_step": 2}\n{"global_step": 3}\n')
     run_folder.drop_undone_steps(tmp_path, 2)
     folders = sorted(path.name for path in (tmp_path / "evaluation").iterdir())
     after, before, done, undone = folders
