@@ -100,10 +100,9 @@ class RealLaunch:
                         return child
         return None
 
-    def serves(self, kind: str) -> bool:
-        """Whether the service of this kind runs; the check runs the same program before."""
-        has_log = (self.run / "logs" / f"{kind}-0.log").exists()
-        return has_log and self.child(f"services.{kind}") is not None
+    def runs(self, name: str, word: str) -> bool:
+        """Whether the process `name` runs; the check runs programs with the same options before."""
+        return (self.run / "logs" / f"{name}.log").exists() and self.child(word) is not None
 
     def kill(self, *words: str) -> psutil.Process:
         """Kills the child whose command line has all `words`."""
@@ -135,15 +134,15 @@ class RealLaunch:
 STAGES: dict[str, Callable[[RealLaunch], object]] = {
     "check": lambda launch: launch.child("flags.check"),
     "data": lambda launch: launch.child("prepare-data"),
-    "tool service": lambda launch: launch.serves("tool"),
+    "tool service": lambda launch: launch.runs("tool-0", "services.tool"),
     "warm-up": lambda launch: launch.child("stages.warmup"),
-    "rollout service": lambda launch: launch.serves("rollout"),
-    "evaluation before": lambda launch: launch.child("evaluation/before"),
+    "rollout service": lambda launch: launch.runs("rollout-0", "services.rollout"),
+    "evaluation before": lambda launch: launch.runs("evaluate-before", "evaluation/before"),
     "held-out questions": lambda launch: (launch.run / "evaluation/before/results.json").exists(),
     "learner starts": lambda launch: launch.child("cli.train_ppo_ray"),
     "training": lambda launch: launch.num_steps() >= 1,
-    "evaluation of a step": lambda launch: launch.child("evaluation/step-1"),
-    "evaluation after": lambda launch: launch.child("evaluation/after"),
+    "evaluation of a step": lambda launch: launch.runs("evaluate-step-1", "evaluation/step-1"),
+    "evaluation after": lambda launch: launch.runs("evaluate-after", "evaluation/after"),
 }
 """Stage -> whether a launch of a recipe with all stages is there."""
 

@@ -117,13 +117,34 @@ def test_what_a_run_needs_at_least_is_arithmetic(recipe, tmp_path, monkeypatch):
     }
 
 
-def test_a_model_that_cannot_fit_is_refused_with_the_arithmetic(recipe, tmp_path, monkeypatch):
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    made, _ = recipe("rollout.gpus=1", "train.gpus=4")
-    here = machine.pretended_machine("8x0.5")
+GPU = ("rollout.gpus=1", "train.gpus=4")
+
+
+@pytest.mark.parametrize(
+    ("gpu_gb", "host_gb", "settings", "shown"),
+    [
+        (0.5, 64, GPU, "each GPU of a server needs at least 1.0 GB"),
+        (80, 4, ["rollout.servers=2"], "host, each server needs at least 2.0 GB"),
+        (80, 4, [], "host, the learner needs at least 4.0 GB"),
+        (
+            80,
+            64,
+            ["train.ckpt.save_steps=1", f"train.ckpt.max_num={10**9}", *GPU],
+            "disk of the run folder needs at least 14014000.0 GB",
+        ),
+    ],
+)
+def test_a_run_that_has_no_room_is_refused_with_the_arithmetic(
+    recipe, tmp_path, gpu_gb, host_gb, settings, shown
+):
+    """1.001e6 weights: 1 GB of each process, 1 GB of cache of each server, 4 ranks, 14 bytes of
+    each weight in a checkpoint."""
+    made, _ = recipe(*settings)
+    gpus = tuple(machine.Gpu(name=str(n), memory_gb=gpu_gb) for n in range(8))
+    here = machine.Machine(gpus=gpus, memory_gb=host_gb)
     drawn = plan.replace(planned(made, here, tmp_path), shape=SHAPE)
     drawn = plan.replace(drawn, needs=tuple(plan._needs(drawn)))
-    with pytest.raises(RecipeError, match=r"each GPU of a server needs at least 1\.0 GB"):
+    with pytest.raises(RecipeError, match=re.escape(shown)):
         plan._check_room(drawn, here)
 
 
@@ -195,4 +216,24 @@ def test_the_programs_themselves_judge_their_flags(recipe, tmp_path, settings, s
     made, source = recipe("train.alp.enable=true", *settings)
     drawn = planned(made, machine.this_machine(), tmp_path)
     with Supervisor() as supervisor, pytest.raises(RecipeError, match=re.escape(shown)):
+        plan.check_plan(drawn, source, machine.this_machine(), supervisor)
+
+
+@pytest.mark.e2e
+def test_a_data_file_without_labels_is_refused_with_the_line_that_names_its_field(
+    recipe, tmp_path, character_model
+):
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text('{"input": "What is 1 + 1?", "answer": "2"}\n')
+    made, source = recipe(
+        f"model.path={character_model}",
+        f"data.path={prompts}",
+        "train.alp.enable=true",
+        "train.reward.remote_url=math-verify",
+    )
+    drawn = planned(made, machine.this_machine(), tmp_path)
+    with (
+        Supervisor() as supervisor,
+        pytest.raises(RecipeError, match="label_key label: .* but input, answer"),
+    ):
         plan.check_plan(drawn, source, machine.this_machine(), supervisor)
