@@ -3,7 +3,6 @@
 Options: `tool`, `rollout` and `train` are modes of the fake programs, `check` may be "hangs",
 `resume` continues the run of an earlier call, `evaluate` is the code that evaluates step 2, or with
 `after` the trained policy; its arguments are the file of process ids and the folder of results.
-`settings` are put over the recipe's.
 """
 
 import json
@@ -63,7 +62,7 @@ def main(model: str, folder: str, steps: str, text: str) -> int:
         + ("[tool]\n" if "tool" in options else "")
         + (EVALUATE[options.get("after", False)] if "evaluate" in options else "")
     )
-    recipe, source = read_recipe(path, options.get("settings", ()))
+    recipe, source = read_recipe(path)
     fakes = Commands(
         rollout=service("rollout"), tool=service("tool"), train=train, evaluate=evaluate
     )

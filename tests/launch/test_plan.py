@@ -234,6 +234,6 @@ def test_a_data_file_without_labels_is_refused_with_the_line_that_names_its_fiel
     drawn = planned(made, machine.this_machine(), tmp_path)
     with (
         Supervisor() as supervisor,
-        pytest.raises(RecipeError, match="label_key label: .* but input, answer"),
+        pytest.raises(RecipeError, match=r"label_key label: .* but input, answer"),
     ):
         plan.check_plan(drawn, source, machine.this_machine(), supervisor)

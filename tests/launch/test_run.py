@@ -56,22 +56,6 @@ def test_a_run_ends_with_numbers_plots_and_no_process_left(start_launch):
 
 
 @pytest.mark.parametrize(
-    ("setting", "shown"),
-    [
-        ("rollout.gpus=1000", "the recipe needs 1000 GPU(s) and"),
-        ("model.path=/no/such/model", "model.path /no/such/model: there is no such folder"),
-    ],
-)
-def test_what_is_wrong_is_said_before_anything_starts_or_is_written(start_launch, setting, shown):
-    launch = start_launch(settings=[setting])
-    status, output = launch.finish()
-    assert status == 2, output
-    assert shown in output
-    assert launch.started_pids() == []
-    assert not (launch.folder / "run").exists()
-
-
-@pytest.mark.parametrize(
     ("options", "num_processes", "signum"),
     [
         pytest.param({"check": "hangs"}, 0, signal.SIGTERM, id="while flags are checked"),
