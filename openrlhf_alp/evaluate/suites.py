@@ -13,7 +13,7 @@ from typing import Any
 
 from openrlhf_alp.data.formats import first_filled, text_of
 from openrlhf_alp.data.labels import label_texts
-from openrlhf_alp.data.sources import LOCAL_SUFFIXES, DataError, Row, read_rows
+from openrlhf_alp.data.sources import LOCAL_SUFFIXES, DataError, Row, SourceError, read_rows
 from openrlhf_alp.rewards.answers import last_box
 from openrlhf_alp.rewards.labels import LabelNotParsableError
 from openrlhf_alp.rewards.values import Tolerance
@@ -54,6 +54,8 @@ class Suite:
     """Relative tolerance of numeric answers."""
 
     corrections: Mapping[str, str] = field(default_factory=dict)
+    """Labels by the text that stands in their place in the published set."""
+
     answer_form: str = ""
     licence: str = ""
 
@@ -163,18 +165,24 @@ def load_suite(suite: Suite, *, data_dir: Path | None, limit: int | None = None)
         limit: ask only the first so many problems.
 
     Raises:
-        SuiteError: a field is missing, a label cannot be read, an id or a problem comes twice, or
-            the number of problems is not that of the registry.
+        SuiteError: there is no `data_dir`, a field is missing, a label cannot be read, an id or a
+            problem comes twice, or the number of problems is not that of the registry.
         SourceError: the file or hub dataset cannot be read.
     """
     source = _find_file(suite, data_dir) or suite.source
     revision = None if Path(source).is_file() else suite.revision
-    rows = list(read_rows(source, split=suite.split, revision=revision))
+    try:
+        rows = list(read_rows(source, split=suite.split, revision=revision))
+    except SourceError as error:
+        if revision is None:
+            raise
+        # The reader's advice, to give the file's path, is for files of one's own.
+        raise SourceError(
+            f"{error}. For {suite.title}: put the file into a folder, as {' or '.join(suite.files)}"
+            ", and name the folder with --data_dir"
+        ) from error
     problems = [_problem(suite, row) for row in rows]
     _check_once(suite, source, problems)
-    unused = suite.corrections.keys() - {problem.id for problem in problems}
-    if unused and suite.size is not None:
-        raise SuiteError(f"{source}: corrections of {suite.name} name unknown ids {sorted(unused)}")
     return LoadedSuite(
         suite=suite,
         problems=tuple(problems[:limit]),
@@ -186,6 +194,8 @@ def load_suite(suite: Suite, *, data_dir: Path | None, limit: int | None = None)
 def _find_file(suite: Suite, data_dir: Path | None) -> str | None:
     if data_dir is None:
         return None
+    if not data_dir.is_dir():
+        raise SuiteError(f"--data_dir {data_dir}: there is no such folder")
     paths = [data_dir / name for name in suite.files]
     return next((str(path) for path in paths if path.is_file()), None)
 
@@ -221,7 +231,7 @@ def _problem(suite: Suite, row: Row) -> Problem:
     return Problem(
         id=problem_id,
         text=text,
-        label=_label(suite, row.content, problem_id, where),
+        label=_label(suite, row.content, where),
         tolerance=_tolerance(suite, row.content, where),
         subject=_text_or_none(_value(row.content, suite.subject)),
         level=_text_or_none(_value(row.content, suite.level)),
@@ -229,10 +239,11 @@ def _problem(suite: Suite, row: Row) -> Problem:
     )
 
 
-def _label(suite: Suite, row: Mapping[str, Any], problem_id: str, where: str) -> str:
-    if problem_id in suite.corrections:
-        return suite.corrections[problem_id]
+def _label(suite: Suite, row: Mapping[str, Any], where: str) -> str:
     value = _value(row, suite.label)
+    published = value[0] if isinstance(value, list) and len(value) == 1 else value
+    if isinstance(published, str):
+        value = suite.corrections.get(published, value)
     try:
         texts = label_texts(value)
     except LabelNotParsableError as error:

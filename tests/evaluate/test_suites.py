@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from openrlhf_alp.data.sources import SourceError
 from openrlhf_alp.data.templates import TokenizerError
 from openrlhf_alp.evaluate.grading import Grader, check_references
 from openrlhf_alp.evaluate.player import Plan, Prompts
@@ -63,6 +64,22 @@ def test_a_label_may_be_the_last_box_of_the_solution(tmp_path):
     assert [problem.label for problem in problems] == ["0.53", "7"]
 
 
+def test_the_hub_copies_are_read_as_the_authors_of_the_paper_read_them():
+    """Their script loads `train` and grades with `gt`; SVAMP's copy splits its 1,000 problems."""
+    suites, _ = registry()
+    theirs = [suites[name] for name in ("olympiadbench", "aime24", "aime25")]
+    assert all(suite.split == "train" and suite.label[0] == "gt" for suite in theirs)
+    assert suites["minerva"].split == "train" and "gt" in suites["minerva"].label
+    assert (suites["math500"].split, suites["svamp"].split) == ("test", "train+test")
+
+
+@pytest.mark.parametrize("row", [{"answer": ["$221,$8$"], "id": 2349}, {"gt": "$221,$8$"}])
+def test_a_broken_label_is_corrected_in_every_copy_of_a_set(tmp_path, row):
+    olympiadbench = replace(registry()[0]["olympiadbench"], size=1)
+    (problem,) = loaded(tmp_path, [{"problem": "p", **row}], olympiadbench).problems
+    assert problem.label == "221, 8"
+
+
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
@@ -79,6 +96,18 @@ def test_a_label_may_be_the_last_box_of_the_solution(tmp_path):
 def test_a_broken_row_is_named_with_its_fix(tmp_path, rows, message):
     with pytest.raises(SuiteError, match=message):
         loaded(tmp_path, rows)
+
+
+def test_a_set_that_cannot_be_fetched_is_named_with_the_file_to_put_in_its_place(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    aime25 = registry()[0]["aime25"]
+    with pytest.raises(SourceError, match=r"Chenlu123/aime25 .*, as aime25\.jsonl, and name the"):
+        load_suite(aime25, data_dir=tmp_path)
+    with pytest.raises(SuiteError, match="nowhere: there is no such folder"):
+        load_suite(aime25, data_dir=tmp_path / "nowhere")
 
 
 @pytest.mark.parametrize("num", [29, 31])
