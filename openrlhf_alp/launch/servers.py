@@ -77,7 +77,7 @@ class Server:
     def failure(self) -> ProcessFailedError:
         """The error that shows how it ended."""
         assert self.child is not None
-        return self.child.failure()
+        return self.child.failure(waited_s=time.monotonic() - self.started_s)
 
     def require_start(self) -> None:
         """Raises ProcessFailedError when it has ended, or takes longer than it may."""

@@ -73,12 +73,20 @@ class Child:
     def is_running(self) -> bool:
         return self.process.poll() is None
 
-    def failure(self) -> ProcessFailedError:
-        """The error that says how it ended, what its log says last, and where to look."""
+    def failure(self, *, waited_s: float = 0.0) -> ProcessFailedError:
+        """The error that says how it ended, what its log says last, and where to look.
+
+        Args:
+            waited_s: how long it was waited for, when it still runs.
+        """
         status = self.process.poll()
         hint = f"The reason is usually the first error in {self.log}, above these lines."
         if status is None:
-            ending = "does not answer"
+            ending = f"did not answer within {waited_s:.0f} s"
+            hint = (
+                f"It still ran: the machine may be too busy, or too small for the model. Close "
+                f"other programs, or look for an error in {self.log}, then try again."
+            )
         elif status < 0:
             ending = f"was ended by {signal.Signals(-status).name}"
         else:

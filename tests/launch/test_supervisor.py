@@ -55,6 +55,15 @@ def test_a_failed_child_is_explained_by_status_log_and_place_to_look(tmp_path):
     assert message.endswith(f"first error in {log}, above these lines.")
 
 
+def test_a_child_that_runs_and_is_late_is_explained_by_how_long_it_was_waited_for(tmp_path):
+    with Supervisor() as supervisor:
+        code = "import signal; signal.pause()"
+        child = supervisor.start("late", python(code), log=tmp_path / "log", grace_s=1.0)
+        message = str(child.failure(waited_s=600.2))
+    assert message.startswith("late did not answer within 600 s")
+    assert "the machine may be too busy" in message and str(tmp_path / "log") in message
+
+
 def test_only_the_last_lines_of_a_long_log_are_shown(tmp_path: Path):
     log = tmp_path / "log"
     log.write_bytes(b"\xff broken\n" * 100_000 + b"first\nsecond\n")
