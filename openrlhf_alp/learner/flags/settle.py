@@ -35,9 +35,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _offer_float32(parser: argparse.ArgumentParser) -> None:
     """For CPUs without bfloat16 units, and for a learner that is more exact than the rollouts."""
-    [dtype] = [a for a in parser._actions if a.dest == "ds.param_dtype"]
-    dtype.choices = [*(dtype.choices or ()), "fp32"]
-    dtype.help = "Model data type; fp32 is faster on a CPU without bfloat16 units"
+    # The page of our own flags has a parser without upstream's.
+    for flag in [a for a in parser._actions if a.dest == "ds.param_dtype"]:
+        flag.choices = [*(flag.choices or ()), "fp32"]
+        flag.help = "Model data type; fp32 is faster on a CPU without bfloat16 units"
 
 
 def settle(args: SimpleNamespace) -> SimpleNamespace:
