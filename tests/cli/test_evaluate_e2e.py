@@ -91,7 +91,9 @@ def kill_after(start: Start, run: Path, num_servers: int, count: int) -> int:
         assert process.poll() is None, process.communicate()[0]
         time.sleep(0.02)
     family = psutil.Process(process.pid).children(recursive=True)
-    assert len([p for p in family if "services.rollout" in p.cmdline()]) == num_servers
+    # Below its guardian, whose command line ends in the service's.
+    servers = [p for p in family if p.cmdline()[1:3] == ["-m", "services.rollout"]]
+    assert len(servers) == num_servers
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert wait_until_gone(family, MOST_S) == []
