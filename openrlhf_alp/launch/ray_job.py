@@ -21,7 +21,7 @@ from ray.job_submission import JobStatus, JobSubmissionClient
 
 from services.common.wire import ADMIN_KEY_VARIABLE, API_KEY_VARIABLE, TOOL_KEY_VARIABLE
 
-_READY_S = 120.0
+_READY_S = 300.0
 _CARRIED = (API_KEY_VARIABLE, ADMIN_KEY_VARIABLE, TOOL_KEY_VARIABLE, "PYTHONUNBUFFERED")
 """Variables of this process that the job gets."""
 
