@@ -59,12 +59,16 @@ class Lender(AbstractContextManager["Lender"]):
         model = str(find_model(recipe.model.path, say=lambda text: self._view.say("model", text)))
         made = plan.make_plan(recipe, self._folder, model, (), self._commands)
         key = [server.command(server.port) for server in made.rollouts]
-        if self._services is None or key != self._key:
-            self._stop()
-            self._start(made)
-            self._key = key
-        else:
-            self._services.wait_ready()
+        try:
+            if self._services is None or key != self._key:
+                self._stop()
+                self._key = key
+                self._start(made)
+            else:
+                self._services.wait_ready()
+        except ProcessFailedError:
+            self._stop()  # the next cell gets new ones
+            raise
         return made.rollouts[0].url_file.parent
 
     def keep_running(self) -> None:

@@ -100,7 +100,7 @@ class Services:
     def __init__(self, supervisor: Supervisor, view: ServiceView) -> None:
         self._supervisor, self._view = supervisor, view
         self.all: list[Server] = []
-        """Those that serve or have served, in the order of their start."""
+        """In the order of their start."""
 
     def start(self, what: str, servers: Sequence[Server]) -> tuple[str, ...]:
         """Starts services together; returns their URLs once all of them serve.
@@ -116,8 +116,8 @@ class Services:
             for server in servers:
                 server.url_file.parent.mkdir(parents=True, exist_ok=True)
                 self._start(server)
-            self._wait_ready(servers)
-        self.all += servers
+            self.all += servers
+            self.wait_ready()
         seconds = time.monotonic() - started_s
         for server in servers:
             server.url = server.url_file.read_text(encoding="utf-8").strip()
@@ -168,24 +168,21 @@ class Services:
                 server.require_start()
 
     def wait_ready(self) -> None:
-        """Waits for those that are starting again.
+        """Waits for those that are starting, or starting again.
 
         Raises:
-            ProcessFailedError: one does not come back.
+            ProcessFailedError: one ended, or did not serve in time.
         """
-        self._wait_ready(self.all)
+        while waiting := [server for server in self.all if not server.is_ready]:
+            for server in waiting:
+                server.require_start()
+            self.check()
+            time.sleep(_POLL_S)
 
     def poll(self) -> None:
         """Asks every service what it has counted."""
         for server in self.all:
             server.status = _ask(server.url, server.status) if server.is_ready else Status()
-
-    def _wait_ready(self, servers: Sequence[Server]) -> None:
-        while waiting := [server for server in servers if not server.is_ready]:
-            for server in waiting:
-                server.require_start()
-            self.check()
-            time.sleep(_POLL_S)
 
     def _start(self, server: Server) -> None:
         # Of an earlier run in this folder, or of a process that was killed.

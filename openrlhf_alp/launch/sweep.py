@@ -12,7 +12,7 @@ import json
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from openrlhf_alp.launch import machine, plan
@@ -139,7 +139,9 @@ def sweep(
             Supervisor() as supervisor,
             Lender(cells[0].folder.parent, supervisor, view, commands or Commands()) as lender,
         ):
-            running = _Running(recipe, recipes, view, supervisor, lender)
+            running = _Cells(
+                recipe=recipe, recipes=recipes, view=view, supervisor=supervisor, lender=lender
+            )
             failed = list(running.run_all(waiting, at_once))
     except StopRequested as stop:
         view.say("stopped", f"by {stop}; the same command continues")
@@ -152,53 +154,50 @@ def sweep(
     return 1 if failed else 0
 
 
-class _Running:
-    """The cells that run now."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Cells:
+    """The cells of a sweep that run now."""
 
-    def __init__(
-        self,
-        recipe: Path,
-        recipes: Mapping[str, Recipe],
-        view: LaunchView,
-        supervisor: Supervisor,
-        lender: Lender,
-    ) -> None:
-        self._recipe, self._recipes, self._view = recipe, recipes, view
-        self._supervisor, self._lender = supervisor, lender
-        self._cells: dict[str, tuple[Cell, Child]] = {}
+    recipe: Path
+    recipes: Mapping[str, Recipe]
+    """As read, by the name of the cell."""
+    view: LaunchView
+    supervisor: Supervisor
+    lender: Lender
+    running: dict[str, tuple[Cell, Child]] = field(default_factory=dict)
 
     def run_all(self, waiting: list[Cell], at_once: int) -> Iterator[Cell]:
         """Yields the cells that fail."""
-        while waiting or self._cells:
-            while waiting and len(self._cells) < at_once:
+        while waiting or self.running:
+            while waiting and len(self.running) < at_once:
+                cell = waiting.pop(0)
                 try:
-                    self._start(waiting[0])
-                except ProcessFailedError as error:
-                    self._view.say("cell", f"{waiting[0].name}: {error}")
-                    yield waiting[0]
-                del waiting[0]
+                    self._start(cell)
+                except (ProcessFailedError, RecipeError) as error:
+                    self.view.say("cell", f"{cell.name}: {error}")
+                    yield cell
             time.sleep(_POLL_S)
-            self._lender.keep_running()
+            self.lender.keep_running()
             yield from self._failed()
 
     def _start(self, cell: Cell) -> None:
         cell.folder.parent.mkdir(parents=True, exist_ok=True)
-        lent = self._lender.lend(self._recipes[cell.name])
+        lent = self.lender.lend(self.recipes[cell.name])
         log = cell.folder.with_name(f"{cell.name}.log")
-        self._view.say("cell", f"{cell.name}: started (log: {log})")
-        child = self._supervisor.start(
+        self.view.say("cell", f"{cell.name}: started (log: {log})")
+        child = self.supervisor.start(
             cell.name,
-            cell.command(self._recipe, lent),
+            cell.command(self.recipe, lent),
             log=log,
             grace_s=_GRACE_S,
-            environment=self._lender.keys,
+            environment=self.lender.keys,
         )
-        self._cells[cell.name] = (cell, child)
+        self.running[cell.name] = (cell, child)
 
     def _failed(self) -> Iterator[Cell]:
-        for cell, child in [pair for pair in self._cells.values() if not pair[1].is_running]:
-            del self._cells[cell.name]
-            status, _ = self._supervisor.ended(child)
+        for cell, child in [pair for pair in self.running.values() if not pair[1].is_running]:
+            del self.running[cell.name]
+            status, _ = self.supervisor.ended(child)
             if status:
-                self._view.say("cell", child.failure().ending)
+                self.view.say("cell", child.failure().ending)
                 yield cell

@@ -10,7 +10,7 @@ shown without waiting for it.
     flash_attn.bert_padding, .utils           imported by openrlhf.models             PR #1302
     torch.cuda.current_device and two more    used as "the device" everywhere         PR #1301
     deepspeed_shm_comm switched off           compiled for a minute on first use      DeepSpeed
-    convert_to_torch_dtype knows fp32         a CPU without bfloat16 units is slow    (any machine)
+    convert_to_torch_dtype takes fp32         bf16 is slow on many CPUs               OpenRLHF
 """
 
 from __future__ import annotations

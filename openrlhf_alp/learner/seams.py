@@ -135,6 +135,7 @@ SEAMS = (
         save_logs_and_checkpoints="self global_step logs_dict client_states",
         train_step="self rollout_samples global_step",
         evaluate="self global_step",
+        init_checkpoint_states="self",  # called, not replaced
     ),
     *_methods(
         "openrlhf.trainer.ppo_trainer:",

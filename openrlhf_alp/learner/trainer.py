@@ -208,8 +208,9 @@ class AlpPPOTrainer(_ServiceTraining, undecorated(ppo_trainer.PPOTrainer)):  # t
         if self.uses_service:
             self.broadcast_to_vllm()
         with self._pushing_again() if self.uses_service else contextlib.nullcontext():
-            # The run may have ended while the step of its checkpoint was evaluated.
-            self._hold(self.init_checkpoint_states()["global_step"])
+            if self.args.rollout_service.hold_steps:
+                # The run may have ended while the step of its checkpoint was evaluated.
+                self._hold(self.init_checkpoint_states()["global_step"])
             super().fit(global_step)
         self._finish()
 

@@ -12,14 +12,14 @@ from openrlhf_alp.launch.recipe import RecipeError, read_recipe
 from openrlhf_alp.launch.supervisor import Supervisor
 
 SHAPE = {
-    **{
-        "num_ranks": 4,
-        "weight_bytes": 2,
-        "zero_stage": 3,
-        "adam_offload": True,
-        "micro_batch_tokens": 1000,
-    },
-    **{"batch_size": 8, "num_episodes": 1, "max_samples": 10**8},
+    "num_ranks": 4,
+    "weight_bytes": 2,
+    "zero_stage": 3,
+    "adam_offload": True,
+    "micro_batch_tokens": 1000,
+    "batch_size": 8,
+    "num_episodes": 1,
+    "max_samples": 10**8,
 }
 
 

@@ -153,3 +153,30 @@ def test_services_stay_up_between_cells_that_need_the_same_ones(tmp_path, monkey
     started = [int(pid) for pid in pids.read_text().split()]
     assert len(started) == 2 * 4  # each fake has a helper
     assert not any(psutil.pid_exists(pid) for pid in started)
+
+
+def test_a_cell_whose_services_or_model_cannot_be_had_fails_alone(tmp_path, monkeypatch):
+    recipe, pids = tmp_path / "r.toml", tmp_path / "pids"
+    (tmp_path / "m").mkdir()
+    (tmp_path / "m" / "config.json").write_text("{}")
+    recipe.write_text(RECIPE.replace('"m"', f'"{tmp_path / "m"}"') + SWEEP)
+    read, _ = read_recipe(recipe)
+    cells = cells_of(tmp_path / "s", ["data.limit=1"], "1", recipe=read.sweep)
+    cells += cells_of(tmp_path / "t", ["sweep={}", f"model.path={tmp_path / 'none'}"], "1")
+
+    def rollout(recipe, *, url_file, port, **_):
+        mode = ["--mode", "dies" if recipe.run.condition == "none" else "ok"]
+        flags = ["--url-file", str(url_file), "--port", str(port), "--pids", str(pids)]
+        return [sys.executable, str(FAKE), *flags, *mode]
+
+    monkeypatch.setattr(Cell, "command", lambda *_: [sys.executable, "-c", "pass"])
+    output = io.StringIO()
+    # The second time of the same failure, its services are started anew and not taken as running.
+    order = [cells[0], cells[0], cells[1], cells[2]]
+    view = LaunchView(Console(file=output, width=400))
+    assert sweep(recipe, order, view, Commands(rollout=rollout)) == 1
+    shown = output.getvalue()
+    assert shown.count("rollout-0 ended with exit status 1") == 2
+    assert f"{cells[1].name}: finished" in shown and f"{cells[1].name}: started" in shown
+    assert "there is no such folder" in shown and f"{cells[2].name}: failed" in shown
+    assert not any(psutil.pid_exists(int(pid)) for pid in pids.read_text().split())
