@@ -26,9 +26,9 @@ from openrlhf_alp.evaluate.folder import Identity, RunFolder
 from openrlhf_alp.evaluate.records import Answer, SaidTurn
 from openrlhf_alp.evaluate.run import regrade
 from openrlhf_alp.evaluate.suites import Suite, load_suite
-from openrlhf_alp.launch.evaluation import EvaluationView
 from openrlhf_alp.launch.servers import Services, fresh_keys, local_server
 from openrlhf_alp.launch.supervisor import Supervisor
+from openrlhf_alp.launch.view import EvaluationView
 from services.common.wire import API_KEY_VARIABLE
 
 _TASKS = Path(__file__).with_name("lm_eval_tasks.py")

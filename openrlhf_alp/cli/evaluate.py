@@ -12,9 +12,10 @@ from rich.console import Console
 
 from openrlhf_alp.data.sources import DataError
 from openrlhf_alp.data.templates import TEMPLATES
+from openrlhf_alp.launch.view import EvaluationView
 
-if TYPE_CHECKING:  # the modules behind them import torch-sized libraries
-    from openrlhf_alp.launch.evaluation import EvaluationConfig, EvaluationView
+if TYPE_CHECKING:  # it imports torch-sized libraries
+    from openrlhf_alp.launch.evaluation import EvaluationConfig
 
 HELP = "avg@n and pass@k on problem sets, with intervals, resumable"
 
@@ -49,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _add_policy(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
-    add("--model", metavar="DIR", help="model folder or Hugging Face id; served here")
+    add("--model", metavar="DIR", help="model folder, Hugging Face id or smollm2; served here")
     add("--rollout_urls", nargs="+", default=[], metavar="URL", help="rollout services that run")
     add("--tokenizer", metavar="DIR", help="the policy's tokenizer (default: the model's)")
     add(
@@ -165,10 +166,6 @@ def run(arguments: argparse.Namespace) -> int:
             "evaluate needs inspect-ai: pip install 'openrlhf-alp[evaluate]'", markup=False
         )
         return 2
-    # Here and not above: they import transformers and matplotlib, and `--help` should not wait.
-    from openrlhf_alp.launch.evaluation import EvaluationView
-    from openrlhf_alp.launch.evaluation import run as run_all
-
     view = EvaluationView(console)
     try:
         if arguments.list:
@@ -179,6 +176,9 @@ def run(arguments: argparse.Namespace) -> int:
     except (DataError, ValueError, OSError) as error:
         view.error(str(error))
         return 2
+    # Here and not above: it imports transformers and Inspect, and a wrong option should not wait.
+    from openrlhf_alp.launch.evaluation import run as run_all
+
     return run_all(config, view)
 
 
@@ -189,18 +189,12 @@ def _config(options: argparse.Namespace) -> EvaluationConfig:
         ValueError: options contradict each other or are out of range.
         DataError: a suite is not right.
     """
-    from openrlhf_alp.evaluate.player import Plan
+    _check(options)
+    # The slower ones further down: what is wrong with the options or a file is said before.
     from openrlhf_alp.evaluate.suites import find_suites, load_suite
-    from openrlhf_alp.launch.evaluation import EvaluationConfig
     from openrlhf_alp.rollouts.runners import ToolConfig
 
-    _check(options)
-    template = options.template or ("chat-tir" if options.tir else "chat-math")
-    if TEMPLATES[template].is_tool_integrated != options.tir:
-        raise ValueError(
-            f"--template {template} {'asks' if not options.tir else 'does not ask'} for Python and "
-            f"--tir is {'not ' if not options.tir else ''}given. Fix: give both or neither"
-        )
+    template = _template(options)
     names = ("problem", "label", "id", "subject", "level")
     fields = {name: getattr(options, f"{name}_field") for name in names}
     suites = [
@@ -220,6 +214,9 @@ def _config(options: argparse.Namespace) -> EvaluationConfig:
     flags = {"engine": options.engine, "dtype": options.dtype, "max_num_seqs": options.concurrency}
     if options.max_model_len is not None:
         flags["max_model_len"] = options.max_model_len
+    from openrlhf_alp.evaluate.player import Plan
+    from openrlhf_alp.launch.evaluation import EvaluationConfig
+
     return EvaluationConfig(
         model=options.model,
         tokenizer=options.tokenizer,
@@ -262,6 +259,16 @@ def _check(options: argparse.Namespace) -> None:
         raise ValueError(f"--top_p is {options.top_p}; it must be above 0 and at most 1")
     if not options.request_timeout_s > 0:
         raise ValueError(f"--request_timeout_s is {options.request_timeout_s}; it must be above 0")
+
+
+def _template(options: argparse.Namespace) -> str:
+    template: str = options.template or ("chat-tir" if options.tir else "chat-math")
+    if TEMPLATES[template].is_tool_integrated != options.tir:
+        raise ValueError(
+            f"--template {template} {'asks' if not options.tir else 'does not ask'} for Python and "
+            f"--tir is {'not ' if not options.tir else ''}given. Fix: give both or neither"
+        )
+    return template
 
 
 def _list(view: EvaluationView) -> int:

@@ -92,7 +92,8 @@ class LoadedSuite:
 
     @property
     def title(self) -> str:
-        return self.suite.title if self.is_whole else f"{self.suite.title}, {len(self.problems)}"
+        title = self.suite.title
+        return title if self.is_whole else f"{title} (first {len(self.problems)})"
 
     @property
     def digest(self) -> str:
@@ -247,7 +248,10 @@ def _label(suite: Suite, row: Mapping[str, Any], where: str) -> str:
     try:
         texts = label_texts(value)
     except LabelNotParsableError as error:
-        raise SuiteError(f"{where}: its reference answer cannot be read: {error}") from error
+        raise SuiteError(
+            f"{where}: its reference answer cannot be read: {error}. Fix the row, or name the "
+            "field with --label_field"
+        ) from error
     if not texts:
         raise _missing(where, suite.label, row, flag="--label_field")
     if len(texts) > 1:

@@ -1,20 +1,17 @@
-"""`openrlhf-alp evaluate` from its options to its files: services, suites, the run, the figures."""
+"""`openrlhf-alp evaluate` from its configuration to its files: services, the run, the figures."""
 
 from __future__ import annotations
 
 import asyncio
 import os
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import jinja2
-from rich.console import Console
-from rich.markdown import Markdown
-from rich.markup import escape
 
 from openrlhf_alp.clients.control import ControlClient
 from openrlhf_alp.clients.errors import ServiceError
@@ -28,11 +25,9 @@ from openrlhf_alp.launch.recipe import SMOLLM2, RecipeError
 from openrlhf_alp.launch.run_folder import find_model
 from openrlhf_alp.launch.servers import Services, fresh_keys, local_server
 from openrlhf_alp.launch.supervisor import ProcessFailedError, StopRequested, Supervisor
-from openrlhf_alp.launch.view import StageView
+from openrlhf_alp.launch.view import EvaluationView
 from openrlhf_alp.report.pass_at_k import write_pass_at_k
 from services.common.wire import API_KEY_VARIABLE
-
-_LINE_EVERY_S = 20.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,47 +52,6 @@ class EvaluationConfig:
     """Flags of the rollout services that are started here."""
 
     num_servers: int
-
-
-class EvaluationView(StageView):
-    """A bar or a line per suite with an estimate of the time left, then the tables."""
-
-    def __init__(self, console: Console) -> None:
-        super().__init__(console, failed="Not finished.")
-
-    def suite(self, title: str, *, done: int, total: int) -> Callable[[], None]:
-        """Begins a suite; returns what to call after each answer."""
-        if done:
-            self.say("stored", f"{title}: {done} of {total} answers are there already")
-        count = done
-        started_s = shown_s = 0.0
-
-        def on_answer() -> None:
-            nonlocal count, started_s, shown_s
-            count += 1
-            now_s = time.monotonic()
-            if count == done + 1:
-                # Before the first answer the graders start: no measure of what is left.
-                started_s = shown_s = now_s
-            last = count == total
-            if not last and now_s - shown_s < _every_s(self._console):
-                return
-            shown_s = now_s
-            left_s = (now_s - started_s) / max(1, count - done - 1) * (total - count)
-            self._console.print(
-                f"[bold cyan]{'answers':<9}[/] {escape(title)}: {count}/{total} answers, about "
-                f"{_duration(left_s)} left",
-                end="\r" if self._console.is_terminal and not last else "\n",
-                soft_wrap=True,
-            )
-
-        return on_answer
-
-    def tables(self, text: str) -> None:
-        """Shows Markdown: as tables on a terminal, as it is elsewhere."""
-        shown: Any = Markdown(text) if self._console.is_terminal else text
-        self._console.print()
-        self._console.print(shown, markup=False, soft_wrap=True)
 
 
 def run(config: EvaluationConfig, view: EvaluationView) -> int:
@@ -139,7 +93,8 @@ def _evaluate(config: EvaluationConfig, services: Services, view: EvaluationView
     model, folder = config.model, config.output / "services"
     urls = config.rollout_urls
     if not urls:
-        model = str(find_model(config.model or SMOLLM2, say=lambda text: view.say("model", text)))
+        say = partial(view.say, "model")
+        model = str(find_model(config.model or SMOLLM2, named="--model", say=say))
         flags = {"model": model, **config.service_flags}
         servers = [
             local_server(f"rollout-{index}", "services.rollout", flags, folder)
@@ -193,13 +148,3 @@ def _tokenizer(name: str | None, urls: tuple[str, ...]) -> tuple[str, Any]:
 async def _served_model(urls: tuple[str, ...]) -> str:
     async with ControlClient(urls, api_key=os.environ.get(API_KEY_VARIABLE, "")) as control:
         return (await control.contract()).model
-
-
-def _every_s(console: Console) -> float:
-    return 0.5 if console.is_terminal else _LINE_EVERY_S
-
-
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"

@@ -171,8 +171,11 @@ def _refuse_changes(before: dict[str, object], now: dict[str, object]) -> None:
         )
 
 
-def find_model(name: str, *, say: Say) -> Path:
+def find_model(name: str, *, named: str = "model.path", say: Say) -> Path:
     """The folder of a model: SmolLM2, a folder, or a Hugging Face id, which is fetched.
+
+    Args:
+        named: the setting or flag that gave the name, for messages.
 
     Raises:
         RecipeError: there is no such model, the folder has no config.json, or SmolLM2's package is
@@ -190,23 +193,23 @@ def find_model(name: str, *, say: Say) -> Path:
     if not folder.exists():
         # An absolute path is no Hugging Face id, so a mistyped one must not go to the hub.
         if folder.is_absolute():
-            raise RecipeError(f"model.path {name}: there is no such folder.")
-        folder = _download(name, say=say)
+            raise RecipeError(f"{named} {name}: there is no such folder.")
+        folder = _download(name, named=named, say=say)
     if not (folder / "config.json").is_file():
         raise RecipeError(
-            f"model.path {name}: {folder} has no config.json, so it is no Hugging Face model "
+            f"{named} {name}: {folder} has no config.json, so it is no Hugging Face model "
             f"folder. Name one, a Hugging Face id, or {SMOLLM2}."
         )
     return folder.resolve()
 
 
-def _download(name: str, *, say: Say) -> Path:
+def _download(name: str, *, named: str, say: Say) -> Path:
     say(f"fetching {name} from the Hugging Face hub")
     try:
         return Path(snapshot_download(name))
     except (OSError, HfHubHTTPError, HFValidationError, OfflineModeIsEnabled) as error:
         raise RecipeError(
-            f"model.path {name} is not a folder here and could not be fetched as a Hugging Face id "
+            f"{named} {name} is not a folder here and could not be fetched as a Hugging Face id "
             f"({type(error).__name__}: {error}). Check the spelling, or use {SMOLLM2}, which needs "
             "no network."
         ) from error

@@ -8,10 +8,11 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console, Group
 from rich.live import Live
+from rich.markdown import Markdown
 from rich.markup import escape
 from rich.panel import Panel
 from rich.table import Table
@@ -32,6 +33,7 @@ if TYPE_CHECKING:  # it imports transformers, and the title should not wait for 
     from openrlhf_alp.launch.stages.accuracy import Accuracy
 
 _NUM_EXAMPLES = 3
+_LINE_EVERY_S = 20.0
 _RECENT_STEPS = 5
 """The time left is estimated from these; the first steps also compile and measure."""
 
@@ -69,6 +71,52 @@ class StageView:
 
     def error(self, text: str) -> None:
         self._console.print(f"[bold red]{self._failed}[/] {escape(text)}", soft_wrap=True)
+
+
+class EvaluationView(StageView):
+    """Lines per suite with an estimate of the time left; then the tables."""
+
+    def __init__(self, console: Console) -> None:
+        super().__init__(console, failed="Not finished.")
+
+    def suite(self, title: str, *, done: int, total: int) -> Callable[[], None]:
+        """Begins a suite; returns what to call after each answer."""
+        if done:
+            self.say("stored", f"{title}: {done} of {total} answers are there already")
+        if done < total:
+            self.say("answers", f"{title}: {total - done} answers to go")
+        count = done
+        width = 0
+        started_s = shown_s = 0.0
+
+        def on_answer() -> None:
+            nonlocal count, width, started_s, shown_s
+            count += 1
+            now_s = time.monotonic()
+            if count == done + 1:
+                # Before the first answer the graders start: no measure of what is left.
+                started_s = shown_s = now_s
+            last = count == total
+            if not last and now_s - shown_s < _every_s(self._console):
+                return
+            shown_s = now_s
+            left_s = (now_s - started_s) / max(1, count - done - 1) * (total - count)
+            line = f"{title}: {count}/{total} answers, about {_duration(left_s)} left"
+            # A longer line before it on a terminal is written over.
+            width = max(width, len(line) if self._console.is_terminal else 0)
+            self._console.print(
+                f"[bold cyan]{'answers':<9}[/] {escape(line.ljust(width))}",
+                end="\r" if self._console.is_terminal and not last else "\n",
+                soft_wrap=True,
+            )
+
+        return on_answer
+
+    def tables(self, text: str) -> None:
+        """Shows Markdown: as tables on a terminal, as it is elsewhere."""
+        shown: Any = Markdown(text) if self._console.is_terminal else text
+        self._console.print()
+        self._console.print(shown, markup=False, soft_wrap=True)
 
 
 class LaunchView(StageView):
@@ -233,3 +281,13 @@ def _last_turn(episode: Episode | None) -> str:
 
 def _number(value: float | None, form: str) -> str:
     return "-" if value is None else format(value, form)
+
+
+def _every_s(console: Console) -> float:
+    return 0.5 if console.is_terminal else _LINE_EVERY_S
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"

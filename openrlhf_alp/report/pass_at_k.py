@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
-from matplotlib.ticker import ScalarFormatter
+from matplotlib.ticker import NullLocator
 
 _SIZE_INCHES = (7.0, 4.5)
 _DPI = 150
@@ -29,8 +29,11 @@ def pass_at_k_figure(results: Mapping[str, Any]) -> Figure:
         low, high = ([one[edge] for _, one in curve] for edge in ("low", "high"))
         axes.fill_between(at, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
     axes.set_xscale("log", base=2)
-    axes.xaxis.set_major_formatter(ScalarFormatter())
-    axes.set_xlabel("k")
+    # The scale's own ticks read 1.0 and 2.0, and there may be some between two k.
+    ks = sorted({int(k) for suite in results["suites"] for k in suite["pass_at"]})
+    axes.set_xticks(ks, labels=[str(k) for k in ks])
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.set_xlabel("k answers per problem")
     axes.set_ylabel("pass@k")
     axes.set_ylim(-0.03, 1.03)
     axes.set_title(f"{results['model']}, {results['n']} answers per problem", fontsize="medium")

@@ -65,7 +65,7 @@ def _text(value: Any) -> str:
         case dict() as fields:
             raise LabelNotParsableError(
                 f"the label is an object with the fields {', '.join(map(str, fields))}; name the "
-                "one that holds the answer, for example --label-field answer.value"
+                "one that holds the answer as the label's field, for example answer.value"
             )
         case other:
             raise LabelNotParsableError(

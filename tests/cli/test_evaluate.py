@@ -1,6 +1,8 @@
 """The command's options: what is wrong is said before anything starts."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 
@@ -48,6 +50,19 @@ def test_a_wrong_option_is_named(evaluate, own, tmp_path, flags, message):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(
+    "flags", [["--n", "0"], ["--template", "chat-tir"], ["--label_field", "answer"]]
+)
+def test_a_wrong_option_does_not_wait_for_the_large_libraries(own, flags):
+    asked = ["evaluate", "--model", "m", *own, *flags]
+    program = (
+        f"import sys; from openrlhf_alp.cli.main import main; print(main({asked!r}), "
+        "*({'torch', 'transformers', 'inspect_ai'} & sys.modules.keys()))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.stdout.splitlines()[-1] == "2", done
+
+
 def test_a_policy_and_a_suite_are_needed(evaluate, own):
     assert "give --model DIR" in evaluate(*own)[1]
     assert "--suite is missing" in evaluate("--model", "m")[1]
@@ -57,7 +72,9 @@ def test_a_policy_and_a_suite_are_needed(evaluate, own):
 
 def test_a_mistyped_model_is_refused_before_a_service_starts(evaluate, own, tmp_path):
     status, shown = evaluate("--model", str(tmp_path / "nowhere"), *own)
-    assert status == 2 and "there is no such folder" in shown
+    assert status == 2 and f"--model {tmp_path / 'nowhere'}: there is no such folder" in shown
+    status, shown = evaluate("--model", str(tmp_path / "own.jsonl"), *own)
+    assert status == 2 and "has no config.json" in shown and "model.path" not in shown
     assert not (tmp_path / "run").exists()
 
 

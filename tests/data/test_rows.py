@@ -86,7 +86,7 @@ def test_an_object_as_label_says_which_field_to_name():
     assert problem.labels == ()
     assert (
         "fields value" in problem.label_fault
-        and "--label-field answer.value" in problem.label_fault
+        and "as the label's field, for example answer.value" in problem.label_fault
     )
 
 

@@ -85,7 +85,10 @@ def test_a_broken_label_is_corrected_in_every_copy_of_a_set(tmp_path, row):
     [
         ([{"q": "p", "id": 1}], r"row 1: nothing in a\. Its fields are id, q\. .*--label_field"),
         ([{"a": "1", "id": 1}], r"row 1: nothing in q\. .*--problem_field"),
-        ([{"q": "p", "a": {"x": 1}}], "row 1: its reference answer cannot be read"),
+        (
+            [{"q": "p", "a": {"x": 1}}],
+            r"row 1: its reference answer cannot be read: .*fields x; .*with --label_field$",
+        ),
         ([{"q": "p", "a": ["1", "2"]}], "lists '1', '2' and does not say"),
         (["not an object"], "row 1 is not a JSON object"),
         ([{"q": "p", "a": "1", "id": 1}, {"q": "r", "a": "1", "id": 1}], "1 ids come twice.*'1'"),
@@ -124,7 +127,7 @@ def test_the_digest_changes_with_a_label_and_not_with_the_file(tmp_path):
     assert loaded(tmp_path / "other", rows).digest == first.digest
     assert loaded(tmp_path, [*rows[:1], {"q": "r", "a": "3"}]).digest != first.digest
     limited = loaded(tmp_path, rows, limit=1)
-    assert limited.digest != first.digest and limited.title == "Own, 1"
+    assert limited.digest != first.digest and limited.title == "Own (first 1)"
 
 
 def test_names_files_and_groups_are_found_and_unknown_or_doubled_ones_refused():

@@ -14,7 +14,7 @@ from openrlhf_alp.episodes.records import (
 )
 from openrlhf_alp.launch.servers import Server, Status
 from openrlhf_alp.launch.stages.accuracy import Accuracy
-from openrlhf_alp.launch.view import Board, LaunchView, describe
+from openrlhf_alp.launch.view import Board, EvaluationView, LaunchView, describe
 from openrlhf_alp.report.metrics import REWARD, StepMetrics
 
 ROW = Question(question="What is 3 + 4?", label="7")
@@ -175,3 +175,21 @@ def test_the_time_left_is_that_of_the_last_steps(monkeypatch):
     for step in steps_with(0.1, 0.2, 0.3):
         board.add(step)
     assert board.line().endswith("  4 min left")
+
+
+def test_an_evaluation_says_how_many_answers_are_there_and_to_go_and_writes_over_longer_lines(
+    monkeypatch,
+):
+    clock = iter((100.0, 3700.0, 3701.0))
+    monkeypatch.setattr("openrlhf_alp.launch.view.time.monotonic", lambda: next(clock))
+    shown = io.StringIO()
+    view = EvaluationView(Console(file=shown, force_terminal=True, color_system=None, width=40))
+    on_answer = view.suite("Own", done=2, total=5)
+    for _ in range(3):
+        on_answer()
+    there, to_go, *lines = shown.getvalue().replace("\r", "\n").splitlines()
+    assert there.endswith("Own: 2 of 5 answers are there already")
+    assert to_go.endswith("Own: 3 answers to go")
+    assert lines[0].endswith("Own: 4/5 answers, about 1 h 0 min left")
+    assert lines[1].rstrip().endswith("Own: 5/5 answers, about 0 min 0 s left")
+    assert len(lines[1]) >= len(lines[0])
