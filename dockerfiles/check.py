@@ -11,6 +11,7 @@ not on this machine, and the rest passed. It needs the repository's environment.
 import argparse
 import contextlib
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 from check_stack import LEARNER, ROLLOUT, check_stack, require_compose
@@ -18,6 +19,7 @@ from check_tool_image import IMAGE, check_tool_image
 from engine import CheckError, NotToBeHadError, build, docker, engine_answers, private_engine
 
 SKIPPED = 77
+BASE = "openrlhf-alp/base:check"
 
 
 def main() -> int:
@@ -26,7 +28,9 @@ def main() -> int:
         prog="python dockerfiles/check.py", description=__doc__.partition("\n")[0]
     )
     parser.add_argument("--only", choices=["tool", "stack"], help="of the two checks, this one")
-    parser.add_argument("--base", help="base image (default: the Dockerfiles')")
+    parser.add_argument(
+        "--base", help="base image, or a tar archive of its files (default: the Dockerfiles')"
+    )
     parser.add_argument("--torch-index", help="index of CPU builds of torch")
     parser.add_argument("--pip-conf", type=Path, help="pip's configuration for the build")
     parser.add_argument("--ca", type=Path, help="certificates for the build's downloads")
@@ -36,6 +40,8 @@ def main() -> int:
         with contextlib.ExitStack() as stack:
             if not engine_answers():
                 stack.enter_context(private_engine())
+            if arguments.base and Path(arguments.base).is_file():
+                arguments.base = stack.enter_context(imported(Path(arguments.base)))
             check(arguments)
     except CheckError as error:
         print(f"docker-test: FAILED: {error}", file=sys.stderr)
@@ -45,6 +51,16 @@ def main() -> int:
         return SKIPPED
     print("docker-test: every check passed")
     return 0
+
+
+@contextlib.contextmanager
+def imported(archive: Path) -> Iterator[str]:
+    """A base image from an archive, for an engine that reaches no registry."""
+    docker("import", archive, BASE)
+    try:
+        yield BASE
+    finally:
+        docker("image", "rm", "--force", BASE)
 
 
 def check(arguments: argparse.Namespace) -> None:

@@ -43,6 +43,9 @@ STALENESS_METRICS = {
     "rollout/stale_share": "action tokens older than --rollout.max_staleness, of those that came",
 }
 
+DROPPED_GROUPS = "rollout/dropped_groups"
+"""Metric of a step: groups that were lost since the last one, and so were not trained on."""
+
 
 _EPSILON = 1e-9
 """Upstream adds it to a standard deviation before it divides by it."""

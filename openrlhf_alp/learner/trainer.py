@@ -25,6 +25,7 @@ from openrlhf_alp.learner.batches import BatchShape, fitting_part
 from openrlhf_alp.learner.compat import undecorated
 from openrlhf_alp.learner.evaluation import counting_every_prompt
 from openrlhf_alp.learner.experience import (
+    DROPPED_GROUPS,
     AlpExperienceMaker,
     AlpSamplesGenerator,
     StalenessGate,
@@ -111,7 +112,7 @@ class _ServiceTraining:
         self.num_steps += 1
         if self.uses_service:
             dropped = sum(self._take_dropped_groups().values())
-            logs_dict["rollout/dropped_groups"] = float(dropped)
+            logs_dict[DROPPED_GROUPS] = float(dropped)
         if self.args.rollout_service.metrics_jsonl:
             _append_json_line(self.args.rollout_service.metrics_jsonl, global_step, logs_dict)
         super().save_logs_and_checkpoints(  # type: ignore[misc]

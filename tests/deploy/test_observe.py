@@ -1,7 +1,9 @@
-"""Every query of the dashboard names metrics that are served, and every target what is scraped."""
+"""Queries of dashboard and alerts name metrics that are served, and targets what is scraped."""
 
 import json
 import re
+import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -11,7 +13,7 @@ from prometheus_client.metrics_core import Metric
 
 import services.rollout.metrics
 import services.tool.metrics  # noqa: F401 - both put their metrics into the registry
-from openrlhf_alp.learner.experience import STALENESS_METRICS
+from openrlhf_alp.learner.experience import DROPPED_GROUPS, STALENESS_METRICS
 from openrlhf_alp.objective.metric_names import METRICS
 from openrlhf_alp.report.exporter import DEFAULT_PORT, RunCollector
 from openrlhf_alp.report.metrics import REWARD
@@ -19,10 +21,13 @@ from openrlhf_alp.report.metrics import REWARD
 REPOSITORY = Path(__file__).parents[2]
 OBSERVE = REPOSITORY / "deploy/observe"
 DASHBOARD = json.loads((OBSERVE / "grafana/dashboards/run.json").read_text())
+ALERTS = yaml.safe_load((OBSERVE / "alerts.yaml").read_text())
+RULES = [rule for group in ALERTS["groups"] for rule in group["rules"]]
 QUERIES = [t["expr"] for panel in DASHBOARD["panels"] for t in panel["targets"]]
+QUERIES += [rule["expr"] for rule in RULES if "openrlhf_alp_" in rule["expr"]]
 
 SUFFIXES = {"counter": ("_total",), "gauge": ("",), "histogram": ("_bucket", "_sum", "_count")}
-LEARNER_METRICS = {*METRICS, *STALENESS_METRICS, REWARD}
+LEARNER_METRICS = {*METRICS, *STALENESS_METRICS, DROPPED_GROUPS, REWARD}
 
 
 def served(tmp_path: Path) -> dict[str, set[str]]:
@@ -58,14 +63,33 @@ def test_a_query_names_series_and_labels_that_are_served(query: str, tmp_path: P
 
 @pytest.mark.parametrize("query", [q for q in QUERIES if "metric" in q.partition("{")[2]])
 def test_a_metric_of_the_learner_is_one_that_it_logs(query: str) -> None:
-    (names,) = re.findall(r'metric=~?"([^"]*)"', query)
-    assert set(names.split("|")) <= LEARNER_METRICS
+    for names in re.findall(r'metric=~?"([^"]*)"', query):
+        assert set(names.split("|")) <= LEARNER_METRICS
+
+
+def test_the_first_error_of_the_sandbox_is_an_increase_over_0() -> None:
+    name = "openrlhf_alp_tool_executions_total"
+    assert REGISTRY.get_sample_value(name, {"status": "sandbox_error"}) == 0
 
 
 def test_the_dashboard_shows_what_a_run_is_judged_by() -> None:
     titles = " ".join(panel["title"] for panel in DASHBOARD["panels"])
     for what in ("Reward", "Tails", "KL", "Versions", "Staleness", "Queues", "status", "Isolation"):
         assert what in titles
+
+
+@pytest.mark.skipif(shutil.which("promtool") is None, reason="promtool comes with Prometheus")
+def test_every_alert_fires_when_it_should_and_only_then() -> None:
+    cases = Path(__file__).with_name("alerts.yaml")
+    run = subprocess.run(["promtool", "test", "rules", cases], capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout + run.stderr
+    tested = {
+        alert["alertname"]
+        for case in yaml.safe_load(cases.read_text())["tests"]
+        for alert in case["alert_rule_test"]
+        if "exp_alerts" in alert
+    }
+    assert tested == {rule["alert"] for rule in RULES}
 
 
 def test_prometheus_scrapes_the_services_at_their_ports() -> None:
