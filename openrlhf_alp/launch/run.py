@@ -319,12 +319,12 @@ class _Run:
 
     def _evaluate_step(self, step: int, keep_running: Callable[[], None]) -> None:
         """As `_evaluate`; where it cannot be made, that is said, and training continues."""
-        restarts = [server.restarts for server in self._services.all]
+        lives = [server.life for server in self._services.all]
 
         def keep_weights() -> None:
             keep_running()
-            for server, before in zip(self._services.all, restarts, strict=True):
-                if server.restarts > before:
+            for server, before in zip(self._services.all, lives, strict=True):
+                if server.life != before:
                     # It has the weights that training began with, until they are pushed again.
                     ending = f"{server.name} lost the weights of the step"
                     raise ProcessFailedError(ending, ending)

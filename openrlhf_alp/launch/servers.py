@@ -66,9 +66,17 @@ class Server:
         return self.url_file.with_suffix(".log")
 
     @property
+    def life(self) -> int | None:
+        """Another number after every start; None until it has said that it accepts connections."""
+        try:
+            return self.url_file.stat().st_mtime_ns
+        except FileNotFoundError:
+            return None
+
+    @property
     def is_ready(self) -> bool:
         """Whether it has said that it accepts connections."""
-        return self.url_file.exists()
+        return self.life is not None
 
     @property
     def is_running(self) -> bool:
@@ -162,6 +170,8 @@ class Services:
             ProcessFailedError: one ended too often, or does not come back.
         """
         for server in self.all:
+            if server.is_borrowed:
+                continue
             if not server.is_running:
                 self._restart(server)
             elif not server.is_ready:
