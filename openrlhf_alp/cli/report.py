@@ -66,6 +66,6 @@ def run(arguments: argparse.Namespace) -> int:
         console.print(f"[bold yellow]note[/]   {escape(note)}", soft_wrap=True)
     size = decimal(written.page.stat().st_size)
     where = f"{written.page} ({size}), runs: {written.num_runs}"
-    pictures = f"{len(written.pictures)} pictures in {written.page.parent}/figures"
+    pictures = f"{written.tables.name} and {len(written.pictures)} pictures beside it"
     console.print(f"[bold cyan]report[/] {escape(where)}, {escape(pictures)}", soft_wrap=True)
     return 0

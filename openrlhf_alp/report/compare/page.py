@@ -1,4 +1,4 @@
-"""The page of `openrlhf-alp report`: one file that opens from disk, and pictures beside it."""
+"""The page of `openrlhf-alp report`: one file that opens from disk, pictures and tables beside it."""
 
 import os
 from collections.abc import Callable, Sequence
@@ -18,7 +18,7 @@ from openrlhf_alp.report.compare.runs import Run, conditions, notes_of, read_run
 from openrlhf_alp.report.compare.table import Cell, Group, group, make_tables
 from openrlhf_alp.report.html.render import packed, render, script_json
 
-PAGE, FIGURES = "index.html", "figures"
+PAGE, FIGURES, TABLES = "index.html", "figures", "tables.md"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,6 +26,9 @@ class Written:
     """What a report is made of."""
 
     page: Path
+    tables: Path
+    """The same tables in Markdown."""
+
     pictures: Sequence[Path]
     num_runs: int
     notes: Sequence[str]
@@ -52,7 +55,7 @@ def write_report(
     baseline: str | None = None,
     on_stage: Callable[[str], None] = lambda line: None,
 ) -> Written:
-    """Writes `index.html` and `figures/` into `out`.
+    """Writes `index.html`, `tables.md` and `figures/` into `out`.
 
     Args:
         paths: run folders, or folders of them.
@@ -74,17 +77,22 @@ def write_report(
     pictures = write_pictures(charts, colors, out / FIGURES)
     on_stage("writing the page")
     notes = [*notes_of(runs), *_without(groups, baseline)]
-    page = out / PAGE
+    title, tables = _title(runs, groups), make_tables(groups, baseline)
+    page, markdown = out / PAGE, out / TABLES
+    markdown.write_text(
+        render("tables.md", title=title, tables=tables, number=number, signed=signed),
+        encoding="utf-8",
+    )
     page.write_text(
         render(
             "report.html",
-            title=_title(runs, groups),
+            title=title,
             made=f"{datetime.now():%Y-%m-%d %H:%M}",
             runs=[
                 _RunRow(number=n, run=run, condition=under[n], link=_link(run.folder, out))
                 for n, run in enumerate(runs)
             ],
-            tables=make_tables(groups, baseline),
+            tables=tables,
             charts=charts,
             colors=colors,
             notes=notes,
@@ -96,7 +104,9 @@ def write_report(
         ),
         encoding="utf-8",
     )
-    return Written(page=page, pictures=pictures, num_runs=len(runs), notes=notes)
+    return Written(
+        page=page, tables=markdown, pictures=pictures, num_runs=len(runs), notes=notes
+    )
 
 
 def _title(runs: Sequence[Run], groups: Sequence[Group]) -> str:

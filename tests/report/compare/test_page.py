@@ -138,3 +138,15 @@ def test_a_picture_names_the_papers_figure(folders, tmp_path):
     write_report(folders, tmp_path / "out")
     picture = (tmp_path / "out" / "figures" / "kl.svg").read_text()
     assert "arXiv 2603.19470: Figures 3 and 4" in picture
+
+
+def test_the_tables_are_written_in_markdown_too(folders, tmp_path):
+    written = write_report(folders, tmp_path / "out")
+    rows = [line for line in written.tables.read_text().splitlines() if line.startswith("| ")]
+    reward = rows[: len(rows) // sum(line.startswith("| method") for line in rows)]
+    assert reward == [
+        "| method | all runs |",
+        "| --- | --- |",
+        "| seq-bypass | 0.233 ± 0.000 |",
+        "| seq-alp | 0.233 ± 0.000; +0.000 [+0.000, +0.000] (seq-bypass) |",
+    ]
