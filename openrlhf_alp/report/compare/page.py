@@ -1,4 +1,4 @@
-"""The page of `openrlhf-alp report`: one file that opens from disk, pictures and tables beside it."""
+"""The page of `openrlhf-alp report`: one file that opens from disk, pictures and tables beside."""
 
 import os
 from collections.abc import Callable, Sequence
@@ -104,9 +104,7 @@ def write_report(
         ),
         encoding="utf-8",
     )
-    return Written(
-        page=page, tables=markdown, pictures=pictures, num_runs=len(runs), notes=notes
-    )
+    return Written(page=page, tables=markdown, pictures=pictures, num_runs=len(runs), notes=notes)
 
 
 def _title(runs: Sequence[Run], groups: Sequence[Group]) -> str:
