@@ -26,8 +26,8 @@ from openrlhf_alp.evaluate.folder import Identity, RunFolder
 from openrlhf_alp.evaluate.records import Answer, SaidTurn
 from openrlhf_alp.evaluate.run import regrade
 from openrlhf_alp.evaluate.suites import Suite, load_suite
-from openrlhf_alp.launch.servers import Services, fresh_keys, local_server
-from openrlhf_alp.launch.supervisor import Supervisor
+from openrlhf_alp.launch.processes.servers import Services, fresh_keys, local_server
+from openrlhf_alp.launch.processes.supervisor import Supervisor
 from openrlhf_alp.launch.view import EvaluationView
 from services.common.wire import API_KEY_VARIABLE
 

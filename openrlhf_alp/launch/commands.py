@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from openrlhf_alp.data.templates import INPUT_KEY, LABEL_KEY, TEMPLATES
+from openrlhf_alp.launch.processes.servers import service_command
 from openrlhf_alp.launch.recipe import Recipe, RecipeError
-from openrlhf_alp.launch.servers import service_command
 from openrlhf_alp.report.metrics import BATCHES, METRICS
 from services.common.wire import ADMIN_KEY_VARIABLE, API_KEY_VARIABLE, TOOL_KEY_VARIABLE
 

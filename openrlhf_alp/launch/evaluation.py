@@ -21,10 +21,10 @@ from openrlhf_alp.evaluate.player import Plan
 from openrlhf_alp.evaluate.results import Results, markdown
 from openrlhf_alp.evaluate.run import Run, run_evaluation
 from openrlhf_alp.evaluate.suites import LoadedSuite
+from openrlhf_alp.launch.processes.servers import Services, fresh_keys, local_server
+from openrlhf_alp.launch.processes.supervisor import ProcessFailedError, StopRequested, Supervisor
 from openrlhf_alp.launch.recipe import SMOLLM2, RecipeError
 from openrlhf_alp.launch.run_folder import find_model
-from openrlhf_alp.launch.servers import Services, fresh_keys, local_server
-from openrlhf_alp.launch.supervisor import ProcessFailedError, StopRequested, Supervisor
 from openrlhf_alp.launch.view import EvaluationView
 from openrlhf_alp.report.pass_at_k import write_pass_at_k
 from services.common.wire import API_KEY_VARIABLE

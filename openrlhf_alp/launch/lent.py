@@ -13,10 +13,10 @@ from pathlib import Path
 
 from openrlhf_alp.launch import plan, weights_folder
 from openrlhf_alp.launch.commands import Commands
+from openrlhf_alp.launch.processes.servers import Services, ServiceView, fresh_keys
+from openrlhf_alp.launch.processes.supervisor import ProcessFailedError, Supervisor
 from openrlhf_alp.launch.recipe import Recipe
 from openrlhf_alp.launch.run_folder import find_model
-from openrlhf_alp.launch.servers import Services, ServiceView, fresh_keys
-from openrlhf_alp.launch.supervisor import ProcessFailedError, Supervisor
 
 _ON_CPU = {"PYTHONUNBUFFERED": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
 """Variables of services that find their model on this disk and no GPU."""

@@ -21,9 +21,9 @@ from safetensors import safe_open
 
 from openrlhf_alp.launch import machine, weights_folder
 from openrlhf_alp.launch.commands import ROLLOUT_KEYS, TOOL_KEYS, Commands, Inputs
+from openrlhf_alp.launch.processes.servers import Server
+from openrlhf_alp.launch.processes.supervisor import Supervisor
 from openrlhf_alp.launch.recipe import Recipe, RecipeError, Services, Source, nearest
-from openrlhf_alp.launch.servers import Server
-from openrlhf_alp.launch.supervisor import Supervisor
 from openrlhf_alp.report import tracking
 
 _CHECK_GRACE_S = 1.0

@@ -15,17 +15,15 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from filelock import FileLock, Timeout
-
 from openrlhf_alp.clients.errors import ServiceError
 from openrlhf_alp.launch import machine, plan, run_folder, weights_folder
 from openrlhf_alp.launch.commands import HOLD, ROLLOUT_KEYS, Commands
+from openrlhf_alp.launch.processes.servers import Server, Services, fresh_keys
+from openrlhf_alp.launch.processes.supervisor import ProcessFailedError, StopRequested, Supervisor
 from openrlhf_alp.launch.recipe import SMOLLM2, Recipe, RecipeError, Source, to_settings
-from openrlhf_alp.launch.servers import Server, Services, fresh_keys
 from openrlhf_alp.launch.stages.summary import write_summary
 from openrlhf_alp.launch.stages.task import noun_of, write_task
 from openrlhf_alp.launch.stages.training import count_steps, follow_training
-from openrlhf_alp.launch.supervisor import ProcessFailedError, StopRequested, Supervisor
 from openrlhf_alp.launch.view import LaunchView
 from openrlhf_alp.report.metrics import METRICS, SUMMARY, MetricsFileError, StepMetrics
 from openrlhf_alp.report.tracking import tracking
@@ -139,15 +137,7 @@ class _Run:
             run_folder.check_run_folder(
                 folder, recipe=self._recipe, overwrite=self._options.overwrite
             )
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            # Beside it, because the folder itself may be moved.
-            stack.enter_context(FileLock(folder.parent / f".{folder.name}.lock", timeout=0))
-        except Timeout as error:
-            raise RecipeError(
-                f"run.folder {folder} is in use by another launch. Wait for it, or name another "
-                "folder with --set run.folder=..."
-            ) from error
+        stack.enter_context(run_folder.locked(folder))
         return step
 
     def _find_model(self) -> str:

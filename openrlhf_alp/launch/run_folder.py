@@ -11,10 +11,12 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 
+from filelock import FileLock, Timeout
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 
@@ -60,6 +62,29 @@ def check_run_folder(path: Path, *, recipe: Recipe, overwrite: bool) -> None:
             f"run.folder {path} holds an earlier run. Continue it with --resume {path}, replace it "
             "with --overwrite, or name another folder with --set run.folder=..."
         )
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Keeps every other launch out of a run folder.
+
+    Raises:
+        RecipeError: another launch has it.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # Beside it, because the folder itself may be moved.
+    lock = FileLock(path.parent / f".{path.name}.lock", timeout=0)
+    try:
+        lock.acquire()
+    except Timeout as error:
+        raise RecipeError(
+            f"run.folder {path} is in use by another launch. Wait for it, or name another folder "
+            "with --set run.folder=..."
+        ) from error
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def open_run_folder(path: Path, *, recipe: Recipe, overwrite: bool, say: Say) -> Path:

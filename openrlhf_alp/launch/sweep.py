@@ -18,10 +18,15 @@ from pathlib import Path
 from openrlhf_alp.launch import machine, plan
 from openrlhf_alp.launch.commands import Commands
 from openrlhf_alp.launch.lent import Lender
+from openrlhf_alp.launch.processes.supervisor import (
+    Child,
+    ProcessFailedError,
+    StopRequested,
+    Supervisor,
+)
 from openrlhf_alp.launch.recipe import Recipe, RecipeError, read_recipe
 from openrlhf_alp.launch.recipe import Sweep as RecipeSweep
 from openrlhf_alp.launch.run_folder import has_checkpoint
-from openrlhf_alp.launch.supervisor import Child, ProcessFailedError, StopRequested, Supervisor
 from openrlhf_alp.launch.view import LaunchView
 from openrlhf_alp.report.metrics import RECIPE, SUMMARY
 

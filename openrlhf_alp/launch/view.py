@@ -29,7 +29,7 @@ from openrlhf_alp.report.metrics import (
 )
 
 if TYPE_CHECKING:  # it imports transformers, and the title should not wait for that
-    from openrlhf_alp.launch.servers import Server
+    from openrlhf_alp.launch.processes.servers import Server
     from openrlhf_alp.launch.stages.accuracy import Accuracy
 
 _NUM_EXAMPLES = 3

@@ -8,8 +8,8 @@ from safetensors.torch import save_file
 
 from openrlhf_alp.launch import machine, plan
 from openrlhf_alp.launch.commands import Commands
+from openrlhf_alp.launch.processes.supervisor import Supervisor
 from openrlhf_alp.launch.recipe import RecipeError, read_recipe
-from openrlhf_alp.launch.supervisor import Supervisor
 
 SHAPE = {
     "num_ranks": 4,

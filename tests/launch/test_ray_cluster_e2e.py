@@ -16,8 +16,8 @@ import pytest
 from ray.job_submission import JobStatus, JobSubmissionClient
 
 from benchmarks.common.launching import StartLaunch, write_recipe
-from openrlhf_alp.launch.servers import Services, fresh_keys, local_server
-from openrlhf_alp.launch.supervisor import Supervisor
+from openrlhf_alp.launch.processes.servers import Services, fresh_keys, local_server
+from openrlhf_alp.launch.processes.supervisor import Supervisor
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(1500)]
 

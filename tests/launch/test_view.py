@@ -12,7 +12,7 @@ from openrlhf_alp.episodes.records import (
     TurnKind,
     VersionSpan,
 )
-from openrlhf_alp.launch.servers import Server, Status
+from openrlhf_alp.launch.processes.servers import Server, Status
 from openrlhf_alp.launch.stages.accuracy import Accuracy
 from openrlhf_alp.launch.view import Board, EvaluationView, LaunchView, describe
 from openrlhf_alp.report.metrics import REWARD, StepMetrics

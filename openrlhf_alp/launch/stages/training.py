@@ -7,8 +7,8 @@ import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from openrlhf_alp.launch.servers import Services
-from openrlhf_alp.launch.supervisor import Child
+from openrlhf_alp.launch.processes.servers import Services
+from openrlhf_alp.launch.processes.supervisor import Child
 from openrlhf_alp.launch.view import LaunchView
 from openrlhf_alp.report.metrics import MetricsFollower, StepMetrics
 

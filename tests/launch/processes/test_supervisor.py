@@ -7,9 +7,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from openrlhf_alp.launch.supervisor import ProcessFailedError, Supervisor, tail
+from openrlhf_alp.launch.processes.supervisor import ProcessFailedError, Supervisor, tail
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).parents[1]
 WITH_A_DAEMON = (
     f"import sys; sys.path.insert(0, {str(HERE)!r})\n"
     "import os, signal, time\n"
@@ -118,7 +118,7 @@ def test_a_killed_starter_or_guardian_takes_everything_with_it(tmp_path, killed)
     log = tmp_path / "log"
     starter = f"""
 import pathlib
-from openrlhf_alp.launch.supervisor import Supervisor
+from openrlhf_alp.launch.processes.supervisor import Supervisor
 with Supervisor() as supervisor:
     command = {python(WITH_A_DAEMON + "signal.pause()")!r}
     child = supervisor.start("A", command, log=pathlib.Path({str(log)!r}), grace_s=1.0)

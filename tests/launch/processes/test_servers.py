@@ -5,8 +5,8 @@ import io
 import pytest
 from rich.console import Console
 
-from openrlhf_alp.launch.servers import Server, Services
-from openrlhf_alp.launch.supervisor import Supervisor
+from openrlhf_alp.launch.processes.servers import Server, Services
+from openrlhf_alp.launch.processes.supervisor import Supervisor
 from openrlhf_alp.launch.view import LaunchView
 
 

@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 import httpx
 from prometheus_client.parser import text_string_to_metric_families
 
-from openrlhf_alp.launch.supervisor import Child, ProcessFailedError, Supervisor
+from openrlhf_alp.launch.processes.supervisor import Child, ProcessFailedError, Supervisor
 from services.common.wire import ADMIN_KEY_VARIABLE, API_KEY_VARIABLE, TOOL_KEY_VARIABLE
 
 SERVICE_GRACE_S = 4.5
