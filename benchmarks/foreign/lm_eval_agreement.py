@@ -137,6 +137,7 @@ def our_average(samples: list[dict[str, Any]], problems: Path, n: int, folder: P
         },
         suites={loaded.name: loaded.digest},
     )
+    run.open()
     run.begin(identity, [loaded], n=n)
     store = run.store(loaded.name)
     for sample in samples:
@@ -188,6 +189,8 @@ def main() -> int:
     parser.add_argument("--n", type=int, default=4, help="answers per problem (default: 4)")
     parser.add_argument("--max_tokens", type=int, default=128, help="of an answer (default: 128)")
     options = parser.parse_args()
+    # The harness runs in a folder of its own. Not resolved: the link is what makes an environment.
+    options.python, options.model = map(os.path.abspath, (options.python, options.model))
     os.environ.update(fresh_keys())
     with tempfile.TemporaryDirectory() as made, Supervisor() as supervisor:
         folder = Path(made)

@@ -13,6 +13,7 @@ from rich.console import Console
 from openrlhf_alp.data.sources import DataError
 from openrlhf_alp.data.templates import TEMPLATES
 from openrlhf_alp.launch.view import EvaluationView
+from services.common.wire import API_KEY_VARIABLE, TOOL_KEY_VARIABLE, require_keys
 
 if TYPE_CHECKING:  # it imports torch-sized libraries
     from openrlhf_alp.launch.evaluation import EvaluationConfig
@@ -25,7 +26,7 @@ training uses, and writes avg@n, pass@k and majority@n with 95 % intervals: RUN/
 in RUN/results.md, RUN/pass_at_k.png, and logs that `inspect view` opens.
 
   openrlhf-alp evaluate --model /models/policy --suite paper --n 32 --data_dir data
-  openrlhf-alp evaluate --rollout_urls http://127.0.0.1:8000 --suite math500 aime24
+  openrlhf-alp evaluate --rollout_urls http://127.0.0.1:8000 --tokenizer DIR --suite math500
   openrlhf-alp evaluate --model DIR --suite mine.jsonl --problem_field question --label_field answer
   openrlhf-alp evaluate --model DIR --suite paper --tir
   openrlhf-alp evaluate --compare runs/grpo runs/alp
@@ -52,7 +53,7 @@ def _add_policy(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
     add("--model", metavar="DIR", help="model folder, Hugging Face id or smollm2; served here")
     add("--rollout_urls", nargs="+", default=[], metavar="URL", help="rollout services that run")
-    add("--tokenizer", metavar="DIR", help="the policy's tokenizer (default: the model's)")
+    add("--tokenizer", metavar="DIR", help="the policy's tokenizer (default: that of --model)")
     add(
         "--engine",
         choices=["vllm", "hf"],
@@ -169,6 +170,9 @@ def run(arguments: argparse.Namespace) -> int:
     view = EvaluationView(console)
     try:
         if arguments.list:
+            # The check of a launch gives the options of its evaluation, too.
+            _check_ranges(arguments)
+            _template(arguments)
             return _list(view)
         if arguments.compare or arguments.compare_graders or arguments.regrade:
             return _stored(arguments, view)
@@ -244,6 +248,19 @@ def _check(options: argparse.Namespace) -> None:
         raise ValueError("give --model DIR, which is then served here, or --rollout_urls URL ...")
     if options.tool_urls and not options.tir:
         raise ValueError("--tool_urls without --tir: no program would be run. Add --tir")
+    if options.rollout_urls:
+        if not (options.tokenizer or options.model):
+            raise ValueError(
+                "--rollout_urls needs --tokenizer DIR: the folder or Hugging Face id of the model "
+                "that the services serve. They refuse another tokenizer"
+            )
+        require_keys(API_KEY_VARIABLE, service="rollout")
+    if options.tool_urls:
+        require_keys(TOOL_KEY_VARIABLE, service="tool")
+    _check_ranges(options)
+
+
+def _check_ranges(options: argparse.Namespace) -> None:
     for name in ("n", "max_new_tokens", "concurrency", "workers", "num_servers", "limit"):
         value = getattr(options, name)
         if value is not None and value < 1:
@@ -286,17 +303,20 @@ def _list(view: EvaluationView) -> int:
 
 
 def _stored(options: argparse.Namespace, view: EvaluationView) -> int:
-    """What is done with finished runs."""
-    from openrlhf_alp.evaluate.comparison import compare_runs, comparison_markdown
-    from openrlhf_alp.evaluate.run import differences_of_graders, regrade
-    from openrlhf_alp.launch.evaluation import show_results
-
+    """What is done with finished runs. Each imports what it needs: a comparison is quick."""
     if options.regrade:
+        from openrlhf_alp.evaluate.run import regrade
+        from openrlhf_alp.launch.evaluation import show_results
+
         results = regrade(options.regrade, num_workers=options.workers, progress=view)
         show_results(options.regrade, results, view)
     if options.compare:
+        from openrlhf_alp.evaluate.comparison import compare_runs, comparison_markdown
+
         view.tables(comparison_markdown(compare_runs(*options.compare)))
     if options.compare_graders:
+        from openrlhf_alp.evaluate.run import differences_of_graders
+
         found = differences_of_graders(options.compare_graders, num_workers=options.workers)
         lines = ["| suite | answers | graded differently |", "| --- | --- | --- |"]
         for name, suite in found.items():

@@ -19,7 +19,7 @@ from rich.table import Table
 from openrlhf_alp.cli.explain import explain_model, explanation_json, show
 from openrlhf_alp.clients.errors import ServiceError
 from openrlhf_alp.learner.mismatch.judge import LIMITS, Level
-from services.common.wire import ADMIN_KEY_VARIABLE, API_KEY_VARIABLE
+from services.common.wire import ADMIN_KEY_VARIABLE, API_KEY_VARIABLE, require_keys
 
 if TYPE_CHECKING:
     from openrlhf_alp.learner.mismatch.probe import ProbeConfig, ProbeReport
@@ -166,12 +166,7 @@ def read_prompts(arguments: argparse.Namespace) -> tuple[Prompt, ...]:
 
 def _keys(arguments: argparse.Namespace) -> tuple[str, str | None]:
     needed = (API_KEY_VARIABLE, ADMIN_KEY_VARIABLE) if arguments.push else (API_KEY_VARIABLE,)
-    missing = [name for name in needed if not os.environ.get(name)]
-    if missing:
-        raise ValueError(
-            f"{' and '.join(missing)} not set: the rollout service prints its keys when it starts; "
-            "export them, or start it with keys of your own."
-        )
+    require_keys(*needed, service="rollout")
     return os.environ[API_KEY_VARIABLE], os.environ.get(ADMIN_KEY_VARIABLE)
 
 

@@ -130,7 +130,11 @@ class Channel:
             ServiceUnavailable: no reply came.
         """
         key = self._control_key if path.startswith(_CONTROL_PATHS) else self._data_key
-        headers = {"authorization": f"Bearer {key}", **trace_headers()}
+        headers = trace_headers()
+        if key:
+            # Without one no header: an empty key is no legal header, and the service's own error
+            # says what is missing.
+            headers["authorization"] = f"Bearer {key}"
         if isinstance(content, bytes):
             headers["content-type"] = self._media_type
         limit_s = self.timeouts.control_s

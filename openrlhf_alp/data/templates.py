@@ -203,8 +203,8 @@ def prompt_text(prompt: str | list[Message], tokenizer: Any, *, named: str) -> s
         return prompt
     if not tokenizer.chat_template:
         raise TokenizerError(
-            f"{named} has no chat template, so --data.apply_chat_template would fail too; choose "
-            "a --template that starts with base-"
+            f"{named} has no chat template, which messages need (with --data.apply_chat_template "
+            "too); choose a --template that starts with base-"
         )
     try:
         text: str = tokenizer.apply_chat_template(

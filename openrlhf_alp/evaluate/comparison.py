@@ -106,6 +106,7 @@ def compare_runs(first: Path, second: Path) -> dict[str, Any]:
         "first": {"path": str(first), "model": results[0]["model"], "n": results[0]["n"]},
         "second": {"path": str(second), "model": results[1]["model"], "n": results[1]["n"]},
         "only_in_one": sorted(by_name[0].keys() ^ by_name[1].keys()),
+        "asked_differently": _differing(*(result["plan"] for result in results)),
         "suites": {
             name: {
                 "title": by_name[0][name]["title"],
@@ -117,6 +118,13 @@ def compare_runs(first: Path, second: Path) -> dict[str, Any]:
         },
         "average": asdict(paired_difference(pairs)),
     }
+
+
+def _differing(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, list[Any]]:
+    """Sampling, template and tools that are not the same in both runs."""
+    names = sorted(first.keys() | second.keys())
+    pairs = {name: [first.get(name), second.get(name)] for name in names}
+    return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
 
 
 def comparison_markdown(compared: dict[str, Any]) -> str:
@@ -138,6 +146,16 @@ def comparison_markdown(compared: dict[str, Any]) -> str:
         lines.append(f"| Average | {average['num_problems']} | | | {_row(average)} |")
     if compared["only_in_one"]:
         lines += ["", f"Only in one of the runs: {', '.join(compared['only_in_one'])}."]
+    if compared["asked_differently"]:
+        pairs = [f"{name} {a} and {b}" for name, (a, b) in compared["asked_differently"].items()]
+        lines += ["", f"The difference is not of the weights alone: {'; '.join(pairs)}."]
+    for suite in compared["suites"].values():
+        if suite["low"] == suite["high"]:
+            lines += [
+                "",
+                f"{suite['title']}: the difference is the same on every problem, so the bootstrap "
+                "sees no spread and the interval says nothing.",
+            ]
     return "\n".join(lines) + "\n"
 
 

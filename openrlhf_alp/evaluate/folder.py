@@ -10,6 +10,7 @@ RUN/results.json, results.md, pass_at_k.png, ungraded.jsonl
 
 from __future__ import annotations
 
+import contextlib
 import json
 import secrets
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -55,41 +56,39 @@ class RunFolder:
     """A run on disk; one process at a time.
 
     Args:
-        path: the folder; it is made by `begin`.
-
-    Raises:
-        FolderError: another process evaluates into it.
+        path: the folder; it is made by `open`.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self._lock = filelock.FileLock(path / ".lock")
 
-    def begin(self, identity: Identity, suites: Sequence[LoadedSuite], *, n: int) -> str:
-        """Starts the run, or continues it; returns its id.
+    def open(self) -> None:
+        """Makes the folder if needed and keeps other processes out until `release`.
 
         Raises:
-            FolderError: the folder is in use, holds something else or another run, or cannot be
-                written.
+            FolderError: it is in use, holds something else than a run, or cannot be written.
         """
-        try:
+        with self._written():
             self.path.mkdir(parents=True, exist_ok=True)
             self.lock()
             if not (self.path / RUN_FILE).exists():
                 self._check_empty()
-                run_id = secrets.token_hex(6)
-            else:
-                run_id = self._check_same(identity)
+
+    def begin(self, identity: Identity, suites: Sequence[LoadedSuite], *, n: int) -> str:
+        """Starts the run, or continues it; returns its id.
+
+        Raises:
+            FolderError: the folder holds another run, or cannot be written.
+        """
+        is_new = not (self.path / RUN_FILE).exists()
+        run_id = secrets.token_hex(6) if is_new else self._check_same(identity)
+        with self._written():
             for loaded in suites:
                 problems = {**_described(loaded), "problems": [asdict(p) for p in loaded.problems]}
                 write_json(self.path / "problems" / f"{loaded.name}.json", problems)
             described = {"run_id": run_id, "n": n, **asdict(identity)}
             write_json(self.path / RUN_FILE, described)
-        except OSError as error:
-            raise FolderError(
-                f"--output {self.path} cannot be written: {error.strerror}. Fix: free space or "
-                "name another folder; what is stored stays"
-            ) from error
         return run_id
 
     def lock(self) -> None:
@@ -164,6 +163,16 @@ class RunFolder:
                 f"{path} cannot be read ({error}). Fix: openrlhf-alp evaluate --regrade {self.path}"
             ) from error
         return {problem: sum(found) / len(found) for problem, found in counts.items()}
+
+    @contextlib.contextmanager
+    def _written(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise FolderError(
+                f"--output {self.path} cannot be written: {error.strerror}. Fix: free space or "
+                "name another folder; what is stored stays"
+            ) from error
 
     def _check_empty(self) -> None:
         others = [path.name for path in self.path.iterdir() if path.name not in _OURS]

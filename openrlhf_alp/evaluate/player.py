@@ -58,6 +58,18 @@ class Plan:
         return fields
 
 
+def check_template(plan: Plan, tokenizer: Any, *, named: str) -> None:
+    """Checks that the tokenizer can write the messages of the plan's template.
+
+    Args:
+        named: the flag and value that gave the tokenizer, for messages.
+
+    Raises:
+        TokenizerError: it has no chat template, or one that refuses them.
+    """
+    prompt_text(TEMPLATES[plan.template].render("1 + 1"), tokenizer, named=named)
+
+
 class Prompts:
     """The problems of a suite as tasks of a policy.
 

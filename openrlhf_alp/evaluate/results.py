@@ -86,12 +86,23 @@ def list_ungraded(grades: Mapping[AnswerKey, Grade]) -> list[dict[str, Any]]:
 
 
 def average_over_suites(suites: Sequence[Results]) -> Results:
-    """The last column of the paper's tables: the plain mean over benchmarks, with its error."""
-    errors = [suite["avg"]["stderr"] for suite in suites]
+    """The last column of the paper's tables: the plain mean over benchmarks, with its error.
+
+    The sets are independent, so variances add up. So do the squares of the distances from each mean
+    to the end of its interval, which makes an interval that is not symmetric either (Zou and Donner
+    2008, doi 10.1002/sim.3095).
+    """
+    averages = [suite["avg"] for suite in suites]
+    value = fmean(one["value"] for one in averages)
+    below, above = (
+        math.hypot(*(one[edge] - one["value"] for one in averages)) / len(averages)
+        for edge in ("low", "high")
+    )
     return {
-        "value": fmean(suite["avg"]["value"] for suite in suites),
-        # The sets are independent, so their variances add up.
-        "stderr": math.sqrt(sum(error**2 for error in errors)) / len(errors),
+        "value": value,
+        "stderr": math.hypot(*(one["stderr"] for one in averages)) / len(averages),
+        "low": value - below,
+        "high": value + above,
     }
 
 
@@ -103,7 +114,7 @@ def markdown(run: Results) -> str:
     row = [run["model"], *(_percent(suite["avg"]) for suite in suites)]
     if len(suites) > 1:
         head.append("Average")
-        row.append(f"{100 * run['average']['value']:.1f}")
+        row.append(_percent(run["average"]))
     curve = [
         [suite["title"], *(_percent(suite["pass_at"][str(k)]) for k in powers_of_two(n))]
         for suite in suites

@@ -30,7 +30,7 @@ from openrlhf_alp.evaluate.folder import (
 )
 from openrlhf_alp.evaluate.grading import Grader, check_references, compare_graders
 from openrlhf_alp.evaluate.model import PROVIDER, RolloutModel
-from openrlhf_alp.evaluate.player import Plan, Player, Prompts
+from openrlhf_alp.evaluate.player import Plan, Player, Prompts, check_template
 from openrlhf_alp.evaluate.results import Results, average_over_suites, markdown, summarise
 from openrlhf_alp.evaluate.store import StoreError
 from openrlhf_alp.evaluate.suites import LoadedSuite
@@ -86,20 +86,29 @@ class Run:
     check_services: Callable[[], None] = lambda: None
 
 
-def run_evaluation(run: Run, progress: Progress) -> Results:
+def run_evaluation(
+    run: Run, progress: Progress, *, start: Callable[[Run], Run] = lambda run: run
+) -> Results:
     """Plays what the folder lacks, grades all of it and writes the results.
+
+    Args:
+        start: starts the services that the run lacks and returns it with their URLs. It is called
+            once everything is right that can be looked at without them: they take a minute.
 
     Raises:
         DataError: a suite, the folder or the tokenizer is not right, or answers are missing at the
             end; the message says what is kept.
         ServiceError: a service refuses the run or is gone.
     """
-    contract = asyncio.run(_contract(run))
     folder = RunFolder(run.output)
     grader = Grader(num_workers=run.num_workers)
     try:
+        check_template(run.plan, run.tokenizer, named=run.tokenizer_flag)
+        folder.open()
         for loaded in run.suites:
             check_references(loaded, grader)
+        run = start(run)
+        contract = asyncio.run(_contract(run))
         prompts = {loaded.name: _prompts(run, loaded, contract, progress) for loaded in run.suites}
         identity = _identity(run, contract)
         run_id = folder.begin(identity, run.suites, n=run.n)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -13,7 +12,6 @@ from unittest import mock
 
 import jinja2
 
-from openrlhf_alp.clients.control import ControlClient
 from openrlhf_alp.clients.errors import ServiceError
 from openrlhf_alp.data.sources import DataError
 from openrlhf_alp.data.templates import TokenizerError
@@ -27,7 +25,6 @@ from openrlhf_alp.launch.recipe import SMOLLM2, RecipeError
 from openrlhf_alp.launch.run_folder import find_model
 from openrlhf_alp.launch.view import EvaluationView
 from openrlhf_alp.report.pass_at_k import write_pass_at_k
-from services.common.wire import API_KEY_VARIABLE
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,61 +87,62 @@ def show_results(folder: Path, results: Results, view: EvaluationView) -> None:
 
 
 def _evaluate(config: EvaluationConfig, services: Services, view: EvaluationView) -> Results:
-    model, folder = config.model, config.output / "services"
-    urls = config.rollout_urls
-    if not urls:
-        say = partial(view.say, "model")
-        model = str(find_model(config.model or SMOLLM2, named="--model", say=say))
-        flags = {"model": model, **config.service_flags}
-        servers = [
-            local_server(f"rollout-{index}", "services.rollout", flags, folder)
-            for index in range(config.num_servers)
-        ]
-        urls = services.start(f"{len(servers)} rollout service(s)", servers)
-    plan, tool = config.plan, config.plan.tool
-    if tool and not tool.urls:
-        server = local_server("tool-0", "services.tool", {}, folder)
-        tool_urls = services.start("the tool service", [server])
-        plan = replace(plan, tool=replace(tool, urls=tool_urls))
-    named, tokenizer = _tokenizer(config.tokenizer or model, urls)
-    return run_evaluation(
-        Run(
-            output=config.output,
-            suites=config.suites,
-            n=config.n,
-            plan=plan,
-            model=config.model or named,
-            tokenizer=tokenizer,
-            tokenizer_flag=f"--tokenizer {named}",
-            rollout_urls=urls,
-            num_workers=config.num_workers,
-            concurrency=config.concurrency,
-            request_timeout_s=config.request_timeout_s,
-            check_services=services.check,
-        ),
-        view,
+    find = partial(find_model, say=partial(view.say, "model"))
+    model = config.model
+    if model and (not config.rollout_urls or model == SMOLLM2):
+        model = str(find(model, named="--model"))
+    named = config.tokenizer or model
+    assert named, "the command asks for one of the two"
+    run = Run(
+        output=config.output,
+        suites=config.suites,
+        n=config.n,
+        plan=config.plan,
+        model=config.model or named,
+        tokenizer=_tokenizer(named),
+        tokenizer_flag=f"--tokenizer {named}",
+        rollout_urls=config.rollout_urls,
+        num_workers=config.num_workers,
+        concurrency=config.concurrency,
+        request_timeout_s=config.request_timeout_s,
+        check_services=services.check,
     )
 
+    def start(run: Run) -> Run:
+        if not run.rollout_urls:
+            flags = {"model": model, **config.service_flags}
+            urls = _start_rollouts(config.num_servers, flags, run.output / "services", services)
+            run = replace(run, rollout_urls=urls)
+        if run.plan.tool and not run.plan.tool.urls:
+            server = local_server("tool-0", "services.tool", {}, run.output / "services")
+            tool = replace(run.plan.tool, urls=services.start("the tool service", [server]))
+            run = replace(run, plan=replace(run.plan, tool=tool))
+        return run
 
-def _tokenizer(name: str | None, urls: tuple[str, ...]) -> tuple[str, Any]:
-    """The policy's tokenizer; without a name, that of the folder which the service names.
+    return run_evaluation(run, view, start=start)
+
+
+def _start_rollouts(
+    num: int, flags: Mapping[str, Any], folder: Path, services: Services
+) -> tuple[str, ...]:
+    servers = [
+        local_server(f"rollout-{index}", "services.rollout", flags, folder) for index in range(num)
+    ]
+    return services.start(f"{num} rollout service(s)", servers)
+
+
+def _tokenizer(name: str) -> Any:
+    """The policy's tokenizer.
 
     Raises:
         TokenizerError: it cannot be loaded.
     """
     from transformers import AutoTokenizer
 
-    if name is None:
-        name = asyncio.run(_served_model(urls))
     try:
-        return name, AutoTokenizer.from_pretrained(name)
+        return AutoTokenizer.from_pretrained(name)
     except Exception as error:
         raise TokenizerError(
             f"the tokenizer of {name} cannot be loaded ({type(error).__name__}: {error}). Fix: "
             "give --tokenizer DIR, the folder of the model that the services serve"
         ) from error
-
-
-async def _served_model(urls: tuple[str, ...]) -> str:
-    async with ControlClient(urls, api_key=os.environ.get(API_KEY_VARIABLE, "")) as control:
-        return (await control.contract()).model

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import json
 import math
-import os
 import re
 import shlex
 import socket
@@ -25,6 +24,7 @@ from openrlhf_alp.launch.processes.servers import Server
 from openrlhf_alp.launch.processes.supervisor import Supervisor
 from openrlhf_alp.launch.recipe import Recipe, RecipeError, Services, Source, nearest
 from openrlhf_alp.report import tracking
+from services.common.wire import require_keys
 
 _CHECK_GRACE_S = 1.0
 _PROGRAMS = {"rollout": "--check", "tool": "--check", "evaluate": "--list"}
@@ -214,13 +214,13 @@ def _check_surroundings(recipe: Recipe) -> None:
     """Keys of services that somebody else started come from the environment; packages are there."""
     if recipe.run.trackio and not tracking.is_installed():
         raise RecipeError(f"run.trackio needs the package trackio: {tracking.INSTALL}")
-    needed = [*(ROLLOUT_KEYS if recipe.rollout.urls else ())]
-    needed += TOOL_KEYS if recipe.tool and recipe.tool.urls else ()
-    if missing := [name for name in needed if not os.environ.get(name)]:
-        raise RecipeError(
-            f"{' and '.join(missing)} not set: urls names services that run already, and these are "
-            "their keys. Export them."
-        )
+    try:
+        if recipe.rollout.urls:
+            require_keys(*ROLLOUT_KEYS, service="rollout")
+        if recipe.tool and recipe.tool.urls:
+            require_keys(*TOOL_KEYS, service="tool")
+    except ValueError as error:
+        raise RecipeError(str(error)) from error
 
 
 def _check_ports(plan: Plan) -> None:

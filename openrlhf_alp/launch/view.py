@@ -101,7 +101,8 @@ class EvaluationView(StageView):
                 return
             shown_s = now_s
             left_s = (now_s - started_s) / max(1, count - done - 1) * (total - count)
-            line = f"{title}: {count}/{total} answers, about {_duration(left_s)} left"
+            left = "all there" if last else f"about {_duration(left_s)} left"
+            line = f"{title}: {count}/{total} answers, {left}"
             # A longer line before it on a terminal is written over.
             width = max(width, len(line) if self._console.is_terminal else 0)
             self._console.print(

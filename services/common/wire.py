@@ -89,6 +89,21 @@ def read_key_files() -> None:
         del os.environ[source]
 
 
+def require_keys(*names: str, service: str) -> None:
+    """Check that these key variables are set, for a service that somebody else has started.
+
+    Raises:
+        ValueError: one is not.
+    """
+    missing = [name for name in names if not os.environ.get(name)]
+    if missing:
+        verb = "is" if len(missing) == 1 else "are"
+        raise ValueError(
+            f"{' and '.join(missing)} {verb} not set. The {service} service prints its keys when "
+            "it starts: export them, or start it with keys of your own."
+        )
+
+
 def _pack_array(code: int, values: list[Any]) -> msgpack.ExtType:
     block = array.array(_TYPECODES[code], values)
     if _BIG_ENDIAN:

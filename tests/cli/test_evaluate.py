@@ -70,6 +70,17 @@ def test_a_policy_and_a_suite_are_needed(evaluate, own):
     assert status == 2 and "--suite math50: unknown. Give one of paper, math500" in shown
 
 
+def test_services_of_ones_own_need_their_keys(evaluate, own, monkeypatch):
+    for name in ("OPENRLHF_ALP_ROLLOUT_API_KEY", "OPENRLHF_ALP_TOOL_API_KEY"):
+        monkeypatch.delenv(name, raising=False)
+    asked = ["--rollout_urls", "http://127.0.0.1:1", *own]
+    assert "--rollout_urls needs --tokenizer DIR" in evaluate(*asked)[1]
+    status, shown = evaluate(*asked, "--tokenizer", "m")
+    assert status == 2 and "OPENRLHF_ALP_ROLLOUT_API_KEY is not set. The rollout" in shown
+    status, shown = evaluate("--model", "m", *own, "--tir", "--tool_urls", "http://127.0.0.1:1")
+    assert status == 2 and "OPENRLHF_ALP_TOOL_API_KEY is not set. The tool" in shown
+
+
 def test_a_mistyped_model_is_refused_before_a_service_starts(evaluate, own, tmp_path):
     status, shown = evaluate("--model", str(tmp_path / "nowhere"), *own)
     assert status == 2 and f"--model {tmp_path / 'nowhere'}: there is no such folder" in shown
@@ -78,7 +89,9 @@ def test_a_mistyped_model_is_refused_before_a_service_starts(evaluate, own, tmp_
     assert not (tmp_path / "run").exists()
 
 
-def test_the_known_sets_are_listed(evaluate):
+def test_the_known_sets_are_listed_unless_an_option_is_wrong(evaluate):
+    status, shown = evaluate("--list", "--n", "0")
+    assert status == 2 and "--n is 0" in shown
     status, shown = evaluate("--list")
     assert status == 0 and "| math500 | 500 | math500.jsonl |" in shown
     assert "paper: math500, minerva, olympiadbench, aime24, aime25" in shown

@@ -40,12 +40,12 @@ def test_a_missing_key_is_named(
 ) -> None:
     monkeypatch.delenv(API_KEY_VARIABLE, raising=False)
     assert preflight() == 2
-    assert f"{API_KEY_VARIABLE} not set" in capsys.readouterr().out
+    assert f"{API_KEY_VARIABLE} is not set" in capsys.readouterr().out
 
 
 def test_pushing_needs_the_admin_key(api_key: None, capsys: pytest.CaptureFixture) -> None:
     assert preflight("--push") == 2
-    assert f"{ADMIN_KEY_VARIABLE} not set" in capsys.readouterr().out
+    assert f"{ADMIN_KEY_VARIABLE} is not set" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -136,18 +136,26 @@ def test_the_table_has_the_columns_of_the_paper_and_names_what_was_not_graded():
     second = summed({"a": [FAULT, WRONG], "b": [WRONG, WRONG]})
     text = markdown(run_of(first, {**second, "title": "Other"}))
     assert "| avg@2, % | Own | Other | Average |" in text
-    assert "| policy | 75.0 [" in text and "] | 37.5 |" in text
+    assert "| policy | 75.0 [" in text and "] | 37.5 [" in text
     assert "| pass@k, % | k = 1 | k = 2 |" in text
     assert "Other: 1 answers could not be graded (timeout 1)" in text
     assert "would be 25.0 %" in text and "nan" not in text
 
 
 def test_the_error_of_an_average_adds_variances():
-    suites = [{"avg": {"value": 0.2, "stderr": 0.03}}, {"avg": {"value": 0.6, "stderr": 0.04}}]
+    suites = [
+        {"avg": {"value": 0.2, "stderr": 0.03, "low": 0.14, "high": 0.28}},
+        {"avg": {"value": 0.6, "stderr": 0.04, "low": 0.52, "high": 0.66}},
+    ]
+    # (3, 4, 5) and (6, 8, 10), in hundredths, over two suites.
     assert average_over_suites(suites) == {
         "value": pytest.approx(0.4),
         "stderr": pytest.approx(0.025),
+        "low": pytest.approx(0.35),
+        "high": pytest.approx(0.45),
     }
+    (alone,) = ({"avg": {"value": 0.0, "stderr": 0.0, "low": 0.0, "high": 0.3}},)
+    assert average_over_suites([alone]) == alone["avg"]
 
 
 def test_a_fault_of_the_grader_is_a_score_of_its_own_in_the_log():

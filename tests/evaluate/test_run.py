@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 from inspect_ai.log import read_eval_log
 
-from openrlhf_alp.clients.errors import ContractMismatch
+from openrlhf_alp.clients.errors import ContractMismatch, Unauthorized
+from openrlhf_alp.data.sources import DataError
 from openrlhf_alp.evaluate.comparison import compare_runs, comparison_markdown
 from openrlhf_alp.evaluate.folder import FolderError, RunFolder
 from openrlhf_alp.evaluate.records import unpack
@@ -117,7 +118,18 @@ def test_greedy_answers_do_not_depend_on_the_number_of_servers(servers, make_run
     assert stored(runs[0]) == stored(runs[1])
     compared = compare_runs(*(run.output for run in runs))
     assert compared["average"]["value"] == 0.0 and compared["average"]["p_value"] == 1.0
-    assert "| Own | 5 |" in comparison_markdown(compared)
+    text = comparison_markdown(compared)
+    assert "| Own | 5 |" in text and "not of the weights alone" not in text
+    assert "Own: the difference is the same on every problem" in text
+
+
+def test_a_comparison_says_what_was_asked_differently(servers, make_run, heard, tmp_path):
+    run = make_run([servers.start()], n=1, output=tmp_path / "first")
+    run_evaluation(run, heard)
+    cooler = replace(run, plan=replace(run.plan, temperature=0.5), output=tmp_path / "second")
+    run_evaluation(cooler, heard)
+    text = comparison_markdown(compare_runs(run.output, cooler.output))
+    assert "The difference is not of the weights alone: temperature 1.0 and 0.5.\n" in text
 
 
 def test_more_answers_are_added_to_those_that_are_there(servers, make_run, heard):
@@ -193,6 +205,24 @@ def test_two_processes_do_not_share_a_folder(servers, make_run, heard):
     other.release()
 
 
+@pytest.mark.parametrize("wrong", ["folder", "template", "reference"])
+def test_what_is_wrong_is_said_before_services_start(make_run, heard, wrong):
+    run = make_run([], n=1)
+    if wrong == "folder":
+        run.output.mkdir()
+        (run.output / "thesis.tex").write_text("mine")
+    elif wrong == "template":
+        run.tokenizer.chat_template = None
+    else:
+        (suite,) = run.suites
+        problems = (replace(suite.problems[0], label="because " * 50), *suite.problems[1:])
+        run = replace(run, suites=[replace(suite, problems=problems)])
+    started = []
+    with pytest.raises(DataError):
+        run_evaluation(run, heard, start=lambda run: started.append(run) or run)
+    assert not started
+
+
 def test_a_lost_answer_is_named_and_asked_again(servers, make_run, heard):
     """A log-prob that is NaN costs its answer: no number is made of the others."""
     url = servers.start(FaultPlan(nan_at_token=6))
@@ -212,7 +242,14 @@ def test_a_server_with_another_tokenizer_is_refused_before_it_is_asked(
     run = make_run([servers.start()], tokenizer=tokenizer_of_others)
     with pytest.raises(ContractMismatch, match="tokenizer_hash"):
         run_evaluation(run, heard)
-    assert servers.num_jobs == 0 and not run.output.exists()
+    assert servers.num_jobs == 0 and not (run.output / "run.json").exists()
+
+
+def test_a_missing_key_is_named_by_the_service(servers, make_run, heard, monkeypatch):
+    run = make_run([servers.start()])
+    monkeypatch.delenv("OPENRLHF_ALP_ROLLOUT_API_KEY")
+    with pytest.raises(Unauthorized, match="The bearer key is missing or wrong"):
+        run_evaluation(run, heard)
 
 
 @pytest.fixture

@@ -191,5 +191,5 @@ def test_an_evaluation_says_how_many_answers_are_there_and_to_go_and_writes_over
     assert there.endswith("Own: 2 of 5 answers are there already")
     assert to_go.endswith("Own: 3 answers to go")
     assert lines[0].endswith("Own: 4/5 answers, about 1 h 0 min left")
-    assert lines[1].rstrip().endswith("Own: 5/5 answers, about 0 min 0 s left")
+    assert lines[1].rstrip().endswith("Own: 5/5 answers, all there")
     assert len(lines[1]) >= len(lines[0])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import os
 from dataclasses import replace
 from operator import attrgetter
 from pathlib import Path
@@ -16,7 +15,12 @@ from openrlhf_alp.learner.flags.config import MATH_VERIFY, AlpConfig, ServiceCon
 from openrlhf_alp.learner.flags.spec import add_flags, read_flags
 from openrlhf_alp.replay.files.read import find_files
 from openrlhf_alp.rollouts.runners import ToolConfig
-from services.common.wire import ADMIN_KEY_VARIABLE, API_KEY_VARIABLE, TOOL_KEY_VARIABLE
+from services.common.wire import (
+    ADMIN_KEY_VARIABLE,
+    API_KEY_VARIABLE,
+    TOOL_KEY_VARIABLE,
+    require_keys,
+)
 
 _MEAN_BASELINES = frozenset({"group_norm", "reinforce_baseline", "dr_grpo"})
 """Estimators whose baseline is a group's mean, from which an episode can be left out."""
@@ -61,7 +65,7 @@ def settle(args: SimpleNamespace) -> SimpleNamespace:
     if args.rollout_service.urls:
         _settle_service(args)
         if not args.alp.dry_run:
-            _require_keys(API_KEY_VARIABLE, ADMIN_KEY_VARIABLE, service="rollout")
+            require_keys(API_KEY_VARIABLE, ADMIN_KEY_VARIABLE, service="rollout")
     _check_batches(args)
     _check_transport(args)
     _check_staleness(args.rollout_service)
@@ -133,16 +137,6 @@ def _refuse_upstreams_loss(args: SimpleNamespace) -> None:
                 f"{args.alp.method} replaces: it would have no effect. Drop it; {ours} is its "
                 "counterpart."
             )
-
-
-def _require_keys(*variables: str, service: str) -> None:
-    missing = [name for name in variables if not os.environ.get(name)]
-    if missing:
-        verb = "is" if len(missing) == 1 else "are"
-        raise ValueError(
-            f"{' and '.join(missing)} {verb} not set. The {service} service prints its keys when "
-            "it starts: export them, or start it with keys of your own."
-        )
 
 
 def _settle_service(args: SimpleNamespace) -> None:
@@ -314,7 +308,7 @@ def _check_tool(args: SimpleNamespace) -> None:
             "give --train.agent_func_path the path of openrlhf_alp/learner/agent.py."
         )
     if not args.alp.dry_run:
-        _require_keys(TOOL_KEY_VARIABLE, service="tool")
+        require_keys(TOOL_KEY_VARIABLE, service="tool")
     estimator = args.algo.advantage.estimator
     if tool.void_baseline == "drop" and estimator not in _MEAN_BASELINES:
         raise ValueError(
