@@ -77,7 +77,7 @@ VLLM_NEXT := 0.32.0
 VLLM_VENV := .venv-vllm-$(VLLM_NEXT)
 vllm-next: install  ## Train a step against a rollout service on a newer vLLM, in an environment of its own
 	test -x $(VLLM_VENV)/bin/python || $(BIN)/python -m venv --without-pip $(VLLM_VENV)
-	$(BIN)/python -c "import site; print(site.getsitepackages()[0])" > $(VLLM_VENV)/lib/python3.11/site-packages/base.pth
+	$(BIN)/python -c "import site; print(site.getsitepackages()[0])" > $$(echo $(VLLM_VENV)/lib/python3.*/site-packages)/base.pth
 	$(BIN)/python -m pip --python $(VLLM_VENV)/bin/python install -qq --no-deps --disable-pip-version-check \
 	  --requirement requirements/vllm-$(VLLM_NEXT).txt
 	$(BIN)/python requirements/check_vllm.py $(VLLM_VENV)/bin/python $(ARGS)

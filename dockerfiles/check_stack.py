@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from engine import REPOSITORY, CheckError, NotToBeHadError, docker, require
+from tiny.judge import faults_of
 
 VERSION = "check"
 ROLLOUT, LEARNER = f"openrlhf-alp/rollout:{VERSION}-cpu", f"openrlhf-alp/learner:{VERSION}-cpu"
@@ -48,10 +49,13 @@ def require_compose() -> None:
 def check_stack() -> None:
     """Train one step through the services of compose.yaml, with images that are built."""
     with tempfile.TemporaryDirectory(prefix="docker-test-") as folder, project(Path(folder)) as up:
-        seconds, metrics = up.first_step()
-        ran = metrics["tir/status_ok"]
-        print(f"docker-test: first step {seconds:.0f} s after `up`, {ran:.1f} programs an episode")
-        require(ran > 0, f"no program ran: {metrics}")
+        seconds, step = up.first_step()
+        ran, norm = step["tir/status_ok"], step["alp/weight_grad_norm"]
+        print(
+            f"docker-test: first step {seconds:.0f} s after `up`, at load {os.getloadavg()[0]:.0f}"
+        )
+        print(f"docker-test: {ran:.1f} programs an episode, gradient norm {norm:.2g}")
+        require(not faults_of(step), f"{'; '.join(faults_of(step))}: {step}")
         check_services(up)
     leftovers = left_behind()
     require(not leftovers, f"left behind: {leftovers}")

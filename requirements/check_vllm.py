@@ -40,9 +40,15 @@ def main() -> int:
         folder.mkdir(parents=True, exist_ok=True)
         make_model(folder)
         step = train(arguments.python, folder)
-    print(f"check-vllm: {step['tir/status_ok']:.1f} programs ran an episode")
-    print(f"check-vllm: reward {step['reward']:.2f}, one step trained")
-    return 0
+    for name in ("tir/status_ok", "reward", "alp/weight_grad_norm", "alp/clean_start_k3_kl"):
+        print(f"check-vllm: {name} {step[name]:.3g}")
+    sys.path.append(str(REPOSITORY))
+    from dockerfiles.tiny.judge import faults_of
+
+    faults = faults_of(step)
+    for fault in faults:
+        print(f"check-vllm: FAILED: {fault}", file=sys.stderr)
+    return int(bool(faults))
 
 
 def make_model(folder: Path) -> None:
@@ -76,7 +82,12 @@ def train(python: str, folder: Path) -> dict[str, Any]:
         }
         options = [o for name, value in settings.items() for o in ("--set", f"{name}={value}")]
         launch = [sys.executable, "-m", "openrlhf_alp.cli.main", "launch", TINY / "recipe.toml"]
+        before = contract(url)["version"]
         subprocess.run([*launch, "--output", folder / "run", *options], check=True)
+        after = contract(url)["version"]
+        print(f"check-vllm: weight version {before} before training, {after} after it")
+        if after < before + 2:
+            raise SystemExit("check-vllm: the weights of the step were not pushed")
     finally:
         service.terminate()
         service.wait(START_S)
