@@ -2,9 +2,9 @@
 
 Each shim is installed only when what it stands for is absent, so on a GPU machine with the full
 requirements `install()` does nothing. It is idempotent, and it runs before OpenRLHF or DeepSpeed is
-imported: through the import hook that `openrlhf_alp/learner/__init__.py` sets, and in every Ray
-worker as `worker_process_setup_hook`. The module imports no torch, so that flags and limits can be
-shown without waiting for it.
+imported: through the import hook that `openrlhf_alp/learner/__init__.py` sets, here and in every
+worker of Ray. The module imports no torch, so that flags and limits can be shown without waiting
+for it.
 
     shim                                      why                                     upstream
     flash_attn.bert_padding, .utils           imported by openrlhf.models             PR #1302
@@ -42,10 +42,10 @@ class _InstallFirst(importlib.abc.MetaPathFinder):
 
 
 def install_before_use() -> None:
-    """Let the first import of one of _USERS call `install()`."""
+    """Let the first import of one of _USERS call `install()`. Idempotent."""
     if _USERS & sys.modules.keys():  # OpenRLHF itself may import `agent.py`
         install()
-    else:
+    elif not any(isinstance(finder, _InstallFirst) for finder in sys.meta_path):
         sys.meta_path.insert(0, _InstallFirst())
 
 

@@ -130,7 +130,8 @@ def ray_options(args: SimpleNamespace, upstream_env: dict[str, str]) -> dict[str
         "include_dashboard": False,
         "runtime_env": {
             "env_vars": env,
-            "worker_process_setup_hook": "openrlhf_alp.learner.compat.install",
+            # Not `install`: it imports torch, and Ray starts a worker for every logical CPU.
+            "worker_process_setup_hook": "openrlhf_alp.learner.compat.install_before_use",
         },
     }
 

@@ -68,3 +68,16 @@ def test_the_shims_are_there_before_their_users_and_torch_is_not_loaded_for_flag
         [sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=False
     )
     assert result.returncode == 0, result.stderr[-2000:]
+
+
+def test_what_every_ray_worker_runs_loads_no_torch_and_may_run_twice() -> None:
+    script = (
+        "import sys\n"
+        "from openrlhf_alp.learner import compat\n"  # the package has run it once
+        "compat.install_before_use()\n"
+        "assert 'torch' not in sys.modules\n"
+        "assert sum(isinstance(f, compat._InstallFirst) for f in sys.meta_path) == 1\n"
+        "import deepspeed, torch\n"
+        "assert torch.cuda.is_available() or str(torch.cuda.current_device()) == 'cpu'\n"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True)

@@ -144,7 +144,7 @@ def test_ray_starts_with_openrlhfs_variables_and_our_shims(parse: Parse) -> None
     options = ray_options(parse(), upstream)
     environment = options["runtime_env"]["env_vars"]
     assert environment["NCCL_DEBUG"] == "INFO" and upstream == {"NCCL_DEBUG": "INFO"}
-    assert options["runtime_env"]["worker_process_setup_hook"].endswith("compat.install")
+    assert options["runtime_env"]["worker_process_setup_hook"].endswith("compat.install_before_use")
     if not torch.cuda.is_available():
         # One CPU rank gets every core, and Ray logical GPUs to schedule it on.
         assert environment["OMP_NUM_THREADS"] == os.environ.get(

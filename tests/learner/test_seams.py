@@ -127,4 +127,5 @@ def test_openrlhf_starts_ray_with_its_own_variables_and_ours(
         seams.run_upstream(add_arguments, settle, ray_options)
     environment = started[0]["runtime_env"]["env_vars"]
     assert {"TOKENIZERS_PARALLELISM", "NCCL_DEBUG"} <= environment.keys()
-    assert started[0]["runtime_env"]["worker_process_setup_hook"].endswith("compat.install")
+    hook = started[0]["runtime_env"]["worker_process_setup_hook"]
+    assert hook.endswith("compat.install_before_use")
