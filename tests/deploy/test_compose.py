@@ -82,6 +82,22 @@ def test_the_rollout_servers_serve_the_model_that_is_unpacked() -> None:
     assert model == f"${{MODEL:-/models/openrlhf_alp/{_FOLDER_NAME}}}"
 
 
+def test_the_model_is_unpacked_only_where_it_is_missing(tmp_path: Path) -> None:
+    service = SERVICES["model"]
+    shell, flag, script = service["entrypoint"]
+    served = SERVICES["rollout"]["environment"]["OPENRLHF_ALP_ROLLOUT_MODEL"]
+    assert service["environment"]["MODEL"] == served and flag == "-c"
+    python = tmp_path / "python"
+    python.write_text("#!/bin/sh\necho unpacking\n")
+    python.chmod(0o755)
+    environment = {"MODEL": str(tmp_path), "PATH": f"{tmp_path}:/usr/bin:/bin"}
+    for expected in ("unpacking\n", ""):
+        command = [shell, flag, script.replace("$$", "$")]
+        run = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+        assert run.stdout == expected
+        (tmp_path / "config.json").touch()
+
+
 @pytest.mark.parametrize("profile", ["cpu", "gpu"])
 def test_a_profile_holds_all_that_it_depends_on(profile: str) -> None:
     names = of_profile(profile)
