@@ -69,7 +69,9 @@ RUN --mount=type=secret,id=pip,target=/etc/pip.conf \
     pip install --quiet '.[learner,rollout,demo]' 'setuptools<81' wheel
 
 # hadolint ignore=DL3006
-FROM install-${FLAVOUR} AS installed
+FROM install-${FLAVOUR} AS dependencies
+
+FROM dependencies AS package
 WORKDIR /src
 # Of the bill of materials only the result goes into the image.
 RUN --mount=type=secret,id=pip,target=/etc/pip.conf \
@@ -80,9 +82,11 @@ RUN --mount=type=secret,id=pip,target=/etc/pip.conf \
 COPY setup.py README.md ./
 COPY services services
 COPY openrlhf_alp openrlhf_alp
-RUN pip install --quiet --no-cache-dir --no-deps --no-index --no-build-isolation --force-reinstall . ; \
+RUN pip install --quiet --no-cache-dir --no-deps --no-index --no-build-isolation --ignore-installed \
+        --prefix /package . ; \
+    cp -r /package/. /usr/local/openrlhf-alp; \
     /sbom/bin/cyclonedx-py environment --output-reproducible \
-        --output-file /usr/local/openrlhf-alp/sbom.cdx.json /usr/local/openrlhf-alp/bin/python
+        --output-file /package/sbom.cdx.json /usr/local/openrlhf-alp/bin/python
 
 FROM base AS runtime
 ARG VERSION=unknown
@@ -90,7 +94,9 @@ ARG REVISION=unknown
 LABEL org.opencontainers.image.version="${VERSION}" \
       org.opencontainers.image.revision="${REVISION}" \
       org.opencontainers.image.licenses="Apache-2.0"
-COPY --from=installed /usr/local/openrlhf-alp /usr/local/openrlhf-alp
+# Two layers: a change of the source leaves the one of 4 GB as it is.
+COPY --from=dependencies /usr/local/openrlhf-alp /usr/local/openrlhf-alp
+COPY --from=package /package /usr/local/openrlhf-alp
 COPY dockerfiles/probe.py /usr/local/openrlhf-alp/probe.py
 # Caches go where a container with a read-only root has a temporary file system.
 ENV PYTHONDONTWRITEBYTECODE=1 \
@@ -111,8 +117,9 @@ LABEL org.opencontainers.image.title="openrlhf-alp rollout service" \
 ENV OPENRLHF_ALP_ROLLOUT_HOST=0.0.0.0 \
     OPENRLHF_ALP_ROLLOUT_PORT=8000
 EXPOSE 8000
-# vLLM compiles at the first start, and a model is loaded; the clients wait as long.
-HEALTHCHECK --interval=5s --timeout=5s --start-period=600s --retries=3 \
+# A large model takes minutes to load; the clients wait as long. On a busy machine the probe's own
+# Python takes seconds to start.
+HEALTHCHECK --interval=5s --timeout=20s --start-period=600s --retries=3 \
     CMD ["python", "/usr/local/openrlhf-alp/probe.py", "8000"]
 ENTRYPOINT ["python", "-m", "services.rollout"]
 

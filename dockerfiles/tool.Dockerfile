@@ -61,6 +61,6 @@ ENV PATH=/usr/local/openrlhf-alp/bin:$PATH \
 USER 1000:1000
 WORKDIR /home/alp
 EXPOSE 8090
-HEALTHCHECK --interval=5s --timeout=5s --start-period=60s --retries=3 \
+HEALTHCHECK --interval=5s --timeout=20s --start-period=60s --retries=3 \
     CMD ["python", "/usr/local/openrlhf-alp/probe.py", "8090"]
 ENTRYPOINT ["python", "-m", "services.tool"]
