@@ -128,15 +128,20 @@ async def test_a_replica_killed_under_load_loses_no_call_and_repeats_none(
         calls = [asyncio.create_task(call(client, number)) for number in range(NUM_CALLS)]
         await enough.wait()
         victim, other = served.replicas()
+        answered = set(answers)
         sandbox = victim.children(recursive=True)
         victim.send_signal(signal.SIGKILL)
         await asyncio.gather(*calls)
 
     assert answers == {number: f"{number}\n" for number in range(NUM_CALLS)}
-    assert marks_of(tmp_path, "ended") == Counter(range(NUM_CALLS))
-    # What the victim was running is begun once more elsewhere; it has one slot.
-    begun_again = marks_of(tmp_path, "began") - Counter(range(NUM_CALLS))
-    assert begun_again.total() <= 1
+    once = Counter(range(NUM_CALLS))
+    began, ended = marks_of(tmp_path, "began"), marks_of(tmp_path, "ended")
+    assert not once - ended
+    # Begun once more elsewhere: what the victim was running in its one slot, and what had ended
+    # there so shortly before that its answer was lost on the way.
+    begun_again = began - once
+    assert not begun_again.keys() & answered and max(began.values()) <= 2
+    assert begun_again.total() <= 2
     assert sandbox and not psutil.wait_procs(sandbox, timeout=10)[1]
     assert other.is_running()
 
