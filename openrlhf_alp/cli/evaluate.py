@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import os
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
@@ -38,6 +39,22 @@ keys from OPENRLHF_ALP_ROLLOUT_API_KEY and OPENRLHF_ALP_TOOL_API_KEY.
 
 _MAX_DEFAULT_WORKERS = 8
 
+_OF_STARTED_SERVICES = {
+    "engine": "vllm",
+    "dtype": "bfloat16",
+    "max_model_len": None,
+    "num_servers": 1,
+}
+"""Options of rollout services that are started here, with their defaults."""
+
+_OF_TOOLS = {
+    "max_tool_turns": 5,
+    "max_tokens_per_turn": None,
+    "tool_timeout_s": 5.0,
+    "tool_session": False,
+}
+"""Options that need --tir, with their defaults."""
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `openrlhf-alp evaluate`."""
@@ -57,12 +74,12 @@ def _add_policy(group: argparse._ArgumentGroup) -> None:
     add(
         "--engine",
         choices=["vllm", "hf"],
-        default="vllm",
         help="engine of a service started here; hf is deterministic and slow (default: vllm)",
     )
-    add("--dtype", default="bfloat16", help="dtype of its weights (default: bfloat16)")
+    add("--dtype", help="dtype of its weights (default: bfloat16)")
     add("--max_model_len", type=int, metavar="N", help="its limit of prompt and answer together")
-    add("--num_servers", type=int, default=1, metavar="N", help="services to start (default: 1)")
+    add("--num_servers", type=int, metavar="N", help="services to start (default: 1)")
+    group.set_defaults(**_OF_STARTED_SERVICES)
 
 
 def _add_suites(group: argparse._ArgumentGroup) -> None:
@@ -113,10 +130,11 @@ def _add_tools(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
     add("--tir", action="store_true", help="the policy may run Python")
     add("--tool_urls", nargs="+", default=[], metavar="URL", help="tool services that run")
-    add("--max_tool_turns", type=int, default=5, metavar="N", help="programs per answer (5)")
+    add("--max_tool_turns", type=int, metavar="N", help="programs per answer (5)")
     add("--max_tokens_per_turn", type=int, metavar="N", help="tokens of one turn (default: all)")
-    add("--tool_timeout_s", type=float, default=5.0, metavar="S", help="limit of a program (5)")
+    add("--tool_timeout_s", type=float, metavar="S", help="limit of a program (5)")
     add("--tool_session", action="store_true", help="keep variables between programs")
+    group.set_defaults(**_OF_TOOLS)
 
 
 def _add_run(group: argparse._ArgumentGroup) -> None:
@@ -171,7 +189,7 @@ def run(arguments: argparse.Namespace) -> int:
     try:
         if arguments.list:
             # The check of a launch gives the options of its evaluation, too.
-            _check_ranges(arguments)
+            _check_values(arguments)
             _template(arguments)
             return _list(view)
         if arguments.compare or arguments.compare_graders or arguments.regrade:
@@ -257,10 +275,15 @@ def _check(options: argparse.Namespace) -> None:
         require_keys(API_KEY_VARIABLE, service="rollout")
     if options.tool_urls:
         require_keys(TOOL_KEY_VARIABLE, service="tool")
-    _check_ranges(options)
+    _check_values(options)
 
 
-def _check_ranges(options: argparse.Namespace) -> None:
+def _check_values(options: argparse.Namespace) -> None:
+    """What is wrong with options whatever the suites and services are."""
+    if options.rollout_urls:
+        _check_unused(options, _OF_STARTED_SERVICES, "with --rollout_urls, which run already")
+    if not options.tir:
+        _check_unused(options, _OF_TOOLS, "without --tir: no program would be run")
     for name in ("n", "max_new_tokens", "concurrency", "workers", "num_servers", "limit"):
         value = getattr(options, name)
         if value is not None and value < 1:
@@ -276,6 +299,12 @@ def _check_ranges(options: argparse.Namespace) -> None:
         raise ValueError(f"--top_p is {options.top_p}; it must be above 0 and at most 1")
     if not options.request_timeout_s > 0:
         raise ValueError(f"--request_timeout_s is {options.request_timeout_s}; it must be above 0")
+
+
+def _check_unused(options: argparse.Namespace, defaults: Mapping[str, Any], why: str) -> None:
+    for name, default in defaults.items():
+        if getattr(options, name) != default:
+            raise ValueError(f"--{name} has no effect {why}. Drop it")
 
 
 def _template(options: argparse.Namespace) -> str:

@@ -142,7 +142,16 @@ def find_suites(names: Sequence[str], *, fields: Mapping[str, str | None]) -> li
             )
     for name, times in Counter(suite.name for suite in found).items():
         if times > 1:
-            raise SuiteError(f"--suite names {name} {times} times; give each set once")
+            sources = {suite.source for suite in found if suite.name == name}
+            raise SuiteError(
+                f"--suite names {name} {times} times; give each set once"
+                if len(sources) == 1
+                else f"--suite: {' and '.join(sorted(sources))} are both called {name}, and "
+                "results go by that name. Fix: rename one of the files"
+            )
+    if any(fields.values()) and all(suite.name in suites for suite in found):
+        given = ", ".join(f"--{name}_field" for name, value in fields.items() if value)
+        raise SuiteError(f"{given}: only a file of your own has fields to name. Drop it")
     return found
 
 

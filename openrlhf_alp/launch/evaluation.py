@@ -100,7 +100,7 @@ def _evaluate(config: EvaluationConfig, services: Services, view: EvaluationView
         plan=config.plan,
         model=config.model or named,
         tokenizer=_tokenizer(named),
-        tokenizer_flag=f"--tokenizer {named}",
+        tokenizer_flag=f"{'--tokenizer' if config.tokenizer else '--model'} {named}",
         rollout_urls=config.rollout_urls,
         num_workers=config.num_workers,
         concurrency=config.concurrency,

@@ -41,6 +41,7 @@ def own(tmp_path):
         (["--template", "chat-tir"], "--template chat-tir asks for Python and --tir is not given"),
         (["--tir", "--template", "chat-math"], "does not ask for Python"),
         (["--tir", "--max_tool_turns", "-1"], "max_tool_turns=-1 is not possible"),
+        (["--tool_session"], "--tool_session has no effect without --tir"),
         (["--label_field", "answer"], "nothing in answer. Its fields are a, q."),
     ],
 )
@@ -79,6 +80,14 @@ def test_services_of_ones_own_need_their_keys(evaluate, own, monkeypatch):
     assert status == 2 and "OPENRLHF_ALP_ROLLOUT_API_KEY is not set. The rollout" in shown
     status, shown = evaluate("--model", "m", *own, "--tir", "--tool_urls", "http://127.0.0.1:1")
     assert status == 2 and "OPENRLHF_ALP_TOOL_API_KEY is not set. The tool" in shown
+
+
+def test_options_of_services_that_are_started_here_are_not_ignored(evaluate, own, monkeypatch):
+    monkeypatch.setenv("OPENRLHF_ALP_ROLLOUT_API_KEY", "key")
+    asked = ["--rollout_urls", "http://127.0.0.1:1", "--tokenizer", "m", *own]
+    for flags in (["--num_servers", "2"], ["--engine", "hf"], ["--dtype", "float32"]):
+        status, shown = evaluate(*asked, *flags)
+        assert status == 2 and f"{flags[0]} has no effect with --rollout_urls" in shown
 
 
 def test_a_mistyped_model_is_refused_before_a_service_starts(evaluate, own, tmp_path):

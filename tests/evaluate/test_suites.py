@@ -139,6 +139,11 @@ def test_names_files_and_groups_are_found_and_unknown_or_doubled_ones_refused():
         find_suites(["mathh"], fields={})
     with pytest.raises(SuiteError, match="aime24 2 times"):
         find_suites(["paper", "aime24"], fields={})
+    fields = {"problem": "q", "label": "a"}
+    with pytest.raises(SuiteError, match=r"a/x\.jsonl and b/x\.jsonl are both called x"):
+        find_suites(["a/x.jsonl", "b/x.jsonl"], fields=fields)
+    with pytest.raises(SuiteError, match="--problem_field, --label_field: only a file of your own"):
+        find_suites(["gsm8k"], fields=fields)
     with pytest.raises(SuiteError, match="needs --problem_field NAME and --label_field NAME"):
         find_suites(["mine.jsonl"], fields={})
 
