@@ -30,6 +30,10 @@ from openrlhf_alp.rewards.values import Tolerance
 RUN_FILE = "run.json"
 RESULTS_FILE = "results.json"
 
+_RUN_KEYS = frozenset({"run_id", "n", "plan", "suites", "weights_digest"})
+_RESULT_KEYS = frozenset({"model", "n", "plan", "suites"})
+_PROBLEM_KEYS = frozenset({"title", "origin", "is_whole", "problems"})
+
 _OURS = (".lock", "services")
 """What may be there before a run begins: the services are started first."""
 
@@ -115,7 +119,8 @@ class RunFolder:
         Raises:
             FolderError: there is none, or it is broken.
         """
-        return self._read_json(RUN_FILE)
+        fix = "restore it, or evaluate into another --output; the answers are unchanged"
+        return self._read_json(RUN_FILE, _RUN_KEYS, fix)
 
     def results(self) -> dict[str, Any]:
         """The content of results.json.
@@ -123,7 +128,8 @@ class RunFolder:
         Raises:
             FolderError: there is none, or it is broken.
         """
-        return self._read_json(RESULTS_FILE)
+        fix = f"openrlhf-alp evaluate --regrade {self.path}"
+        return self._read_json(RESULTS_FILE, _RESULT_KEYS, fix)
 
     def suites(self) -> list[LoadedSuite]:
         """The problem sets as they were asked, for grading again."""
@@ -158,7 +164,7 @@ class RunFolder:
             for line in path.read_text(encoding="utf-8").splitlines():
                 row = json.loads(line)
                 counts.setdefault(row["problem_id"], []).append(float(row["right"] is True))
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, KeyError, TypeError) as error:
             raise FolderError(
                 f"{path} cannot be read ({error}). Fix: openrlhf-alp evaluate --regrade {self.path}"
             ) from error
@@ -199,7 +205,8 @@ class RunFolder:
         return str(before["run_id"])
 
     def _suite(self, name: str) -> LoadedSuite:
-        table = self._read_json(f"problems/{name}.json")
+        fix = "run the command of this run again, which writes it"
+        table = self._read_json(f"problems/{name}.json", _PROBLEM_KEYS, fix)
         known = registry()[0].get(name)
         own = Suite(name=name, title=table["title"], source=table["origin"], problem=(), label=())
         problems = [
@@ -213,17 +220,19 @@ class RunFolder:
             is_whole=table["is_whole"],
         )
 
-    def _read_json(self, name: str) -> dict[str, Any]:
+    def _read_json(self, name: str, keys: frozenset[str], fix: str) -> dict[str, Any]:
         path = self.path / name
         try:
             found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+            if not isinstance(found, dict) or not keys <= found.keys():
+                raise ValueError(f"it is no object with {', '.join(sorted(keys))}")
         except FileNotFoundError as error:
             raise FolderError(
                 f"{path} does not exist: {self.path} is not a finished run of evaluate. Fix: check "
                 "the path, or run openrlhf-alp evaluate --output for it again"
             ) from error
         except (OSError, ValueError) as error:
-            raise FolderError(f"{path} cannot be read: {error}") from error
+            raise FolderError(f"{path} cannot be read: {error}. Fix: {fix}") from error
         return found
 
 

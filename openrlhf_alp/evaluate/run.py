@@ -355,7 +355,8 @@ async def _log(
             error = log.error.message if log.error else log.status
             raise EvaluationFailed(
                 f"{session.loaded.title} stopped: {error}. The {len(session.store)} answers so far "
-                "are stored. Fix: run the same command again; it continues there"
+                "are stored. Fix: remove the cause, then run the same command again; it continues "
+                "there"
             )
         for path in before:
             # The log of an earlier start holds a part of the same answers, maybe half-written.

@@ -17,7 +17,8 @@ from openrlhf_alp.data.sources import DataError
 from openrlhf_alp.data.templates import TokenizerError
 from openrlhf_alp.evaluate.player import Plan
 from openrlhf_alp.evaluate.results import Results, markdown
-from openrlhf_alp.evaluate.run import Run, run_evaluation
+from openrlhf_alp.evaluate.run import EvaluationFailed, Run, run_evaluation
+from openrlhf_alp.evaluate.store import StoreError
 from openrlhf_alp.evaluate.suites import LoadedSuite
 from openrlhf_alp.launch.processes.servers import Services, fresh_keys, local_server
 from openrlhf_alp.launch.processes.supervisor import ProcessFailedError, StopRequested, Supervisor
@@ -65,6 +66,9 @@ def run(config: EvaluationConfig, view: EvaluationView) -> int:
         with mock.patch.dict(os.environ, keys), Supervisor({"PYTHONUNBUFFERED": "1"}) as supervisor:
             services = Services(supervisor, view)
             results = _evaluate(config, services, view)
+    except (EvaluationFailed, StoreError) as error:
+        view.error(str(error))
+        return 1
     except (RecipeError, DataError) as error:
         view.error(str(error))
         return 2

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from inspect_ai.log import read_eval_log
 
+from openrlhf_alp.cli.main import main
 from openrlhf_alp.clients.errors import ContractMismatch, Unauthorized
 from openrlhf_alp.data.sources import DataError
 from openrlhf_alp.evaluate.comparison import compare_runs, comparison_markdown
@@ -234,6 +235,21 @@ def test_a_lost_answer_is_named_and_asked_again(servers, make_run, heard):
     assert len(stored(run)) == 9 and not (run.output / "results.json").exists()
     results = run_evaluation(run, heard)
     assert results["suites"][0]["num_problems"] == 5 and len(stored(run)) == 10
+
+
+def test_the_command_says_with_its_status_that_a_run_is_not_finished(
+    servers, policy, own_file, tmp_path, capsys
+):
+    url = servers.start(FaultPlan(nan_at_token=6))
+    asked = ["evaluate", "--rollout_urls", url, "--tokenizer", str(policy), "--n", "1"]
+    asked += ["--suite", str(own_file), "--problem_field", "q", "--label_field", "a"]
+    asked += ["--template", "chat-bare", "--max_new_tokens", "16", "--workers", "1"]
+    asked += ["--output", str(tmp_path / "run")]
+    assert main(asked) == 1
+    assert "1 answers were lost" in capsys.readouterr().out
+    assert main(asked) == 0
+    shown = capsys.readouterr().out
+    assert "4 of 5 answers are there already" in shown and "| avg@1, % | own |" in shown
 
 
 def test_a_server_with_another_tokenizer_is_refused_before_it_is_asked(

@@ -1,0 +1,36 @@
+"""Files of a run that a kill, a disk or an editor has broken."""
+
+import json
+
+import pytest
+
+from openrlhf_alp.evaluate.folder import FolderError, RunFolder
+
+RUN = {"run_id": "r", "n": 1, "plan": {}, "suites": {"own": ""}, "weights_digest": ""}
+
+
+@pytest.mark.parametrize("content", ["", '{"n": 1', "[]", "{}", "\x00\x00", "null"])
+@pytest.mark.parametrize(
+    ("name", "fix"),
+    [
+        ("run.json", "restore it"),
+        ("results.json", "evaluate --regrade"),
+        ("problems/own.json", "run the command of this run again"),
+    ],
+)
+def test_a_broken_file_is_named_with_its_fix(tmp_path, name, content, fix):
+    (tmp_path / "problems").mkdir()
+    (tmp_path / "run.json").write_text(json.dumps(RUN))
+    (tmp_path / name).write_text(content)
+    folder = RunFolder(tmp_path)
+    read = {"results.json": folder.results, "problems/own.json": folder.suites}
+    with pytest.raises(FolderError, match=rf"{name} cannot be read: .*\. Fix: .*{fix}"):
+        read.get(name, folder.described)()
+
+
+@pytest.mark.parametrize("content", ["x", "[1]", '{"right": true}', "\x00"])
+def test_broken_grades_are_named_with_their_fix(tmp_path, content):
+    (tmp_path / "grades").mkdir()
+    (tmp_path / "grades" / "own.jsonl").write_text(content)
+    with pytest.raises(FolderError, match=r"own\.jsonl cannot be read .*Fix: .*--regrade"):
+        RunFolder(tmp_path).shares("own")
