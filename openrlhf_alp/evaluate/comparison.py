@@ -11,6 +11,7 @@ import numpy
 
 from openrlhf_alp.evaluate.folder import FolderError, RunFolder
 from openrlhf_alp.evaluate.numbers import LEVEL
+from openrlhf_alp.evaluate.results import markdown_table
 
 NUM_DRAWS = 10_000
 
@@ -135,15 +136,16 @@ def comparison_markdown(compared: dict[str, Any]) -> str:
         "",
         f"B: {second['model']} ({second['path']}), {second['n']} answers per problem",
         "",
-        "| suite | problems | A, % | B, % | B - A, points | 95 % interval | p |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
     ]
+    rows = []
     for suite in compared["suites"].values():
-        values = f"{100 * suite['first']:.1f} | {100 * suite['second']:.1f}"
-        lines.append(f"| {suite['title']} | {suite['num_problems']} | {values} | {_row(suite)} |")
+        values = [f"{100 * suite[run]:.1f}" for run in ("first", "second")]
+        rows.append([suite["title"], str(suite["num_problems"]), *values, *_changes(suite)])
     if len(compared["suites"]) > 1:
         average = compared["average"]
-        lines.append(f"| Average | {average['num_problems']} | | | {_row(average)} |")
+        rows.append(["Average", str(average["num_problems"]), "", "", *_changes(average)])
+    head = ["suite", "problems", "A, %", "B, %", "B - A, points", "95 % interval", "p"]
+    lines.append(markdown_table(head, rows))
     if compared["only_in_one"]:
         lines += ["", f"Only in one of the runs: {', '.join(compared['only_in_one'])}."]
     if compared["asked_differently"]:
@@ -159,6 +161,7 @@ def comparison_markdown(compared: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _row(found: dict[str, Any]) -> str:
+def _changes(found: dict[str, Any]) -> list[str]:
     low, high = 100 * found["low"], 100 * found["high"]
-    return f"{100 * found['value']:+.1f} | [{low:+.1f}, {high:+.1f}] | {found['p_value']:.4f}"
+    value = f"{100 * found['value']:+.1f}"
+    return [value, f"[{low:+.1f}, {high:+.1f}]", f"{found['p_value']:.4f}"]

@@ -98,7 +98,8 @@ class Prompts:
                 raise SuiteError(
                     f"{loaded.name}, problem {problem.id}: its prompt of {len(task.prompt_ids)} "
                     f"tokens leaves no room below the service's max_model_len {max_length}. Fix: "
-                    "raise --max-model-len of the service"
+                    "raise --max_model_len, which is --max-model-len of a service of your own, or "
+                    "ask another policy where its model has no more"
                 )
             self._tasks[problem.id] = task, room
         self.num_cut = sum(room < plan.max_new_tokens for _, room in self._tasks.values())

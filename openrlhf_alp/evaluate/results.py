@@ -132,9 +132,10 @@ def markdown(run: Results) -> str:
     ]
     columns = ["", "problems", f"majority@{n}, %", *(f"{name}, %" for name in _SHARES)]
     parts = [
-        _table(head, [row]),
-        _table(["pass@k, %", *(f"k = {k}" for k in powers_of_two(n))], curve),
-        _table([*columns, "tokens", "tool calls"], shares),
+        markdown_table(head, [row]),
+        markdown_table(["pass@k, %", *(f"k = {k}" for k in powers_of_two(n))], curve),
+        markdown_table([*columns, "tokens", "tool calls"], shares),
+        *_parts_of_suites(suites, n),
         "In brackets: 95 % intervals, clustered by problem.",
         f"Weights {run['weights_digest'][:16]}, version {run['weights_version']}; contract "
         f"{run['contract_hash'][:16]}; temperature {run['plan']['temperature']:g}, top_p "
@@ -151,6 +152,23 @@ def markdown(run: Results) -> str:
                 f"{100 * suite['avg_if_right']:.1f} %. They are listed in ungraded.jsonl."
             )
     return "\n\n".join(parts) + "\n"
+
+
+def _parts_of_suites(suites: Sequence[Results], n: int) -> list[str]:
+    """A table for each set with subjects, and for each with levels."""
+    tables = []
+    for suite in suites:
+        for what in ("subject", "level"):
+            groups = suite[f"by_{what}"]
+            rows = [
+                [name, str(group["num_problems"]), _percent(group["avg"])]
+                for name, group in groups.items()
+            ]
+            if rows:
+                tables.append(
+                    markdown_table([f"{suite['title']}: {what}", "problems", f"avg@{n}, %"], rows)
+                )
+    return tables
 
 
 _SHARES = ("truncated", "invalid", "unevaluated", "void", "ungraded")
@@ -199,6 +217,12 @@ def _percent(estimate: Mapping[str, float] | Estimate) -> str:
     return f"{value:.1f} [{low:.1f}, {high:.1f}]"
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table of Markdown; no cell can break it."""
     lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return "\n".join("| " + " | ".join(map(_cell, line)) + " |" for line in lines)
+
+
+def _cell(text: str) -> str:
+    # Names of files, subjects and models come from the user, and may hold the table's own signs.
+    return " ".join(text.split()).replace("|", "\\|")

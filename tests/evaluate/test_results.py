@@ -140,6 +140,14 @@ def test_the_table_has_the_columns_of_the_paper_and_names_what_was_not_graded():
     assert "| pass@k, % | k = 1 | k = 2 |" in text
     assert "Other: 1 answers could not be graded (timeout 1)" in text
     assert "would be 25.0 %" in text and "nan" not in text
+    assert "| Own: level | problems | avg@2, % |\n| --- | --- | --- |\n| 1 | 1 | 50.0 [" in text
+    assert "\n| 2 | 1 | 100.0 [" in text and "subject" not in text
+
+
+def test_names_cannot_break_a_table():
+    found = summed({"a": [RIGHT, RIGHT]})
+    text = markdown({**run_of({**found, "title": "my | set"}), "model": "a\n| b"})
+    assert "| avg@2, % | my \\| set |\n| --- | --- |\n| a \\| b | 100.0 [" in text
 
 
 def test_the_error_of_an_average_adds_variances():
