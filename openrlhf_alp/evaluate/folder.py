@@ -30,6 +30,9 @@ from openrlhf_alp.rewards.values import Tolerance
 RUN_FILE = "run.json"
 RESULTS_FILE = "results.json"
 
+_SURROGATES = "surrogatepass"
+"""Half of a pair of UTF-16, as JSON can spell it, is written and read like any character."""
+
 _RUN_KEYS = frozenset({"run_id", "n", "plan", "suites", "weights_digest"})
 _RESULT_KEYS = frozenset({"model", "n", "plan", "suites"})
 _PROBLEM_KEYS = frozenset({"title", "origin", "is_whole", "problems"})
@@ -161,9 +164,10 @@ class RunFolder:
         path = self.path / "grades" / f"{suite}.jsonl"
         counts: dict[str, list[float]] = {}
         try:
-            for line in path.read_text(encoding="utf-8").splitlines():
-                row = json.loads(line)
-                counts.setdefault(row["problem_id"], []).append(float(row["right"] is True))
+            # Not str.splitlines: an answer may hold a U+2028, at which that splits too.
+            with path.open(encoding="utf-8", errors=_SURROGATES) as lines:
+                for row in map(json.loads, lines):
+                    counts.setdefault(row["problem_id"], []).append(float(row["right"] is True))
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise FolderError(
                 f"{path} cannot be read ({error}). Fix: openrlhf-alp evaluate --regrade {self.path}"
@@ -223,7 +227,7 @@ class RunFolder:
     def _read_json(self, name: str, keys: frozenset[str], fix: str) -> dict[str, Any]:
         path = self.path / name
         try:
-            found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+            found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8", errors=_SURROGATES))
             if not isinstance(found, dict) or not keys <= found.keys():
                 raise ValueError(f"it is no object with {', '.join(sorted(keys))}")
         except FileNotFoundError as error:
@@ -264,8 +268,7 @@ def write_text(path: Path, text: str) -> None:
 
 def _replace(path: Path, lines: Iterable[str]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    # Models write lone surrogates too.
-    replace_file(path, lines, errors="surrogatepass")
+    replace_file(path, lines, errors=_SURROGATES)
 
 
 def _described(loaded: LoadedSuite) -> dict[str, Any]:

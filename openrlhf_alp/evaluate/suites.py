@@ -238,7 +238,7 @@ def _problem(suite: Suite, row: Row) -> Problem:
     given_id = _value(row.content, suite.id)
     problem_id = f"{suite.name}:{row.number}" if given_id is None else str(given_id)
     solution = _value(row.content, suite.solution)
-    return Problem(
+    problem = Problem(
         id=problem_id,
         text=text,
         label=_label(suite, row.content, where),
@@ -247,6 +247,15 @@ def _problem(suite: Suite, row: Row) -> Problem:
         level=_text_or_none(_value(row.content, suite.level)),
         solution=_text_or_none(solution[0] if isinstance(solution, list) else solution),
     )
+    asked = (problem.id, problem.text, problem.label, problem.subject, problem.level)
+    try:
+        "".join(part for part in asked if part).encode()
+    except UnicodeEncodeError as error:
+        raise SuiteError(
+            f"{where}: {error.object[error.start : error.end]!r} is half of a character (a lone "
+            "surrogate of UTF-16), which no tokenizer takes. Fix the row"
+        ) from error
+    return problem
 
 
 def _label(suite: Suite, row: Mapping[str, Any], where: str) -> str:

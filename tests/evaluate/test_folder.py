@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from openrlhf_alp.evaluate.folder import FolderError, RunFolder
+from openrlhf_alp.evaluate.folder import FolderError, RunFolder, write_json
+from openrlhf_alp.evaluate.records import Grade
 
 RUN = {"run_id": "r", "n": 1, "plan": {}, "suites": {"own": ""}, "weights_digest": ""}
 
@@ -34,3 +35,13 @@ def test_broken_grades_are_named_with_their_fix(tmp_path, content):
     (tmp_path / "grades" / "own.jsonl").write_text(content)
     with pytest.raises(FolderError, match=r"own\.jsonl cannot be read .*Fix: .*--regrade"):
         RunFolder(tmp_path).shares("own")
+
+
+@pytest.mark.parametrize("said", ["1\u2028 2", "\u2029", "\x85", "\x0c", "a\r\nb", "\ud83d"])
+def test_whatever_a_policy_writes_is_read_again(tmp_path, said):
+    folder = RunFolder(tmp_path)
+    grades = {("p", 0): Grade(right=True, answer=said), ("p", 1): Grade(right=False, answer=said)}
+    folder.write_grades("own", grades)
+    assert folder.shares("own") == {"p": 0.5}
+    write_json(tmp_path / "run.json", {**RUN, "model": said})
+    assert folder.described()["model"] == said

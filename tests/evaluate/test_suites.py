@@ -93,6 +93,8 @@ def test_a_broken_label_is_corrected_in_every_copy_of_a_set(tmp_path, row):
         (["not an object"], "row 1 is not a JSON object"),
         ([{"q": "p", "a": "1", "id": 1}, {"q": "r", "a": "1", "id": 1}], "1 ids come twice.*'1'"),
         ([{"q": "p", "a": "1"}, {"q": "p", "a": "1"}], "1 problems come twice"),
+        ([{"q": "p \ud83d", "a": "1"}], r"row 1: '\\ud83d' is half of a character"),
+        ([{"q": "p", "a": "1", "id": "\udc00"}], r"row 1: '\\udc00' is half of a character"),
         ([], "has no problems"),
     ],
 )
