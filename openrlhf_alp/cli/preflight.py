@@ -6,6 +6,7 @@ wait for them.
 
 import argparse
 import contextlib
+import itertools
 import json
 import os
 import sys
@@ -150,8 +151,10 @@ def read_prompts(arguments: argparse.Namespace) -> tuple[Prompt, ...]:
     if arguments.prompts is None:
         return PROMPTS[: arguments.num_prompts]
     prompts: list[Prompt] = []
-    lines = arguments.prompts.read_text(encoding="utf-8").splitlines()
-    for number, line in enumerate(lines[: arguments.num_prompts], start=1):
+    # Not str.splitlines, which also splits at characters that may stand inside a JSON string.
+    with arguments.prompts.open(encoding="utf-8-sig") as file:
+        lines = list(itertools.islice(file, arguments.num_prompts))
+    for number, line in enumerate(lines, start=1):
         try:
             prompts.append(json.loads(line)[arguments.input_key])
         except (ValueError, KeyError, TypeError) as error:

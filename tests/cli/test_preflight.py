@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import io
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import pytest
 from rich.console import Console
 
 from openrlhf_alp.cli.main import main
-from openrlhf_alp.cli.preflight import PreflightView, as_json
+from openrlhf_alp.cli.preflight import PreflightView, as_json, read_prompts
 from openrlhf_alp.learner.mismatch.judge import LIMITS
 from services.common.wire import ADMIN_KEY_VARIABLE, API_KEY_VARIABLE
 
@@ -63,6 +64,13 @@ def test_a_prompt_file_that_cannot_be_read_is_named_with_the_line(
     file.write_text(text)
     assert preflight("--prompts", str(file)) == 2
     assert message in capsys.readouterr().out
+
+
+def test_a_prompt_may_hold_any_character(tmp_path: Path) -> None:
+    file = tmp_path / "prompts.jsonl"
+    file.write_text('\ufeff{"input": "a\u2028b"}\n{"input": "c"}\n{"input": "d"}\n')
+    asked = argparse.Namespace(prompts=file, num_prompts=2, input_key="input")
+    assert read_prompts(asked) == ("a\u2028b", "c")
 
 
 def test_a_prompt_file_that_is_not_there_is_named(
