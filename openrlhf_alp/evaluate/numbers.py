@@ -10,7 +10,7 @@ import math
 from collections import Counter
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
-from statistics import NormalDist, fmean, variance
+from statistics import fmean, variance
 
 from scipy.special import stdtrit
 
@@ -105,21 +105,18 @@ def mean_estimate(values: Sequence[float], *, num_answers: int = 1) -> Estimate:
         raise ValueError("there is no problem to average over")
     num = len(values)
     mean = fmean(values)
-    stderr = math.sqrt(variance(values) / num) if num > 1 else 0.0
+    if num == 1:
+        # Student's quantile without a degree of freedom is infinite: one problem of a set says
+        # nothing about the others.
+        return Estimate(value=mean, stderr=0.0, low=0.0, high=1.0)
+    stderr = math.sqrt(variance(values) / num)
     spread = mean * (1 - mean)
     # Between "a problem's answers are all alike" and "all answers are independent".
     size = float(num) if spread <= 0 else num * num_answers
     if spread > 0 and stderr > 0:
         size = min(spread / stderr**2, size)
-    if num == 1:
-        size = 1.0
-    low, high = _wilson(mean, size, _quantile(num - 1))
+    low, high = _wilson(mean, size, float(stdtrit(num - 1, 0.5 + LEVEL / 2)))
     return Estimate(value=mean, stderr=stderr, low=min(low, mean), high=max(high, mean))
-
-
-def _quantile(degrees: int) -> float:
-    tail = 0.5 + LEVEL / 2
-    return float(stdtrit(degrees, tail)) if degrees else NormalDist().inv_cdf(tail)
 
 
 def _wilson(mean: float, size: float, z: float) -> tuple[float, float]:

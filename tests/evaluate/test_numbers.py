@@ -99,6 +99,13 @@ def test_an_interval_is_finite_holds_its_value_and_never_shrinks_to_a_point(righ
     assert estimate.high - estimate.low > 0.1
 
 
+def test_fewer_problems_never_make_a_narrower_interval():
+    """With one problem nothing is known about the others of its set."""
+    widths = [average([0] * num, 4).high for num in (1, 2, 3, 10)]
+    assert widths[0] == 1.0 and widths == sorted(widths, reverse=True)
+    assert (average([3], 4).low, average([3], 4).high) == (0.0, 1.0)
+
+
 def test_the_interval_covers_what_it_says():
     """200 sets of 40 problems with shares drawn from 0.2, 0.5, 0.8: their mean is 0.5."""
     import random
