@@ -60,13 +60,15 @@ FROM base AS install-gpu
 WORKDIR /src
 COPY setup.py README.md ./
 RUN python3.11 -m venv /usr/local/openrlhf-alp
-# The extras pin what has to be the same everywhere, which are OpenRLHF's own pins.
+# The extras pin what has to be the same everywhere, which are OpenRLHF's own pins. vLLM, which brings
+# torch, comes first: the build of OpenRLHF's flash-attn imports torch, and must find this one.
 # hadolint ignore=DL3013
 RUN --mount=type=secret,id=pip,target=/etc/pip.conf \
     --mount=type=secret,id=ca \
     --mount=type=cache,target=/root/.cache/pip \
     if [ -s /run/secrets/ca ]; then export PIP_CERT=/run/secrets/ca; fi; \
-    pip install --quiet '.[learner,rollout,demo]' 'setuptools<81' wheel
+    pip install --quiet '.[rollout]' 'setuptools<81' wheel packaging ninja psutil; \
+    pip install --quiet --no-build-isolation '.[learner,rollout,demo]'
 
 # hadolint ignore=DL3006
 FROM install-${FLAVOUR} AS dependencies
