@@ -62,6 +62,8 @@ def start_cluster(supervisor: Supervisor, folder: Path) -> str:
     command += ["--disable-usage-stats", "--node-ip-address", "127.0.0.1"]
     command += ["--port", str(free_port()), "--dashboard-host", "127.0.0.1"]
     command += ["--dashboard-port", str(port), "--temp-dir", str(folder / "ray")]
+    # Its default port is taken where another Ray runs; without its agent no job starts.
+    command += ["--dashboard-agent-listen-port", str(free_port())]
     # Logical devices, as a learner without a cluster makes them itself on a CPU.
     command += ["--num-cpus", "32", "--num-gpus", "32"]
     head = supervisor.start("ray", command, log=folder / "head.log", grace_s=15.0, is_service=True)
