@@ -186,9 +186,10 @@ class _Cells:
             yield from self._failed()
 
     def _start(self, cell: Cell) -> None:
-        cell.folder.parent.mkdir(parents=True, exist_ok=True)
         lent = self.lender.lend(self.recipes[cell.name])
-        log = cell.folder.with_name(f"{cell.name}.log")
+        # Not beside the cells: a pattern such as none_* then names runs only.
+        log = cell.folder.parent / "logs" / f"{cell.name}.log"
+        log.parent.mkdir(parents=True, exist_ok=True)
         self.view.say("cell", f"{cell.name}: started (log: {log})")
         child = self.supervisor.start(
             cell.name,

@@ -108,6 +108,10 @@ def test_finished_cells_are_skipped_and_a_broken_one_is_named(tmp_path, monkeypa
     assert "seed=2 ended with exit status 1" in shown
     assert json.loads((cells[0].folder / "summary.json").read_text()) == "earlier"
     assert [cell.is_finished for cell in cells] == [True, False, True]
+    assert {path.name for path in (tmp_path / "s").iterdir()} == {
+        "logs",
+        *(cell.name for cell in cells),
+    }
 
 
 def test_launching_a_recipe_with_a_sweep_runs_its_cells(tmp_path, monkeypatch, capsys):
@@ -117,8 +121,9 @@ def test_launching_a_recipe_with_a_sweep_runs_its_cells(tmp_path, monkeypatch, c
     script = CELL.replace("folder.name == 'seed=2'", "False")
     monkeypatch.setattr(Cell, "command", lambda cell, *_: [python, "-c", script, str(cell.folder)])
     assert main(["launch", str(recipe), "--seeds", "1"]) == 0
-    assert sorted(path.name for path in (tmp_path / "x-sweep").iterdir() if path.is_dir()) == [
+    assert sorted(path.name for path in (tmp_path / "x-sweep").iterdir()) == [
         "int4_batch_size=8_seed=1",
+        "logs",
         "none_batch_size=8_seed=1",
     ]
     assert main(["launch", str(recipe), "--dry-run"]) == 2
