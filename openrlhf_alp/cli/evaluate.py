@@ -47,6 +47,11 @@ _OF_STARTED_SERVICES = {
 }
 """Options of rollout services that are started here, with their defaults."""
 
+_NUM_ANSWERS = 32
+
+_OF_QUESTIONS: dict[str, Any] = {"suite": [], "n": _NUM_ANSWERS, "model": None, "rollout_urls": []}
+"""Options of a run that asks, with their defaults."""
+
 _OF_TOOLS = {
     "max_tool_turns": 5,
     "max_tokens_per_turn": None,
@@ -107,7 +112,7 @@ def _add_suites(group: argparse._ArgumentGroup) -> None:
 
 def _add_sampling(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
-    add("--n", type=int, default=32, help="answers per problem (default: 32)")
+    add("--n", type=int, default=_NUM_ANSWERS, help="answers per problem (default: 32)")
     add("--temperature", type=float, default=1.0, help="0 is greedy (default: 1)")
     add("--top_p", type=float, default=1.0, help="nucleus mass (default: 1)")
     add("--top_k", type=int, default=0, help="most likely tokens kept, 0 keeps all (default: 0)")
@@ -193,6 +198,7 @@ def run(arguments: argparse.Namespace) -> int:
             _template(arguments)
             return _list(view)
         if arguments.compare or arguments.compare_graders or arguments.regrade:
+            _check_unused(arguments, _OF_QUESTIONS, "on stored answers: nothing is asked")
             return _stored(arguments, view)
         config = _config(arguments)
     except (DataError, ValueError, OSError) as error:

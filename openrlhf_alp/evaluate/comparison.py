@@ -101,8 +101,9 @@ def compare_runs(first: Path, second: Path) -> dict[str, Any]:
                 f"({a[:12]} and {b[:12]}), so they cannot be paired. Fix: evaluate both from the "
                 "same file, without different --limit"
             )
-    shares = [tuple(run.shares(name) for run in runs) for name in shared]
-    pairs = [(a, b) for a, b in shares]
+    pairs = [
+        (_shares(runs[0], results[0], name), _shares(runs[1], results[1], name)) for name in shared
+    ]
     return {
         "first": {"path": str(first), "model": results[0]["model"], "n": results[0]["n"]},
         "second": {"path": str(second), "model": results[1]["model"], "n": results[1]["n"]},
@@ -119,6 +120,11 @@ def compare_runs(first: Path, second: Path) -> dict[str, Any]:
         },
         "average": asdict(paired_difference(pairs)),
     }
+
+
+def _shares(run: RunFolder, results: Mapping[str, Any], name: str) -> dict[str, float]:
+    (suite,) = (suite for suite in results["suites"] if suite["suite"] == name)
+    return run.shares(name, num_problems=suite["num_problems"], n=results["n"])
 
 
 def _differing(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, list[Any]]:

@@ -19,13 +19,14 @@ from pathlib import Path
 from typing import Any
 
 import filelock
+from pydantic import StrictInt, TypeAdapter, ValidationError
+from typing_extensions import TypedDict
 
 from openrlhf_alp.data.output import replace_file
 from openrlhf_alp.data.sources import DataError
 from openrlhf_alp.evaluate.records import AnswerKey, Grade
 from openrlhf_alp.evaluate.store import AnswerStore
 from openrlhf_alp.evaluate.suites import LoadedSuite, Problem, Suite, registry
-from openrlhf_alp.rewards.values import Tolerance
 
 RUN_FILE = "run.json"
 RESULTS_FILE = "results.json"
@@ -33,9 +34,43 @@ RESULTS_FILE = "results.json"
 _SURROGATES = "surrogatepass"
 """Half of a pair of UTF-16, as JSON can spell it, is written and read like any character."""
 
-_RUN_KEYS = frozenset({"run_id", "n", "plan", "suites", "weights_digest"})
-_RESULT_KEYS = frozenset({"model", "n", "plan", "suites"})
-_PROBLEM_KEYS = frozenset({"title", "origin", "is_whole", "problems"})
+
+class _Run(TypedDict):
+    run_id: str
+    n: StrictInt
+    plan: dict[str, Any]
+    suites: dict[str, str]
+    weights_digest: str
+
+
+class _Average(TypedDict):
+    value: float
+
+
+class _Suite(TypedDict):
+    suite: str
+    title: str
+    num_problems: StrictInt
+    problems_digest: str
+    avg: _Average
+
+
+class _Results(TypedDict):
+    model: str
+    n: StrictInt
+    plan: dict[str, Any]
+    suites: list[_Suite]
+
+
+class _Problems(TypedDict):
+    title: str
+    origin: str
+    is_whole: bool
+    problems: list[Problem]
+
+
+# What each file must hold at least; any further key is kept.
+_RUN, _RESULTS, _PROBLEMS = TypeAdapter(_Run), TypeAdapter(_Results), TypeAdapter(_Problems)
 
 _OURS = (".lock", "services")
 """What may be there before a run begins: the services are started first."""
@@ -123,7 +158,7 @@ class RunFolder:
             FolderError: there is none, or it is broken.
         """
         fix = "restore it, or evaluate into another --output; the answers are unchanged"
-        return self._read_json(RUN_FILE, _RUN_KEYS, fix)
+        return self._read_json(RUN_FILE, _RUN, fix)
 
     def results(self) -> dict[str, Any]:
         """The content of results.json.
@@ -132,11 +167,18 @@ class RunFolder:
             FolderError: there is none, or it is broken.
         """
         fix = f"openrlhf-alp evaluate --regrade {self.path}"
-        return self._read_json(RESULTS_FILE, _RESULT_KEYS, fix)
+        return self._read_json(RESULTS_FILE, _RESULTS, fix)
 
     def suites(self) -> list[LoadedSuite]:
         """The problem sets as they were asked, for grading again."""
         return [self._suite(name) for name in self.described()["suites"]]
+
+    def others(self, given: Sequence[LoadedSuite]) -> list[LoadedSuite]:
+        """What earlier starts have asked besides: a run has the numbers of all that it holds."""
+        if not (self.path / RUN_FILE).exists():
+            return []
+        names = {loaded.name for loaded in given}
+        return [self._suite(name) for name in self.described()["suites"] if name not in names]
 
     def store(self, suite: str) -> AnswerStore:
         """The answers of a suite."""
@@ -155,11 +197,11 @@ class RunFolder:
         )
         write_lines(self.path / "grades" / f"{suite}.jsonl", rows)
 
-    def shares(self, suite: str) -> dict[str, float]:
+    def shares(self, suite: str, *, num_problems: int, n: int) -> dict[str, float]:
         """Share of right answers by problem, as graded last.
 
         Raises:
-            FolderError: the grades are missing or broken.
+            FolderError: the grades are missing or broken, or not `n` of each problem.
         """
         path = self.path / "grades" / f"{suite}.jsonl"
         counts: dict[str, list[float]] = {}
@@ -168,6 +210,8 @@ class RunFolder:
             with path.open(encoding="utf-8", errors=_SURROGATES) as lines:
                 for row in map(json.loads, lines):
                     counts.setdefault(row["problem_id"], []).append(float(row["right"] is True))
+            if len(counts) != num_problems or any(len(found) != n for found in counts.values()):
+                raise ValueError(f"it has not {n} grades of each of {num_problems} problems")
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise FolderError(
                 f"{path} cannot be read ({error}). Fix: openrlhf-alp evaluate --regrade {self.path}"
@@ -210,30 +254,31 @@ class RunFolder:
 
     def _suite(self, name: str) -> LoadedSuite:
         fix = "run the command of this run again, which writes it"
-        table = self._read_json(f"problems/{name}.json", _PROBLEM_KEYS, fix)
+        table = self._read_json(f"problems/{name}.json", _PROBLEMS, fix)
         known = registry()[0].get(name)
         own = Suite(name=name, title=table["title"], source=table["origin"], problem=(), label=())
-        problems = [
-            Problem(**{**fields, "tolerance": _tolerance(fields["tolerance"])})
-            for fields in table["problems"]
-        ]
         return LoadedSuite(
             suite=known or own,
-            problems=tuple(problems),
+            problems=tuple(_PROBLEMS.validate_python(table)["problems"]),
             origin=table["origin"],
             is_whole=table["is_whole"],
         )
 
-    def _read_json(self, name: str, keys: frozenset[str], fix: str) -> dict[str, Any]:
+    def _read_json(self, name: str, shape: TypeAdapter[Any], fix: str) -> dict[str, Any]:
         path = self.path / name
         try:
             found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8", errors=_SURROGATES))
-            if not isinstance(found, dict) or not keys <= found.keys():
-                raise ValueError(f"it is no object with {', '.join(sorted(keys))}")
+            shape.validate_python(found)
         except FileNotFoundError as error:
             raise FolderError(
                 f"{path} does not exist: {self.path} is not a finished run of evaluate. Fix: check "
                 "the path, or run openrlhf-alp evaluate --output for it again"
+            ) from error
+        except ValidationError as error:
+            first = error.errors()[0]
+            place = ".".join(map(str, first["loc"])) or "the file"
+            raise FolderError(
+                f"{path} cannot be read: {place}: {first['msg']}. Fix: {fix}"
             ) from error
         except (OSError, ValueError) as error:
             raise FolderError(f"{path} cannot be read: {error}. Fix: {fix}") from error
@@ -279,7 +324,3 @@ def _described(loaded: LoadedSuite) -> dict[str, Any]:
         "licence": loaded.suite.licence,
         "digest": loaded.digest,
     }
-
-
-def _tolerance(fields: Mapping[str, float] | None) -> Tolerance | None:
-    return None if fields is None else Tolerance(**fields)

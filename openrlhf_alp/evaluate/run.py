@@ -8,7 +8,7 @@ import signal
 import threading
 from collections.abc import Callable, Coroutine, Sequence
 from contextlib import AsyncExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -18,7 +18,7 @@ from inspect_ai.util import display_type
 
 from openrlhf_alp.clients.contract import LearnerExpectation, check_contract
 from openrlhf_alp.clients.control import ControlClient
-from openrlhf_alp.clients.errors import ServiceError
+from openrlhf_alp.clients.errors import ContractMismatch, ServiceError
 from openrlhf_alp.data.sources import DataError
 from openrlhf_alp.evaluate.folder import (
     RESULTS_FILE,
@@ -105,6 +105,7 @@ def run_evaluation(
     try:
         check_template(run.plan, run.tokenizer, named=run.tokenizer_flag)
         folder.open()
+        run = replace(run, suites=[*folder.others(run.suites), *run.suites])
         for loaded in run.suites:
             check_references(loaded, grader)
         run = start(run)
@@ -140,6 +141,7 @@ def regrade(path: Path, *, num_workers: int, progress: Progress) -> Results:
         n = header["n"]
         sessions = [_session(folder, loaded, grader, progress, n=n) for loaded in folder.suites()]
         for session in sessions:
+            check_references(session.loaded, grader)
             session.store.check_coverage(_keys(session.loaded, n))
         asyncio.run(_log(folder, sessions, header, n=n, model=None, concurrency=num_workers * 8))
         return _finish(folder, sessions, header, n)
@@ -156,6 +158,7 @@ def differences_of_graders(path: Path, *, num_workers: int) -> dict[str, Any]:
     """
     folder = RunFolder(path)
     n = folder.described()["n"]
+    folder.lock()
     found: dict[str, Any] = {}
     grader = Grader(num_workers=num_workers)
     try:
@@ -174,6 +177,7 @@ def differences_of_graders(path: Path, *, num_workers: int) -> dict[str, Any]:
             }
     finally:
         grader.close()
+        folder.release()
     write_json(path / "grader_differences.json", found)
     return found
 
@@ -228,7 +232,12 @@ async def _contract(run: Run) -> Contract:
         tokenizer_hash=tokenizer_hash(run.tokenizer),
         chat_template_hash=chat_template_hash(run.tokenizer),
     )
-    check_contract(contracts[0], expected)
+    try:
+        check_contract(contracts[0], expected)
+    except ContractMismatch as error:
+        raise ContractMismatch(
+            f"{run.tokenizer_flag} is not that of the services. {error}"
+        ) from error
     return contracts[0]
 
 
@@ -335,8 +344,10 @@ async def _log(
     # Inspect's own display would take the terminal. Asking for the type makes it read the variable.
     os.environ.setdefault("INSPECT_DISPLAY", "none")
     display_type()
+    written: set[Path] = set()
     for session in sessions:
-        before = set(_logs_of(folder, session))
+        # Names of two suites may be one in Inspect's file names.
+        before = set(_logs_of(folder, session)) - written
         task = build_task(session, n=n, metadata={**header, "origin": session.loaded.origin})
         session.start()
         (log,) = await eval_async(
@@ -361,6 +372,7 @@ async def _log(
         for path in before:
             # The log of an earlier start holds a part of the same answers, maybe half-written.
             path.unlink(missing_ok=True)
+        written |= set(_logs_of(folder, session))
 
 
 def _logs_of(folder: RunFolder, session: Session) -> list[Path]:

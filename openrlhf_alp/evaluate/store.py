@@ -86,8 +86,8 @@ class AnswerStore:
             shown = ", ".join(f"{problem} #{sample}" for problem, sample in missing[:_LISTED])
             raise StoreError(
                 f"{len(missing)} answers are missing in {self.path}: {shown}"
-                f"{' ...' if len(missing) > _LISTED else ''}. Fix: run the same command again; it "
-                "generates only these"
+                f"{' ...' if len(missing) > _LISTED else ''}. Fix: repeat the command that "
+                "asked for them; it generates only these"
             )
 
     def _read(self) -> None:

@@ -12,7 +12,7 @@ from unittest import mock
 
 import jinja2
 
-from openrlhf_alp.clients.errors import ServiceError
+from openrlhf_alp.clients.errors import ContractMismatch, ServiceError, Unauthorized
 from openrlhf_alp.data.sources import DataError
 from openrlhf_alp.data.templates import TokenizerError
 from openrlhf_alp.evaluate.player import Plan
@@ -69,7 +69,7 @@ def run(config: EvaluationConfig, view: EvaluationView) -> int:
     except (EvaluationFailed, StoreError) as error:
         view.error(str(error))
         return 1
-    except (RecipeError, DataError) as error:
+    except (RecipeError, DataError, ContractMismatch, Unauthorized) as error:
         view.error(str(error))
         return 2
     except (ProcessFailedError, ServiceError, OSError, jinja2.TemplateError) as error:

@@ -34,7 +34,7 @@ def test_broken_grades_are_named_with_their_fix(tmp_path, content):
     (tmp_path / "grades").mkdir()
     (tmp_path / "grades" / "own.jsonl").write_text(content)
     with pytest.raises(FolderError, match=r"own\.jsonl cannot be read .*Fix: .*--regrade"):
-        RunFolder(tmp_path).shares("own")
+        RunFolder(tmp_path).shares("own", num_problems=1, n=1)
 
 
 @pytest.mark.parametrize("said", ["1\u2028 2", "\u2029", "\x85", "\x0c", "a\r\nb", "\ud83d"])
@@ -42,6 +42,6 @@ def test_whatever_a_policy_writes_is_read_again(tmp_path, said):
     folder = RunFolder(tmp_path)
     grades = {("p", 0): Grade(right=True, answer=said), ("p", 1): Grade(right=False, answer=said)}
     folder.write_grades("own", grades)
-    assert folder.shares("own") == {"p": 0.5}
+    assert folder.shares("own", num_problems=1, n=2) == {"p": 0.5}
     write_json(tmp_path / "run.json", {**RUN, "model": said})
     assert folder.described()["model"] == said

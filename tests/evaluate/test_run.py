@@ -143,6 +143,84 @@ def test_more_answers_are_added_to_those_that_are_there(servers, make_run, heard
     assert heard.counts[-1] == ("Own", 10, 20)
 
 
+def renamed(run, name, **changes):
+    """The run's suite under another name, with other fields of its problems."""
+    (own,) = run.suites
+    problems = tuple(replace(problem, **changes) for problem in own.problems)
+    return replace(own, suite=replace(own.suite, name=name, title=name), problems=problems)
+
+
+def test_a_suite_that_is_added_leaves_the_earlier_ones_as_they_are(servers, make_run, heard):
+    run = make_run([servers.start()], n=1)
+    run_evaluation(run, heard)
+    added = replace(run, suites=[renamed(run, "other")])
+    for again in (added, run):
+        results = run_evaluation(again, heard)
+        assert {suite["suite"] for suite in results["suites"]} == {"own", "other"}
+    assert servers.num_jobs == 10
+    before = stored(run)
+    with pytest.raises(FolderError, match="problems of own"):
+        run_evaluation(replace(run, suites=[renamed(run, "own", label="7")]), heard)
+    assert stored(run) == before
+
+
+def test_suites_whose_logs_have_one_name_keep_a_log_each(servers, make_run, heard):
+    run = make_run([servers.start()], n=1)
+    run = replace(run, suites=[renamed(run, "a_b"), renamed(run, "a-b")])
+    for _ in range(2):
+        run_evaluation(run, heard)
+        logs = [read_eval_log(str(path), header_only=True) for path in run.output.glob("logs/*")]
+        assert len(logs) == 2
+
+
+def test_damaged_grades_and_unreadable_labels_are_said(servers, make_run, heard):
+    run = make_run([servers.start()], n=2)
+    run_evaluation(run, heard)
+    grades = run.output / "grades" / "own.jsonl"
+    lines = grades.read_text().splitlines(keepends=True)
+    grades.write_text("".join(lines[1:]))
+    with pytest.raises(FolderError, match="not 2 grades of each of 5 problems"):
+        compare_runs(run.output, run.output)
+    problems = run.output / "problems" / "own.json"
+    table = json.loads(problems.read_text())
+    table["problems"][1]["label"] = "\\frac{"
+    problems.write_text(json.dumps(table))
+    with pytest.raises(DataError, match=table["problems"][1]["id"]):
+        regrade(run.output, num_workers=1, progress=heard)
+
+
+def test_graders_are_not_compared_while_the_run_goes_on(servers, make_run, heard):
+    run = make_run([servers.start()], n=1)
+    run_evaluation(run, heard)
+    owner = RunFolder(run.output)
+    owner.open()
+    with pytest.raises(FolderError, match="in use"):
+        differences_of_graders(run.output, num_workers=1)
+    owner.release()
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("run.json", {"n": "4"}),
+        ("run.json", {"plan": []}),
+        ("results.json", {"suites": [1]}),
+        ("results.json", {"suites": [{"suite": "own"}]}),
+        ("problems/own.json", {"problems": [{"id": "1"}]}),
+    ],
+)
+def test_a_file_of_another_shape_is_named_with_its_fix(servers, make_run, heard, name, change):
+    run = make_run([servers.start()], n=1)
+    run_evaluation(run, heard)
+    path = run.output / name
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(FolderError, match=f"{name} cannot be read: {next(iter(change))}"):
+        if name == "results.json":
+            compare_runs(run.output, run.output)
+        else:
+            regrade(run.output, num_workers=1, progress=heard)
+
+
 def test_stored_answers_are_graded_again_without_a_server(servers, make_run, heard):
     run = make_run([servers.start()], n=2)
     before = run_evaluation(run, heard)
