@@ -8,6 +8,7 @@ from pathlib import Path
 
 from plotly.offline import get_plotlyjs
 
+from openrlhf_alp.evaluate.results import markdown_table
 from openrlhf_alp.report.compare.charts import colors_of
 from openrlhf_alp.report.compare.curves import curve_charts
 from openrlhf_alp.report.compare.interactive import plotly_figure
@@ -15,7 +16,7 @@ from openrlhf_alp.report.compare.measures import Measure
 from openrlhf_alp.report.compare.parts import part_charts
 from openrlhf_alp.report.compare.pictures import write_pictures
 from openrlhf_alp.report.compare.runs import Run, conditions, notes_of, read_runs
-from openrlhf_alp.report.compare.table import Cell, Group, group, make_tables
+from openrlhf_alp.report.compare.table import Cell, Group, Row, Table, group, make_tables
 from openrlhf_alp.report.html.render import packed, render, script_json
 
 PAGE, FIGURES, TABLES = "index.html", "figures", "tables.md"
@@ -80,7 +81,7 @@ def write_report(
     title, tables = _title(runs, groups), make_tables(groups, baseline)
     page, markdown = out / PAGE, out / TABLES
     markdown.write_text(
-        render("tables.md", title=title, tables=tables, number=number, signed=signed),
+        render("tables.md", title=title, tables=tables, markdown=_markdown),
         encoding="utf-8",
     )
     page.write_text(
@@ -138,6 +139,29 @@ def number(value: float, digits: int) -> str:
 def signed(value: float, digits: int) -> str:
     """The same with a sign."""
     return f"{'+' if value >= 0 else ''}{number(value, digits)}"
+
+
+def _markdown(table: Table) -> str:
+    head = ["method", *(condition or "all runs" for condition in table.conditions)]
+    digits = table.measure.digits
+    rows = [[row.method, *(_text(cell, row, digits) for cell in row.cells)] for row in table.rows]
+    return markdown_table(head, rows)
+
+
+def _text(cell: Cell | None, row: Row, digits: int) -> str:
+    if cell is None:
+        return ""
+    text, half = number(cell.interval.mean, digits), cell.interval.half
+    if half is not None:
+        text += f" ± {number(half, digits)}"
+    change = cell.difference
+    if change is None:
+        return text
+    shown = signed(change.mean, digits)
+    if change.low is not None and change.high is not None:
+        shown += f" [{signed(change.low, digits)}, {signed(change.high, digits)}]"
+    bold = "" if cell.verdict == "open" else "**"
+    return f"{text}; {bold}{shown}{bold} ({row.compared_with})"
 
 
 def tone(cell: Cell, measure: Measure) -> str:
