@@ -350,12 +350,14 @@ def _stored(options: argparse.Namespace, view: EvaluationView) -> int:
 
         view.tables(comparison_markdown(compare_runs(*options.compare)))
     if options.compare_graders:
+        from openrlhf_alp.evaluate.results import markdown_table
         from openrlhf_alp.evaluate.run import differences_of_graders
 
         found = differences_of_graders(options.compare_graders, num_workers=options.workers)
-        lines = ["| suite | answers | graded differently |", "| --- | --- | --- |"]
-        for name, suite in found.items():
-            lines.append(f"| {name} | {suite['num_answers']} | {len(suite['differences'])} |")
-        view.tables("\n".join(lines))
+        rows = [
+            [name, str(suite["num_answers"]), str(len(suite["differences"]))]
+            for name, suite in found.items()
+        ]
+        view.tables(markdown_table(["suite", "answers", "graded differently"], rows))
         view.say("written", str(options.compare_graders / "grader_differences.json"))
     return 0

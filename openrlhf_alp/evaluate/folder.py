@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import filelock
-from pydantic import StrictInt, TypeAdapter, ValidationError
+from pydantic import ConfigDict, StrictInt, TypeAdapter, ValidationError, with_config
 from typing_extensions import TypedDict
 
 from openrlhf_alp.data.output import replace_file
@@ -34,7 +34,11 @@ RESULTS_FILE = "results.json"
 _SURROGATES = "surrogatepass"
 """Half of a pair of UTF-16, as JSON can spell it, is written and read like any character."""
 
+_with_more = with_config(ConfigDict(extra="allow"))
+"""What a file must hold at least; its further keys are kept."""
 
+
+@_with_more
 class _Run(TypedDict):
     run_id: str
     n: StrictInt
@@ -43,10 +47,12 @@ class _Run(TypedDict):
     weights_digest: str
 
 
+@_with_more
 class _Average(TypedDict):
     value: float
 
 
+@_with_more
 class _Suite(TypedDict):
     suite: str
     title: str
@@ -55,6 +61,7 @@ class _Suite(TypedDict):
     avg: _Average
 
 
+@_with_more
 class _Results(TypedDict):
     model: str
     n: StrictInt
@@ -69,7 +76,6 @@ class _Problems(TypedDict):
     problems: list[Problem]
 
 
-# What each file must hold at least; any further key is kept.
 _RUN, _RESULTS, _PROBLEMS = TypeAdapter(_Run), TypeAdapter(_Results), TypeAdapter(_Problems)
 
 _OURS = (".lock", "services")
@@ -259,7 +265,7 @@ class RunFolder:
         own = Suite(name=name, title=table["title"], source=table["origin"], problem=(), label=())
         return LoadedSuite(
             suite=known or own,
-            problems=tuple(_PROBLEMS.validate_python(table)["problems"]),
+            problems=tuple(table["problems"]),
             origin=table["origin"],
             is_whole=table["is_whole"],
         )
@@ -267,8 +273,8 @@ class RunFolder:
     def _read_json(self, name: str, shape: TypeAdapter[Any], fix: str) -> dict[str, Any]:
         path = self.path / name
         try:
-            found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8", errors=_SURROGATES))
-            shape.validate_python(found)
+            text = path.read_text(encoding="utf-8", errors=_SURROGATES)
+            found: dict[str, Any] = shape.validate_python(json.loads(text))
         except FileNotFoundError as error:
             raise FolderError(
                 f"{path} does not exist: {self.path} is not a finished run of evaluate. Fix: check "
