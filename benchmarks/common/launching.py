@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import psutil
@@ -165,10 +165,19 @@ _SHORT_CUTS = {
 
 
 def start_until(
-    stage: str, start: StartLaunch, folder: Path, *, directly: bool = False
+    stage: str,
+    start: StartLaunch,
+    folder: Path,
+    *,
+    directly: bool = False,
+    settings: Sequence[str] = (),
 ) -> RealLaunch:
-    """A launch in `folder` that has come to `stage`, `directly` without most earlier stages."""
-    settings = _SHORT_CUTS.get(stage, ()) if directly else ()
+    """A launch in `folder` that has come to `stage`, `directly` without most earlier stages.
+
+    Args:
+        settings: of the recipe, as `--set` takes them.
+    """
+    settings = [*settings, *(_SHORT_CUTS.get(stage, ()) if directly else ())]
     data = "sources" if stage == "data" else "made"
     if "evaluate.before=false" in settings:
         data = "path"  # of a made task questions are asked before training

@@ -25,6 +25,7 @@ from openrlhf_alp.launch.view import StageView
 if TYPE_CHECKING:  # the modules behind them import sympy
     from openrlhf_alp.data.output import Summary
     from openrlhf_alp.data.overlap import Overlap
+    from openrlhf_alp.data.pass_rates import PassRates
     from openrlhf_alp.data.prepare import OnProgress, Prompt
 
 _DEFAULT_TEMPLATE = "chat-math"
@@ -47,7 +48,8 @@ datasource and id. Several sets become one file, and a problem that two of them 
 A row is left out when it has no problem or no label, when an earlier row has the same problem, when
 two rows give one problem different answers, when the reward cannot read its label or does not find
 the label equal to itself, and when its prompt is too long. OUT.rejected.jsonl keeps each of these
-rows with the reason, OUT.summary.json the counts.
+rows with the reason, OUT.summary.json the counts. With --pass-rates, so are problems that the
+policy always or never solves.
 
 formats, in the order in which auto tries them:
 {_table([(name, f.fields, f.found_in) for name, f in formats.FORMATS.items()])}
@@ -96,6 +98,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--tokenizer", metavar="DIR", help="model folder or id of the policy; counts prompt tokens")
     add("--max-prompt-tokens", type=int, metavar="N", help="leave out prompts longer than this")
+    add(
+        "--pass-rates",
+        type=Path,
+        metavar="RUN",
+        help="folder of an evaluation (openrlhf-alp evaluate --suite FILE --output RUN): keep "
+        "what its policy solves sometimes; answers that are all right or all wrong teach nothing",
+    )
+    add(
+        "--pass-rate",
+        type=float,
+        nargs=2,
+        metavar=("LOW", "HIGH"),
+        help="keep problems with this share of right answers in RUN, both included (default: "
+        "above 0 and below 1)",
+    )
     add("--limit", type=int, metavar="N", help="read only the first N rows of each source")
     workers = min(_MAX_DEFAULT_WORKERS, os.cpu_count() or 1)
     workers_help = f"processes that check labels (default: {workers})"
@@ -157,6 +174,7 @@ def _prepare(options: argparse.Namespace, view: PrepareView) -> int:
         num_workers=options.workers,
         count_tokens=TokenCounter(options.tokenizer) if options.tokenizer else None,
         max_prompt_tokens=options.max_prompt_tokens,
+        pass_rates=_pass_rates(options),
     )
     rows: list[tuple[Row, formats.RowFormat]] = []
     format_of: dict[str, str] = {}
@@ -183,6 +201,26 @@ def _prepare(options: argparse.Namespace, view: PrepareView) -> int:
         view.say("overlaps", f"{len(overlaps)} listed in {files.overlaps}; no row was left out")
     view.say("train", f"--data.prompt_dataset {files.prompts} {summary.train_flags}")
     return 0
+
+
+def _pass_rates(options: argparse.Namespace) -> PassRates | None:
+    bounds = None if options.pass_rate is None else tuple(options.pass_rate)
+    if options.pass_rates is None:
+        if bounds:
+            raise DataError("--pass-rate needs --pass-rates RUN, which has the shares")
+        return None
+    if bounds and not 0.0 <= bounds[0] <= bounds[1] <= 1.0:
+        given = " ".join(f"{bound:g}" for bound in bounds)
+        raise DataError(f"--pass-rate {given}: give 0 <= LOW <= HIGH <= 1")
+    from openrlhf_alp.data.pass_rates import PassRates
+    from openrlhf_alp.data.prepare import problem_key
+    from openrlhf_alp.evaluate.folder import RunFolder
+
+    shares = {
+        problem_key(formats.without_instructions(text)): share
+        for text, share in RunFolder(options.pass_rates).pass_rates()
+    }
+    return PassRates(of=shares, bounds=bounds)
 
 
 def _benchmarks(options: argparse.Namespace) -> dict[str, list[tuple[str, str]]]:

@@ -160,7 +160,7 @@ def check_format(row_format: RowFormat, rows: Sequence[Row]) -> None:
 def to_problem(row: Row, row_format: RowFormat) -> Problem:
     """Extracts problem, labels, data source and id from a row whose content is an object."""
     text = text_of(first_filled(row.content, row_format.problem))
-    problem = _INSTRUCTIONS.sub("", text).strip()
+    problem = without_instructions(text)
     datasource = first_filled(row.content, ("data_source", "datasource", "extra_info.data_source"))
     given_id = first_filled(row.content, row_format.id)
     labels: tuple[str, ...] = ()
@@ -178,6 +178,11 @@ def to_problem(row: Row, row_format: RowFormat) -> Problem:
         had_instructions=problem != text.strip(),
         row=row,
     )
+
+
+def without_instructions(text: str) -> str:
+    """Returns a problem without what its set adds on the form of the answer."""
+    return _INSTRUCTIONS.sub("", text).strip()
 
 
 def _unknown(source: str, objects: Sequence[Mapping[str, Any]]) -> str:

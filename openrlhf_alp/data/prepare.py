@@ -1,6 +1,7 @@
 """Turns problem sets into prompts that OpenRLHF reads and records why a row was rejected.
 
-    rows -> problems -> one answer each -> rewardable -> no problem twice -> prompts that fit
+    rows -> problems -> one answer each -> rewardable -> no problem twice -> neither too hard nor
+    too easy -> prompts that fit
 
 Each stage filters the problems of the stage before it and adds to the rejected rows; none changes a
 problem. Labels are checked before duplicates are searched, so that a row with a broken label does
@@ -16,6 +17,7 @@ from enum import StrEnum
 from typing import Any
 
 from openrlhf_alp.data.formats import IMAGE_TAG, Problem, RowFormat, to_problem
+from openrlhf_alp.data.pass_rates import PassRates
 from openrlhf_alp.data.sources import Row
 from openrlhf_alp.data.templates import INPUT_KEY, LABEL_KEY, Message, PromptTemplate
 from openrlhf_alp.data.verdicts import Comparison, Verdict, check_labels, compare
@@ -45,6 +47,10 @@ class Reason(StrEnum):
     """The reward does not find the label equal to itself: no answer can earn the reward."""
     LABEL_NOT_CHECKED = "label_not_checked"
     """The comparison exceeded its time or memory limit, as it would in training."""
+    NO_PASS_RATE = "no_pass_rate"
+    """The evaluation that the pass rates come from did not ask it."""
+    PASS_RATE = "pass_rate"
+    """The policy solves it too rarely or too often."""
     PROMPT_TOO_LONG = "prompt_too_long"
 
 
@@ -110,6 +116,7 @@ class Options:
     num_workers: int
     count_tokens: CountTokens | None = None
     max_prompt_tokens: int | None = None
+    pass_rates: PassRates | None = None
 
     def __post_init__(self) -> None:
         if self.max_prompt_tokens is not None and self.count_tokens is None:
@@ -128,7 +135,8 @@ def prepare(
     unambiguous = _with_one_answer(problems, options.num_workers, rejected)
     rewardable = _rewardable(unambiguous, options.num_workers, on_progress, rejected)
     distinct = _one_per_problem(rewardable, options.num_workers, rejected)
-    prompts = _fitting(distinct, options, rejected)
+    learnable = _learnable(distinct, options.pass_rates, rejected)
+    prompts = _fitting(learnable, options, rejected)
     # Stages reject in their own order; readers look for rows in the order of the file.
     order = {row_key(row): i for i, (row, _) in enumerate(found)}
     rejected.sort(key=lambda one: order[row_key(one.row)])
@@ -262,6 +270,22 @@ def _one_per_problem(
             duplicate = Reason.DUPLICATE, f"the same problem as {_where(first)}"
             refusals += [(first, None), *((other, duplicate) for other in others)]
     return _accepted(refusals, rejected)
+
+
+def _learnable(
+    problems: Sequence[Problem], rates: PassRates | None, rejected: list[Rejected]
+) -> Sequence[Problem]:
+    if rates is None:
+        return problems
+
+    def refusal(problem: Problem) -> Refusal | None:
+        share = rates.of.get(problem_key(problem.text))
+        if share is None:
+            return Reason.NO_PASS_RATE, "the evaluation did not ask it"
+        fault = rates.fault_of(share)
+        return (Reason.PASS_RATE, fault) if fault else None
+
+    return _accepted(((problem, refusal(problem)) for problem in problems), rejected)
 
 
 def _unequal(pairs: Iterable[tuple[Problem, Comparison]], num_workers: int) -> set[RowKey]:

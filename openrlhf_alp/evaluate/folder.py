@@ -224,6 +224,20 @@ class RunFolder:
             ) from error
         return {problem: sum(found) / len(found) for problem, found in counts.items()}
 
+    def pass_rates(self) -> Iterator[tuple[str, float]]:
+        """Text and share of right answers of every problem.
+
+        Raises:
+            FolderError: it is not a finished run.
+        """
+        results = self.results()
+        sizes = {suite["suite"]: suite["num_problems"] for suite in results["suites"]}
+        for loaded in self.suites():
+            size = sizes.get(loaded.name, 0)
+            shares = self.shares(loaded.name, num_problems=size, n=results["n"])
+            for problem in loaded.problems:
+                yield problem.text, shares[problem.id]
+
     @contextlib.contextmanager
     def _written(self) -> Iterator[None]:
         try:

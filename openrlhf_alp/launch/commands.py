@@ -91,10 +91,11 @@ def prepare_command(recipe: Recipe, *, model: str, output: Path) -> list[str]:
     command += ["--from", *data.sources, "--to", str(output), "--tokenizer", model, "--overwrite"]
     for name in (
         *("template", "format", "split", "problem_field", "label_field"),
-        *("max_prompt_tokens", "limit", "workers"),
+        *("max_prompt_tokens", "pass_rates", "pass_rate", "limit", "workers"),
     ):
         if (value := getattr(data, name)) is not None:
-            command += [f"--{name.replace('_', '-')}", str(value)]
+            values = value if isinstance(value, tuple) else [value]
+            command += [f"--{name.replace('_', '-')}", *map(str, values)]
     return command
 
 

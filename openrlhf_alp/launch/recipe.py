@@ -76,6 +76,8 @@ class Data(Section):
     problem_field: str | None = None
     label_field: str | None = None
     max_prompt_tokens: int | None = Field(default=None, ge=1)
+    pass_rates: str | None = None
+    pass_rate: tuple[float, float] | None = None
     limit: int | None = Field(default=None, ge=1)
     workers: int | None = Field(default=None, ge=1)
 

@@ -10,6 +10,9 @@ from openrlhf.datasets.utils import blending_datasets
 from benchmarks.policies.tiny_policy import make_tokenizer
 from openrlhf_alp.cli.main import main
 from openrlhf_alp.data.templates import TEMPLATES
+from openrlhf_alp.evaluate.folder import RESULTS_FILE, Identity, RunFolder, write_json
+from openrlhf_alp.evaluate.records import Grade
+from openrlhf_alp.evaluate.suites import find_suites, load_suite
 
 ROWS = [
     {"problem": "What is $3 + 4$?", "answer": "7", "unique_id": "a"},
@@ -206,3 +209,66 @@ def test_problems_that_a_benchmark_has_too_are_listed_with_their_rows(prepare, t
 def test_an_unknown_benchmark_is_refused_before_the_work(prepare):
     status, shown, rows = prepare("--check-against", "aime23")
     assert status == 2 and rows == [] and "--suite aime23: unknown" in shown
+
+
+def evaluated(path, suite, shares):
+    """The folder of an evaluation with two answers of each problem."""
+    fields = {"problem": "problem", "label": "answer"}
+    loaded = load_suite(find_suites([str(suite)], fields=fields)[0], data_dir=None)
+    folder = RunFolder(path)
+    folder.open()
+    identity = Identity(
+        model="m",
+        weights_digest="w",
+        weights_version=0,
+        contract_hash="c",
+        tokenizer_hash="t",
+        plan={},
+        suites={loaded.name: loaded.digest},
+    )
+    folder.begin(identity, [loaded], n=2)
+    grades = {
+        (problem.id, sample): Grade(right=sample < 2 * share, answer=None)
+        for problem, share in zip(loaded.problems, shares, strict=True)
+        for sample in range(2)
+    }
+    folder.write_grades(loaded.name, grades)
+    results = {
+        "suite": loaded.name,
+        "title": "",
+        "num_problems": len(loaded.problems),
+        "problems_digest": loaded.digest,
+        "avg": {"value": 0.5},
+    }
+    described = {"model": "m", "n": 2, "plan": {}, "suites": [results]}
+    write_json(path / RESULTS_FILE, described)
+    folder.release()
+
+
+def test_only_problems_of_the_wanted_pass_rate_are_kept(prepare, tmp_path):
+    suite = tmp_path / "asked.jsonl"
+    asked = [
+        {"problem": "What is 3+4? Please reason step by step, and put your final answer within "
+         "\\boxed{}.", "answer": "7"},
+        {"problem": "What is 3 times 4?", "answer": "12"},
+    ]  # fmt: skip
+    suite.write_text("".join(json.dumps(row) + "\n" for row in asked))
+    evaluated(tmp_path / "rates", suite, shares=(0.5, 1.0))
+    status, shown, rows = prepare("--pass-rates", str(tmp_path / "rates"))
+    assert status == 0 and [row["id"] for row in rows] == ["a"]
+    assert "left out: pass rate" in shown
+    flags = ("--pass-rates", str(tmp_path / "rates"), "--pass-rate", "0.9", "1", "--overwrite")
+    assert [row["id"] for row in prepare(*flags)[2]] == ["b"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--pass-rate", "0.1", "0.9"), "needs --pass-rates RUN"),
+        (("--pass-rates", "rates", "--pass-rate", "0.9", "0.1"), "0 <= LOW <= HIGH <= 1"),
+        (("--pass-rates", "nowhere"), "is not a finished run of evaluate"),
+    ],
+)
+def test_wrong_pass_rates_end_before_the_work(prepare, flags, message):
+    status, shown, rows = prepare(*flags)
+    assert status == 2 and rows == [] and message in shown

@@ -7,6 +7,7 @@ import pytest
 
 from openrlhf_alp.data.formats import FORMATS
 from openrlhf_alp.data.output import OutputError, OutputFiles, TokenLengths, summarise
+from openrlhf_alp.data.pass_rates import PassRates
 from openrlhf_alp.data.prepare import Options, Reason, prepare, problem_key
 from openrlhf_alp.data.sources import Row
 from openrlhf_alp.data.templates import TEMPLATES
@@ -209,3 +210,21 @@ def test_a_source_is_never_written_over(tmp_path, name):
     with pytest.raises(OutputError, match="is read and would be written over"):
         files.check(sources=(str(tmp_path / "." / name),), overwrite=True)
     assert source.read_text() == "{}\n"
+
+
+@pytest.mark.parametrize(
+    ("bounds", "kept"),
+    [(None, [2, 3]), ((0.0, 0.5), [1, 2]), ((0.75, 1.0), [3, 4]), ((0.25, 0.25), [2])],
+)
+def test_problems_that_the_policy_solves_too_rarely_or_too_often_go(bounds, kept):
+    given = pairs(*((f"What is {n} + 1?", str(n + 1)) for n in range(1, 5)), ("Find 7.", "7"))
+    shares = (0.0, 0.25, 0.75, 1.0)
+    of = {problem_key(f"What is $ {n} + 1$?"): share for n, share in enumerate(shares, start=1)}
+    options = dataclasses.replace(OPTIONS, pass_rates=PassRates(of=of, bounds=bounds))
+    prepared = prepare(given, options)
+    assert [prompt.problem.row.number for prompt in prepared.prompts] == kept
+    reason_of = dict(reasons(prepared))
+    assert reason_of.pop(5) == Reason.NO_PASS_RATE
+    assert set(reason_of.values()) == {Reason.PASS_RATE}
+    (first, *_) = prepared.rejected
+    assert "of the answers are right" in first.detail

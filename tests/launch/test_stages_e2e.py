@@ -68,10 +68,33 @@ def test_servers_that_are_killed_in_training_come_back_and_no_other_weights_are_
         assert f"{name} was ended by SIGKILL; started again (1 of 3)" in output
     assert "step 1 is not evaluated: rollout-0 lost the weights of the step" in output
     assert not (launch.run / "evaluation" / "step-1" / "results.json").exists()
-    digests = []
-    for name in ("before", "step-2", "after"):
-        results = json.loads((launch.run / "evaluation" / name / "results.json").read_text())
-        assert [(suite["num_problems"], suite["n"]) for suite in results["suites"]] == [(3, 2)]
-        digests.append(results["weights_digest"])
+    digests = _digests(launch.run, "before", "step-2", "after")
     # The last step's weights are the trained policy's.
     assert digests[0] != digests[1] == digests[2]
+
+
+def test_a_run_that_was_killed_in_an_evaluation_resumes_and_finishes_it(
+    start_real: StartLaunch, tmp_path: Path
+) -> None:
+    settings = ("model.warm_up_steps=0", "train.ckpt.save_steps=1")
+    launch = start_until("evaluation of a step", start_real, tmp_path, settings=settings)
+    family = launch.family()
+    launch.process.kill()
+    launch.process.wait()
+    assert wait_until_gone(family, MOST_AFTER_KILL_S) == []
+    status, output = start_real("--resume", str(launch.run), run=launch.run).finish()
+    assert status == 0, output
+    assert "continues after step 1" in output
+    lines = (launch.run / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["global_step"] for line in lines] == [1, 2]
+    assert len(set(_digests(launch.run, "before", "step-1", "step-2"))) == 3
+
+
+def _digests(run: Path, *names: str) -> list[str]:
+    """Of the weights that each evaluation asked; every one is whole."""
+    digests = []
+    for name in names:
+        results = json.loads((run / "evaluation" / name / "results.json").read_text())
+        assert [(suite["num_problems"], suite["n"]) for suite in results["suites"]] == [(3, 2)]
+        digests.append(results["weights_digest"])
+    return digests
