@@ -18,7 +18,7 @@ from inspect_ai.util import display_type
 
 from openrlhf_alp.clients.contract import LearnerExpectation, check_contract
 from openrlhf_alp.clients.control import ControlClient
-from openrlhf_alp.clients.errors import ContractMismatch, ServiceError
+from openrlhf_alp.clients.errors import ContractMismatch, ServiceError, ServiceUnavailable
 from openrlhf_alp.data.sources import DataError
 from openrlhf_alp.evaluate.folder import (
     RESULTS_FILE,
@@ -41,6 +41,8 @@ from services.rollout.wire.fingerprint import chat_template_hash, tokenizer_hash
 from services.rollout.wire.schemas import Contract
 
 _READY_S = 120.0
+_NOTICE_S = 3.0
+"""Seconds after which a service that does not answer is named; it may still load its model."""
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
@@ -109,7 +111,7 @@ def run_evaluation(
         for loaded in run.suites:
             check_references(loaded, grader)
         run = start(run)
-        contract = asyncio.run(_contract(run))
+        contract = asyncio.run(_contract(run, progress))
         prompts = {loaded.name: _prompts(run, loaded, contract, progress) for loaded in run.suites}
         identity = _identity(run, contract)
         run_id = folder.begin(identity, run.suites, n=run.n)
@@ -213,11 +215,15 @@ async def _until_stopped(work: Coroutine[Any, Any, None]) -> None:
         signal.raise_signal(received[0])
 
 
-async def _contract(run: Run) -> Contract:
+async def _contract(run: Run, progress: Progress) -> Contract:
     """The contract of the servers, which must serve what this tokenizer and plan ask for."""
     key = os.environ.get(API_KEY_VARIABLE, "")
     async with ControlClient(run.rollout_urls, api_key=key) as control:
-        await control.wait_ready(_READY_S)
+        try:
+            await control.wait_ready(_NOTICE_S)
+        except ServiceUnavailable as error:
+            progress.say("waiting", f"up to {_READY_S:.0f} s. {error}")
+            await control.wait_ready(_READY_S)
         contracts = await control.contracts()
     if len({contract.digest for contract in contracts}) > 1:
         named = ", ".join(

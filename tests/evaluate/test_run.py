@@ -12,7 +12,7 @@ import pytest
 from inspect_ai.log import read_eval_log
 
 from openrlhf_alp.cli.main import main
-from openrlhf_alp.clients.errors import ContractMismatch, Unauthorized
+from openrlhf_alp.clients.errors import ContractMismatch, ServiceUnavailable, Unauthorized
 from openrlhf_alp.data.sources import DataError
 from openrlhf_alp.evaluate.comparison import compare_runs, comparison_markdown
 from openrlhf_alp.evaluate.folder import FolderError, RunFolder
@@ -386,3 +386,16 @@ def test_the_viewer_bundles_the_logs(servers, make_run, heard, tmp_path):
     subprocess.run([*command, "--output-dir", str(site)], check=True, capture_output=True)
     assert (site / "index.html").is_file()
     assert len(list((site / "logs").glob("*.eval"))) == 1
+
+
+def test_a_service_that_does_not_answer_is_named_while_it_is_waited_for(
+    servers, make_run, heard, monkeypatch
+):
+    limits = {"_NOTICE_S": 0.2, "_READY_S": 0.4}
+    for name, seconds in limits.items():
+        monkeypatch.setattr(f"openrlhf_alp.evaluate.run.{name}", seconds)
+    dead = "http://127.0.0.1:9"
+    with pytest.raises(ServiceUnavailable, match=r"127\.0\.0\.1:9"):
+        run_evaluation(make_run([servers.start(), dead]), heard)
+    (line,) = [line for line in heard.lines if line.startswith("waiting")]
+    assert dead in line
