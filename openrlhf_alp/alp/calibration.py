@@ -10,16 +10,28 @@ be measured on served tokens before the first update:
 
 In bfloat16 even tiny noise changes roundings, and these alone move the log-probs about as far as
 the mismatch, which consists of them too. They are the floor, and what counts is what sigma adds.
+
+A parabola through three probes is only where the search begins. It bends off where noise is large,
+and noise on values that bfloat16 keeps coarsely, such as logits, is rounded away where it is small.
+So the KL at the sigma that was found is measured, and sigma is corrected until that is right.
 """
 
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 PROBES = (1e-4, 0.02, 0.06)
 """Sigmas of the three measurements, relative to the scale of the hidden states. The first is far
 below the rounding of bfloat16 (relative 4e-3) and measures the floor; SmolLM2 reaches the mismatch
 of its bfloat16 rollouts between the others."""
+
+_CLOSE = 2.0
+"""Factor within which the KL of noise and rounding has to be the wanted one."""
+
+_MOST_CORRECTIONS = 6
+_LARGEST_STEP = 8.0
+"""A correction makes sigma larger by no more, where the noise shows no effect yet."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,12 +39,12 @@ class Calibration:
     """Outcome of `calibrate_sigma0`; KL divergences in nats per token."""
 
     sigma0: float
+    needed: float
+    """sigma0 if there were no bounds."""
     target_kl: float
     """KL that the noise should add to the floor."""
     floor_kl: float
     """KL of noise that only changes roundings."""
-    slope: float
-    """KL that noise adds to the floor, over sigma**2."""
     at_bound: str | None
     """`sigma_min` or `sigma_max` when the target lies beyond it and sigma0 was set to the bound."""
 
@@ -48,8 +60,9 @@ def calibrate_sigma0(
     """Find the sigma whose noise adds `target_kl` to what rounding alone does.
 
     Args:
-        perturbed_kl: sigma -> KL of perturbed against clean, called with the three PROBES. Use the
-            same noise at every call (one `update` number), which makes it smooth in sigma.
+        perturbed_kl: sigma -> KL of perturbed against clean, called with the three PROBES and with
+            each sigma that is tried. Use the same noise at every call (one `update` number), which
+            makes it smooth in sigma.
         target_kl: > 0, the mismatch to cover.
         sigma_min: >= 0, lower bound of the answer.
         sigma_max: upper bound of the answer.
@@ -69,13 +82,15 @@ def calibrate_sigma0(
         )
     sigmas = [probe * unit for probe in PROBES]
     floor, slope = _fit(sigmas, [_finite(sigma, perturbed_kl(sigma)) for sigma in sigmas])
-    free = math.sqrt(target_kl / slope)
+    bounded = partial(_within, sigma_min=sigma_min, sigma_max=sigma_max)
+    needed = _corrected(perturbed_kl, math.sqrt(target_kl / slope), floor, target_kl, bounded)
+    low, high = needed < sigma_min, needed > sigma_max
     return Calibration(
-        sigma0=min(max(free, sigma_min), sigma_max),
+        sigma0=bounded(needed),
+        needed=needed,
         target_kl=target_kl,
         floor_kl=floor,
-        slope=slope,
-        at_bound="sigma_min" if free < sigma_min else "sigma_max" if free > sigma_max else None,
+        at_bound="sigma_min" if low else "sigma_max" if high else None,
     )
 
 
@@ -106,7 +121,10 @@ def _fit(sigmas: Sequence[float], kls: Sequence[float]) -> tuple[float, float]:
     slope = (sum_w * sum_xy - sum_x * sum_y) / (sum_w * sum_xx - sum_x**2)
     floor = (sum_y - slope * sum_x) / sum_w
     if floor < 0:
-        floor, slope = 0.0, sum_xy / sum_xx
+        # The first probe, whose error would weigh most, has nothing to say about the slope.
+        above = list(zip(weights, squares, kls, strict=True))[1:]
+        floor = 0.0
+        slope = sum(w * x * y for w, x, y in above) / sum(w * x * x for w, x, _ in above)
     if slope <= 0:
         raise ValueError(
             f"the KL does not grow with the noise: {', '.join(f'{kl:.2e}' for kl in kls)} at "
@@ -114,6 +132,38 @@ def _fit(sigmas: Sequence[float], kls: Sequence[float]) -> tuple[float, float]:
             "give --alp.sigma0 a number"
         )
     return floor, slope
+
+
+def _corrected(
+    perturbed_kl: Callable[[float], float],
+    needed: float,
+    floor: float,
+    target: float,
+    bounded: Callable[[float], float],
+) -> float:
+    """The sigma whose measured KL is close to floor + target; a start that is close is kept."""
+    too_little, too_much = 0.0, math.inf
+    for _ in range(_MOST_CORRECTIONS):
+        tried = bounded(needed)
+        kl = _finite(tried, perturbed_kl(tried))
+        if 1 / _CLOSE < kl / (floor + target) < _CLOSE:
+            break
+        if kl < floor + target:
+            too_little = tried
+        else:
+            too_much = tried
+        if too_little and too_much < math.inf:
+            needed = math.sqrt(too_little * too_much)
+        else:
+            step = math.sqrt(target / (kl - floor)) if kl > floor else _LARGEST_STEP
+            needed = tried * min(step, _LARGEST_STEP)
+        if bounded(needed) == tried:
+            break
+    return needed
+
+
+def _within(sigma: float, sigma_min: float, sigma_max: float) -> float:
+    return min(max(sigma, sigma_min), sigma_max)
 
 
 def _finite(sigma: float, kl: float) -> float:

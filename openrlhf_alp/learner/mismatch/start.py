@@ -7,10 +7,10 @@ B samples, T tokens.
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from openrlhf.trainer.ppo_utils.experience import Experience
@@ -116,9 +116,10 @@ class SigmaStart:
         if self.perturbation.sigma_scale == "relative":
             self.perturbation.set_scales(self.layer_scales)
         target = self._target(mismatch, factor)
-        floor = self._calibrate(target) if auto else 0.0
+        noisy = cache(self._run_noisy)
+        floor = self._calibrate(target, noisy) if auto else 0.0
         sigma0 = self.perturbation.sigma0
-        against_clean, against_rollout = self._run_noisy(sigma0)
+        against_clean, against_rollout = noisy(sigma0)
         metrics = {
             "alp/mismatch_k3_kl": mismatch.kl,
             "alp/noise_k3_kl": against_clean.kl - floor,
@@ -169,12 +170,12 @@ class SigmaStart:
             )  # fmt: skip
         return min(wanted, budget)
 
-    def _calibrate(self, target: float) -> float:
+    def _calibrate(self, target: float, noisy: Callable[[float], tuple[_Totals, _Totals]]) -> float:
         """Set sigma0; the KL of rounding alone."""
         # Absolute noise is felt most where the hidden states are smallest.
         absolute = self.perturbation.sigma_scale == "absolute"
         found = calibrate_sigma0(
-            lambda sigma: self._run_noisy(sigma)[0].kl,
+            lambda sigma: noisy(sigma)[0].kl,
             target,
             sigma_min=self.perturbation.sigma_min,
             sigma_max=self.perturbation.sigma_max,
@@ -185,7 +186,7 @@ class SigmaStart:
             logger.warning(
                 "sigma0 auto needs %.2e and stopped at --alp.%s %.2e; move that bound to let the "
                 "noise reach its target",
-                math.sqrt(found.target_kl / found.slope), found.at_bound, found.sigma0,
+                found.needed, found.at_bound, found.sigma0,
             )  # fmt: skip
         return found.floor_kl
 
