@@ -1,7 +1,8 @@
 """Build the images, attack the tool image, train through compose.yaml: `make docker-test`.
 
     python dockerfiles/check.py [--only {tool,stack}] [--base IMAGE] [--torch-index URL]
-                                [--pip-conf FILE] [--ca FILE] [--demo] [--keep]
+                                [--pip-conf FILE] [--ca FILE] [--vllm VERSION]
+                                [--demo] [--keep]
 
 An engine that answers is used; otherwise one is started on a private socket and ended afterwards
 (root only). Exit status 0: every check passed; 1: one failed; 77: something that a check needs is
@@ -34,6 +35,7 @@ def main() -> int:
     parser.add_argument("--torch-index", help="index of CPU builds of torch")
     parser.add_argument("--pip-conf", type=Path, help="pip's configuration for the build")
     parser.add_argument("--ca", type=Path, help="certificates for the build's downloads")
+    parser.add_argument("--vllm", help="of the rollout image, as 0.32.0 (default: the lock's)")
     parser.add_argument(
         "--demo", action="store_true", help="train a step of the demo, too (needs 13 GB of memory)"
     )
@@ -78,8 +80,12 @@ def check(arguments: argparse.Namespace) -> None:
             require_compose()
             index = arguments.torch_index
             options += ["--build-arg", f"TORCH_INDEX={index}"] if index else []
-            for target, image in (("rollout", ROLLOUT), ("learner", LEARNER)):
-                build("stack.Dockerfile", image, *options, "--target", target)
+            other = ["--build-arg", f"VLLM={arguments.vllm}"] if arguments.vllm else []
+            for image, of_target in (
+                (ROLLOUT, ["--target", "rollout", *other]),
+                (LEARNER, ["--target", "learner"]),
+            ):
+                build("stack.Dockerfile", image, *options, *of_target)
             check_stack(demo=arguments.demo)
     finally:
         if not arguments.keep:
