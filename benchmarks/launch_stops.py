@@ -13,6 +13,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from benchmarks.common.launching import STAGES, RealLaunch, start_until, wait_until_gone
@@ -47,6 +48,12 @@ def measure(stage: str, end: Callable[[RealLaunch], object]) -> tuple[int, int, 
         return launch.process.returncode, len(family), took_s, words
 
 
+def kill(launch: RealLaunch, word: str) -> None:
+    """Kills a child of the stage, which in this launch may come a moment later."""
+    launch.wait_until(lambda: launch.child(word))
+    launch.kill(word)
+
+
 def main() -> int:
     """Prints a line per trial; returns 1 when one took too long."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
@@ -75,7 +82,7 @@ def main() -> int:
         for word in words if "children" in options.only else ():
             if word.startswith("services.") and "cli.train_ppo_ray" in words:
                 continue
-            trial(stage, f"kill -9 of {_MODULES[word]}", lambda launch, w=word: launch.kill(w))
+            trial(stage, f"kill -9 of {_MODULES[word]}", partial(kill, word=word))
     print(f"slowest: {slowest:.1f} s, asked: at most {MOST_S:g} s")
     return int(slowest > MOST_S)
 
