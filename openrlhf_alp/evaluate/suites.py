@@ -21,6 +21,8 @@ from services.rollout.wire.fingerprint import object_hash
 
 _REGISTRY = Path(__file__).with_name("suites.toml")
 _BOXED = "boxed:"
+_LONGEST_NAME = 100
+"""Letters of a file's name that become the name of its set, which files of a run are named after."""
 _LISTED = 10
 """Rows that an error names one by one."""
 
@@ -162,7 +164,7 @@ def _own_suite(path: str, fields: Mapping[str, str | None]) -> Suite:
         )
     named: dict[str, Any] = {name: (given,) for name, given in fields.items() if given}
     # The name becomes a file name in the run folder and a part of request ids.
-    stem = re.sub(r"[^A-Za-z0-9._-]+", "-", Path(path).stem).strip("-.") or "own"
+    stem = re.sub(r"[^A-Za-z0-9._-]+", "-", Path(path).stem)[:_LONGEST_NAME].strip("-.") or "own"
     if stem in registry()[0]:
         stem += "-own"
     return Suite(name=stem, title=Path(path).stem, source=path, **named)

@@ -150,6 +150,13 @@ def test_names_files_and_groups_are_found_and_unknown_or_doubled_ones_refused():
         find_suites(["mine.jsonl"], fields={})
 
 
+def test_a_long_file_name_becomes_a_name_that_files_can_have():
+    fields = {"problem": "q", "label": "a"}
+    (suite,) = find_suites([f"sets/{'long-' * 48}.jsonl"], fields=fields)
+    assert suite.name.startswith("long-long") and len(suite.name) <= 100
+    assert suite.title == "long-" * 48
+
+
 def test_a_reference_that_no_answer_can_equal_is_named_before_anything_is_asked(tmp_path):
     rows = [{"q": "p", "a": "7"}, {"q": "Why?", "a": "because " * 50}]
     grader = Grader()
