@@ -22,7 +22,7 @@ from services.rollout.wire.fingerprint import object_hash
 _REGISTRY = Path(__file__).with_name("suites.toml")
 _BOXED = "boxed:"
 _LONGEST_NAME = 100
-"""Letters of a file's name that become the name of its set, which files of a run are named after."""
+"""Letters of a file's name that become the name of its set, and of files of a run."""
 _LISTED = 10
 """Rows that an error names one by one."""
 
