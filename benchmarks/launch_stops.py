@@ -4,8 +4,9 @@ children, at every stage of a launch of real programs on a tiny model; fails abo
     python benchmarks/launch_stops.py [--stages "warm-up" training] [--only Ctrl-C launch children]
 
 A service that is killed while the learner runs is started again: a test sees to that. Training goes
-on without an evaluation that is killed; exit status 0 then says that the run came to its end, and its
-seconds do not count. Earlier stages are left out where what runs in the stage itself stays the same.
+on without an evaluation that is killed; exit status 0 then says that the run came to its end, and
+its seconds do not count. Earlier stages are left out where what runs in the stage itself stays the
+same.
 """
 
 import argparse
