@@ -7,6 +7,8 @@ from rich.console import Console
 from rich.filesize import decimal
 from rich.markup import escape
 
+from openrlhf_alp.report.visible import visible
+
 HELP = "put any number of runs on one page: table, curves, intervals over seeds"
 
 DESCRIPTION = """\
@@ -60,12 +62,14 @@ def run(arguments: argparse.Namespace) -> int:
                 on_stage=status.update,
             )
     except (ValueError, OSError) as error:
-        console.print(f"[bold red]Not written.[/] {escape(str(error))}", soft_wrap=True)
+        console.print(f"[bold red]Not written.[/] {escape(visible(error))}", soft_wrap=True)
         return 2
     for note in written.notes:
-        console.print(f"[bold yellow]note[/]   {escape(note)}", soft_wrap=True)
+        console.print(f"[bold yellow]note[/]   {escape(visible(note))}", soft_wrap=True)
     size = decimal(written.page.stat().st_size)
     where = f"{written.page} ({size}), runs: {written.num_runs}"
     pictures = f"{written.tables.name} and {len(written.pictures)} pictures beside it"
-    console.print(f"[bold cyan]report[/] {escape(where)}, {escape(pictures)}", soft_wrap=True)
+    console.print(
+        f"[bold cyan]report[/] {escape(visible(where))}, {escape(pictures)}", soft_wrap=True
+    )
     return 0

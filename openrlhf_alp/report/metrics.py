@@ -23,6 +23,12 @@ REWARD = "rollout/reward_mean"
 RESPONSE_LENGTH = "rollout/response_length_mean"
 NUM_SAMPLES = "rollout/num_samples"
 GENERATION_S = "timing/generation"
+LARGEST = 3.5e38
+"""The trainer's tensors are float32: a larger number has run over, and no chart holds it."""
+
+LARGEST_STEP = 2**53
+"""Whole numbers up to here are exact in a chart."""
+
 LOG_RATIO_QUANTILES = {
     1: "alp/log_ratio_p01",
     25: "alp/log_ratio_p25",
@@ -57,6 +63,10 @@ class StepMetrics:
             return None
 
 
+_BROKEN = (ValueError, TypeError, AttributeError, KeyError, OverflowError, RecursionError)
+"""What reading a line can end with that is not the metrics of a step."""
+
+
 class MetricsFollower:
     """Returns each step of a growing file once."""
 
@@ -85,7 +95,7 @@ class MetricsFollower:
         try:
             values = {name: float(value) for name, value in json.loads(line).items()}
             step = int(values.pop(STEP))
-        except (ValueError, TypeError, AttributeError, KeyError) as error:
+        except _BROKEN as error:
             raise MetricsFileError(
                 f"{self._path}, line {self._num_lines}: not the metrics of a step "
                 f"({type(error).__name__}: {error}). --logger.metrics_jsonl writes this file; was "
@@ -97,6 +107,84 @@ class MetricsFollower:
 def read_steps(path: Path) -> list[StepMetrics]:
     """All complete steps of `path`, in the order of the file; raises MetricsFileError."""
     return MetricsFollower(path).new_steps()
+
+
+def salvage_steps(path: Path) -> tuple[list[StepMetrics], list[str]]:
+    """The steps of a file of which some lines or values may be broken, and what is left out of it.
+
+    A step that stands there twice, of a run that was started again, counts as it was made last.
+
+    Returns:
+        The steps in their order with finite values only, and what was left out, as sentences.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
+    # What follows the last newline is still being written.
+    lines = path.read_bytes().rpartition(b"\n")[0].splitlines()
+    steps: dict[int, StepMetrics] = {}
+    broken: list[int] = []
+    missing: dict[str, list[int]] = {}
+    num_again = 0
+    for number, line in enumerate(lines, start=1):
+        found = _salvaged(line)
+        if found is None:
+            broken.append(number)
+            continue
+        step, values = found
+        num_again += step in steps
+        finite = {name: v for name, v in values.items() if v is not None}
+        steps[step] = StepMetrics(step=step, values=finite)
+        for name in values.keys() - finite.keys():
+            missing.setdefault(name, []).append(step)
+    notes = []
+    if broken:
+        notes.append(
+            f"{len(broken)} of the {len(lines)} lines of {path.name} are not the metrics of a step "
+            f"and are left out (line {_listed(broken)}). Was it edited, or written by two runs at "
+            "once?"
+        )
+    if num_again:
+        notes.append(
+            f"{num_again} lines of {path.name} repeat a step, as after a second start of the run: "
+            "the last line of a step counts."
+        )
+    notes += [
+        f"{name} is not a finite number at {len(at)} of {len(steps)} steps (step {_listed(at)}); "
+        "its numbers and curves are of the others."
+        for name, at in sorted(missing.items())[:_MOST_NAMED]
+    ]
+    if len(missing) > _MOST_NAMED:
+        notes.append(f"the same holds for {len(missing) - _MOST_NAMED} more metrics.")
+    return [steps[step] for step in sorted(steps)], notes
+
+
+_MOST_NAMED = 6
+"""Metrics and lines that a note names; the others are counted."""
+
+
+def _salvaged(line: bytes) -> tuple[int, dict[str, float | None]] | None:
+    """Step and values of a line, None for a value that is no finite number; None without a step."""
+    try:
+        row = dict(json.loads(line))
+        step = row.pop(STEP)
+        if not 0 <= int(step) <= LARGEST_STEP:
+            return None
+        return int(step), {str(name): _finite(value) for name, value in row.items()}
+    except _BROKEN:
+        return None
+
+
+def _finite(value: object) -> float | None:
+    if not isinstance(value, int | float):
+        return None
+    # NaN compares as False, and an int may be too large for a float.
+    return float(value) if abs(value) <= LARGEST else None
+
+
+def _listed(numbers: Sequence[int]) -> str:
+    more = f" and {len(numbers) - _MOST_NAMED} more" if len(numbers) > _MOST_NAMED else ""
+    return ", ".join(map(str, numbers[:_MOST_NAMED])) + more
 
 
 def reward_at_edges(steps: Sequence[StepMetrics]) -> tuple[float, float] | None:

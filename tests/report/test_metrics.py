@@ -9,6 +9,7 @@ from openrlhf_alp.report.metrics import (
     StepMetrics,
     read_steps,
     reward_at_edges,
+    salvage_steps,
 )
 
 
@@ -68,3 +69,29 @@ def test_first_and_last_rewards_are_means_of_three_steps():
 
 def test_too_few_steps_have_no_first_and_last():
     assert reward_at_edges(steps_with(0.0, 0.1, 0.2, 0.3, 0.4)) is None
+
+
+def test_a_damaged_file_gives_its_other_steps_and_says_what_is_left_out(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    deep = "[" * 100_000
+    path.write_text(
+        '{"global_step": 1, "kl": 0.1, "reward": 0.5}\n'
+        '{"global_step": 2, "kl": 0.\n'
+        f"{deep}\n"
+        '{"global_step": Infinity, "kl": 0.1}\n'
+        '{"global_step": 2, "kl": NaN, "reward": 1e99, "note": "text"}\n'
+        f'{{"global_step": 3, "kl": null, "reward": 1{"0" * 400}}}\n'
+        '{"global_step": 1, "kl": 0.2, "reward": 0.75}\n'
+        '{"global_step": 4, "kl": 0'
+    )
+    steps, notes = salvage_steps(path)
+    assert [(step.step, dict(step.values)) for step in steps] == [
+        (1, {"kl": 0.2, "reward": 0.75}),
+        (2, {}),
+        (3, {}),
+    ]
+    said = " ".join(notes)
+    assert "3 of the 7 lines" in said and "(line 2, 3, 4)" in said
+    assert "1 lines of metrics.jsonl repeat a step" in said
+    assert "kl is not a finite number at 2 of 3 steps (step 2, 3)" in said
+    assert "reward is not a finite number at 2 of 3 steps" in said

@@ -9,6 +9,7 @@ from openrlhf_alp.report.compare.charts import Bars, Chart, Heat, Line, Panel, P
 from openrlhf_alp.report.compare.curves import by_condition, mean_of
 from openrlhf_alp.report.compare.runs import AFTER, BEFORE, Run
 from openrlhf_alp.report.compare.table import Group
+from openrlhf_alp.report.visible import visible
 
 _SIGMA = re.compile(r"alp/layer_(\d+)_sigma")
 _TIMES = {
@@ -85,7 +86,7 @@ def _time(groups: Sequence[Group]) -> Chart:
 
 def _tools(groups: Sequence[Group]) -> Chart:
     names = {
-        name: name.removeprefix(_STATUS)
+        name: visible(name.removeprefix(_STATUS))
         for one in groups
         for _, run in one.runs
         for step in run.steps
@@ -188,7 +189,7 @@ def _pass_at_k(groups: Sequence[Group]) -> Chart:
             for when in (BEFORE, AFTER):
                 for _, run in one.runs[:1]:
                     if found := _suite(run, when, suite):
-                        curve = sorted((int(k), e) for k, e in found["pass_at"].items())
+                        curve = sorted(found["pass_at"].items())
                         lines.append(
                             Line(
                                 name=one.method,
@@ -215,7 +216,7 @@ def _pass_at_k(groups: Sequence[Group]) -> Chart:
 def _suites(groups: Sequence[Group]) -> dict[str, str]:
     """Name and title of every problem set that some run was evaluated on."""
     return {
-        suite["suite"]: suite["title"]
+        suite["suite"]: visible(suite["title"])
         for one in groups
         for _, run in one.runs
         for results in run.evaluations.values()

@@ -7,6 +7,7 @@ summary.json      only of a finished run
 
 import hashlib
 import json
+import os
 import re
 import statistics
 import time
@@ -16,16 +17,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pydantic import FiniteFloat, TypeAdapter, ValidationError, with_config
+from typing_extensions import TypedDict
+
 from openrlhf_alp.report.metrics import (
     ENVIRONMENT,
     METRICS,
     RECIPE,
     REWARD,
     SUMMARY,
-    MetricsFileError,
     StepMetrics,
-    read_steps,
+    salvage_steps,
 )
+from openrlhf_alp.report.visible import visible
 
 BEFORE, AFTER = "before", "after"
 METHOD, SEED, CONDITION = "train.alp.method", "run.seed", "run.condition"
@@ -42,6 +46,30 @@ _NOT_COMPARED = (
     *("run.folder", "run.existing", "run.record", "train.alp.record"),
 )
 _TASK = ("data.task", "data.path", "data.sources")
+
+
+@with_config({"extra": "ignore"})
+class _Estimate(TypedDict):
+    value: FiniteFloat
+    low: FiniteFloat
+    high: FiniteFloat
+
+
+@with_config({"extra": "ignore"})
+class _Suite(TypedDict):
+    suite: str
+    title: str
+    avg: _Estimate
+    pass_at: dict[int, _Estimate]
+
+
+@with_config({"extra": "ignore"})
+class _Results(TypedDict):
+    suites: list[_Suite]
+
+
+_RESULTS = TypeAdapter(_Results)
+"""What is used of an evaluation."""
 
 
 class NoRunsError(ValueError):
@@ -62,7 +90,7 @@ class Run:
     """results.json of `openrlhf-alp evaluate` by when it was made: `before`, `step-N`, `after`."""
 
     state: str = "finished"
-    """`finished`, `still going` or `not finished`."""
+    """`finished`, `still going`, `not finished`, `not readable`, or `unknown` without a recipe."""
 
     digest: str = ""
     """First 12 hexadecimal digits of the SHA-256 of metrics.jsonl."""
@@ -71,21 +99,38 @@ class Run:
     """What is missing or odd, as sentences."""
 
     @property
+    def name(self) -> str:
+        """Of its folder, as it can be shown."""
+        return visible(self.folder.name)
+
+    @property
     def method(self) -> str:
-        return str(self.settings.get(METHOD, NO_METHOD if self.settings else "unknown"))
+        return visible(self.settings.get(METHOD, NO_METHOD if self.settings else "unknown"))
 
     @property
     def seed(self) -> int | None:
-        """None for a run without a recipe, which then pairs with no other."""
-        return None if SEED not in self.settings else int(self.settings[SEED])
+        """None for a run whose recipe has no whole number, which then pairs with no other."""
+        found = self.settings.get(SEED)
+        return found if isinstance(found, int) else None
+
+    @property
+    def condition(self) -> str:
+        """As the recipe names it; what else differs is added by `conditions`."""
+        return visible(self.settings.get(CONDITION, ""))
 
     @property
     def commit(self) -> str:
-        return str(self.environment.get("commit") or "")
+        return visible(self.environment.get("commit") or "")
+
+    @property
+    def versions(self) -> str:
+        found = self.environment.get("versions")
+        named = found.items() if isinstance(found, dict) else ()
+        return ", ".join(visible(f"{package} {version}") for package, version in named)
 
     @property
     def task(self) -> str:
-        return " ".join(str(self.settings[key]) for key in _TASK if key in self.settings)
+        return visible(" ".join(str(self.settings[key]) for key in _TASK if key in self.settings))
 
     def evaluated_at(self, name: str) -> int:
         """Steps that were made before the evaluation `name`."""
@@ -114,8 +159,8 @@ def read_runs(paths: Sequence[Path]) -> list[Run]:
         if not found:
             what = "is no folder" if not path.exists() else f"has no {METRICS} or {RECIPE}"
             raise NoRunsError(
-                f"{path} {what}, so there is no run in it. Name run folders, such as runs/demo, or "
-                "a folder of them"
+                f"{visible(path)} {what}, so there is no run in it. Name run folders, such as "
+                "runs/demo, or a folder of them"
             )
         folders |= dict.fromkeys(folder.resolve() for folder in found)
     return [_read_run(folder) for folder in folders]
@@ -127,22 +172,17 @@ def conditions(runs: Sequence[Run]) -> list[str]:
     That is `run.condition`, and how the settings of the runs that share it differ. A run without a
     recipe stands for itself.
     """
-    known = [run.settings for run in runs if run.settings]
+    known = [run for run in runs if run.settings]
     differing = {
-        condition: _differing([s for s in known if s.get(CONDITION, "") == condition])
-        for condition in {settings.get(CONDITION, "") for settings in known}
+        condition: _differing([run.settings for run in known if run.condition == condition])
+        for condition in {run.condition for run in known}
     }
-    return [
-        _label(run.settings, differing[run.settings.get(CONDITION, "")])
-        if run.settings
-        else run.folder.name
-        for run in runs
-    ]
+    return [_label(run, differing[run.condition]) if run.settings else run.name for run in runs]
 
 
 def notes_of(runs: Sequence[Run]) -> list[str]:
     """What a reader has to know before comparing these runs."""
-    notes = [f"{run.folder.name}: {note}" for run in runs for note in run.notes]
+    notes = [f"{run.name}: {visible(note)}" for run in runs for note in run.notes]
     tasks = dict.fromkeys(run.task for run in runs if run.task)
     if len(tasks) > 1:
         notes.append(f"Runs of different tasks ({', '.join(tasks)}): rewards are not comparable.")
@@ -153,7 +193,7 @@ def notes_of(runs: Sequence[Run]) -> list[str]:
 
 
 def _run_folders(folder: Path, depth: int) -> Iterator[Path]:
-    if (folder / METRICS).is_file() or (folder / RECIPE).is_file():
+    if _is_closed(folder) or (folder / METRICS).is_file() or (folder / RECIPE).is_file():
         yield folder
     elif depth and folder.is_dir():
         for child in sorted(folder.iterdir()):
@@ -161,10 +201,21 @@ def _run_folders(folder: Path, depth: int) -> Iterator[Path]:
                 yield from _run_folders(child, depth - 1)
 
 
+def _is_closed(folder: Path) -> bool:
+    return folder.is_dir() and not os.access(folder, os.R_OK | os.X_OK)
+
+
 def _read_run(folder: Path) -> Run:
     notes: list[str] = []
+    if _is_closed(folder):
+        notes.append("this user may not read the folder, so nothing of it is shown.")
+        return Run(folder=folder, steps=(), state="not readable", notes=notes)
     steps = _steps(folder, notes)
-    recipe = _parsed(folder / RECIPE, notes, "method, seed and settings are unknown")
+    settings = dict(
+        _dotted(_parsed(folder / RECIPE, notes, "method, seed and settings are unknown"))
+    )
+    if not isinstance(settings.get(SEED, 0), int):
+        notes.append(f"{SEED} is {settings[SEED]!r} and no whole number: it pairs with no run.")
     environment = _parsed(folder / ENVIRONMENT, notes, "commit and versions are unknown")
     state = _state(folder, steps, notes)
     if steps and not any(name.startswith("alp/") for step in steps for name in step.values):
@@ -174,15 +225,14 @@ def _read_run(folder: Path) -> Run:
         )
     if steps and not any(REWARD in step.values for step in steps):
         notes.append(f"there is no {REWARD}, so its reward is not shown.")
-    metrics = folder / METRICS
     return Run(
         folder=folder,
         steps=steps,
-        settings=dict(_dotted(recipe)),
+        settings=settings,
         environment=environment,
         evaluations=dict(_evaluations(folder, notes)),
         state=state,
-        digest=hashlib.sha256(metrics.read_bytes()).hexdigest()[:12] if metrics.exists() else "",
+        digest=_digest(folder / METRICS),
         notes=notes,
     )
 
@@ -191,10 +241,19 @@ def _steps(folder: Path, notes: list[str]) -> list[StepMetrics]:
     if not (folder / METRICS).is_file():
         return []  # its state says how many steps it has made
     try:
-        return read_steps(folder / METRICS)
-    except MetricsFileError as error:
-        notes.append(f"its metrics are not shown: {error}")
+        steps, left_out = salvage_steps(folder / METRICS)
+    except OSError as error:
+        notes.append(f"{METRICS} cannot be read ({error.strerror}): its steps are not shown.")
         return []
+    notes += left_out
+    return steps
+
+
+def _digest(path: Path) -> str:
+    try:
+        return hashlib.sha256(path.read_bytes()).hexdigest()[:12]
+    except OSError:  # its steps are missing too, which a note says
+        return ""
 
 
 def _parsed(path: Path, notes: list[str], consequence: str) -> dict[str, Any]:
@@ -206,16 +265,19 @@ def _parsed(path: Path, notes: list[str], consequence: str) -> dict[str, Any]:
         found: dict[str, Any] = (
             tomllib.loads(text) if path.suffix == ".toml" else dict(json.loads(text))
         )
-    except (ValueError, TypeError, OSError) as error:
+    except (ValueError, TypeError, OSError, RecursionError) as error:
         notes.append(f"{path.name} cannot be read ({error}): {consequence}.")
         return {}
     return found
 
 
 def _state(folder: Path, steps: Sequence[StepMetrics], notes: list[str]) -> str:
-    if (folder / SUMMARY).is_file() or not (folder / RECIPE).is_file():
+    # Only a launch of a recipe writes a summary.
+    if not (folder / RECIPE).is_file() and not (folder / SUMMARY).is_file():
+        return "unknown"
+    if (folder / SUMMARY).is_file():
         if not steps:
-            notes.append(f"it is finished, and {METRICS} has no step of it.")
+            notes.append(f"it is finished, and no step of {METRICS} can be shown.")
         return "finished"
     lasted = [step.values.get("timing/step_total", 0.0) for step in steps]
     live_s = max(_LIVE_S, 5 * (statistics.median(lasted) if lasted else 0.0))
@@ -239,8 +301,17 @@ def _evaluations(folder: Path, notes: list[str]) -> Iterator[tuple[str, Mapping[
     ordered = [BEFORE, *sorted(steps, key=lambda n: int(n.removeprefix(_AT_STEP))), AFTER]
     for name in (n for n in ordered if n in names):
         path = folder / "evaluation" / name / "results.json"
-        if results := _parsed(path, notes, f"evaluation {name} is not shown"):
-            yield name, results
+        consequence = f"evaluation {name} is not shown"
+        if not (results := _parsed(path, notes, consequence)):
+            continue
+        try:
+            checked: Mapping[str, Any] = _RESULTS.validate_python(results)
+        except ValidationError as error:
+            first = error.errors()[0]
+            place = ".".join(map(str, first["loc"]))
+            notes.append(f"{path.name}, {place}: {first['msg']}. So {consequence}.")
+            continue
+        yield name, checked
 
 
 def _dotted(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -260,8 +331,9 @@ def _differing(compared: Sequence[Mapping[str, Any]]) -> list[str]:
     ]
 
 
-def _label(settings: Mapping[str, Any], names: Sequence[str]) -> str:
+def _label(run: Run, names: Sequence[str]) -> str:
+    settings = run.settings
     short = {name: name.rpartition(".")[2] for name in names}
     parts = [f"{short[name]}={settings[name]}" for name in names if name in settings]
     unset = [f"{short[name]} not set" for name in names] if not parts else []
-    return ", ".join([*filter(None, [settings.get(CONDITION)]), *(parts or unset)])
+    return ", ".join([*filter(None, [run.condition]), *map(visible, parts or unset)])

@@ -52,12 +52,69 @@ def test_what_is_broken_or_missing_is_said_and_the_rest_is_kept(make_run):
         assert part in said
 
 
-def test_a_bad_line_of_metrics_is_named_with_file_and_line(make_run):
+def test_a_bad_line_of_metrics_is_said_and_the_other_steps_are_kept(make_run):
     folder = make_run("a", RISE)
     with (folder / "metrics.jsonl").open("a") as file:
         file.write("{}\n")
     [run] = read_runs([folder])
-    assert run.steps == [] and "line 4" in run.notes[0]
+    assert len(run.steps) == 3 and "1 of the 4 lines" in run.notes[0] and "line 4" in run.notes[0]
+
+
+def test_metrics_that_cannot_be_read_leave_the_rest_of_the_run(make_run):
+    folder = make_run("a", RISE)
+    (folder / "metrics.jsonl").unlink()
+    (folder / "metrics.jsonl").symlink_to("/proc/self/mem")  # opens, and fails to read
+    [run] = read_runs([folder])
+    assert run.method == "seq-alp" and run.digest == ""
+    assert "metrics.jsonl cannot be read" in run.notes[0]
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root reads every folder")
+def test_a_folder_that_may_not_be_read_is_named_and_its_neighbour_is_shown(make_run, tmp_path):
+    make_run("open", RISE)
+    closed = make_run("closed", RISE)
+    closed.chmod(0)
+    try:
+        runs = read_runs([tmp_path / "runs"])
+    finally:
+        closed.chmod(0o755)
+    assert [(run.folder.name, run.state) for run in runs] == [
+        ("closed", "not readable"),
+        ("open", "finished"),
+    ]
+    assert "may not read the folder" in runs[0].notes[0]
+
+
+@pytest.mark.parametrize(
+    ("results", "said"),
+    [
+        ('{"suites": null}', "suites: Input should be a valid list"),
+        ('{"suites": [{"suite": "sums"}]}', "suites.0.title: Field required"),
+    ],
+)
+def test_an_evaluation_of_another_shape_is_said_and_left_out(make_run, results, said):
+    folder = make_run("a", RISE)
+    (folder / "evaluation" / "after").mkdir(parents=True)
+    (folder / "evaluation" / "after" / "results.json").write_text(results)
+    [run] = read_runs([folder])
+    assert run.evaluations == {} and said in run.notes[0]
+    assert "evaluation after is not shown" in run.notes[0]
+
+
+def test_values_of_another_type_in_recipe_and_environment_do_not_end_the_report(make_run):
+    folder = make_run("a", RISE, environment={"commit": 5, "versions": ["torch"]})
+    (folder / "recipe.toml").write_text("[run]\nseed = inf\ncondition = [1, 2]\n")
+    [run] = read_runs([folder])
+    assert run.seed is None and run.commit == "5" and run.versions == ""
+    assert conditions([run]) == ["[1, 2]"]
+    assert "run.seed is inf and no whole number" in run.notes[0]
+
+
+def test_a_run_without_recipe_and_summary_is_not_called_finished(make_run):
+    folder = make_run("a", RISE, finished=False)
+    (folder / "recipe.toml").unlink()
+    [run] = read_runs([folder])
+    assert run.state == "unknown"
 
 
 def test_conditions_are_the_settings_that_differ(make_run):
