@@ -99,7 +99,7 @@ def _panel_px(panel: Panel) -> int:
 
 def _title(text: str, left: float, top: float) -> dict[str, Any]:
     return {
-        "text": text,
+        "text": _plain(text),
         "x": left,
         "y": top,
         "xref": "paper",
@@ -154,7 +154,7 @@ def _traces(panel: Panel, colors: Mapping[str, str], floor: float) -> Iterator[d
             "type": "scatter",
             "mode": "markers",
             "x": [value for value, _, _ in values],
-            "y": panel.points.labels,
+            "y": list(map(_plain, panel.points.labels)),
             "marker": {"size": 9, "color": PIECE_COLORS[0]},
             "error_x": {
                 "array": [high - value for value, _, high in values],
@@ -185,11 +185,11 @@ def _line(line: Line, color: str, floor: float) -> Iterator[dict[str, Any]]:
         "mode": "lines+markers" if few else "lines",
         # A gap stands where a logarithmic axis has no place for the value, such as a norm of 0.
         "y": [y if y > floor else None for y in _rounded(line.y)],
-        "name": line.name,
+        "name": _plain(line.name),
         "meta": line.name,
         "marker": {"size": 4},
         "line": {"color": color, "width": 2 if line.style == "solid" else 1.3, "dash": line.style},
-        "hovertemplate": "%{y:.4g}<extra>" + line.name + "</extra>",
+        "hovertemplate": "%{y:.4g}<extra>" + _plain(line.name) + "</extra>",
     }
 
 
@@ -198,12 +198,22 @@ def _bars(bars: Bars) -> Iterator[dict[str, Any]]:
         yield {
             "type": "bar",
             "orientation": "h",
-            "name": name,
+            "name": _plain(name),
             "x": _rounded(lengths),
-            "y": bars.labels,
+            "y": list(map(_plain, bars.labels)),
             "marker": {"color": PIECE_COLORS[place % len(PIECE_COLORS)]},
-            "hovertemplate": "%{y}: %{x:.3g}<extra>" + name + "</extra>",
+            "hovertemplate": "%{y}: %{x:.3g}<extra>" + _plain(name) + "</extra>",
         }
+
+
+def _plain(text: str) -> str:
+    """Text that plotly takes as it is: it knows some tags, and fills in what stands in %{}."""
+    return (
+        text.replace("&", "&amp;")
+        .replace("<", "&lt;")
+        .replace(">", "&gt;")
+        .replace("%{", "%&#123;")
+    )
 
 
 def _rounded(values: Sequence[float]) -> list[float]:

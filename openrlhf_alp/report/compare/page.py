@@ -1,6 +1,7 @@
 """The page of `openrlhf-alp report`: one file that opens from disk, pictures and tables beside."""
 
 import os
+import urllib.parse
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -44,10 +45,6 @@ class _RunRow:
     condition: str
     link: str
 
-    @property
-    def versions(self) -> str:
-        return ", ".join(f"{k} {v}" for k, v in self.run.environment.get("versions", {}).items())
-
 
 def write_report(
     paths: Sequence[Path],
@@ -77,11 +74,18 @@ def write_report(
     on_stage("drawing pictures")
     pictures = write_pictures(charts, colors, out / FIGURES)
     on_stage("writing the page")
-    notes = [*notes_of(runs), *_without(groups, baseline)]
+    repeated = (note for one in groups for note in one.repeated())
+    notes = [*notes_of(runs), *repeated, *_without(groups, baseline)]
     title, tables = _title(runs, groups), make_tables(groups, baseline)
     page, markdown = out / PAGE, out / TABLES
     markdown.write_text(
-        render("tables.md", title=title, tables=tables, markdown=_markdown),
+        render(
+            "tables.md",
+            title=title,
+            notes=notes,
+            tables=[(table.measure, _markdown(table, runs)) for table in tables],
+            runs=_runs_markdown(runs, under),
+        ),
         encoding="utf-8",
     )
     page.write_text(
@@ -110,7 +114,7 @@ def write_report(
 
 def _title(runs: Sequence[Run], groups: Sequence[Group]) -> str:
     if len(runs) == 1:
-        return f"{runs[0].method}, {runs[0].folder.name}"
+        return f"{runs[0].method}, {runs[0].name}"
     counts = (
         (len(runs), "run"),
         (len({one.method for one in groups}), "method"),
@@ -128,7 +132,9 @@ def _without(groups: Sequence[Group], baseline: str | None) -> list[str]:
 
 def _link(folder: Path, out: Path) -> str:
     """From the page to the run, so that both can be moved together."""
-    return Path(os.path.relpath(folder, out.resolve())).as_posix()
+    path = Path(os.path.relpath(folder, out.resolve())).as_posix()
+    # As bytes: a name need not be UTF-8. A colon is quoted too, or it would begin a scheme.
+    return urllib.parse.quote(os.fsencode(path), safe="/=,+")
 
 
 def number(value: float, digits: int) -> str:
@@ -141,19 +147,35 @@ def signed(value: float, digits: int) -> str:
     return f"{'+' if value >= 0 else ''}{number(value, digits)}"
 
 
-def _markdown(table: Table) -> str:
-    head = ["method", *(condition or "all runs" for condition in table.conditions)]
-    digits = table.measure.digits
-    rows = [[row.method, *(_text(cell, row, digits) for cell in row.cells)] for row in table.rows]
+def _runs_markdown(runs: Sequence[Run], under: Sequence[str]) -> str:
+    head = ["run", "method", "condition", "seed", "steps", "state", "digest", "commit"]
+    rows = [
+        [
+            *(run.name, run.method, condition, "" if run.seed is None else str(run.seed)),
+            *(str(len(run.steps)), run.state, run.digest, run.commit[:12]),
+        ]
+        for run, condition in zip(runs, under, strict=True)
+    ]
     return markdown_table(head, rows)
 
 
-def _text(cell: Cell | None, row: Row, digits: int) -> str:
+def _markdown(table: Table, runs: Sequence[Run]) -> str:
+    head = ["method", *(condition or "all runs" for condition in table.conditions)]
+    digits = table.measure.digits
+    rows = [
+        [row.method, *(_text(cell, row, digits, runs) for cell in row.cells)] for row in table.rows
+    ]
+    return markdown_table(head, rows)
+
+
+def _text(cell: Cell | None, row: Row, digits: int, runs: Sequence[Run]) -> str:
     if cell is None:
         return ""
     text, half = number(cell.interval.mean, digits), cell.interval.half
     if half is not None:
         text += f" ± {number(half, digits)}"
+    if any(runs[at].notes for at, _ in cell.of_runs):
+        text += "*"
     change = cell.difference
     if change is None:
         return text

@@ -56,8 +56,15 @@ def _draw(chart: Chart, colors: Mapping[str, str]) -> Figure:
     names = dict.fromkeys(line.name for panel in panels for line in panel.lines)
     if names:
         handles = [matplotlib.lines.Line2D([], [], color=colors[name]) for name in names]
-        figure.legend(handles, list(names), loc="outside upper center", ncols=4, frameon=False)
+        figure.legend(
+            handles, list(map(_plain, names)), loc="outside upper center", ncols=4, frameon=False
+        )
     return figure
+
+
+def _plain(text: str) -> str:
+    """Text that matplotlib takes as it is, and for no formula."""
+    return text.replace("$", r"\$")
 
 
 def _num_rows(panel: Panel) -> int:
@@ -72,7 +79,7 @@ def _draw_panel(
     colors: Mapping[str, str],
     limits: tuple[float, float] | None,
 ) -> None:
-    axes.set_title(panel.title, fontsize="medium", loc="left")
+    axes.set_title(_plain(panel.title), fontsize="medium", loc="left")
     axes.spines[["top", "right"]].set_visible(False)
     for line in panel.lines:
         color, style = colors[line.name], _STYLES[line.style]
@@ -97,8 +104,11 @@ def _draw_rows(axes: Axes, panel: Panel) -> None:
         left = [0.0] * len(panel.bars.labels)
         for place, (name, lengths) in enumerate(panel.bars.pieces):
             color = PIECE_COLORS[place % len(PIECE_COLORS)]
-            axes.barh(panel.bars.labels, lengths, left=left, color=color, label=name, height=0.7)
+            axes.barh(
+                range(len(lengths)), lengths, left=left, color=color, label=_plain(name), height=0.7
+            )
             left = [a + b for a, b in zip(left, lengths, strict=True)]
+        axes.set_yticks(range(len(panel.bars.labels)), list(map(_plain, panel.bars.labels)))
         axes.legend(
             frameon=False, fontsize="small", ncols=4, loc="lower left", bbox_to_anchor=(0, 1)
         )
@@ -106,7 +116,7 @@ def _draw_rows(axes: Axes, panel: Panel) -> None:
         for place, (value, low, high) in enumerate(panel.points.values):
             axes.plot([low, high], [place, place], color=PIECE_COLORS[0], linewidth=1.2)
             axes.plot([value], [place], "o", color=PIECE_COLORS[0], markersize=4)
-        axes.set_yticks(range(len(panel.points.labels)), panel.points.labels)
+        axes.set_yticks(range(len(panel.points.labels)), list(map(_plain, panel.points.labels)))
     if panel.bars or panel.points:
         axes.invert_yaxis()
 

@@ -1,7 +1,8 @@
 """The table: methods down, conditions across, one tab per measure, every number with its runs."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 
 from openrlhf_alp.objective.methods import METHODS
 from openrlhf_alp.report.compare.estimates import Interval, over_seeds, paired
@@ -52,9 +53,24 @@ class Group:
     runs: Sequence[tuple[int, Run]]
 
     def by_seed(self, measure: Measure) -> dict[int, float]:
-        """Seed to value; runs without a seed cannot be paired."""
-        found = {run.seed: finite(measure.of(run)) for _, run in self.runs}
-        return {s: value for s, value in found.items() if s is not None and value is not None}
+        """Seed to value, the mean of its runs; runs without a seed cannot be paired."""
+        found: dict[int, list[float]] = {}
+        for _, run in self.runs:
+            value = finite(measure.of(run))
+            if run.seed is not None and value is not None:
+                found.setdefault(run.seed, []).append(value)
+        return {seed: fmean(values) for seed, values in found.items()}
+
+    def repeated(self) -> Iterator[str]:
+        """A sentence for every seed of which there are several runs."""
+        for seed in dict.fromkeys(run.seed for _, run in self.runs if run.seed is not None):
+            names = [run.name for _, run in self.runs if run.seed == seed]
+            if len(names) > 1:
+                yield (
+                    f"Seed {seed} of {', '.join(filter(None, (self.method, self.condition)))} has "
+                    f"{len(names)} runs ({', '.join(names)}): an interval counts each as a seed of "
+                    "its own and is too narrow, a difference takes their mean."
+                )
 
 
 def group(runs: Sequence[Run], conditions: Sequence[str]) -> list[Group]:

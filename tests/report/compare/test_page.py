@@ -1,7 +1,9 @@
 import base64
 import gzip
 import json
+import os
 import re
+import urllib.parse
 
 import plotly.graph_objects as go
 import pytest
@@ -113,6 +115,36 @@ def test_names_of_runs_stay_text(make_run, tmp_path):
     page = write_report([folder], tmp_path / "out").page.read_text()
     assert "<script>alert" not in page
     assert "&lt;script&gt;alert(1)" in page
+
+
+def test_hostile_names_stay_text_in_page_pictures_and_links(make_run, tmp_path):
+    method, condition = "<b>$x_{$ %{y}", "a\\n\\u202e"
+    names = (b"bad\xff", b"javascript:alert(1)", b"#a?b%41", b"$x_{")
+    made = [
+        make_run(os.fsdecode(name), [0.1] * 3, method=method, condition=condition, seed=seed)
+        for seed, name in enumerate(names)
+    ]
+    written = write_report([tmp_path / "runs"], tmp_path / "runs")
+    page = written.page.read_text()
+    links = [found for found in re.findall(r'href="([^"#]+)"', page) if "fig" not in found]
+    linked = {os.fsdecode(urllib.parse.unquote_to_bytes(link)) for link in links}
+    assert linked >= {folder.name for folder in made}
+    assert not any(link.startswith("javascript:") for link in links)
+    figures = json.loads(re.search(r'id="figures">(.+?)</script>', page)[1])
+    line = figures[0]["data"][-1]
+    assert line["name"] == "&lt;b&gt;$x_{$ %&#123;y}" and line["meta"] == "<b>$x_{$ %{y}"
+    assert "a<U+000A><U+202E>" in written.tables.read_text()
+
+
+def test_what_diverged_is_named_and_its_numbers_carry_a_star(make_run, tmp_path):
+    nan = {"alp/k3_kl": float("nan"), "alp/layer_0_sigma": float("inf"), "timing/generation": 1e99}
+    folder = make_run("a", [0.25] * 4, metrics=lambda step: nan if step > 2 else metrics(step))
+    written = write_report([folder], tmp_path / "out")
+    assert "alp/k3_kl is not a finite number at 2 of 4 steps" in " ".join(written.notes)
+    tables = written.tables.read_text()
+    assert "| seq-alp | 0.250* |" in tables
+    assert "alp/k3_kl is not a finite number" in tables
+    assert ">0.250*</a>" in written.page.read_text()
 
 
 def test_small_numbers_keep_their_digits():

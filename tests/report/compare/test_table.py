@@ -86,3 +86,18 @@ def test_spikes_and_tails_are_counted_over_all_steps(make_run):
     assert OF["spikes"](run) == 1.0
     assert OF["tail"](run) == 1.0
     assert OF["kl"](run) == 0.06
+
+
+def test_runs_with_the_same_seed_are_named_and_paired_by_their_mean(make_run):
+    """Seed 1 of seq-alp has 0.5 and 0.7, so 0.6 against 0.4."""
+    folders = [
+        make_run("a", [0.5] * 3),
+        make_run("again", [0.7] * 3),
+        make_run("b", [0.4] * 3, method="seq-bypass"),
+    ]
+    _, alp = tables_of(folders)["reward"].rows
+    assert alp.cells[0].difference.mean == pytest.approx(0.2)
+    runs = read_runs(folders)
+    bypass, ours = group(runs, conditions(runs))
+    assert list(bypass.repeated()) == []
+    assert "Seed 1 of seq-alp has 2 runs (a, again)" in next(ours.repeated())
