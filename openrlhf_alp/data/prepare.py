@@ -281,7 +281,8 @@ def _learnable(
     def refusal(problem: Problem) -> Refusal | None:
         share = rates.of.get(problem_key(problem.text))
         if share is None:
-            return Reason.NO_PASS_RATE, "the evaluation did not ask it"
+            detail = "the evaluation did not ask it, or none of its answers could be graded"
+            return Reason.NO_PASS_RATE, detail
         fault = rates.fault_of(share)
         return (Reason.PASS_RATE, fault) if fault else None
 

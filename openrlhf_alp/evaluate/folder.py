@@ -209,34 +209,48 @@ class RunFolder:
         Raises:
             FolderError: the grades are missing or broken, or not `n` of each problem.
         """
+        verdicts = self._verdicts(suite, num_problems=num_problems, n=n)
+        return {name: sum(v is True for v in found) / n for name, found in verdicts.items()}
+
+    def _verdicts(self, suite: str, *, num_problems: int, n: int) -> dict[str, list[bool | None]]:
         path = self.path / "grades" / f"{suite}.jsonl"
-        counts: dict[str, list[float]] = {}
+        by_sample: dict[str, dict[int, bool | None]] = {}
         try:
             # Not str.splitlines: an answer may hold a U+2028, at which that splits too.
             with path.open(encoding="utf-8", errors=_SURROGATES) as lines:
                 for row in map(json.loads, lines):
-                    counts.setdefault(row["problem_id"], []).append(float(row["right"] is True))
-            if len(counts) != num_problems or any(len(found) != n for found in counts.values()):
+                    by_sample.setdefault(row["problem_id"], {})[row["sample"]] = row["right"]
+            sizes = {len(found) for found in by_sample.values()}
+            if len(by_sample) != num_problems or sizes - {n}:
                 raise ValueError(f"it has not {n} grades of each of {num_problems} problems")
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise FolderError(
                 f"{path} cannot be read ({error}). Fix: openrlhf-alp evaluate --regrade {self.path}"
             ) from error
-        return {problem: sum(found) / len(found) for problem, found in counts.items()}
+        return {problem: list(found.values()) for problem, found in by_sample.items()}
 
     def pass_rates(self) -> Iterator[tuple[str, float]]:
-        """Text and share of right answers of every problem.
+        """Text of every problem, and the share of right answers among those that were graded.
+
+        A problem without a graded answer is left out: nobody knows whether the policy solves it.
 
         Raises:
-            FolderError: it is not a finished run.
+            FolderError: it is not a finished run, or the grades are of other problems.
         """
         results = self.results()
         sizes = {suite["suite"]: suite["num_problems"] for suite in results["suites"]}
         for loaded in self.suites():
             size = sizes.get(loaded.name, 0)
-            shares = self.shares(loaded.name, num_problems=size, n=results["n"])
+            verdicts = self._verdicts(loaded.name, num_problems=size, n=results["n"])
             for problem in loaded.problems:
-                yield problem.text, shares[problem.id]
+                if problem.id not in verdicts:
+                    raise FolderError(
+                        f"grades/{loaded.name}.jsonl of {self.path} has no grade of the problem "
+                        f"{problem.id}. Fix: openrlhf-alp evaluate --regrade {self.path}"
+                    )
+                graded = [right for right in verdicts[problem.id] if right is not None]
+                if graded:
+                    yield problem.text, sum(graded) / len(graded)
 
     @contextlib.contextmanager
     def _written(self) -> Iterator[None]:
