@@ -11,6 +11,7 @@ from rich.filesize import decimal
 from rich.markup import escape
 
 from openrlhf_alp.report.metrics import BATCHES, RECIPE
+from openrlhf_alp.report.visible import visible
 
 if TYPE_CHECKING:
     from openrlhf_alp.replay.files.records import RecordedBatch
@@ -55,9 +56,9 @@ def run(arguments: argparse.Namespace) -> int:
     try:
         for page in _pages(arguments, console):
             where = f"{page} ({decimal(page.stat().st_size)})"
-            console.print(f"[bold cyan]file[/]  {escape(where)}", soft_wrap=True)
+            console.print(f"[bold cyan]file[/]  {escape(visible(where))}", soft_wrap=True)
     except (ValueError, OSError) as error:
-        console.print(f"[bold red]Not written.[/] {escape(str(error))}", soft_wrap=True)
+        console.print(f"[bold red]Not written.[/] {escape(visible(error))}", soft_wrap=True)
         return 2
     return 0
 
@@ -136,7 +137,7 @@ def _batches(
             if arguments.model is not None:
                 break
     for fault in faults:
-        console.print(f"[bold yellow]note[/]  {escape(str(fault))}", soft_wrap=True)
+        console.print(f"[bold yellow]note[/]  {escape(visible(fault))}", soft_wrap=True)
     if not found:
         wanted = "" if arguments.step is None else f" of step {arguments.step}"
         raise ValueError(
@@ -155,10 +156,21 @@ def recorded_in(path: Path) -> Path:
         return path
     if (path / BATCHES).is_dir():
         return path / BATCHES
-    train: dict[str, Any] = tomllib.loads((path / RECIPE).read_text("utf-8")).get("train", {})
-    folder = train.get("alp", {}).get("record")
-    if folder is None:
+    found: Any = _recipe(path / RECIPE)
+    for key in ("train", "alp", "record"):
+        found = found.get(key) if isinstance(found, dict) else None
+    if not isinstance(found, str):
         raise ValueError(
             f"{path} has recorded no batches. Set run.record to true in its recipe and run it again"
         )
-    return Path(folder)
+    return Path(found)
+
+
+def _recipe(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text("utf-8"))
+    except ValueError as error:
+        raise ValueError(
+            f"{path} cannot be read ({error}), so it is unknown where the run recorded. Name the "
+            "folder of the batches in place of the run"
+        ) from error

@@ -172,6 +172,9 @@ def require_model(
 def _opened(path: Path) -> pq.ParquetFile:
     try:
         return pq.ParquetFile(path)
+    except UnicodeEncodeError as error:
+        text = "its path has bytes that are not UTF-8, which pyarrow cannot open. Rename it"
+        raise BatchFileError([Fault(file=str(path), text=text)]) from error
     except (pa.ArrowException, OSError) as error:
         cause = str(error).splitlines()[0]
         text = f"cut short, or no Parquet file ({cause}). Record or convert it again"

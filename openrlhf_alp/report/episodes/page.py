@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from openrlhf_alp.report.episodes.view import (
     sample_rows,
 )
 from openrlhf_alp.report.html.render import packed, render
+from openrlhf_alp.report.visible import visible
 
 
 def write_page(
@@ -53,7 +55,7 @@ def write_page(
     out.write_text(
         render(
             "episodes.html",
-            title=" / ".join(filter(None, [step, info.method, Path(info.model).name])),
+            title=visible(" / ".join(filter(None, [step, info.method, Path(info.model).name]))),
             subtitle=_subtitle(batch),
             # ASCII, so that lone surrogates of a policy's text survive the file's encoding.
             data=packed(json.dumps(data, separators=(",", ":"), allow_nan=False).encode("ascii")),
@@ -66,13 +68,15 @@ def write_page(
 
 
 def _subtitle(batch: RecordedBatch) -> str:
-    rewards = [s.reward for s in batch.samples if s.reward is not None]
+    rewards = [s.reward for s in batch.samples if s.reward is not None and isfinite(s.reward)]
     parts = [
         f"{len(batch.samples)} episodes in {len(group_rows(batch.samples))} groups",
         f"{sum(s.num_tokens for s in batch.samples):,} tokens, {batch.num_action_tokens:,} trained",
     ]
     if rewards:
-        parts.append(f"mean reward {sum(rewards) / len(rewards):.3f}")
+        missing = len(batch.samples) - len(rewards)
+        without = f" ({missing} episodes have none)" if missing else ""
+        parts.append(f"mean reward {sum(rewards) / len(rewards):.3f}{without}")
     if batch.info.policy_version is not None:
         parts.append(f"weights {batch.info.policy_version} ({batch.info.model_digest[:12]})")
     return ", ".join(parts)

@@ -1,6 +1,7 @@
 import base64
 import gzip
 import json
+import os
 import re
 
 import numpy as np
@@ -105,3 +106,34 @@ def test_a_run_that_recorded_nothing_says_how_to_record(tmp_path, capsys):
     (tmp_path / "recipe.toml").write_text('[train]\nalp.method = "seq-alp"\n')
     assert main(["episodes", str(tmp_path)]) == 2
     assert "Set run.record to true" in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize(
+    ("recipe", "said"),
+    [
+        (b'train = "x"', "Set run.record to true"),
+        (b"[train]\nalp.record = 5", "Set run.record to true"),
+        (b"\xff[", "it is unknown where the run recorded"),
+    ],
+)
+def test_a_recipe_of_another_shape_ends_with_status_2(tmp_path, capsys, recipe, said):
+    (tmp_path / "recipe.toml").write_bytes(recipe)
+    assert main(["episodes", str(tmp_path)]) == 2
+    assert said in " ".join(capsys.readouterr().out.split())
+
+
+def test_a_path_that_is_no_utf8_is_named_with_the_fix(tmp_path, capfdbinary):
+    folder = tmp_path / os.fsdecode(b"bad\xff")
+    write_batch(batch(), tmp_path / "step-000001.parquet")
+    folder.mkdir()
+    (tmp_path / "step-000001.parquet").rename(folder / "step-000001.parquet")
+    assert main(["episodes", str(folder)]) == 2
+    shown = b" ".join(capfdbinary.readouterr().out.split())
+    assert b"bad\\xff" in shown and b"Rename it" in shown
+
+
+def test_a_title_cannot_reorder_the_page_and_a_mean_says_which_episodes_it_leaves_out(tmp_path):
+    made = batch(sample(0, reward=0.5), sample(1, reward=float("nan")), method="a\u202eb")
+    page = write_page(made, tmp_path / "x.html", tokenizer=None, ratios=None).read_text()
+    assert "\u202e" not in page and "a&lt;U+202E&gt;b" in page
+    assert "mean reward 0.500 (1 episodes have none)" in page
