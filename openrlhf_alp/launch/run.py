@@ -128,8 +128,6 @@ class _Run:
 
     def _check_folder(self, stack: ExitStack) -> int:
         """The step to continue from, 0 for a new run; nobody else gets the folder meanwhile."""
-        if self._options.dry_run:
-            return 0
         folder, step = self._folder, 0
         if self._options.resume:
             step = run_folder.newest_checkpoint(folder)
@@ -137,7 +135,8 @@ class _Run:
             run_folder.check_run_folder(
                 folder, recipe=self._recipe, overwrite=self._options.overwrite
             )
-        stack.enter_context(run_folder.locked(folder))
+        if not self._options.dry_run:
+            stack.enter_context(run_folder.locked(folder))
         return step
 
     def _find_model(self) -> str:

@@ -9,6 +9,7 @@ summary.json       only of a finished run
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 from collections.abc import Callable, Iterator
@@ -50,18 +51,49 @@ def check_run_folder(path: Path, *, recipe: Recipe, overwrite: bool) -> None:
             f"run.folder {path}: its path has a comma, at which OpenRLHF would split the path of "
             "the prompts in it. Name another folder with --set run.folder=..."
         )
-    if not path.exists() or (path.is_dir() and not any(path.iterdir())):
-        return
-    if not (path / RECIPE).is_file():
+    with _usable(path):
+        if not path.exists() or (path.is_dir() and not any(path.iterdir())):
+            return
+    # Both files: a folder of your own may well have a recipe.toml.
+    if not ((path / RECIPE).is_file() and (path / ENVIRONMENT).is_file()):
         raise RecipeError(
-            f"run.folder {path} exists and is not a run (no {RECIPE}): nothing was touched. Name a "
-            "new or an empty folder with --set run.folder=..."
+            f"run.folder {path} exists and is not a run (no {RECIPE} with {ENVIRONMENT}): nothing "
+            "was touched. Name a new or an empty folder with --set run.folder=..."
         )
     if not overwrite and recipe.run.existing == "refuse":
         raise RecipeError(
             f"run.folder {path} holds an earlier run. Continue it with --resume {path}, replace it "
             "with --overwrite, or name another folder with --set run.folder=..."
         )
+    if needed := _files_in(path, recipe):
+        raise RecipeError(
+            f"run.folder {path} holds an earlier run that this one needs: {', '.join(needed)}. "
+            "Name another folder with --set run.folder=..."
+        )
+
+
+def _files_in(path: Path, recipe: Recipe) -> list[str]:
+    """Settings that name something in the folder, such as the model that an earlier run made."""
+    folder = path.resolve()
+    return [
+        f"{name} = {value}"
+        for name, given in to_settings(recipe).items()
+        for value in (given if isinstance(given, list) else [given])
+        if name != "run.folder" and isinstance(value, str)
+        # Not Path.exists: it raises when a value is too long for a path.
+        if os.path.exists(value) and Path(value).resolve().is_relative_to(folder)
+    ]
+
+
+@contextmanager
+def _usable(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise RecipeError(
+            f"run.folder {path} cannot be used ({error.strerror}: {error.filename}). Name another "
+            "folder with --set run.folder=..."
+        ) from error
 
 
 @contextmanager
@@ -71,11 +103,12 @@ def locked(path: Path) -> Iterator[None]:
     Raises:
         RecipeError: another launch has it.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     # Beside it, because the folder itself may be moved.
     lock = FileLock(path.parent / f".{path.name}.lock", timeout=0)
     try:
-        lock.acquire()
+        with _usable(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            lock.acquire()
     except Timeout as error:
         raise RecipeError(
             f"run.folder {path} is in use by another launch. Wait for it, or name another folder "
@@ -99,17 +132,12 @@ def open_run_folder(path: Path, *, recipe: Recipe, overwrite: bool, say: Say) ->
             shutil.rmtree(path)
         else:
             say(f"the earlier run is now {_move_aside(path, path / RECIPE)}")
-    try:
+    text = json.dumps(environment(), indent=2)
+    with _usable(path):
         (path / "logs").mkdir(parents=True, exist_ok=True)
-        # First: only a folder that holds it counts as a run and may be replaced.
+        # First: only a folder that holds both counts as a run and may be replaced.
         (path / RECIPE).write_text(to_toml(recipe), encoding="utf-8")
-        text = json.dumps(environment(), indent=2)
         (path / ENVIRONMENT).write_text(text + "\n", encoding="utf-8")
-    except OSError as error:
-        raise RecipeError(
-            f"run.folder {path} cannot be written ({error.strerror}): name another folder with "
-            "--set run.folder=..."
-        ) from error
     return path.resolve()
 
 

@@ -82,6 +82,39 @@ def test_a_folder_that_is_not_a_run_is_never_touched(tmp_path, recipe, said, ove
     assert [file.name for file in path.iterdir()] == ["thesis.tex"]
 
 
+@pytest.mark.parametrize("settings", [(), ("run.existing=aside",)])
+def test_a_folder_of_ones_own_is_no_run_because_it_has_a_recipe(tmp_path, recipe, said, settings):
+    for name in ("recipe.toml", "prompts.jsonl"):
+        (tmp_path / name).write_text("mine")
+    with pytest.raises(RecipeError, match="is not a run"):
+        open_run_folder(tmp_path, recipe=recipe(*settings), overwrite=True, say=said.append)
+    assert (tmp_path / "prompts.jsonl").read_text() == "mine"
+
+
+@pytest.mark.parametrize(("existing", "overwrite"), [("aside", False), ("refuse", True)])
+@pytest.mark.parametrize("key", ["model.path", "train.reward.remote_url", "data.path"])
+def test_a_run_that_the_new_one_needs_is_not_replaced(
+    tmp_path, recipe, said, monkeypatch, key, existing, overwrite
+):
+    monkeypatch.chdir(tmp_path)
+    open_run_folder(tmp_path / "x", recipe=recipe(), overwrite=False, say=said.append)
+    (tmp_path / "x" / "model").mkdir()
+    again = recipe(f"{key}=x/model", f"run.existing={existing}", f"run.condition={'c' * 5000}")
+    with pytest.raises(RecipeError, match=f"that this one needs: {key} = x/model"):
+        open_run_folder(tmp_path / "x", recipe=again, overwrite=overwrite, say=said.append)
+    assert (tmp_path / "x" / "model").is_dir()
+
+
+@pytest.mark.parametrize("name", ["file/sub", "file/sub/sub", "n" * 300, "/proc/none/x"])
+def test_a_folder_that_cannot_be_made_is_said_with_a_way_out(tmp_path, recipe, name):
+    (tmp_path / "file").write_text("")
+    path = tmp_path / name
+    with pytest.raises(RecipeError, match=r"cannot be used .*--set run\.folder="):
+        run_folder.check_run_folder(path, recipe=recipe(), overwrite=False)
+        with run_folder.locked(path):
+            pass
+
+
 def test_a_run_continues_with_its_own_settings_and_names_changed_ones(tmp_path, recipe, said):
     path = tmp_path / "x"
     open_run_folder(path, recipe=recipe("run.seed=7"), overwrite=False, say=said.append)
