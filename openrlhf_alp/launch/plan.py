@@ -84,7 +84,13 @@ def gpus_needed(recipe: Recipe) -> int:
 
 
 def make_plan(
-    recipe: Recipe, folder: Path, model: str, gpus: Sequence[machine.Gpu], commands: Commands
+    recipe: Recipe,
+    folder: Path,
+    model: str,
+    gpus: Sequence[machine.Gpu],
+    commands: Commands,
+    *,
+    resume: bool = False,
 ) -> Plan:
     """The processes of `recipe` on `gpus`: first the servers', then the learner's."""
     names = iter([gpu.name for gpu in gpus])
@@ -101,6 +107,7 @@ def make_plan(
         folder=folder,
         rollout_urls=recipe.rollout.urls or _urls(rollouts),
         tool_urls=recipe.tool.urls or _urls(tools) if recipe.tool else (),
+        resume=resume,
     )
     processes: list[Process] = []
 

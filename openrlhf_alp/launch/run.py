@@ -104,7 +104,7 @@ class _Run:
     def run(self, stack: ExitStack, check: Callable[..., plan.Plan]) -> None:
         step = self._check_folder(stack)
         self._plan = self._make_plan(stack, check)
-        self._inputs = replace(self._plan.inputs, resume=self._options.resume is not None)
+        self._inputs = self._plan.inputs
         if self._options.dry_run:
             return
         self._open_folder(step)
@@ -159,7 +159,11 @@ class _Run:
             gpus = stack.enter_context(machine.claimed(gpus, needed))
         # Where there is a GPU, whoever gets none must not find one by itself.
         self._has_gpus = bool(here.gpus)
-        made = plan.make_plan(self._recipe, self._folder, model, gpus, self._commands)
+        # The check reads it too: the trainer refuses a new run where an earlier one has recorded.
+        resume = self._options.resume is not None
+        made = plan.make_plan(
+            self._recipe, self._folder, model, gpus, self._commands, resume=resume
+        )
         with self._view.waiting("Checking flags, ports, memory and disk"):
             made = check(made, self._source, here, self._supervisor)
         for name, text in plan.describe(made, gpus) if self._options.dry_run else ():

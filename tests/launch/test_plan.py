@@ -159,6 +159,17 @@ def test_a_port_in_use_is_found_before_anything_starts(recipe, tmp_path):
             plan.check_plan(drawn, source, machine.this_machine(), Supervisor())
 
 
+def test_the_flags_that_are_checked_are_those_of_a_run_that_continues(recipe, tmp_path):
+    """Without the flag the trainer would refuse the batches that the run has recorded itself."""
+    made, _ = recipe("run.record=true")
+    for resume in (False, True):
+        drawn = plan.make_plan(
+            made, tmp_path / "run", made.model.path, (), Commands(), resume=resume
+        )
+        assert ("--ckpt.load_enable" in drawn.process("train").command) is resume
+        assert drawn.inputs.resume is resume
+
+
 def test_urls_need_keys(recipe, tmp_path, monkeypatch):
     monkeypatch.delenv("OPENRLHF_ALP_ROLLOUT_ADMIN_KEY", raising=False)
     made, source = recipe('rollout.urls=["http://a:1"]')
