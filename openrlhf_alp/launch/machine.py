@@ -148,6 +148,7 @@ def environment() -> dict[str, Any]:
         "versions": versions,
         "commit": _git("rev-parse", "HEAD"),
         "changed_files": (_git("status", "--porcelain", "-uno") or "").splitlines(),
+        "working_directory": str(Path.cwd()),
         "host": platform.node(),
         "system": platform.platform(),
         "cpus": os.cpu_count(),

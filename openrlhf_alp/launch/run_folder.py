@@ -11,9 +11,10 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
 
@@ -77,12 +78,21 @@ def _files_in(path: Path, recipe: Recipe) -> list[str]:
     folder = path.resolve()
     return [
         f"{name} = {value}"
-        for name, given in to_settings(recipe).items()
-        for value in (given if isinstance(given, list) else [given])
-        if name != "run.folder" and isinstance(value, str)
-        # Not Path.exists: it raises when a value is too long for a path.
-        if os.path.exists(value) and Path(value).resolve().is_relative_to(folder)
+        for name, value in _texts(recipe)
+        if _exists(value) and Path(value).resolve().is_relative_to(folder)
     ]
+
+
+def _texts(recipe: Recipe) -> Iterator[tuple[str, str]]:
+    """Every setting that may name a file, and its value."""
+    for name, given in to_settings(recipe).items():
+        for value in given if isinstance(given, list) else [given]:
+            if name != "run.folder" and isinstance(value, str) and value:
+                yield name, value
+
+
+def _exists(path: str | Path) -> bool:
+    return os.path.exists(path)  # Path.exists raises for a text that is too long for a path
 
 
 @contextmanager
@@ -148,7 +158,7 @@ def read_run(path: Path, asked: Recipe) -> Recipe:
         asked: the recipe that was named; its settings must be those of the run.
 
     Raises:
-        RecipeError: there is no run, or settings differ.
+        RecipeError: there is no run, settings differ, or their paths lead nowhere from here.
     """
     if not (path / RECIPE).is_file():
         raise RecipeError(
@@ -156,7 +166,21 @@ def read_run(path: Path, asked: Recipe) -> Recipe:
         )
     recipe, _ = read_recipe(path / RECIPE)
     _refuse_changes(to_settings(recipe), to_settings(asked))
+    _refuse_elsewhere(path, recipe)
     return recipe
+
+
+def _refuse_elsewhere(path: Path, recipe: Recipe) -> None:
+    """Relative paths of a recipe lead from where the run was started."""
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        text = (path / ENVIRONMENT).read_text(encoding="utf-8")
+        began = Path(json.loads(text)["working_directory"])
+        for name, value in _texts(recipe):
+            if _exists(began / value) and not _exists(value):
+                raise RecipeError(
+                    f"--resume {path}: {name} = {value} is there from {began}, where the run was "
+                    f"started, and not from here. Continue it there: cd {shlex.quote(str(began))}"
+                )
 
 
 def has_checkpoint(path: Path) -> bool:
@@ -168,7 +192,7 @@ def newest_checkpoint(path: Path) -> int:
     """The step of the checkpoint that a run continues from.
 
     Raises:
-        RecipeError: the run is finished, or has no checkpoint.
+        RecipeError: the run is finished, or has no checkpoint, or not the one that it names.
     """
     if (path / SUMMARY).exists():
         raise RecipeError(f"--resume {path}: this run is finished, see {path / SUMMARY}.")
@@ -177,7 +201,16 @@ def newest_checkpoint(path: Path) -> int:
             f"--resume {path}: it has no checkpoint yet, so there is nothing to continue from. Set "
             "train.ckpt.save_steps (steps from one to the next) and start again with --overwrite."
         )
-    return int((path / _LATEST).read_text().strip().removeprefix(_TAG))
+    tag = (path / _LATEST).read_text(errors="replace").strip()
+    folder = (path / _LATEST).parent
+    step = re.fullmatch(rf"{_TAG}(\d+)", tag)
+    if not step or not (folder / tag).is_dir():
+        there = ", ".join(sorted(file.name for file in folder.glob(f"{_TAG}*"))) or "none"
+        raise RecipeError(
+            f"--resume {path}: {path / _LATEST} names the checkpoint {tag!r}, which is not there. "
+            f"Write the name of one that is into it: {there}."
+        )
+    return int(step[1])
 
 
 def drop_undone_steps(path: Path, step: int) -> int:
@@ -194,9 +227,10 @@ def drop_undone_steps(path: Path, step: int) -> int:
     kept: list[str] = []
     undone: list[str] = []
     for line in lines:
-        # The last line may have been cut by the end of the run.
-        is_whole = line.endswith("\n")
-        done = is_whole and json.loads(line)["global_step"] <= step
+        # A line may have been cut by the end of the run, or by a full disk.
+        done = False
+        with suppress(ValueError, KeyError, TypeError):
+            done = line.endswith("\n") and json.loads(line)["global_step"] <= step
         (kept if done else undone).append(line)
     with (path / _UNDONE).open("a", encoding="utf-8") as file:
         file.writelines(undone)

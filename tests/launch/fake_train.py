@@ -74,7 +74,7 @@ def run(arguments: argparse.Namespace) -> None:
     for step in range(first, num_steps + 1):
         log_step(arguments.run / "metrics.jsonl", step)
         if step % 2 == 0:
-            latest.parent.mkdir(parents=True, exist_ok=True)
+            (latest.parent / f"global_step{step}").mkdir(parents=True, exist_ok=True)
             latest.write_text(f"global_step{step}")
         misbehave(arguments, step, services)
 

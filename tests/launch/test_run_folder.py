@@ -133,7 +133,7 @@ def test_there_must_be_something_to_continue_from(tmp_path, recipe, said):
     open_run_folder(path, recipe=recipe(), overwrite=False, say=said.append)
     with pytest.raises(RecipeError, match="has no checkpoint yet"):
         run_folder.newest_checkpoint(path)
-    (path / "checkpoints" / "_actor").mkdir(parents=True)
+    (path / "checkpoints" / "_actor" / "global_step12").mkdir(parents=True)
     (path / "checkpoints" / "_actor" / "latest").write_text("global_step12\n")
     assert run_folder.newest_checkpoint(path) == 12
     (path / "summary.json").write_text("{}")
@@ -141,12 +141,36 @@ def test_there_must_be_something_to_continue_from(tmp_path, recipe, said):
         run_folder.newest_checkpoint(path)
 
 
+@pytest.mark.parametrize("latest", ["", "global_step3", "global_stepx"])
+def test_a_checkpoint_that_is_not_there_is_named_with_those_that_are(tmp_path, latest):
+    (tmp_path / "checkpoints" / "_actor" / "global_step2").mkdir(parents=True)
+    (tmp_path / "checkpoints" / "_actor" / "latest").write_text(latest)
+    with pytest.raises(RecipeError, match=rf"'{latest}', which is not there.*: global_step2\."):
+        run_folder.newest_checkpoint(tmp_path)
+
+
+def test_a_run_with_relative_paths_continues_only_where_they_lead_to_the_same_files(
+    tmp_path, recipe, said, monkeypatch
+):
+    for folder in ("here", "there/m"):
+        (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / "here" / "m").write_text("")
+    monkeypatch.chdir(tmp_path / "here")
+    made = recipe()
+    path = open_run_folder(tmp_path / "x", recipe=made, overwrite=False, say=said.append)
+    monkeypatch.chdir(tmp_path / "there")
+    run_folder.read_run(path, made)  # a model of the same name is here too
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(RecipeError, match=f"model.path = m .* cd {tmp_path / 'here'}$"):
+        run_folder.read_run(path, made)
+
+
 def test_steps_after_the_checkpoint_are_set_aside_also_a_line_that_was_cut(tmp_path):
     rows = [f'{{"global_step": {step}}}\n' for step in (1, 2, 3)]
-    (tmp_path / "metrics.jsonl").write_text("".join(rows) + '{"global_st')
-    assert run_folder.drop_undone_steps(tmp_path, 2) == 2
+    (tmp_path / "metrics.jsonl").write_text("broken\n" + "".join(rows) + '{"global_st')
+    assert run_folder.drop_undone_steps(tmp_path, 2) == 3
     assert (tmp_path / "metrics.jsonl").read_text() == "".join(rows[:2])
-    assert (tmp_path / "metrics.undone.jsonl").read_text() == rows[2] + '{"global_st'
+    assert (tmp_path / "metrics.undone.jsonl").read_text() == "broken\n" + rows[2] + '{"global_st'
 
 
 def test_evaluations_of_weights_that_will_be_made_again_are_kept_beside_the_new_ones(tmp_path):
