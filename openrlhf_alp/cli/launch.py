@@ -106,7 +106,12 @@ def _launch(arguments: argparse.Namespace, settings: list[str], view: LaunchView
         raise RecipeError("--pretend-gpus plans only: it goes with --dry-run")
     path = arguments.recipe or arguments.resume / RECIPE
     asked, source = read_recipe(path, settings)
-    if arguments.seeds or arguments.sweep or asked.sweep.conditions or asked.sweep.values:
+    if (
+        arguments.seeds is not None
+        or arguments.sweep
+        or asked.sweep.conditions
+        or asked.sweep.values
+    ):
         return _sweep(arguments, path, settings, view, asked)
     # Here and not above: they import torch and transformers, which takes seconds.
     from openrlhf_alp.launch.run import Options, launch
@@ -139,9 +144,9 @@ def _sweep(
             "recipe's [sweep] go with none of --resume, --overwrite and --dry-run; "
             "--set 'sweep={}' leaves the recipe's out"
         )
-    folder = asked.run.folder or Path("runs", path.stem)
+    folder = (asked.run.folder or Path("runs", path.stem)).resolve()
     cells = cells_of(
-        folder.with_name(f"{folder.name}-sweep"),
+        folder.parent / f"{folder.name}-sweep",
         settings,
         arguments.seeds,
         arguments.sweep,

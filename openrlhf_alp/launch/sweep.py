@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from openrlhf_alp.launch import machine, plan
 from openrlhf_alp.launch.commands import Commands
@@ -26,13 +28,15 @@ from openrlhf_alp.launch.processes.supervisor import (
 )
 from openrlhf_alp.launch.recipe import Recipe, RecipeError, read_recipe
 from openrlhf_alp.launch.recipe import Sweep as RecipeSweep
-from openrlhf_alp.launch.run_folder import has_checkpoint
+from openrlhf_alp.launch.run_folder import has_checkpoint, read_run
 from openrlhf_alp.launch.view import LaunchView
 from openrlhf_alp.report.metrics import RECIPE, SUMMARY
 
 _GRACE_S = 17.0
 """A cell is a launch and ends everything of its own."""
 _POLL_S = 0.5
+_NAME_BYTES = 240
+"""Of 255 that a name may have; that of the cell's log is longer."""
 _SEED, _CONDITION = "run.seed", "run.condition"
 
 
@@ -83,16 +87,11 @@ def cells_of(
     Raises:
         RecipeError: one of them is not of this form, or the recipe has no such condition.
     """
-    given = [sweep.partition("=") for sweep in sweeps]
-    given += [(_SEED, "=", seeds)] if seeds else []
-    for key, equals, values in given:
-        if not equals or not all(values.split(",")):
-            raise RecipeError(f"--sweep {key}{equals}{values}: write it as --sweep KEY=A,B")
-    asked = {key: values.split(",") for key, _, values in given}
+    asked = _asked(sweeps if seeds is None else [*sweeps, f"{_SEED}={seeds}"])
     conditions = recipe.conditions if recipe else {}
     axes: dict[str, list[str]] = {_CONDITION: list(conditions)} if conditions else {}
     for key, choices in (recipe.values if recipe else {}).items():
-        axes[key] = [c if isinstance(c, str) else json.dumps(c) for c in choices]
+        axes[key] = [c if isinstance(c, str) else _text(c) for c in choices]
     axes |= asked
     if conditions and (unknown := [c for c in axes[_CONDITION] if c not in conditions]):
         raise RecipeError(
@@ -105,11 +104,48 @@ def cells_of(
     for picked in itertools.product(*(axes[key] for key in ordered)):
         chosen = dict(zip(ordered, picked, strict=True))
         more = conditions.get(chosen.get(_CONDITION, ""), {})
-        own = [f"{key}={json.dumps(value)}" for key, value in more.items()]
+        own = [f"{key}={_text(value)}" for key, value in more.items()]
         own += [f"{key}={value}" for key, value in chosen.items()]
         name = _name({key: chosen[key] for key in axes})
         cells.append(Cell(name=name, settings=(*alone, *own), folder=folder / name))
+    _check_names([cell.name for cell in cells])
     return cells
+
+
+def _asked(sweeps: Sequence[str]) -> dict[str, list[str]]:
+    asked: dict[str, list[str]] = {}
+    for sweep in sweeps:
+        key, _, values = (part.strip() for part in sweep.partition("="))
+        choices = [value.strip() for value in values.split(",")]
+        if not key or not all(choices):
+            raise RecipeError(f"--sweep {sweep}: write it as --sweep KEY=A,B")
+        if key in asked:
+            raise RecipeError(f"--sweep {sweep}: {key} is given twice; name all values at once")
+        if key == "run.folder":
+            raise RecipeError(
+                f"--sweep {sweep}: each cell has a folder of its own; --output names where"
+            )
+        asked[key] = choices
+    return asked
+
+
+def _text(value: Any) -> str:
+    """As `--set` takes it: JSON's strings, numbers, booleans and lists are TOML's too."""
+    return json.dumps(value, default=str, ensure_ascii=False)
+
+
+def _check_names(names: Sequence[str]) -> None:
+    """A cell in the folder of another one, or of the sweep, would replace what is there."""
+    if not names:
+        raise RecipeError("the sweep has no cell: one of its settings has an empty list of values")
+    for name in names:
+        if names.count(name) > 1:
+            raise RecipeError(f"two cells would have the folder {name}: give each value once")
+        if name in (".", "..", "logs") or len(os.fsencode(name)) > _NAME_BYTES:
+            raise RecipeError(
+                f"{name!r} cannot name the folder of a cell: name it with a condition in [sweep] "
+                f"that is no longer than {_NAME_BYTES} bytes, and not 'logs'"
+            )
 
 
 def _name(chosen: Mapping[str, str]) -> str:
@@ -138,6 +174,7 @@ def sweep(
     needed = max(map(plan.gpus_needed, recipes.values()))
     at_once = max(1, len(machine.this_machine().free_gpus) // needed) if needed else 1
     waiting = [cell for cell in cells if not cell.is_finished]
+    _refuse_other_runs(cells, recipes)
     view.say("sweep", f"{len(cells)} cells, {len(cells) - len(waiting)} of them finished already")
     try:
         with (
@@ -157,6 +194,21 @@ def sweep(
     if failed:
         view.error(f"{', '.join(cell.name for cell in failed)}: see their logs beside the folders")
     return 1 if failed else 0
+
+
+def _refuse_other_runs(cells: Sequence[Cell], recipes: Mapping[str, Recipe]) -> None:
+    """A run with other settings, from before the recipe changed, is no result of this sweep."""
+    for cell in cells:
+        started = cell.is_finished or has_checkpoint(cell.folder)
+        if started and (cell.folder / RECIPE).exists():
+            try:
+                read_run(cell.folder, recipes[cell.name])
+            except RecipeError as error:
+                raise RecipeError(
+                    f"the cell {cell.name} was run already, and not as it is asked for now: "
+                    f"{error} Move {cell.folder} away to run the cell again, or give the sweep "
+                    "another folder with --output."
+                ) from error
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,5 +1,6 @@
 import io
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -79,6 +80,57 @@ def test_the_command_line_wins_over_the_recipes_sweep(tmp_path):
 def test_a_sweep_of_another_form_is_refused(seeds, sweeps):
     with pytest.raises(RecipeError, match="write it as --sweep KEY=A,B"):
         cells_of(Path("s"), [], seeds, sweeps)
+
+
+@pytest.mark.parametrize(
+    ("seeds", "sweeps", "shown"),
+    [
+        ("1,2,1", [], "two cells would have the folder seed=1"),
+        (None, ["model.path=a/b,a_b"], "two cells would have the folder path=a_b"),
+        (None, ["run.condition=.."], "'..' cannot name the folder"),
+        (None, ["run.condition=logs"], "'logs' cannot name the folder"),
+        (None, ["model.path=" + "\u00e9" * 130], "cannot name the folder of a cell"),
+        ("1", ["run.seed=2"], "run.seed is given twice"),
+        (None, ["run.folder=a,b"], "--output names where"),
+        ("", [], "write it as --sweep KEY=A,B"),
+    ],
+)
+def test_a_cell_never_gets_the_folder_of_something_else(seeds, sweeps, shown):
+    with pytest.raises(RecipeError, match=re.escape(shown)):
+        cells_of(Path("s"), [], seeds, sweeps)
+
+
+def test_a_sweep_over_no_value_is_said():
+    with pytest.raises(RecipeError, match="empty list of values"):
+        cells_of(Path("s"), [], recipe=Sweep(values={"train.alp.method": []}))
+
+
+def test_values_and_conditions_reach_their_cells_as_they_were_written(tmp_path):
+    recipe = tmp_path / "r.toml"
+    recipe.write_text(
+        RECIPE + "[sweep]\nvalues.train.a = [2024-01-01]\n"
+        'conditions.x = {run.trackio = "\U0001f600", train.b = nan, train.c = [true, 1]}\n'
+    )
+    read, _ = read_recipe(recipe)
+    [cell] = cells_of(tmp_path / "s", [], recipe=read.sweep)
+    made, _ = read_recipe(recipe, cell.settings)
+    assert made.run.trackio == "\U0001f600"
+    assert made.train.flags == {"a": "2024-01-01", "b": "NaN", "c": [True, 1]}
+
+
+def test_a_run_of_another_recipe_is_not_taken_for_a_cell(tmp_path):
+    recipe = tmp_path / "r.toml"
+    recipe.write_text(RUNNING)
+    cells = cells_of(tmp_path / "s", [], "1", [])
+    cells[0].folder.mkdir(parents=True)
+    (cells[0].folder / "summary.json").write_text("{}")
+    as_asked = read_recipe(recipe, cells[0].settings)[0]
+    (cells[0].folder / "recipe.toml").write_text(to_toml(as_asked))
+    view = LaunchView(Console(file=io.StringIO()))
+    assert sweep(recipe, cells, view) == 0
+    recipe.write_text(RUNNING.replace('"p"', '"q"'))
+    with pytest.raises(RecipeError, match=r"data\.path \(was 'p', now 'q'\)"):
+        sweep(recipe, cells, view)
 
 
 def test_a_cell_starts_replaces_or_continues_what_is_there(tmp_path):
