@@ -25,6 +25,10 @@ SMOLLM2 = "smollm2"
 """Value of `[model] path` that stands for SmolLM2-135M-Instruct from its installed package."""
 
 
+_NO_TOML = (ValueError, RecursionError)
+"""What the parser raises: also for a number of thousands of digits, or as many brackets."""
+
+
 class RecipeError(Exception):
     """A recipe, a setting or a folder cannot be used. The message says why and what to do."""
 
@@ -38,8 +42,8 @@ class Section(BaseModel):
 class Run(Section):
     folder: Path | None = None
     """Where everything is written; default: runs/NAME of the recipe file."""
-    seed: int = Field(default=42, ge=0)
-    """Seed of a made task, of sampling, of training and of the noise."""
+    seed: int = Field(default=42, ge=0, lt=2**32)
+    """Seed of a made task, of sampling, of training and of the noise; NumPy takes 32 bits."""
     existing: Literal["refuse", "aside"] = "refuse"
     """What becomes of an earlier run in the folder: stop and say so, or move it aside."""
     preflight: bool = True
@@ -107,7 +111,7 @@ class _Flagged(Section):
 
 
 class Services(_Flagged):
-    servers: int = Field(default=1, ge=1)
+    servers: int = Field(default=1, ge=1, le=1000)
     """How many to start on this machine."""
     urls: tuple[str, ...] = ()
     """Services that run already, instead; their keys are taken from the environment."""
@@ -164,9 +168,10 @@ class Sweep(Section):
     def _dotted(cls, given: Any) -> Any:
         if not isinstance(given, dict):
             return given
-        tables = {"conditions": {}, "values": {}, **given}
-        conditions = {name: flatten(table) for name, table in tables["conditions"].items()}
-        return {**tables, "conditions": conditions, "values": flatten(tables["values"])}
+        tables = dict(given)
+        if isinstance(conditions := given.get("conditions"), dict):
+            tables["conditions"] = {name: _flat(table) for name, table in conditions.items()}
+        return {**tables, "values": _flat(given.get("values", {}))}
 
 
 class Recipe(Section):
@@ -215,14 +220,14 @@ def read_recipe(path: Path, settings: Sequence[str] = ()) -> tuple[Recipe, Sourc
         RecipeError: names file, line, key and the nearest right key.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")  # some editors begin a file with a mark
         tables = tomllib.loads(text)
     except OSError as error:
         raise RecipeError(
             f"{path} cannot be read ({error.strerror}). Give a recipe file."
         ) from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{path} is no TOML: {error}") from error
+    except _NO_TOML as error:
+        raise RecipeError(f"{path} is no TOML: {error}. Correct that place.") from error
     lines = _lines_of(text)
     for setting in settings:
         key, equals, value = setting.partition("=")
@@ -255,6 +260,11 @@ def flatten(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+def _flat(table: Any) -> Any:
+    """As `flatten`; what is no table is left to pydantic, which says so."""
+    return flatten(table) if isinstance(table, Mapping) else table
+
+
 def to_settings(recipe: Recipe) -> dict[str, Any]:
     """Every setting of a recipe under its dotted name, defaults included."""
     tables = recipe.model_dump(mode="json", exclude_none=True)
@@ -272,9 +282,15 @@ def to_toml(recipe: Recipe) -> str:
         if section != table:
             lines += ["", f"[{section}]"]
             table = section
-        # JSON's strings, numbers, booleans and lists are TOML's too.
-        lines.append(f"{key} = {json.dumps(value)}")
+        lines.append(f"{key} = {to_value(value)}")
     return "\n".join(lines[1:]) + "\n"
+
+
+def to_value(value: Any) -> str:
+    """A value as TOML and `--set` have it."""
+    # JSON's strings, numbers, booleans and lists are TOML's too; its escapes of two halves are not.
+    text = json.dumps(value, default=str, ensure_ascii=False).replace("\x7f", "\\u007f")
+    return {"NaN": "nan", "Infinity": "inf", "-Infinity": "-inf"}.get(text, text)
 
 
 def _explain(problem: Any, source: Source) -> str:
@@ -319,5 +335,5 @@ def _value(text: str) -> Any:
     """A TOML value; anything else is a string, so that a shell needs no second quotes."""
     try:
         return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+    except _NO_TOML:
         return text

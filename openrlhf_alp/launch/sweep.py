@@ -8,14 +8,12 @@ with a checkpoint continues, so the same command goes on where an earlier one wa
 from __future__ import annotations
 
 import itertools
-import json
 import os
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from openrlhf_alp.launch import machine, plan
 from openrlhf_alp.launch.commands import Commands
@@ -26,7 +24,7 @@ from openrlhf_alp.launch.processes.supervisor import (
     StopRequested,
     Supervisor,
 )
-from openrlhf_alp.launch.recipe import Recipe, RecipeError, read_recipe
+from openrlhf_alp.launch.recipe import Recipe, RecipeError, read_recipe, to_value
 from openrlhf_alp.launch.recipe import Sweep as RecipeSweep
 from openrlhf_alp.launch.run_folder import has_checkpoint, read_run
 from openrlhf_alp.launch.view import LaunchView
@@ -91,7 +89,7 @@ def cells_of(
     conditions = recipe.conditions if recipe else {}
     axes: dict[str, list[str]] = {_CONDITION: list(conditions)} if conditions else {}
     for key, choices in (recipe.values if recipe else {}).items():
-        axes[key] = [c if isinstance(c, str) else _text(c) for c in choices]
+        axes[key] = [c if isinstance(c, str) else to_value(c) for c in choices]
     axes |= asked
     if conditions and (unknown := [c for c in axes[_CONDITION] if c not in conditions]):
         raise RecipeError(
@@ -104,7 +102,7 @@ def cells_of(
     for picked in itertools.product(*(axes[key] for key in ordered)):
         chosen = dict(zip(ordered, picked, strict=True))
         more = conditions.get(chosen.get(_CONDITION, ""), {})
-        own = [f"{key}={_text(value)}" for key, value in more.items()]
+        own = [f"{key}={to_value(value)}" for key, value in more.items()]
         own += [f"{key}={value}" for key, value in chosen.items()]
         name = _name({key: chosen[key] for key in axes})
         cells.append(Cell(name=name, settings=(*alone, *own), folder=folder / name))
@@ -127,11 +125,6 @@ def _asked(sweeps: Sequence[str]) -> dict[str, list[str]]:
             )
         asked[key] = choices
     return asked
-
-
-def _text(value: Any) -> str:
-    """As `--set` takes it: JSON's strings, numbers, booleans and lists are TOML's too."""
-    return json.dumps(value, default=str, ensure_ascii=False)
 
 
 def _check_names(names: Sequence[str]) -> None:

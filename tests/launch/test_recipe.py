@@ -55,7 +55,7 @@ def test_a_setting_wins_and_needs_no_quotes(read):
 
 
 def test_a_written_recipe_reads_the_same(read, tmp_path):
-    recipe, _ = read("", "", 'run.folder="a b\\"c"')
+    recipe, _ = read("", "", 'run.folder="a b\\"c"', "run.condition=\U0001f600\u00e9\x7f\x01")
     path = tmp_path / "again.toml"
     path.write_text(to_toml(recipe))
     again, _ = read_recipe(path)
@@ -81,6 +81,14 @@ def test_a_written_recipe_reads_the_same(read, tmp_path):
         ("", "", ["seed"], "--set seed: write it as --set train.alp.method=seq-bypass"),
         ("", "", ["data.path=x.jsonl"], "give one of task, path and sources, not ['task', 'path']"),
         ("", "", ["train.ray_address=http://h:1"], "train.ray_address needs rollout.urls"),
+        ("steps = 4", f"steps = {'1' * 5000}", [], "is no TOML"),
+        ("steps = 4", f"steps = {'[' * 5000}", [], "is no TOML"),
+        ("", "", [f"data.steps={'1' * 5000}"], "--set data.steps: data.steps = '1111"),
+        ("", "", ["run.seed=4294967296"], "run.seed = 4294967296: Input should be less than"),
+        ("", "", ["rollout.servers=1000000000"], "Input should be less than or equal to 1000"),
+        ("", "", ["sweep.conditions=5"], "sweep.conditions = 5: Input should be a valid dict"),
+        ("", "", ["sweep.conditions.a=5"], "sweep.conditions.a = 5: Input should be a valid dict"),
+        ("", "", ["sweep.values=[1]"], "sweep.values = [1]: Input should be a valid dict"),
         ("addition", "addition2", [], "line 8: data.task = 'addition2'"),
     ],
 )
@@ -88,6 +96,10 @@ def test_a_mistake_is_shown_with_its_place_and_the_nearest_name(read, old, new, 
     with pytest.raises(RecipeError) as caught:
         read(old, new, *settings)
     assert shown in str(caught.value)
+
+
+def test_a_file_may_begin_with_a_byte_order_mark(read):
+    assert read("[run]", "\ufeff[run]")[0].run.seed == 42
 
 
 def test_a_file_that_is_not_there_is_named(tmp_path):

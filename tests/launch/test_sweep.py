@@ -1,5 +1,6 @@
 import io
 import json
+import math
 import re
 import sys
 from pathlib import Path
@@ -115,7 +116,11 @@ def test_values_and_conditions_reach_their_cells_as_they_were_written(tmp_path):
     [cell] = cells_of(tmp_path / "s", [], recipe=read.sweep)
     made, _ = read_recipe(recipe, cell.settings)
     assert made.run.trackio == "\U0001f600"
-    assert made.train.flags == {"a": "2024-01-01", "b": "NaN", "c": [True, 1]}
+    assert made.train.flags == {
+        "a": "2024-01-01",
+        "b": pytest.approx(math.nan, nan_ok=True),
+        "c": [True, 1],
+    }
 
 
 def test_a_run_of_another_recipe_is_not_taken_for_a_cell(tmp_path):
