@@ -6,6 +6,7 @@ import contextlib
 import importlib.metadata
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -66,11 +67,11 @@ def pretended_machine(text: str) -> Machine:
     Raises:
         RecipeError: the text is not of this form.
     """
-    count, _, size = text.partition("x")
-    try:
-        gpus = tuple(Gpu(name=str(n), memory_gb=float(size)) for n in range(int(count)))
-    except ValueError as error:
-        raise RecipeError(f"--pretend-gpus {text}: write it as 8x80, 8 GPUs of 80 GB") from error
+    written = re.fullmatch(r"(\d{1,4})x(\d+(?:\.\d+)?)", text)
+    if not written:
+        raise RecipeError(f"--pretend-gpus {text}: write it as 8x80, 8 GPUs of 80 GB")
+    count, size = int(written[1]), float(written[2])
+    gpus = tuple(Gpu(name=str(n), memory_gb=size) for n in range(count))
     visible = _visible(gpus, os.environ.get("CUDA_VISIBLE_DEVICES"))
     return Machine(gpus=tuple(visible), memory_gb=psutil.virtual_memory().total / 2**30)
 
@@ -85,10 +86,16 @@ def _installed_gpus() -> Sequence[Gpu]:
     except (OSError, subprocess.SubprocessError):
         return ()
     rows = [line.split(", ") for line in run.stdout.splitlines()]
+    host_gb = psutil.virtual_memory().total / 2**30
     return [
-        Gpu(name=index, memory_gb=float(total) / 1024, used_gb=float(used) / 1024)
+        Gpu(name=index, memory_gb=_gb(total, host_gb), used_gb=_gb(used, 0.0))
         for index, total, used in rows
     ]
+
+
+def _gb(mib: str, unknown: float) -> float:
+    """`[N/A]` is said of a GPU that shares the host's memory."""
+    return float(mib) / 1024 if mib.isdecimal() else unknown
 
 
 def _visible(gpus: Sequence[Gpu], variable: str | None) -> Sequence[Gpu]:
@@ -123,10 +130,12 @@ def claimed(gpus: Sequence[Gpu], count: int) -> Iterator[tuple[Gpu, ...]]:
 
 def too_few_gpus(needed: int, free: int) -> str:
     """What a person reads when GPUs are missing."""
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    among = "" if named is None else f" among those that CUDA_VISIBLE_DEVICES={named!r} names"
     return (
-        f"the recipe needs {needed} GPU(s) and {free} are free. Wait for the others, set "
-        "CUDA_VISIBLE_DEVICES to other ones, or ask for fewer with rollout.servers, rollout.gpus "
-        "and train.gpus (0 runs on the CPU)."
+        f"the recipe needs {needed} GPU(s) and {free} are free{among}. Wait for the others, set "
+        "CUDA_VISIBLE_DEVICES to the numbers of other ones, or ask for fewer with "
+        "rollout.servers, rollout.gpus and train.gpus (0 runs on the CPU)."
     )
 
 

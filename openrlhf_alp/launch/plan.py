@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from openrlhf_alp.launch import machine, weights_folder
 from openrlhf_alp.launch.commands import ROLLOUT_KEYS, TOOL_KEYS, Commands, Inputs
@@ -149,7 +149,7 @@ def _servers(
     """The servers to start; their ports follow the recipe's one, or are any free ones."""
     if how is None or how.urls:
         return ()
-    first = int(how.flags.get("port", 0))
+    first = how.port
     servers = []
     for index in range(how.servers):
         url_file = folder / "logs" / f"{kind}-{index}.url"
@@ -236,9 +236,9 @@ def _check_ports(plan: Plan) -> None:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:
                 probe.bind(("127.0.0.1", server.port))
-            except OSError as error:
+            except (OSError, OverflowError) as error:
                 raise RecipeError(
-                    f"{server.name}: port {server.port} is not free ({error.strerror}). Stop what "
+                    f"{server.name}: port {server.port} is not free ({error}). Stop what "
                     "listens there, name another port, or leave port out for any free one."
                 ) from error
 
@@ -290,12 +290,27 @@ def _judge_trainer(plan: Plan, source: Source, answer: tuple[int, str]) -> dict[
 
 
 def num_parameters(folder: Path) -> int | None:
-    """Of a model folder, from the headers of its safetensors files; None when there are none."""
+    """Of a model folder, from the headers of its safetensors files; None when there are none.
+
+    Raises:
+        RecipeError: a file is broken, or there are no weights of any kind.
+    """
     total = 0
     for file in folder.glob("*.safetensors"):
-        with safe_open(file, "numpy") as tensors:
-            shapes = (tensors.get_slice(name).get_shape() for name in tensors.keys())  # noqa: SIM118
-            total += sum(map(math.prod, shapes))
+        try:
+            with safe_open(file, "numpy") as tensors:
+                shapes = (tensors.get_slice(name).get_shape() for name in tensors.keys())  # noqa: SIM118
+                total += sum(map(math.prod, shapes))
+        except SafetensorError as error:
+            raise RecipeError(
+                f"{file} is broken ({error}), as when a download or a copy was cut off. Fetch the "
+                "model again."
+            ) from error
+    if not total and folder.is_dir() and not any(folder.glob("*.bin")):
+        raise RecipeError(
+            f"{folder} has no weights (*.safetensors or *.bin): fetch the whole model, or set "
+            "model.path to another one."
+        )
     return total or None
 
 
@@ -315,8 +330,7 @@ def _needs(plan: Plan) -> Iterator[Need]:
         yield Need(where=kind, what=what, gb=gb)
     if not recipe.train.ray_address:
         yield _learner_need(recipe, shape, billions, _vocabulary(folder))
-    keeps = float(recipe.train.flags.get("ckpt.save_steps", -1)) > 0
-    kept = int(recipe.train.flags.get("ckpt.max_num", 3)) if keeps else 0
+    kept = shape["num_checkpoints"]
     what = f"the model and {kept} checkpoints of 14 bytes a weight"
     yield Need(where="disk of the run folder", what=what, gb=billions * (2 + 14 * kept))
 

@@ -36,7 +36,12 @@ class RecipeError(Exception):
 class Section(BaseModel):
     """One table of a recipe."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        extra="forbid",
+        frozen=True,
+        use_attribute_docstrings=True,
+        ser_json_inf_nan="constants",  # TOML has them
+    )
 
 
 class Run(Section):
@@ -113,6 +118,8 @@ class _Flagged(Section):
 class Services(_Flagged):
     servers: int = Field(default=1, ge=1, le=1000)
     """How many to start on this machine."""
+    port: int = Field(default=0, ge=0, le=65535)
+    """Port of the first one, the others have those after it; 0: any free ones."""
     urls: tuple[str, ...] = ()
     """Services that run already, instead; their keys are taken from the environment."""
     max_restarts: int = Field(default=3, ge=0)
@@ -288,7 +295,9 @@ def to_toml(recipe: Recipe) -> str:
 
 def to_value(value: Any) -> str:
     """A value as TOML and `--set` have it."""
-    # JSON's strings, numbers, booleans and lists are TOML's too; its escapes of two halves are not.
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(map(to_value, value))}]"
+    # JSON's strings, numbers and booleans are TOML's too; its escapes of two halves are not.
     text = json.dumps(value, default=str, ensure_ascii=False).replace("\x7f", "\\u007f")
     return {"NaN": "nan", "Infinity": "inf", "-Infinity": "-inf"}.get(text, text)
 

@@ -20,6 +20,7 @@ SHAPE = {
     "batch_size": 8,
     "num_episodes": 1,
     "max_samples": 10**8,
+    "num_checkpoints": 3,
 }
 
 
@@ -103,7 +104,7 @@ def test_two_launches_get_different_gpus_and_a_third_is_told_what_to_do():
 def test_what_a_run_needs_at_least_is_arithmetic(recipe, tmp_path, monkeypatch):
     """1.001e6 weights: 2 bytes each to serve; ZeRO-3 on 4 ranks 1 byte each, Adam on the host;
     logits of 1000 tokens and 100 words at 10 bytes are 0.001 GB."""
-    made, _ = recipe("rollout.gpus=1", "train.gpus=4", "train.ckpt.save_steps=2")
+    made, _ = recipe("rollout.gpus=1", "train.gpus=4")
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     drawn = planned(made, machine.pretended_machine("8x80"), tmp_path)
     needs = {
@@ -121,31 +122,81 @@ GPU = ("rollout.gpus=1", "train.gpus=4")
 
 
 @pytest.mark.parametrize(
-    ("gpu_gb", "host_gb", "settings", "shown"),
+    ("gpu_gb", "host_gb", "kept", "settings", "shown"),
     [
-        (0.5, 64, GPU, "each GPU of a server needs at least 1.0 GB"),
-        (80, 4, ["rollout.servers=2"], "host, each server needs at least 2.0 GB"),
-        (80, 4, [], "host, the learner needs at least 4.0 GB"),
-        (
-            80,
-            64,
-            ["train.ckpt.save_steps=1", f"train.ckpt.max_num={10**9}", *GPU],
-            "disk of the run folder needs at least 14014000.0 GB",
-        ),
+        (0.5, 64, 3, GPU, "each GPU of a server needs at least 1.0 GB"),
+        (80, 4, 3, ["rollout.servers=2"], "host, each server needs at least 2.0 GB"),
+        (80, 4, 3, [], "host, the learner needs at least 4.0 GB"),
+        (80, 64, 10**9, GPU, "disk of the run folder needs at least 14014000.0 GB"),
     ],
 )
 def test_a_run_that_has_no_room_is_refused_with_the_arithmetic(
-    recipe, tmp_path, gpu_gb, host_gb, settings, shown
+    recipe, tmp_path, gpu_gb, host_gb, kept, settings, shown
 ):
     """1.001e6 weights: 1 GB of each process, 1 GB of cache of each server, 4 ranks, 14 bytes of
     each weight in a checkpoint."""
     made, _ = recipe(*settings)
     gpus = tuple(machine.Gpu(name=str(n), memory_gb=gpu_gb) for n in range(8))
     here = machine.Machine(gpus=gpus, memory_gb=host_gb)
-    drawn = plan.replace(planned(made, here, tmp_path), shape=SHAPE)
+    shape = SHAPE | {"num_checkpoints": kept}
+    drawn = plan.replace(planned(made, here, tmp_path), shape=shape)
     drawn = plan.replace(drawn, needs=tuple(plan._needs(drawn)))
     with pytest.raises(RecipeError, match=re.escape(shown)):
         plan._check_room(drawn, here)
+
+
+def test_a_model_that_was_not_fetched_whole_is_refused_by_its_file(recipe, tmp_path):
+    recipe()
+    weights = tmp_path / "m" / "a.safetensors"
+    weights.write_bytes(weights.read_bytes()[:100])
+    with pytest.raises(RecipeError, match=r"a\.safetensors is broken .* Fetch the model again"):
+        plan.num_parameters(tmp_path / "m")
+    weights.unlink()
+    with pytest.raises(RecipeError, match=r"has no weights \(\*\.safetensors or \*\.bin\)"):
+        plan.num_parameters(tmp_path / "m")
+    weights.with_suffix(".bin").write_bytes(b"")
+    assert plan.num_parameters(tmp_path / "m") is None
+
+
+@pytest.mark.parametrize("text", ["8", "8x", "8x-80", "8xnan", "8xinf", "1000000000x80", "8x80GB"])
+def test_gpus_are_pretended_in_one_form_only(text):
+    with pytest.raises(RecipeError, match="write it as 8x80"):
+        machine.pretended_machine(text)
+
+
+def test_a_gpu_that_shares_the_hosts_memory_counts_with_it(tmp_path, monkeypatch):
+    (tmp_path / "nvidia-smi").write_text(
+        "#!/bin/sh\necho '0, [N/A], [N/A]'; echo '1, 2048, 1024'\n"
+    )
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/bin")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    here = machine.this_machine()
+    assert [(gpu.memory_gb, gpu.is_free) for gpu in here.gpus] == [
+        (here.memory_gb, True),
+        (2.0, False),
+    ]
+
+
+def test_gpus_that_the_environment_hides_are_named_by_it(monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-5f3a")
+    assert machine.pretended_machine("8x80").free_gpus == ()
+    assert "0 are free among those that CUDA_VISIBLE_DEVICES='GPU-5f3a' names" in (
+        machine.too_few_gpus(1, 0)
+    )
+
+
+@pytest.mark.parametrize("port", ["abc", "70000", "-1", "[8000]", "2024-01-01"])
+def test_a_port_that_is_none_is_refused(recipe, port):
+    with pytest.raises(RecipeError, match=r"rollout\.port = "):
+        recipe(f"rollout.port={port}")
+
+
+def test_the_last_server_needs_a_port_too(recipe, tmp_path):
+    made, source = recipe("rollout.port=65535", "rollout.servers=2")
+    drawn = planned(made, machine.this_machine(), tmp_path)
+    with pytest.raises(RecipeError, match="rollout-1: port 65536 is not free"):
+        plan.check_plan(drawn, source, machine.this_machine(), Supervisor())
 
 
 def test_a_port_in_use_is_found_before_anything_starts(recipe, tmp_path):

@@ -55,7 +55,13 @@ def test_a_setting_wins_and_needs_no_quotes(read):
 
 
 def test_a_written_recipe_reads_the_same(read, tmp_path):
-    recipe, _ = read("", "", 'run.folder="a b\\"c"', "run.condition=\U0001f600\u00e9\x7f\x01")
+    recipe, _ = read(
+        "",
+        "",
+        'run.folder="a b\\"c"',
+        "run.condition=\U0001f600\u00e9\x7f\x01",
+        "train.x=[1, -inf]",
+    )
     path = tmp_path / "again.toml"
     path.write_text(to_toml(recipe))
     again, _ = read_recipe(path)

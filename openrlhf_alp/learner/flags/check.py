@@ -4,7 +4,8 @@ Takes a JSON object with `argv`, `model` (a folder to look into, or null) and `c
 the prompts should exist already); its last line is one
 with `names` (every flag of the parser), `error` (None when all is right) and what the run would do:
 `batch_size`, `num_episodes`, `max_samples`, `num_ranks`, `micro_batch_tokens`, `zero_stage`,
-`adam_offload`. It is a process of its own, because torch and OpenRLHF would stay in memory.
+`adam_offload`, `num_checkpoints`. It is a process of its own, because torch and OpenRLHF would stay
+in memory.
 """
 
 from __future__ import annotations
@@ -65,6 +66,7 @@ def _shape(args: SimpleNamespace) -> dict[str, Any]:
         "weight_bytes": 4 if args.ds.param_dtype == "fp32" else 2,
         "zero_stage": args.ds.zero_stage,
         "adam_offload": bool(args.ds.adam_offload),
+        "num_checkpoints": args.ckpt.max_num if args.ckpt.save_steps > 0 else 0,
     }
 
 
