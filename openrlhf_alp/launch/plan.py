@@ -178,6 +178,7 @@ def check_plan(plan: Plan, source: Source, here: machine.Machine, supervisor: Su
         RecipeError: a flag, a value, a key, a port, the memory or the disk is not right.
     """
     _check_surroundings(plan.recipe)
+    _check_code(plan.recipe, source)
     _check_ports(plan)
     # One of each kind: they share their options.
     kinds = {process.name.partition("-")[0]: process for process in reversed(plan.processes)}
@@ -230,6 +231,15 @@ def _check_surroundings(recipe: Recipe) -> None:
         raise RecipeError(str(error)) from error
 
 
+def _check_code(recipe: Recipe, source: Source) -> None:
+    """A reward or an agent of one's own; on a cluster its path may be another one."""
+    for name, given in recipe.train.flags.items() if not recipe.train.ray_address else ():
+        for path in given if isinstance(given, list) else [given]:
+            if str(path).endswith(".py") and not Path(path).is_file():
+                where = source.place(f"train.{name}")
+                raise RecipeError(f"{where}: {name} = {path}: there is no such file from here.")
+
+
 def _check_ports(plan: Plan) -> None:
     for server in (*plan.tools, *plan.rollouts):
         with socket.socket() as probe:
@@ -246,14 +256,15 @@ def _check_ports(plan: Plan) -> None:
 def _check_command(plan: Plan, kind: str, process: Process) -> list[str]:
     if option := _PROGRAMS.get(kind):
         return [*process.command, option]
-    command, path = process.command, Path(plan.recipe.data.path or "")
+    command, path = process.command, Path(plan.recipe.data.path or "made later")
     if "--entry" in command:
         command = shlex.split(command[command.index("--entry") + 1])
     question = {
         "argv": command[command.index("openrlhf_alp.cli.train_ppo_ray") + 1 :],
         "model": plan.base if Path(plan.base).is_dir() else None,
-        # A path with a suffix is a file, also one that does not exist; others may be ids.
-        "check_data": bool(path.is_file() or path.suffix),
+        # A path with a suffix is a file, also one that does not exist; other relative ones may be
+        # ids.
+        "check_data": bool(path.exists() or path.suffix or path.is_absolute()),
     }
     return [sys.executable, "-m", "openrlhf_alp.learner.flags.check", json.dumps(question)]
 

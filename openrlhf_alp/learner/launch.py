@@ -184,8 +184,13 @@ def check_data(args: SimpleNamespace) -> None:
             "--data.prompt_dataset is missing: give a .jsonl file, a dataset folder or a Hugging "
             "Face id, with --data.input_key and --data.label_key naming its fields."
         )
-    if Path(dataset).suffix in {".json", ".jsonl", ".parquet"} and not Path(dataset).is_file():
-        raise ValueError(f"--data.prompt_dataset {dataset}: there is no such file.")
+    # An absolute path is no Hugging Face id, so a mistyped one must not go to the hub.
+    is_file = Path(dataset).suffix in {".json", ".jsonl", ".parquet"}
+    if not (Path(dataset).is_file() if is_file else _may_be_data(Path(dataset))):
+        raise ValueError(
+            f"--data.prompt_dataset {dataset}: there is no such {'file' if is_file else 'data'}. "
+            "Check the path."
+        )
     # OpenRLHF's validation, which may have run, makes a list of it.
     is_math = args.reward.remote_url in (MATH_VERIFY, [MATH_VERIFY])
     if is_math and not args.data.label_key:
@@ -194,15 +199,41 @@ def check_data(args: SimpleNamespace) -> None:
             "--data.label_key."
         )
     if Path(dataset).suffix == ".jsonl":
-        _check_first_row(args, Path(dataset))
+        _check_rows(args, Path(dataset))
     if is_math:
         check_labels_of(dataset, args.data.label_key, split=args.data.prompt_split)
 
 
-def _check_first_row(args: SimpleNamespace, path: Path) -> None:
-    """The named fields are there, and a conversation meets a chat template."""
-    with path.open(encoding="utf-8-sig") as lines:
-        row = json.loads(next(lines, "{}"))
+def _may_be_data(path: Path) -> bool:
+    """A Hugging Face id, or a folder or file that holds something."""
+    if path.is_dir():
+        return any(path.iterdir())
+    return path.exists() or not path.is_absolute()
+
+
+def _check_rows(args: SimpleNamespace, path: Path) -> None:
+    """Every line can be loaded, the named fields are there, and a conversation meets a chat
+    template."""
+    key = args.data.input_key
+    row: dict[str, Any] = {}
+    with path.open(encoding="utf-8-sig", errors="replace") as lines:
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            try:
+                read = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                raise ValueError(
+                    f"{path}, line {number} is no JSON ({error}). Correct or remove it."
+                ) from error
+            if not isinstance(read, dict):
+                raise ValueError(f"{path}, line {number} is no JSON object: {line:.60}")
+            row = row or read
+            if key in row and not isinstance(read.get(key), type(row[key]) if row[key] else str):
+                raise ValueError(
+                    f"{path}, line {number}: its prompt {key} is {read.get(key)!r:.60}. Every "
+                    "prompt has to be a text, or every one a list of messages."
+                )
     for flag, key in (("input_key", args.data.input_key), ("label_key", args.data.label_key)):
         if key and key not in row:
             raise ValueError(

@@ -221,6 +221,13 @@ def test_the_flags_that_are_checked_are_those_of_a_run_that_continues(recipe, tm
         assert drawn.inputs.resume is resume
 
 
+def test_a_reward_of_ones_own_that_is_not_there_is_named_with_its_line(recipe, tmp_path):
+    made, source = recipe(f"train.reward.remote_url={tmp_path}/none.py")
+    drawn = planned(made, machine.this_machine(), tmp_path)
+    with pytest.raises(RecipeError, match=r"--set train\.reward\.remote_url: .*no such file"):
+        plan.check_plan(drawn, source, machine.this_machine(), Supervisor())
+
+
 def test_urls_need_keys(recipe, tmp_path, monkeypatch):
     monkeypatch.delenv("OPENRLHF_ALP_ROLLOUT_ADMIN_KEY", raising=False)
     made, source = recipe('rollout.urls=["http://a:1"]')

@@ -139,6 +139,36 @@ def test_the_first_row_is_read_before_anything_starts(
         check_data(args)
 
 
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"input":', "line 3 is no JSON"),
+        ("[1]", r"line 3 is no JSON object: \[1\]"),
+        ('{"input": 3, "label": "1"}', "line 3: its prompt input is 3"),
+        ('{"input": null, "label": "1"}', "line 3: its prompt input is None"),
+        ('{"input": [], "label": "1"}', "or every one a list"),
+    ],
+)
+def test_a_row_that_cannot_be_loaded_is_named_by_its_line(
+    parse: Parse, tmp_path: Path, line: str, message: str
+) -> None:
+    data = tmp_path / "data.jsonl"
+    good = '{"input": "q", "label": "1"}\n'
+    keys = ("--data.input_key", "input", "--data.label_key", "label")
+    args = parse("--data.prompt_dataset", str(data), *keys)
+    data.write_text(f"{good}\n{good}")
+    check_data(args)  # an empty line is none
+    data.write_text(f"{good}\n{line}\n{good}")
+    with pytest.raises(ValueError, match=message):
+        check_data(args)
+
+
+def test_a_path_that_leads_nowhere_does_not_go_to_the_hub(parse: Parse, tmp_path: Path) -> None:
+    for path in (tmp_path / "none", tmp_path):
+        with pytest.raises(ValueError, match="there is no such data"):
+            check_data(parse("--data.prompt_dataset", str(path)))
+
+
 def test_ray_starts_with_openrlhfs_variables_and_our_shims(parse: Parse) -> None:
     upstream = {"NCCL_DEBUG": "INFO"}
     options = ray_options(parse(), upstream)

@@ -179,8 +179,19 @@ def _settle_service(args: SimpleNamespace) -> None:
         )
 
 
+_COUNTS = (
+    *("actor.num_nodes", "actor.num_gpus_per_node", "data.max_len", "rollout.batch_size"),
+    *("rollout.micro_batch_size", "rollout.n_samples_per_prompt", "train.batch_size"),
+    *("train.micro_batch_size", "train.num_episodes", "train.max_epochs"),
+)
+"""Flags that OpenRLHF takes at any value and divides or multiplies by."""
+
+
 def _check_batches(args: SimpleNamespace) -> None:
     """A full batch gives every rank something to do; see `learner/batches.py`."""
+    for name in _COUNTS:
+        if (count := attrgetter(name)(args)) < 1:
+            raise ValueError(f"--{name} is {count}. Set it to 1 or more.")
     shape = BatchShape.of(args)
     ranks, micro = shape.num_ranks, shape.train_micro_batch_size
     divisor = ranks if shape.dynamic else ranks * micro
