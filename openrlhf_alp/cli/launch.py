@@ -136,13 +136,13 @@ def _sweep(
     view: LaunchView,
     asked: Recipe,
 ) -> int:
-    from openrlhf_alp.launch.sweep import cells_of, sweep
+    from openrlhf_alp.launch.sweep import cells_of, check_cells, sweep
 
-    if arguments.resume or arguments.dry_run or arguments.overwrite:
+    if arguments.resume or arguments.overwrite:
         raise RecipeError(
             "a sweep continues by itself: give the same command again. --seeds, --sweep and the "
-            "recipe's [sweep] go with none of --resume, --overwrite and --dry-run; "
-            "--set 'sweep={}' leaves the recipe's out"
+            "recipe's [sweep] go with neither --resume nor --overwrite; --set 'sweep={}' leaves "
+            "the recipe's out"
         )
     folder = (asked.run.folder or Path("runs", path.stem)).resolve()
     cells = cells_of(
@@ -152,4 +152,6 @@ def _sweep(
         arguments.sweep,
         asked.sweep,
     )
+    if arguments.dry_run:
+        return check_cells(path, cells, view, arguments.pretend_gpus)
     return sweep(path, cells, view)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -162,12 +163,10 @@ def sweep(
     Returns:
         0, or 1 when a cell failed, 2 when a setting is wrong, or 128 + a stop signal.
     """
-    # All before the first one starts: the last may be hours away.
-    recipes = {cell.name: read_recipe(recipe, cell.settings)[0] for cell in cells}
+    recipes = _recipes(recipe, cells)
     needed = max(map(plan.gpus_needed, recipes.values()))
     at_once = max(1, len(machine.this_machine().free_gpus) // needed) if needed else 1
     waiting = [cell for cell in cells if not cell.is_finished]
-    _refuse_other_runs(cells, recipes)
     view.say("sweep", f"{len(cells)} cells, {len(cells) - len(waiting)} of them finished already")
     try:
         with (
@@ -187,6 +186,27 @@ def sweep(
     if failed:
         view.error(f"{', '.join(cell.name for cell in failed)}: see their logs beside the folders")
     return 1 if failed else 0
+
+
+def check_cells(
+    recipe: Path, cells: Sequence[Cell], view: LaunchView, pretend_gpus: str | None = None
+) -> int:
+    """A dry run of every cell that is not finished; the exit status of the first that fails."""
+    _recipes(recipe, cells)
+    flags = ["--dry-run", *(["--pretend-gpus", pretend_gpus] if pretend_gpus else [])]
+    statuses = []
+    for cell in cells:
+        view.title(f"cell {cell.name}{' is finished already' if cell.is_finished else ''}")
+        if not cell.is_finished:
+            statuses.append(subprocess.run([*cell.command(recipe), *flags]).returncode)
+    return next(filter(None, statuses), 0)
+
+
+def _recipes(recipe: Path, cells: Sequence[Cell]) -> dict[str, Recipe]:
+    """Of all cells before the first one starts: the last may be hours away."""
+    recipes = {cell.name: read_recipe(recipe, cell.settings)[0] for cell in cells}
+    _refuse_other_runs(cells, recipes)
+    return recipes
 
 
 def _refuse_other_runs(cells: Sequence[Cell], recipes: Mapping[str, Recipe]) -> None:

@@ -138,6 +138,20 @@ def test_a_run_of_another_recipe_is_not_taken_for_a_cell(tmp_path):
         sweep(recipe, cells, view)
 
 
+def test_a_dry_run_checks_every_cell_and_starts_none(tmp_path, capfd):
+    """Neither the services' keys are there, nor what the second cell asks of the trainer."""
+    recipe = tmp_path / "r.toml"
+    recipe.write_text(RUNNING + f'[run]\nfolder = "{tmp_path / "x"}"\n')
+    (tmp_path / "m").mkdir()
+    (tmp_path / "m" / "config.json").write_text("{}")
+    command = ["launch", str(recipe), "--dry-run", "--model", f"{tmp_path / 'm'}"]
+    assert main([*command, "--sweep", "train.train.seed=1", "--seeds", "1,2"]) == 2
+    shown = capfd.readouterr().out
+    assert shown.count("train.train.seed follows from [run] seed") == 2
+    assert "cell seed=1_seed=1" in shown and "cell seed=1_seed=2" in shown
+    assert not (tmp_path / "x-sweep").exists()
+
+
 def test_a_cell_starts_replaces_or_continues_what_is_there(tmp_path):
     cell = Cell(name="c", settings=("run.seed=1",), folder=tmp_path / "c")
     new = cell.command(Path("r.toml"))
@@ -183,7 +197,7 @@ def test_launching_a_recipe_with_a_sweep_runs_its_cells(tmp_path, monkeypatch, c
         "logs",
         "none_batch_size=8_seed=1",
     ]
-    assert main(["launch", str(recipe), "--dry-run"]) == 2
+    assert main(["launch", str(recipe), "--overwrite"]) == 2
     assert "--set 'sweep={}' leaves the recipe's out" in " ".join(capsys.readouterr().out.split())
 
 
