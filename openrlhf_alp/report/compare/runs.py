@@ -41,9 +41,12 @@ _MAX_DEPTH = 3
 """Folders below the one that was named in which runs are looked for."""
 _LIVE_S = 600.0
 """A file that was written to within this time, or five steps, may belong to a run that goes on."""
+_OF_SERVICES = ("port", "urls", "max_restarts", "ready_timeout_s")
 _NOT_COMPARED = (
     *(METHOD, SEED, CONDITION),
     *("run.folder", "run.existing", "run.record", "train.alp.record"),
+    # Where services listen and how long they are waited for is no condition of a run.
+    *(f"{service}.{name}" for service in ("rollout", "tool") for name in _OF_SERVICES),
 )
 _TASK = ("data.task", "data.path", "data.sources")
 

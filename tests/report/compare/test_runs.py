@@ -132,6 +132,13 @@ def test_conditions_are_the_settings_that_differ(make_run):
     ]
 
 
+def test_where_services_listen_is_no_condition(make_run):
+    """A recipe of a later version also has keys that an earlier one lacks."""
+    first = make_run("a", [0.1], recipe='[rollout]\nurls = ["http://one:8000"]\n')
+    second = make_run("b", [0.1], seed=2, recipe="[rollout]\nport = 0\nmax_restarts = 5\n")
+    assert conditions(read_runs([first, second])) == ["", ""]
+
+
 def test_a_named_condition_stands_for_its_settings_and_what_differs_within_it_is_added(make_run):
     runs = read_runs(
         [
