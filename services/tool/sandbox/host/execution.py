@@ -171,11 +171,12 @@ async def run(slot: SlotHandle, job: Job, limits: Limits) -> Outcome:
     reports = _Reports(
         slot, limits.fetch_bytes * 2 + (1 << 16), listen=bool(job.fetch) or job.figures
     )
+    # Before the timers start: a program that ran into its time limit has run at least as long.
+    started = time.perf_counter()
     timers = [
         loop.call_later(limits.wall_s, stop_for, Status.TIMEOUT),
         loop.call_later(WATCH_AFTER_S, slot.watch, limits.memory_bytes),
     ]
-    started = time.perf_counter()
     feeding = _start_feeding(slot, job, limits)
     try:
         # Shielded: the slot's end belongs to the pool as well, and is awaited again after a cancel.
