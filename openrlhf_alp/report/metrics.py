@@ -29,6 +29,12 @@ LARGEST = 3.5e38
 LARGEST_STEP = 2**53
 """Whole numbers up to here are exact in a chart."""
 
+_BROKEN = (ValueError, TypeError, AttributeError, KeyError, OverflowError, RecursionError)
+"""What reading a line can end with that is not the metrics of a step."""
+
+_MOST_NAMED = 6
+"""Metrics and lines that a note names; the others are counted."""
+
 LOG_RATIO_QUANTILES = {
     1: "alp/log_ratio_p01",
     25: "alp/log_ratio_p25",
@@ -61,10 +67,6 @@ class StepMetrics:
             return tokens / self.values[GENERATION_S]
         except (KeyError, ZeroDivisionError):
             return None
-
-
-_BROKEN = (ValueError, TypeError, AttributeError, KeyError, OverflowError, RecursionError)
-"""What reading a line can end with that is not the metrics of a step."""
 
 
 class MetricsFollower:
@@ -157,10 +159,6 @@ def salvage_steps(path: Path) -> tuple[list[StepMetrics], list[str]]:
     if len(missing) > _MOST_NAMED:
         notes.append(f"the same holds for {len(missing) - _MOST_NAMED} more metrics.")
     return [steps[step] for step in sorted(steps)], notes
-
-
-_MOST_NAMED = 6
-"""Metrics and lines that a note names; the others are counted."""
 
 
 def _salvaged(line: bytes) -> tuple[int, dict[str, float | None]] | None:

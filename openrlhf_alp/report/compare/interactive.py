@@ -1,6 +1,7 @@
 """Charts as plotly figures: traces and layout as JSON, without colors of the theme, which the page
 sets from its style sheet."""
 
+import html
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -208,12 +209,7 @@ def _bars(bars: Bars) -> Iterator[dict[str, Any]]:
 
 def _plain(text: str) -> str:
     """Text that plotly takes as it is: it knows some tags, and fills in what stands in %{}."""
-    return (
-        text.replace("&", "&amp;")
-        .replace("<", "&lt;")
-        .replace(">", "&gt;")
-        .replace("%{", "%&#123;")
-    )
+    return html.escape(text, quote=False).replace("%{", "%&#123;")
 
 
 def _rounded(values: Sequence[float]) -> list[float]:
