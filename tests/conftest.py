@@ -1,4 +1,4 @@
-"""What holds for every test: none leaves this process's environment changed."""
+"""What holds for every test: an environment of its own, and in CI the same examples each time."""
 
 from __future__ import annotations
 
@@ -6,6 +6,17 @@ import os
 from collections.abc import Iterator
 
 import pytest
+from hypothesis import HealthCheck, settings
+
+# Time says nothing on a shared machine. CI tries the same examples of the same commit each time;
+# everywhere else every run searches new ones.
+settings.register_profile(
+    "tests",
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow],
+    derandomize="CI" in os.environ,
+)
+settings.load_profile("tests")
 
 
 @pytest.fixture(autouse=True)

@@ -29,7 +29,9 @@ of its bfloat16 rollouts between the others."""
 _CLOSE = 2.0
 """Factor within which the KL of noise and rounding has to be the wanted one."""
 
-_MOST_CORRECTIONS = 6
+_MOST_CORRECTIONS = 8
+"""Where rounding makes the KL jump over the target, they end within a tenth of the jump."""
+
 _LARGEST_STEP = 8.0
 """A correction makes sigma larger by no more, where the noise shows no effect yet."""
 

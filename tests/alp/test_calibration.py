@@ -7,7 +7,6 @@ import math
 import pytest
 import torch
 from hypothesis import given
-from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from openrlhf_alp.alp import attach, calibrate_sigma0
@@ -17,7 +16,6 @@ from openrlhf_alp.objective.ratio import k3_kl
 BOUNDS = {"sigma_min": 1e-6, "sigma_max": 1.0}
 
 
-@hypothesis_settings(deadline=None)
 @given(
     floor=st.floats(0, 1e-2),
     slope=st.floats(1e-1, 1e4),
@@ -45,7 +43,6 @@ def test_a_quadratic_is_solved_by_hand():
     assert (result.sigma0, result.floor_kl) == (pytest.approx(0.01), pytest.approx(2e-3))
 
 
-@hypothesis_settings(deadline=None)
 @given(
     power=st.floats(1, 4),
     most=st.floats(1, 20),
@@ -65,9 +62,10 @@ def test_noise_that_is_no_parabola_still_ends_at_its_target(
         return most * -math.expm1(-((scale * sigma) ** power) / most)
 
     result = calibrate_sigma0(kl, target, sigma_min=0.0, sigma_max=1.0)
-    reached, wanted = kl(result.sigma0), target + result.floor_kl
-    at_the_edge = kl(rounded_away) > 2 * wanted
-    assert wanted / 2 < reached < 2 * wanted or at_the_edge or result.at_bound == "sigma_max"
+    wanted = target + result.floor_kl
+    # No sigma has the wanted KL where the KL jumps over it: the answer then lies at the jump.
+    less, more = kl(result.sigma0 / 1.15), kl(result.sigma0 * 1.15)
+    assert (less < 2 * wanted and more > wanted / 2) or result.at_bound == "sigma_max"
 
 
 def test_the_answer_does_not_depend_on_the_bounds_that_it_lies_within():

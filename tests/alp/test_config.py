@@ -4,7 +4,6 @@ import math
 
 import pytest
 from hypothesis import given
-from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from openrlhf_alp.alp import parse_layers
@@ -32,7 +31,6 @@ def test_unreadable_layers_name_the_flag_and_the_text(spec):
     assert repr(spec) in str(caught.value)
 
 
-@hypothesis_settings(deadline=None)
 @given(st.sets(st.integers(0, 79), min_size=1))
 def test_any_selection_survives_being_written_down(selection):
     assert parse_layers(",".join(map(str, selection)), 80) == tuple(sorted(selection))

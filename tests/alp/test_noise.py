@@ -79,7 +79,7 @@ def test_noise_equals_an_independent_box_muller_in_python(dim):
     )
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(data=st.data(), dim=st.integers(1, 130), rows=st.integers(1, 80))
 def test_a_row_does_not_depend_on_its_neighbours(data, dim, rows):
     keys = grid_keys(rows, 1)

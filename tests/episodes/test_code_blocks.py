@@ -1,7 +1,7 @@
 import time
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from openrlhf_alp.episodes.code_blocks import (
@@ -98,7 +98,6 @@ def test_a_block_is_found_in_every_form_that_commonmark_knows(text, code):
     assert find_code(text) == code
 
 
-@settings(suppress_health_check=[HealthCheck.too_slow], deadline=None)
 @given(
     mark=st.sampled_from(["```", "````", "~~~", "~~~~~"]),
     num_more=st.integers(0, 3),
@@ -180,7 +179,6 @@ def test_boxes_around_code_stand_in_different_paragraphs():
     assert answer_text([f"\\boxed{{4}}\n{call}{BOX}"]) == "\\boxed{4}\n\n\\boxed{5}"
 
 
-@settings(suppress_health_check=[HealthCheck.too_slow], deadline=None)
 @given(st.text(alphabet="`~ \t\n\r>-*1.)py{#x", max_size=80))
 def test_any_text_is_read_and_its_prose_is_made_of_its_own_lines(text):
     lines = text.replace("\r\n", "\n").replace("\r", "\n").split("\n")

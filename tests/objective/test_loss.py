@@ -5,7 +5,6 @@ import math
 import pytest
 import torch
 from hypothesis import given
-from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from openrlhf_alp.objective.config import ObjectiveConfig
@@ -236,7 +235,6 @@ def test_presets_hold_the_papers_windows():
     assert METHODS["seq-alp"].objective == config(level="sequence", clip_low=0.5, clip_high=3.0)
 
 
-@hypothesis_settings(deadline=None)
 @given(
     ratio=st.floats(1e-4, 1e4),
     advantage=st.floats(-3, 3),

@@ -5,7 +5,6 @@ import math
 import pytest
 import torch
 from hypothesis import given
-from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from openrlhf_alp.objective.ratio import k3_kl, per_token_log_ratio, token_log_ratio
@@ -63,7 +62,6 @@ def test_an_unknown_level_is_refused():
 finite = st.floats(-20, 0, width=32)
 
 
-@hypothesis_settings(deadline=None)
 @given(st.lists(st.tuples(finite, finite, st.booleans()), min_size=1, max_size=12))
 def test_levels_agree_with_one_another(rows):
     """Mean of the token ratios = geometric, times the length = sequence."""

@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import given
-from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 
@@ -15,7 +14,6 @@ def counts_of(values):
     return torch.bincount(bins_of(torch.tensor(values)), minlength=NUM_BINS).double()
 
 
-@hypothesis_settings(deadline=None)
 @given(
     npst.arrays(np.float64, st.integers(1, 40), elements=st.floats(-LIMIT, LIMIT)),
     st.floats(0, 1),

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import given
-from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 
@@ -91,7 +90,6 @@ def test_the_envelope_sorts_tokens_by_their_rollout_probability():
     assert summary["alp/envelope_5_share"] == 0.0
 
 
-@hypothesis_settings(deadline=None)
 @given(
     npst.arrays(np.float32, st.tuples(st.integers(1, 6), st.integers(1, 5)),
                 elements=st.floats(-5, 5, width=32)),

@@ -3,14 +3,11 @@
 from fractions import Fraction
 
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from openrlhf_alp.rewards.answers import final_answer, outside_code
 from openrlhf_alp.rewards.verify import judge
-
-settings.register_profile("grading", deadline=None, max_examples=150)
-settings.load_profile("grading")
 
 INTEGERS = st.integers(min_value=-(10**60), max_value=10**60)
 SIZES = st.integers(min_value=1, max_value=10**60)

@@ -3,7 +3,7 @@
 import signal
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from services.tool.sandbox.host.verdict import ExitFacts, Status, judge
@@ -70,7 +70,6 @@ def test_the_kernels_cpu_signals_are_told_from_the_programs_own(
     assert judge(facts, stopped=None, report=supervised, cpu_limit_s=20).status is status
 
 
-@settings(suppress_health_check=[HealthCheck.too_slow], deadline=None)
 @given(
     st.dictionaries(
         st.sampled_from(["error", "wait_status", "soft_cpu_s", "refused", "files"]),

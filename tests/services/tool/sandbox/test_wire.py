@@ -4,7 +4,7 @@ import json
 import struct
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from services.tool.sandbox import wire
@@ -17,7 +17,6 @@ JSON_VALUES = st.recursive(
 MESSAGES = st.dictionaries(st.text(), JSON_VALUES, max_size=4)
 
 
-@settings(suppress_health_check=[HealthCheck.too_slow], deadline=None)
 @given(st.lists(MESSAGES, max_size=5), st.integers(1, 50))
 def test_messages_survive_any_cut_of_the_stream(messages: list[wire.Message], cut: int) -> None:
     stream = b"".join(wire.encode(message) for message in messages)
@@ -26,7 +25,6 @@ def test_messages_survive_any_cut_of_the_stream(messages: list[wire.Message], cu
     assert read == messages
 
 
-@settings(suppress_health_check=[HealthCheck.too_slow], deadline=None)
 @given(st.binary(max_size=300), st.integers(1, 64))
 def test_garbage_is_a_frame_error_or_nothing(data: bytes, cut: int) -> None:
     reader = wire.FrameReader(256)
@@ -37,7 +35,6 @@ def test_garbage_is_a_frame_error_or_nothing(data: bytes, cut: int) -> None:
     assert all(isinstance(message, dict) for message in messages)
 
 
-@settings(suppress_health_check=[HealthCheck.too_slow], deadline=None)
 @given(st.integers(257, 2**32 - 1))
 def test_an_announced_frame_above_the_limit_is_refused_before_it_is_read(length: int) -> None:
     with pytest.raises(wire.FrameError, match=f"frame of {length} bytes"):
