@@ -9,15 +9,19 @@ from pathlib import Path
 
 from plotly.offline import get_plotlyjs
 
-from openrlhf_alp.evaluate.results import markdown_table
+from openrlhf_alp.report.compare.cells import (
+    matrix_html,
+    matrix_markdown,
+    runs_html,
+    runs_markdown,
+)
 from openrlhf_alp.report.compare.charts import colors_of
 from openrlhf_alp.report.compare.curves import curve_charts
 from openrlhf_alp.report.compare.interactive import plotly_figure
-from openrlhf_alp.report.compare.measures import Measure
 from openrlhf_alp.report.compare.parts import part_charts
 from openrlhf_alp.report.compare.pictures import write_pictures
 from openrlhf_alp.report.compare.runs import Run, conditions, notes_of, read_runs
-from openrlhf_alp.report.compare.table import Cell, Group, Row, Table, group, make_tables
+from openrlhf_alp.report.compare.table import Group, group, make_tables
 from openrlhf_alp.report.html.render import packed, render, script_json
 
 PAGE, FIGURES, TABLES = "index.html", "figures", "tables.md"
@@ -34,16 +38,6 @@ class Written:
     pictures: Sequence[Path]
     num_runs: int
     notes: Sequence[str]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _RunRow:
-    """A run as the page lists it."""
-
-    number: int
-    run: Run
-    condition: str
-    link: str
 
 
 def write_report(
@@ -83,8 +77,8 @@ def write_report(
             "tables.md",
             title=title,
             notes=notes,
-            tables=[(table.measure, _markdown(table, runs)) for table in tables],
-            runs=_runs_markdown(runs, under),
+            tables=[(table.measure, matrix_markdown(table, runs)) for table in tables],
+            runs=runs_markdown(runs, under),
         ),
         encoding="utf-8",
     )
@@ -93,19 +87,13 @@ def write_report(
             "report.html",
             title=title,
             made=f"{datetime.now():%Y-%m-%d %H:%M}",
-            runs=[
-                _RunRow(number=n, run=run, condition=under[n], link=_link(run.folder, out))
-                for n, run in enumerate(runs)
-            ],
-            tables=tables,
+            tables=[(table.measure, matrix_html(table, runs, colors)) for table in tables],
+            runs=runs_html(runs, under, [_link(run.folder, out) for run in runs]),
             charts=charts,
             colors=colors,
             notes=notes,
             figures=script_json([plotly_figure(chart, colors) for chart in charts]),
             plotly=packed(get_plotlyjs().encode()),
-            number=number,
-            signed=signed,
-            tone=tone,
         ),
         encoding="utf-8",
     )
@@ -135,61 +123,3 @@ def _link(folder: Path, out: Path) -> str:
     path = Path(os.path.relpath(folder, out.resolve())).as_posix()
     # As bytes: a name need not be UTF-8. A colon is quoted too, or it would begin a scheme.
     return urllib.parse.quote(os.fsencode(path), safe="/=,+")
-
-
-def number(value: float, digits: int) -> str:
-    """With `digits` decimals, or as a power of ten where these would show zeros only."""
-    return f"{value:.1e}" if 0 < abs(value) < 10**-digits else f"{value:.{digits}f}"
-
-
-def signed(value: float, digits: int) -> str:
-    """The same with a sign."""
-    return f"{'+' if value >= 0 else ''}{number(value, digits)}"
-
-
-def _runs_markdown(runs: Sequence[Run], under: Sequence[str]) -> str:
-    head = ["run", "method", "condition", "seed", "steps", "state", "digest", "commit"]
-    rows = [
-        [
-            *(run.name, run.method, condition, "" if run.seed is None else str(run.seed)),
-            *(str(len(run.steps)), run.state, run.digest, run.commit[:12]),
-        ]
-        for run, condition in zip(runs, under, strict=True)
-    ]
-    return markdown_table(head, rows)
-
-
-def _markdown(table: Table, runs: Sequence[Run]) -> str:
-    head = ["method", *(condition or "all runs" for condition in table.conditions)]
-    digits = table.measure.digits
-    rows = [
-        [row.method, *(_text(cell, row, digits, runs) for cell in row.cells)] for row in table.rows
-    ]
-    return markdown_table(head, rows)
-
-
-def _text(cell: Cell | None, row: Row, digits: int, runs: Sequence[Run]) -> str:
-    if cell is None:
-        return ""
-    text, half = number(cell.interval.mean, digits), cell.interval.half
-    if half is not None:
-        text += f" ± {number(half, digits)}"
-    if any(runs[at].notes for at, _ in cell.of_runs):
-        text += "*"
-    change = cell.difference
-    if change is None:
-        return text
-    shown = signed(change.mean, digits)
-    if change.low is not None and change.high is not None:
-        shown += f" [{signed(change.low, digits)}, {signed(change.high, digits)}]"
-    bold = "" if cell.verdict == "open" else "**"
-    return f"{text}; {bold}{shown}{bold} ({row.compared_with})"
-
-
-def tone(cell: Cell, measure: Measure) -> str:
-    """Class of a difference with a sign: `good`, `bad`, or `told` where neither is better."""
-    if cell.verdict == "open":
-        return ""
-    if not measure.better:
-        return "told"
-    return "good" if (cell.verdict == "more") == (measure.better > 0) else "bad"

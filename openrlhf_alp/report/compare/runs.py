@@ -39,6 +39,8 @@ NO_METHOD = "openrlhf"
 _AT_STEP = "step-"
 _MAX_DEPTH = 3
 """Folders below the one that was named in which runs are looked for."""
+_MOST_NAMED = 4
+"""Runs that a note names when more share it."""
 _LIVE_S = 600.0
 """A file that was written to within this time, or five steps, may belong to a run that goes on."""
 _OF_SERVICES = ("port", "urls", "max_restarts", "ready_timeout_s")
@@ -185,7 +187,11 @@ def conditions(runs: Sequence[Run]) -> list[str]:
 
 def notes_of(runs: Sequence[Run]) -> list[str]:
     """What a reader has to know before comparing these runs."""
-    notes = [f"{run.name}: {visible(note)}" for run in runs for note in run.notes]
+    named: dict[str, list[str]] = {}
+    for run in runs:
+        for note in run.notes:
+            named.setdefault(visible(note), []).append(run.name)
+    notes = [f"{_shortened(names)}: {note}" for note, names in named.items()]
     tasks = dict.fromkeys(run.task for run in runs if run.task)
     if len(tasks) > 1:
         notes.append(f"Runs of different tasks ({', '.join(tasks)}): rewards are not comparable.")
@@ -193,6 +199,12 @@ def notes_of(runs: Sequence[Run]) -> list[str]:
     if len(commits) > 1:
         notes.append(f"Runs of different commits: {', '.join(commits)}.")
     return notes
+
+
+def _shortened(names: Sequence[str]) -> str:
+    if len(names) <= _MOST_NAMED:
+        return ", ".join(names)
+    return f"{', '.join(names[:_MOST_NAMED])} and {len(names) - _MOST_NAMED} more"
 
 
 def _run_folders(folder: Path, depth: int) -> Iterator[Path]:

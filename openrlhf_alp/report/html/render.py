@@ -18,15 +18,12 @@ _TEMPLATES = Path(__file__).parent / "templates"
 
 def render(template: str, **values: Any) -> str:
     """The page that `templates/TEMPLATE` makes of `values`."""
-    environment = Environment(
-        loader=FileSystemLoader(_TEMPLATES),
-        autoescape=select_autoescape(["html"]),
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.globals["file"] = _file
-    return environment.get_template(template).render(values)
+    return _environment().get_template(template).render(values)
+
+
+def macros(template: str, **values: Any) -> Any:
+    """The macros of `templates/TEMPLATE` as functions of that name, which return markup."""
+    return _environment().get_template(template).make_module(values)
 
 
 def packed(content: bytes) -> str:
@@ -40,6 +37,18 @@ def script_json(value: Any) -> Markup:
     for char in "<>&\u2028\u2029":
         text = text.replace(char, f"\\u{ord(char):04x}")
     return Markup(text)
+
+
+def _environment() -> Environment:
+    environment = Environment(
+        loader=FileSystemLoader(_TEMPLATES),
+        autoescape=select_autoescape(["html"]),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.globals["file"] = _file
+    return environment
 
 
 def _file(name: str) -> Markup:

@@ -10,7 +10,8 @@ import pytest
 
 from openrlhf_alp.cli.main import main
 from openrlhf_alp.objective.metric_names import NUM_ENVELOPE_BINS
-from openrlhf_alp.report.compare.page import number, write_report
+from openrlhf_alp.report.compare.cells import number
+from openrlhf_alp.report.compare.page import write_report
 
 
 def metrics(step):
@@ -55,6 +56,14 @@ def test_the_page_stands_alone_and_links_to_the_runs(folders, tmp_path):
     bundle = re.search(r'id="plotly">([^<]+)<', page)[1]
     assert b"plotly.js" in gzip.decompress(base64.b64decode(bundle))[:200]
     assert len(page) < 5 * 2**20
+
+
+def test_no_id_is_there_twice_and_every_cell_names_a_header(folders, tmp_path):
+    page = write_report(folders, tmp_path / "out").page.read_text()
+    ids = re.findall(r'<[^>]*\sid="([^"]+)"', page)
+    assert len(ids) == len(set(ids))
+    assert set(re.findall(r'headers="([^"]+)"', page)) <= set(ids)
+    assert {f"run-{number}" for number in range(4)} <= set(ids)
 
 
 def test_every_chart_is_one_that_plotly_takes_and_has_its_pictures(folders, tmp_path):

@@ -166,6 +166,15 @@ def test_different_tasks_and_commits_are_said_before_anything_is_compared(make_r
     assert "different commits: 0123456789ab, ffffffffffff" in said
 
 
+def test_a_note_that_many_runs_share_is_said_once(make_run):
+    folders = [make_run(name, RISE) for name in "abcdef"]
+    for folder in folders:
+        (folder / "environment.json").unlink()
+    assert notes_of(read_runs(folders)) == [
+        "a, b, c, d and 2 more: there is no environment.json: commit and versions are unknown."
+    ]
+
+
 def test_a_run_that_failed_before_its_first_step_has_one_note(make_run):
     folder = make_run("a", [], finished=False)
     (folder / "metrics.jsonl").unlink()
