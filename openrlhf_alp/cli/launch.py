@@ -93,7 +93,7 @@ def run(arguments: argparse.Namespace) -> int:
     try:
         return _launch(arguments, settings, view)
     except RecipeError as error:
-        view.error(str(error))
+        view.refusal(str(error))
         return 2
 
 

@@ -34,6 +34,7 @@ class Gpu:
     name: str
     memory_gb: float
     used_gb: float = 0.0
+    uuid: str = ""
 
     @property
     def is_free(self) -> bool:
@@ -77,20 +78,34 @@ def pretended_machine(text: str) -> Machine:
 
 
 def _installed_gpus() -> Sequence[Gpu]:
-    query = ("--query-gpu=index,memory.total,memory.used", "--format=csv,noheader,nounits")
+    listed = _nvidia_smi(
+        "--query-gpu=index,uuid,memory.total,memory.used", "--format=csv,noheader,nounits"
+    )
+    host_gb = psutil.virtual_memory().total / 2**30
+    return [
+        Gpu(name=index, uuid=uuid, memory_gb=_gb(total, host_gb), used_gb=_gb(used, 0.0))
+        for index, uuid, total, used in (line.split(", ") for line in listed.splitlines())
+    ]
+
+
+def _slices() -> Sequence[Gpu]:
+    """Parts of GPUs that the administrator has divided (MIG), which have no number of their own."""
+    return [
+        Gpu(name=uuid, uuid=uuid, memory_gb=float(size))
+        for size, uuid in re.findall(r"MIG \S*?(\d+)gb\b.*?UUID: (MIG-[^)]+)", _nvidia_smi("-L"))
+    ]
+
+
+def _nvidia_smi(*arguments: str) -> str:
+    """What it prints; nothing where there is none."""
     try:
         # Not torch: it would open a context on every GPU, and take memory there.
         run = subprocess.run(
-            ("nvidia-smi", *query), capture_output=True, text=True, timeout=30, check=True
+            ("nvidia-smi", *arguments), capture_output=True, text=True, timeout=30, check=True
         )
     except (OSError, subprocess.SubprocessError):
-        return ()
-    rows = [line.split(", ") for line in run.stdout.splitlines()]
-    host_gb = psutil.virtual_memory().total / 2**30
-    return [
-        Gpu(name=index, memory_gb=_gb(total, host_gb), used_gb=_gb(used, 0.0))
-        for index, total, used in rows
-    ]
+        return ""
+    return run.stdout
 
 
 def _gb(mib: str, unknown: float) -> float:
@@ -102,7 +117,14 @@ def _visible(gpus: Sequence[Gpu], variable: str | None) -> Sequence[Gpu]:
     if variable is None:
         return gpus
     named = [name.strip() for name in variable.split(",") if name.strip()]
-    return [gpu for gpu in gpus if gpu.name in named]
+    if any(name.startswith("MIG-") for name in named):
+        gpus = [*gpus, *_slices()]
+    return [gpu for gpu in gpus if any(_names(name, gpu) for name in named)]
+
+
+def _names(name: str, gpu: Gpu) -> bool:
+    """CUDA takes a number, or as much of the UUID as sets it apart."""
+    return name == gpu.name or (name.startswith(("GPU-", "MIG-")) and gpu.uuid.startswith(name))
 
 
 @contextlib.contextmanager

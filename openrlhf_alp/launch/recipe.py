@@ -242,6 +242,7 @@ def read_recipe(path: Path, settings: Sequence[str] = ()) -> tuple[Recipe, Sourc
             raise RecipeError(f"--set {setting}: write it as --set train.alp.method=seq-bypass")
         _put(tables, key.strip(), _value(value.strip()))
         lines.pop(key.strip(), None)
+    tables = _at_home(tables)
     source = Source(path=path, settings=tables, lines=lines)
     try:
         return Recipe.model_validate(tables), source
@@ -329,6 +330,16 @@ def _lines_of(text: str) -> dict[str, int]:
             name = key[1].replace('"', "")
             lines.setdefault(f"{table}.{name}" if table else name, number)
     return lines
+
+
+def _at_home(value: Any) -> Any:
+    """`~/` as a shell has it, in whatever names a file; no shell has seen a recipe."""
+    if isinstance(value, dict):
+        return {key: _at_home(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_at_home(inner) for inner in value]
+    is_path = isinstance(value, str) and value.startswith("~/")
+    return str(Path(value).expanduser()) if is_path else value
 
 
 def _put(tables: dict[str, Any], key: str, value: Any) -> None:

@@ -67,7 +67,7 @@ def launch(
             run = _Run(recipe, source, folder, view, options, supervisor, commands or Commands())
             run.run(stack, check)
     except RecipeError as error:
-        view.error(str(error))
+        view.refusal(str(error))
         return 2
     except (ProcessFailedError, ServiceError, MetricsFileError, OSError) as error:
         view.error(str(error))
@@ -102,6 +102,7 @@ class _Run:
         self._services = Services(supervisor, view)
 
     def run(self, stack: ExitStack, check: Callable[..., plan.Plan]) -> None:
+        self._say_cluster()
         step = self._check_folder(stack)
         self._plan = self._make_plan(stack, check)
         self._inputs = self._plan.inputs
@@ -125,6 +126,14 @@ class _Run:
         after = self._measure("after")
         self._evaluate("after")
         self._report(before, after, steps)
+
+    def _say_cluster(self) -> None:
+        if (cluster := os.environ.get("RAY_ADDRESS")) and not self._recipe.train.ray_address:
+            self._view.say(
+                "ray",
+                f"RAY_ADDRESS={cluster} is set, so the learner joins that cluster; unset it for a "
+                "Ray of this run alone",
+            )
 
     def _check_folder(self, stack: ExitStack) -> int:
         """The step to continue from, 0 for a new run; nobody else gets the folder meanwhile."""
@@ -195,7 +204,9 @@ class _Run:
 
     def _environment_of(self, name: str) -> dict[str, str]:
         gpus = ",".join(self._plan.process(name).gpus)
-        visible = {"CUDA_VISIBLE_DEVICES": gpus} if self._has_gpus else {}
+        # nvidia-smi numbers GPUs by their place on the bus, CUDA by itself by their speed.
+        by_place = {"CUDA_VISIBLE_DEVICES": gpus, "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
+        visible = by_place if self._has_gpus else {}
         return {**self._environment, **self._offline, **visible}
 
     def _write_data(self) -> None:

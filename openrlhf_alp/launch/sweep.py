@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import itertools
 import os
+import re
 import subprocess
 import sys
 import time
+import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -115,7 +117,7 @@ def _asked(sweeps: Sequence[str]) -> dict[str, list[str]]:
     asked: dict[str, list[str]] = {}
     for sweep in sweeps:
         key, _, values = (part.strip() for part in sweep.partition("="))
-        choices = [value.strip() for value in values.split(",")]
+        choices = _choices(values)
         if not key or not all(choices):
             raise RecipeError(f"--sweep {sweep}: write it as --sweep KEY=A,B")
         if key in asked:
@@ -126,6 +128,20 @@ def _asked(sweeps: Sequence[str]) -> dict[str, list[str]]:
             )
         asked[key] = choices
     return asked
+
+
+def _choices(text: str) -> list[str]:
+    """Of `A,B`, where a list or a quoted text may have commas of its own."""
+    if re.search(r"[\[{\"']", text):
+        try:
+            read = tomllib.loads(f"values = [{text}]")["values"]
+        except tomllib.TOMLDecodeError as error:
+            raise RecipeError(
+                f"--sweep of {text}: where one value has brackets or quotes, each is written as "
+                f"in TOML, a text in quotes ({error})"
+            ) from error
+        return [choice if isinstance(choice, str) else to_value(choice) for choice in read]
+    return [choice.strip() for choice in text.split(",")]
 
 
 def _check_names(names: Sequence[str]) -> None:

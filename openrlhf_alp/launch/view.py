@@ -70,7 +70,14 @@ class StageView:
         return self._console.status(escape(text)) if self.is_live else nullcontext()
 
     def error(self, text: str) -> None:
-        self._console.print(f"[bold red]{self._failed}[/] {escape(text)}", soft_wrap=True)
+        self._complain(self._failed, text)
+
+    def refusal(self, text: str) -> None:
+        """An error that was found in what was asked for."""
+        self._complain("\nNothing was started.", text)
+
+    def _complain(self, heading: str, text: str) -> None:
+        self._console.print(f"[bold red]{heading}[/] {escape(text)}", soft_wrap=True)
 
 
 class EvaluationView(StageView):

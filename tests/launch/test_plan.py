@@ -166,7 +166,7 @@ def test_gpus_are_pretended_in_one_form_only(text):
 
 def test_a_gpu_that_shares_the_hosts_memory_counts_with_it(tmp_path, monkeypatch):
     (tmp_path / "nvidia-smi").write_text(
-        "#!/bin/sh\necho '0, [N/A], [N/A]'; echo '1, 2048, 1024'\n"
+        "#!/bin/sh\necho '0, GPU-a, [N/A], [N/A]'; echo '1, GPU-b, 2048, 1024'\n"
     )
     (tmp_path / "nvidia-smi").chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:/bin")
@@ -176,6 +176,38 @@ def test_a_gpu_that_shares_the_hosts_memory_counts_with_it(tmp_path, monkeypatch
         (here.memory_gb, True),
         (2.0, False),
     ]
+
+
+MIG = """\
+GPU 0: NVIDIA H100 (UUID: GPU-5f3a11)
+  MIG 1g.10gb     Device  0: (UUID: MIG-aaa)
+  MIG 3g.40gb+me  Device  1: (UUID: MIG-bbb)
+GPU 1: NVIDIA H100 (UUID: GPU-77)
+"""
+
+
+@pytest.mark.parametrize(
+    ("named", "found"),
+    [
+        ("1,0", [("0", 79), ("1", 79)]),
+        ("GPU-77", [("1", 79)]),
+        ("GPU-5f", [("0", 79)]),
+        ("MIG-bbb", [("MIG-bbb", 40)]),
+        ("G", []),
+        ("", []),
+    ],
+)
+def test_gpus_are_named_by_number_uuid_or_slice(tmp_path, monkeypatch, named, found):
+    """As CUDA takes them: a cluster's scheduler gives UUIDs, and slices have nothing else."""
+    (tmp_path / "list").write_text(MIG)
+    (tmp_path / "nvidia-smi").write_text(
+        f"#!/bin/sh\n[ $1 = -L ] && exec cat {tmp_path}/list\n"
+        "echo '0, GPU-5f3a11, 80896, 0'; echo '1, GPU-77, 80896, 0'\n"
+    )
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/bin")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", named)
+    assert [(gpu.name, gpu.memory_gb) for gpu in machine.this_machine().gpus] == found
 
 
 def test_gpus_that_the_environment_hides_are_named_by_it(monkeypatch):

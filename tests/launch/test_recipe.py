@@ -54,6 +54,17 @@ def test_a_setting_wins_and_needs_no_quotes(read):
     assert recipe.rollout.servers == 3
 
 
+def test_the_home_folder_is_found_wherever_a_recipe_names_a_file(read, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    recipe, _ = read(
+        *('"/models/m"', '"~/models/m"', "run.folder=~/runs/x", "train.reward.remote_url=~/r.py"),
+        'train.actor.names=["~/a", "b~/c"]',
+    )
+    assert (recipe.model.path, str(recipe.run.folder)) == ("/home/me/models/m", "/home/me/runs/x")
+    assert recipe.train.flags["reward.remote_url"] == "/home/me/r.py"
+    assert recipe.train.flags["actor.names"] == ["/home/me/a", "b~/c"]
+
+
 def test_a_written_recipe_reads_the_same(read, tmp_path):
     recipe, _ = read(
         "",

@@ -77,6 +77,23 @@ def test_the_command_line_wins_over_the_recipes_sweep(tmp_path):
         cells_of(tmp_path / "s", [], None, ["run.condition=int5"], read.sweep)
 
 
+@pytest.mark.parametrize(
+    ("sweep", "settings"),
+    [
+        ("k=[0.9, 0.95],[0.8, 0.9]", ["k=[0.9, 0.95]", "k=[0.8, 0.9]"]),
+        ('k="0-4,8","all"', ["k=0-4,8", "k=all"]),
+        ("k=1e-5,2e-5", ["k=1e-5", "k=2e-5"]),
+    ],
+)
+def test_a_list_or_a_quoted_text_may_have_commas(sweep, settings):
+    assert [cell.settings[-1] for cell in cells_of(Path("s"), [], None, [sweep])] == settings
+
+
+def test_half_of_a_quoted_text_is_no_value():
+    with pytest.raises(RecipeError, match="each is written as in TOML, a text in quotes"):
+        cells_of(Path("s"), [], None, ['k="0-4,8",all'])
+
+
 @pytest.mark.parametrize(("seeds", "sweeps"), [("1,,2", []), (None, ["train.alp.method"])])
 def test_a_sweep_of_another_form_is_refused(seeds, sweeps):
     with pytest.raises(RecipeError, match="write it as --sweep KEY=A,B"):

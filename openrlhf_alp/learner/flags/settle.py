@@ -12,6 +12,7 @@ from types import SimpleNamespace
 from openrlhf_alp.clients.weights.gpu_carrier import Meeting
 from openrlhf_alp.learner.batches import BatchShape
 from openrlhf_alp.learner.flags.config import MATH_VERIFY, AlpConfig, ServiceConfig
+from openrlhf_alp.learner.flags.ranges import require_ranges
 from openrlhf_alp.learner.flags.spec import add_flags, read_flags
 from openrlhf_alp.replay.files.read import find_files
 from openrlhf_alp.rollouts.runners import ToolConfig
@@ -53,6 +54,7 @@ def settle(args: SimpleNamespace) -> SimpleNamespace:
     Raises:
         ValueError: flags that contradict each other; the message names them and the fix.
     """
+    require_ranges(args)
     args.rollout_service = read_flags(args, ServiceConfig, "rollout")
     tool = read_flags(args, ToolConfig, "tool")
     if tool.template == "auto":
@@ -179,19 +181,8 @@ def _settle_service(args: SimpleNamespace) -> None:
         )
 
 
-_COUNTS = (
-    *("actor.num_nodes", "actor.num_gpus_per_node", "data.max_len", "rollout.batch_size"),
-    *("rollout.micro_batch_size", "rollout.n_samples_per_prompt", "train.batch_size"),
-    *("train.micro_batch_size", "train.num_episodes", "train.max_epochs"),
-)
-"""Flags that OpenRLHF takes at any value and divides or multiplies by."""
-
-
 def _check_batches(args: SimpleNamespace) -> None:
     """A full batch gives every rank something to do; see `learner/batches.py`."""
-    for name in _COUNTS:
-        if (count := attrgetter(name)(args)) < 1:
-            raise ValueError(f"--{name} is {count}. Set it to 1 or more.")
     shape = BatchShape.of(args)
     ranks, micro = shape.num_ranks, shape.train_micro_batch_size
     divisor = ranks if shape.dynamic else ranks * micro

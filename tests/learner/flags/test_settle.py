@@ -224,13 +224,6 @@ def test_missing_keys_are_named(parse: Parse, monkeypatch: pytest.MonkeyPatch) -
             ["--actor.num_gpus_per_node", "2", "--rollout.micro_batch_size", "4"],
             r"--rollout\.micro_batch_size to at most 2",
         ),
-        (["--rollout.n_samples_per_prompt", "0"], r"--rollout\.n_samples_per_prompt is 0\. Set it"),
-        (
-            ["--train.micro_batch_size", "0"],
-            r"--train\.micro_batch_size is 0\. Set it to 1 or more",
-        ),
-        (["--train.batch_size", "-4"], r"--train\.batch_size is -4\. Set it to 1 or more"),
-        (["--data.max_len", "-5"], r"--data\.max_len is -5\. Set it to 1 or more"),
     ],
 )
 def test_a_batch_that_leaves_a_rank_idle_is_refused_with_the_fix(

@@ -1,0 +1,84 @@
+"""Ranges of numbers that OpenRLHF takes at any value, though no run can have or learn from them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
+from typing import Any
+
+_ADAM = ("actor.adam", "critic.adam")
+_RANGES: tuple[tuple[str, Callable[[float], bool], tuple[str, ...]], ...] = (
+    (
+        "1 or more",
+        lambda value: 1 <= value < math.inf,
+        (
+            *("actor.num_nodes", "actor.num_gpus_per_node", "data.max_len", "data.max_samples"),
+            *("rollout.batch_size", "rollout.vllm_generate_batch_size"),
+            *("rollout.micro_batch_size", "rollout.n_samples_per_prompt", "rollout.max_new_tokens"),
+            *("rollout.max_tokens_per_gpu", "train.max_tokens_per_gpu", "train.batch_size"),
+            *("train.micro_batch_size", "train.num_episodes", "train.max_epochs"),
+            *("train.async_queue_size", "vllm.tensor_parallel_size", "ds.tensor_parallel_size"),
+            *("ds.ring_attn_size", "logger.logging_steps", "algo.kl.horizon"),
+            "eval.n_samples_per_prompt",
+        ),
+    ),
+    (
+        "1 or more, or -1 for never",
+        lambda value: value == -1 or 1 <= value < math.inf,
+        ("ckpt.save_steps", "eval.steps"),
+    ),
+    (
+        "0 or more",
+        lambda value: 0 <= value < math.inf,
+        (
+            *(f"{adam}.{name}" for adam in _ADAM for name in ("lr", "eps", "weight_decay")),
+            *("actor.muon.lr", "critic.muon.lr", "actor.max_norm", "critic.max_norm"),
+            *("algo.kl.init_coef", "actor.aux_loss_coef", "ds.lora.rank", "train.seed"),
+            *("data.dataloader_num_workers", "eval.temperature"),
+        ),
+    ),
+    (
+        "above 0",
+        lambda value: 0 < value < math.inf,
+        ("rollout.temperature", "algo.kl.target"),
+    ),
+    ("above 0 and at most 1", lambda value: 0 < value <= 1, ("rollout.top_p",)),
+    ("0 or more and below 1", lambda value: 0 <= value < 1, tuple(f"{a}.betas" for a in _ADAM)),
+    (
+        "from 0 to 1",
+        lambda value: 0 <= value <= 1,
+        (
+            *("actor.lr_warmup_ratio", "actor.min_lr_ratio", "critic.lr_warmup_ratio"),
+            *("critic.min_lr_ratio", "algo.advantage.gamma", "algo.advantage.lambd"),
+            *("train.ema_beta", "ds.lora.dropout", "vllm.gpu_memory_utilization"),
+        ),
+    ),
+    ("0, 1, 2 or 3", lambda value: value in (0, 1, 2, 3), ("ds.zero_stage",)),
+)
+"""What a flag's numbers have to be, in words and as a test, and which flags."""
+
+
+def require_ranges(args: SimpleNamespace) -> None:
+    """Raises:
+    ValueError: a number is not one, or out of its flag's range; the message names the range.
+    """
+    given = dict(_numbers(args))
+    for name, numbers in given.items():
+        if any(math.isnan(number) for number in numbers):
+            raise ValueError(f"--{name} is nan. Give it a number.")
+    for words, holds, names in _RANGES:
+        for name in names:
+            for number in given.get(name, ()):
+                if not holds(number):
+                    raise ValueError(f"--{name} is {number}. Set it to {words}.")
+
+
+def _numbers(args: SimpleNamespace, prefix: str = "") -> Iterator[tuple[str, list[float]]]:
+    """Dotted names of the flags that have numbers, with them."""
+    for name, value in vars(args).items():
+        if isinstance(value, SimpleNamespace):
+            yield from _numbers(value, f"{prefix}{name}.")
+            continue
+        values: list[Any] = list(value) if isinstance(value, list | tuple) else [value]
+        yield f"{prefix}{name}", [v for v in values if isinstance(v, int | float)]

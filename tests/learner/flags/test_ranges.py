@@ -1,0 +1,53 @@
+"""Numbers that OpenRLHF takes and that no run can have are refused with their range."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import SimpleNamespace
+
+import pytest
+
+Parse = Callable[..., SimpleNamespace]
+
+
+@pytest.mark.parametrize(
+    ("flag", "wrong", "words"),
+    [
+        ("rollout.n_samples_per_prompt", ["0"], "1 or more"),
+        ("rollout.max_new_tokens", ["0"], "1 or more"),
+        ("train.batch_size", ["-4"], "1 or more"),
+        ("data.max_len", ["-5"], "1 or more"),
+        ("logger.logging_steps", ["0"], "1 or more"),
+        ("ckpt.save_steps", ["0"], "1 or more, or -1 for never"),
+        ("eval.steps", ["-2"], "1 or more, or -1 for never"),
+        ("actor.adam.lr", ["-0.5"], "0 or more"),
+        ("actor.adam.lr", ["inf"], "0 or more"),
+        ("rollout.temperature", ["0"], "above 0"),
+        ("rollout.top_p", ["1.5"], "above 0 and at most 1"),
+        ("actor.adam.betas", ["0.9", "1.0"], "0 or more and below 1"),
+        ("actor.lr_warmup_ratio", ["3"], "from 0 to 1"),
+        ("ds.zero_stage", ["7"], "0, 1, 2 or 3"),
+    ],
+)
+def test_a_number_out_of_its_range_is_refused_by_name(
+    parse: Parse, flag: str, wrong: list[str], words: str
+) -> None:
+    with pytest.raises(ValueError) as refused:
+        parse(f"--{flag}", *wrong)
+    assert str(refused.value).startswith(f"--{flag} is ")
+    assert str(refused.value).endswith(f". Set it to {words}.")
+
+
+@pytest.mark.parametrize(
+    "flag",
+    ["actor.adam.lr", "alp.lr", "tool.timeout_s", "rollout.max_lost_share", "reward.clip_range"],
+)
+def test_nan_is_refused_for_every_flag_of_ours_and_of_openrlhf(parse: Parse, flag: str) -> None:
+    both = ["nan", "1"] if flag == "reward.clip_range" else ["nan"]
+    with pytest.raises(ValueError, match=rf"--{flag} is nan\. Give it a number"):
+        parse(f"--{flag}", *both)
+
+
+def test_the_edges_of_the_ranges_are_taken(parse: Parse) -> None:
+    parse("--actor.adam.lr", "0", "--eval.steps", "-1", "--eval.temperature", "0")
+    parse("--ds.zero_stage", "0", "--actor.max_norm", "0", "--rollout.top_p", "1")
