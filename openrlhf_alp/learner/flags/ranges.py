@@ -8,7 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 _ADAM = ("actor.adam", "critic.adam")
-_RANGES: tuple[tuple[str, Callable[[float], bool], tuple[str, ...]], ...] = (
+RANGES: tuple[tuple[str, Callable[[float], bool], tuple[str, ...]], ...] = (
     (
         "1 or more",
         lambda value: 1 <= value < math.inf,
@@ -60,25 +60,27 @@ _RANGES: tuple[tuple[str, Callable[[float], bool], tuple[str, ...]], ...] = (
 
 
 def require_ranges(args: SimpleNamespace) -> None:
-    """Raises:
-    ValueError: a number is not one, or out of its flag's range; the message names the range.
+    """Refuses numbers that no run can have.
+
+    Raises:
+        ValueError: a number is nan or out of its flag's range; the message names flag and range.
     """
-    given = dict(_numbers(args))
-    for name, numbers in given.items():
-        if any(math.isnan(number) for number in numbers):
+    given = dict(numbers(args))
+    for name, values in given.items():
+        if any(math.isnan(value) for value in values):
             raise ValueError(f"--{name} is nan. Give it a number.")
-    for words, holds, names in _RANGES:
+    for words, holds, names in RANGES:
         for name in names:
-            for number in given.get(name, ()):
-                if not holds(number):
-                    raise ValueError(f"--{name} is {number}. Set it to {words}.")
+            for value in given.get(name, ()):
+                if not holds(value):
+                    raise ValueError(f"--{name} is {value}. Set it to {words}.")
 
 
-def _numbers(args: SimpleNamespace, prefix: str = "") -> Iterator[tuple[str, list[float]]]:
+def numbers(args: SimpleNamespace, prefix: str = "") -> Iterator[tuple[str, list[float]]]:
     """Dotted names of the flags that have numbers, with them."""
     for name, value in vars(args).items():
         if isinstance(value, SimpleNamespace):
-            yield from _numbers(value, f"{prefix}{name}.")
+            yield from numbers(value, f"{prefix}{name}.")
             continue
         values: list[Any] = list(value) if isinstance(value, list | tuple) else [value]
         yield f"{prefix}{name}", [v for v in values if isinstance(v, int | float)]

@@ -7,6 +7,8 @@ from types import SimpleNamespace
 
 import pytest
 
+from openrlhf_alp.learner.flags.ranges import RANGES, numbers
+
 Parse = Callable[..., SimpleNamespace]
 
 
@@ -46,6 +48,12 @@ def test_nan_is_refused_for_every_flag_of_ours_and_of_openrlhf(parse: Parse, fla
     both = ["nan", "1"] if flag == "reward.clip_range" else ["nan"]
     with pytest.raises(ValueError, match=rf"--{flag} is nan\. Give it a number"):
         parse(f"--{flag}", *both)
+
+
+def test_every_range_is_one_of_a_flag_that_there_is(parse: Parse) -> None:
+    """A flag that upstream renames would lose its range without a word."""
+    known = dict(numbers(parse()))
+    assert [name for _, _, names in RANGES for name in names if name not in known] == []
 
 
 def test_the_edges_of_the_ranges_are_taken(parse: Parse) -> None:
