@@ -8,7 +8,7 @@ import importlib
 import importlib.metadata
 import sys
 from collections.abc import Sequence
-from typing import Protocol, cast
+from typing import Any, Protocol, cast
 
 _DESCRIPTION = """\
 Adaptive Layerwise Perturbation for LLM reinforcement learning, on OpenRLHF, vLLM and Ray.
@@ -52,6 +52,22 @@ COMMANDS = {
 """Command -> the extras of the package that bring what its module imports."""
 
 
+class _Parser(argparse.ArgumentParser):
+    """Takes `--data-dir` and `--data_dir` alike: the trainer writes its flags with the latter."""
+
+    def parse_known_args(  # type: ignore[override]
+        self, args: Sequence[str] | None = None, namespace: Any = None
+    ) -> tuple[Any, list[str]]:
+        given = sys.argv[1:] if args is None else args
+        return super().parse_known_args([self._as_declared(one) for one in given], namespace)
+
+    def _as_declared(self, argument: str) -> str:
+        name, equals, value = argument.partition("=")
+        spelled = (name, f"--{name[2:].replace('-', '_')}", f"--{name[2:].replace('_', '-')}")
+        known = [one for one in spelled if one in self._option_string_actions]
+        return f"{known[0]}{equals}{value}" if known and name.startswith("--") else argument
+
+
 class MissingCommand:
     """Stands in for a command whose packages are not installed, as in an image of one service."""
 
@@ -83,7 +99,7 @@ def load_command(name: str) -> Command:
 def build_parser() -> argparse.ArgumentParser:
     """The parser of `openrlhf-alp` with every command of the table."""
     raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="openrlhf-alp", description=_DESCRIPTION, epilog=_EPILOG, formatter_class=raw
     )
     version = importlib.metadata.version("openrlhf-alp")

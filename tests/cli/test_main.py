@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from openrlhf_alp.cli.main import COMMANDS, load_command, main
+from openrlhf_alp.cli.main import COMMANDS, build_parser, load_command, main
 
 
 def test_help_lists_every_command_and_points_to_training_and_services(capsys):
@@ -32,6 +32,20 @@ def test_a_wrong_command_line_ends_with_status_2_and_usage(capsys, arguments):
         main(arguments)
     assert stopped.value.code == 2
     assert "usage: openrlhf-alp" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("option", ["--data_dir=d", "--data-dir=d"])
+@pytest.mark.parametrize(
+    "command", [["evaluate", "--model", "m"], ["prepare-data", "--from", "s", "--to", "t"]]
+)
+def test_an_option_may_be_spelled_as_in_a_shell_or_as_the_trainers_flags(command, option):
+    parsed = build_parser().parse_args([*command, option])
+    assert str(parsed.data_dir) == "d"
+
+
+def test_a_value_keeps_its_spelling():
+    parsed = build_parser().parse_args(["launch", "r-1_a", "--set=x-1_a", "--pretend_gpus=a-b_c"])
+    assert (parsed.pretend_gpus, parsed.settings) == ("a-b_c", ["x-1_a"])
 
 
 @pytest.mark.parametrize(
