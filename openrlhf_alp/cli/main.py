@@ -58,8 +58,10 @@ class _Parser(argparse.ArgumentParser):
     def parse_known_args(  # type: ignore[override]
         self, args: Sequence[str] | None = None, namespace: Any = None
     ) -> tuple[Any, list[str]]:
-        given = sys.argv[1:] if args is None else args
-        return super().parse_known_args([self._as_declared(one) for one in given], namespace)
+        given = list(sys.argv[1:] if args is None else args)
+        end = given.index("--") if "--" in given else len(given)
+        declared = [self._as_declared(one) for one in given[:end]]
+        return super().parse_known_args([*declared, *given[end:]], namespace)
 
     def _as_declared(self, argument: str) -> str:
         name, equals, value = argument.partition("=")

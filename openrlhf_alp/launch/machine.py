@@ -21,6 +21,9 @@ from filelock import FileLock, Timeout
 
 from openrlhf_alp.launch.recipe import RecipeError
 
+SLICE = "MIG-"
+"""How the name of a part of a GPU begins."""
+_NUM_COLUMNS = 4
 _BUSY_MB = 1024
 """A GPU with more memory in use than a few idle contexts take belongs to somebody."""
 _PACKAGES = ("openrlhf-alp", "openrlhf", "torch", "transformers", "deepspeed", "ray", "vllm")
@@ -82,14 +85,18 @@ def _installed_gpus() -> Sequence[Gpu]:
         "--query-gpu=index,uuid,memory.total,memory.used", "--format=csv,noheader,nounits"
     )
     host_gb = psutil.virtual_memory().total / 2**30
+    rows = [line.split(", ") for line in listed.splitlines()]
     return [
         Gpu(name=index, uuid=uuid, memory_gb=_gb(total, host_gb), used_gb=_gb(used, 0.0))
-        for index, uuid, total, used in (line.split(", ") for line in listed.splitlines())
+        for index, uuid, total, used in (row for row in rows if len(row) == _NUM_COLUMNS)
     ]
 
 
 def _slices() -> Sequence[Gpu]:
-    """Parts of GPUs that the administrator has divided (MIG), which have no number of their own."""
+    """Parts of GPUs that the administrator has divided (MIG), which have no number of their own.
+
+    What others use of them is not known, so they count as free: a scheduler gives each to one job.
+    """
     return [
         Gpu(name=uuid, uuid=uuid, memory_gb=float(size))
         for size, uuid in re.findall(r"MIG \S*?(\d+)gb\b.*?UUID: (MIG-[^)]+)", _nvidia_smi("-L"))
@@ -101,7 +108,12 @@ def _nvidia_smi(*arguments: str) -> str:
     try:
         # Not torch: it would open a context on every GPU, and take memory there.
         run = subprocess.run(
-            ("nvidia-smi", *arguments), capture_output=True, text=True, timeout=30, check=True
+            ("nvidia-smi", *arguments),
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=30,
+            check=True,
         )
     except (OSError, subprocess.SubprocessError):
         return ""
@@ -116,15 +128,21 @@ def _gb(mib: str, unknown: float) -> float:
 def _visible(gpus: Sequence[Gpu], variable: str | None) -> Sequence[Gpu]:
     if variable is None:
         return gpus
-    named = [name.strip() for name in variable.split(",") if name.strip()]
-    if any(name.startswith("MIG-") for name in named):
+    if SLICE in variable:
         gpus = [*gpus, *_slices()]
-    return [gpu for gpu in gpus if any(_names(name, gpu) for name in named)]
+    chosen: list[Gpu] = []
+    for name in (part.strip() for part in variable.split(",")):
+        found = [gpu for gpu in gpus if _names(name, gpu)]
+        # As CUDA does: what stands after a name that is none, or of several GPUs, is not visible.
+        if len(found) != 1:
+            break
+        chosen += [gpu for gpu in found if gpu not in chosen]
+    return chosen
 
 
 def _names(name: str, gpu: Gpu) -> bool:
     """CUDA takes a number, or as much of the UUID as sets it apart."""
-    return name == gpu.name or (name.startswith(("GPU-", "MIG-")) and gpu.uuid.startswith(name))
+    return name == gpu.name or (name.startswith(("GPU-", SLICE)) and gpu.uuid.startswith(name))
 
 
 @contextlib.contextmanager

@@ -113,6 +113,11 @@ def make_plan(
 
     def add(name: str, command: list[str], gpus: Iterable[str] = (), num_gpus: int = 0) -> None:
         own = tuple(itertools.islice(gpus, num_gpus))
+        if len(own) > 1 and any(gpu.startswith(machine.SLICE) for gpu in own):
+            raise RecipeError(
+                f"{name} would get {', '.join(own)}, and CUDA shows a process one slice of a GPU. "
+                "Ask for one GPU each with rollout.gpus and train.gpus."
+            )
         processes.append(Process(name=name, command=command, gpus=own))
 
     if recipe.data.sources:

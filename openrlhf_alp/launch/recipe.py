@@ -11,6 +11,7 @@ Imports neither torch nor anything of the learner, so that a mistake is reported
 from __future__ import annotations
 
 import json
+import os
 import re
 import tomllib
 from collections.abc import Mapping, Sequence
@@ -25,7 +26,7 @@ SMOLLM2 = "smollm2"
 """Value of `[model] path` that stands for SmolLM2-135M-Instruct from its installed package."""
 
 
-_NO_TOML = (ValueError, RecursionError)
+NO_TOML = (ValueError, RecursionError)
 """What the parser raises: also for a number of thousands of digits, or as many brackets."""
 
 
@@ -233,7 +234,7 @@ def read_recipe(path: Path, settings: Sequence[str] = ()) -> tuple[Recipe, Sourc
         raise RecipeError(
             f"{path} cannot be read ({error.strerror}). Give a recipe file."
         ) from error
-    except _NO_TOML as error:
+    except NO_TOML as error:
         raise RecipeError(f"{path} is no TOML: {error}. Correct that place.") from error
     lines = _lines_of(text)
     for setting in settings:
@@ -303,6 +304,13 @@ def to_value(value: Any) -> str:
     return {"NaN": "nan", "Infinity": "inf", "-Infinity": "-inf"}.get(text, text)
 
 
+def as_setting(value: Any) -> str:
+    """What `--set KEY=` needs to have `value`: a text without quotes where it is none other's."""
+    if isinstance(value, str) and value == value.strip() and _value(value) == value:
+        return value
+    return to_value(value)
+
+
 def _explain(problem: Any, source: Source) -> str:
     where = [str(part) for part in problem["loc"]]
     key = ".".join(where)
@@ -338,8 +346,9 @@ def _at_home(value: Any) -> Any:
         return {key: _at_home(inner) for key, inner in value.items()}
     if isinstance(value, list):
         return [_at_home(inner) for inner in value]
-    is_path = isinstance(value, str) and value.startswith("~/")
-    return str(Path(value).expanduser()) if is_path else value
+    is_path = isinstance(value, str) and (value == "~" or value.startswith("~/"))
+    # Not Path's: it raises where nobody has a home, as in a container.
+    return os.path.expanduser(value) if is_path else value
 
 
 def _put(tables: dict[str, Any], key: str, value: Any) -> None:
@@ -355,5 +364,5 @@ def _value(text: str) -> Any:
     """A TOML value; anything else is a string, so that a shell needs no second quotes."""
     try:
         return tomllib.loads(f"value = {text}")["value"]
-    except _NO_TOML:
+    except NO_TOML:
         return text

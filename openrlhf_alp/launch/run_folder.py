@@ -39,6 +39,8 @@ _LATEST = Path("checkpoints", "_actor", "latest")
 _TAG = "global_step"
 
 Say = Callable[[str], None]
+SPECIAL = ",[]*?"
+"""What OpenRLHF, and `datasets` below it, do not read as part of a path."""
 
 
 def check_run_folder(path: Path, *, recipe: Recipe, overwrite: bool) -> None:
@@ -47,10 +49,11 @@ def check_run_folder(path: Path, *, recipe: Recipe, overwrite: bool) -> None:
     Raises:
         RecipeError: something is there that must not be touched.
     """
-    if "," in str(path.absolute()):
+    if special := sorted({*str(path.absolute())} & {*SPECIAL}):
         raise RecipeError(
-            f"run.folder {path}: its path has a comma, at which OpenRLHF would split the path of "
-            "the prompts in it. Name another folder with --set run.folder=..."
+            f"run.folder {path}: its path has {' and '.join(map(repr, special))}, and OpenRLHF "
+            "would take that of the prompts in it for several paths or a pattern. Name another "
+            "folder with --set run.folder=..."
         )
     with _usable(path):
         if not path.exists() or (path.is_dir() and not any(path.iterdir())):

@@ -27,9 +27,16 @@ from openrlhf_alp.launch.processes.supervisor import (
     StopRequested,
     Supervisor,
 )
-from openrlhf_alp.launch.recipe import Recipe, RecipeError, read_recipe, to_value
+from openrlhf_alp.launch.recipe import (
+    NO_TOML,
+    Recipe,
+    RecipeError,
+    as_setting,
+    read_recipe,
+    to_value,
+)
 from openrlhf_alp.launch.recipe import Sweep as RecipeSweep
-from openrlhf_alp.launch.run_folder import has_checkpoint, read_run
+from openrlhf_alp.launch.run_folder import SPECIAL, has_checkpoint, read_run
 from openrlhf_alp.launch.view import LaunchView
 from openrlhf_alp.report.metrics import RECIPE, SUMMARY
 
@@ -90,21 +97,20 @@ def cells_of(
     """
     asked = _asked(sweeps if seeds is None else [*sweeps, f"{_SEED}={seeds}"])
     conditions = recipe.conditions if recipe else {}
-    axes: dict[str, list[str]] = {_CONDITION: list(conditions)} if conditions else {}
+    axes = {_CONDITION: [as_setting(name) for name in conditions]} if conditions else {}
     for key, choices in (recipe.values if recipe else {}).items():
-        axes[key] = [c if isinstance(c, str) else to_value(c) for c in choices]
+        axes[key] = [as_setting(choice) for choice in choices]
     axes |= asked
-    if conditions and (unknown := [c for c in axes[_CONDITION] if c not in conditions]):
-        raise RecipeError(
-            f"--sweep {_CONDITION}={unknown[0]}: the recipe has {', '.join(conditions)}"
-        )
+    known = {as_setting(name): settings for name, settings in conditions.items()}
+    if conditions and (unknown := [c for c in axes[_CONDITION] if c not in known]):
+        raise RecipeError(f"--sweep {_CONDITION}={unknown[0]}: the recipe has {', '.join(known)}")
     ordered = sorted(axes, key=lambda key: (key != _SEED, key != _CONDITION))
     # A cell is one run: what the recipe sweeps over must not start a sweep in it again.
     alone = (*settings, "sweep={}") if conditions or (recipe and recipe.values) else (*settings,)
     cells = []
     for picked in itertools.product(*(axes[key] for key in ordered)):
         chosen = dict(zip(ordered, picked, strict=True))
-        more = conditions.get(chosen.get(_CONDITION, ""), {})
+        more = known.get(chosen.get(_CONDITION, ""), {})
         own = [f"{key}={to_value(value)}" for key, value in more.items()]
         own += [f"{key}={value}" for key, value in chosen.items()]
         name = _name({key: chosen[key] for key in axes})
@@ -118,6 +124,8 @@ def _asked(sweeps: Sequence[str]) -> dict[str, list[str]]:
     for sweep in sweeps:
         key, _, values = (part.strip() for part in sweep.partition("="))
         choices = _choices(values)
+        if key == _CONDITION:  # always a text, also one of digits
+            choices = [as_setting(choice.strip('"')) for choice in choices]
         if not key or not all(choices):
             raise RecipeError(f"--sweep {sweep}: write it as --sweep KEY=A,B")
         if key in asked:
@@ -135,12 +143,12 @@ def _choices(text: str) -> list[str]:
     if re.search(r"[\[{\"']", text):
         try:
             read = tomllib.loads(f"values = [{text}]")["values"]
-        except tomllib.TOMLDecodeError as error:
+        except NO_TOML as error:
             raise RecipeError(
                 f"--sweep of {text}: where one value has brackets or quotes, each is written as "
                 f"in TOML, a text in quotes ({error})"
             ) from error
-        return [choice if isinstance(choice, str) else to_value(choice) for choice in read]
+        return [as_setting(choice) for choice in read]
     return [choice.strip() for choice in text.split(",")]
 
 
@@ -164,8 +172,9 @@ def _name(chosen: Mapping[str, str]) -> str:
         value if key == _CONDITION else f"{key.rpartition('.')[2]}={value}"
         for key, value in chosen.items()
     ]
-    # OpenRLHF reads a comma in the path of its prompts as the end of a first path.
-    return "_".join(parts).replace("/", "_").replace(",", "+")
+    name = "_".join(parts).replace("/", "_").replace(",", "+")
+    # What is left would mean something to whoever reads the path of the prompts in the folder.
+    return re.sub(rf"[{re.escape(SPECIAL)}\s\"'{{}}]", "", name)
 
 
 def sweep(

@@ -11,6 +11,7 @@ import dataclasses
 import json
 import logging
 import os
+import re
 import sys
 import traceback
 from collections.abc import Mapping
@@ -81,6 +82,9 @@ def launch() -> int:
         return 0
     except (LaunchError, seams.UpstreamDriftError) as error:
         print(f"error: {error}", file=sys.stderr)
+        return 2
+    except AssertionError as refusal:  # how OpenRLHF validates; its workers' arrive as RayError
+        print(f"error: OpenRLHF does not take these flags: {refusal}", file=sys.stderr)
         return 2
     except (ray.exceptions.RayError, ServiceError, EpisodeError, RuntimeError) as error:
         _explain(error)
@@ -197,6 +201,11 @@ def check_data(args: SimpleNamespace) -> None:
         raise ValueError(
             "--reward.remote_url math-verify compares answers with a label: name its field with "
             "--data.label_key."
+        )
+    if is_file and re.search(r"[][*?]", dataset):
+        raise ValueError(
+            f"--data.prompt_dataset {dataset}: `datasets` takes brackets, * and ? in a path for a "
+            "pattern of several files. Rename the file or its folder."
         )
     if Path(dataset).suffix == ".jsonl":
         _check_rows(args, Path(dataset))

@@ -82,7 +82,7 @@ def test_one_gpu_may_serve_and_learn(recipe, tmp_path, monkeypatch):
 
 def test_only_visible_and_free_gpus_are_taken(monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,6,3")
-    assert [gpu.name for gpu in machine.pretended_machine("8x80").free_gpus] == ["3", "5", "6"]
+    assert [gpu.name for gpu in machine.pretended_machine("8x80").free_gpus] == ["5", "6", "3"]
     busy = machine.Gpu(name="0", memory_gb=80.0, used_gb=20.0)
     here = machine.Machine(gpus=(busy, machine.Gpu(name="1", memory_gb=80.0)), memory_gb=1.0)
     assert [gpu.name for gpu in here.free_gpus] == ["1"]
@@ -189,7 +189,9 @@ GPU 1: NVIDIA H100 (UUID: GPU-77)
 @pytest.mark.parametrize(
     ("named", "found"),
     [
-        ("1,0", [("0", 79), ("1", 79)]),
+        ("1,0,1", [("1", 79), ("0", 79)]),
+        ("0,-1,1", [("0", 79)]),
+        ("GPU-", []),
         ("GPU-77", [("1", 79)]),
         ("GPU-5f", [("0", 79)]),
         ("MIG-bbb", [("MIG-bbb", 40)]),
@@ -201,7 +203,7 @@ def test_gpus_are_named_by_number_uuid_or_slice(tmp_path, monkeypatch, named, fo
     """As CUDA takes them: a cluster's scheduler gives UUIDs, and slices have nothing else."""
     (tmp_path / "list").write_text(MIG)
     (tmp_path / "nvidia-smi").write_text(
-        f"#!/bin/sh\n[ $1 = -L ] && exec cat {tmp_path}/list\n"
+        f"#!/bin/sh\n[ $1 = -L ] && exec cat {tmp_path}/list\necho 'a warning'\n"
         "echo '0, GPU-5f3a11, 80896, 0'; echo '1, GPU-77, 80896, 0'\n"
     )
     (tmp_path / "nvidia-smi").chmod(0o755)

@@ -1,5 +1,6 @@
 import json
 import os
+import re
 
 import pytest
 
@@ -35,9 +36,10 @@ def test_a_new_folder_holds_the_settings_and_the_machine(tmp_path, recipe, said)
     assert said == []
 
 
-def test_a_comma_in_the_folder_is_refused_before_openrlhf_splits_a_path_there(tmp_path, recipe):
-    path = tmp_path / "a,b"
-    with pytest.raises(RecipeError, match="its path has a comma"):
+@pytest.mark.parametrize("char", [",", "[", "]", "*", "?"])
+def test_a_folder_that_openrlhf_would_not_read_as_one_path_is_refused(tmp_path, recipe, char):
+    path = tmp_path / f"a{char}b"
+    with pytest.raises(RecipeError, match=re.escape(f"its path has {char!r}")):
         run_folder.check_run_folder(path, recipe=recipe(), overwrite=False)
     assert not path.exists()
 

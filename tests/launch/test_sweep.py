@@ -82,11 +82,19 @@ def test_the_command_line_wins_over_the_recipes_sweep(tmp_path):
     [
         ("k=[0.9, 0.95],[0.8, 0.9]", ["k=[0.9, 0.95]", "k=[0.8, 0.9]"]),
         ('k="0-4,8","all"', ["k=0-4,8", "k=all"]),
+        ("k='1','a '", ['k="1"', 'k="a "']),
+        ("run.condition=7", ['run.condition="7"']),
         ("k=1e-5,2e-5", ["k=1e-5", "k=2e-5"]),
     ],
 )
 def test_a_list_or_a_quoted_text_may_have_commas(sweep, settings):
     assert [cell.settings[-1] for cell in cells_of(Path("s"), [], None, [sweep])] == settings
+
+
+def test_a_folder_of_a_list_is_no_pattern_of_several_files():
+    """`datasets` takes brackets, * and ? in a path for one."""
+    [cell] = cells_of(Path("s"), [], None, ["a.betas=[0.9, 0.95]", "a.names=['a*b?']"])
+    assert cell.name == "betas=0.9+0.95_names=ab"
 
 
 def test_half_of_a_quoted_text_is_no_value():

@@ -169,6 +169,17 @@ def test_a_path_that_leads_nowhere_does_not_go_to_the_hub(parse: Parse, tmp_path
             check_data(parse("--data.prompt_dataset", str(path)))
 
 
+@pytest.mark.parametrize("char", ["[", "]", "*", "?"])
+def test_a_path_that_stands_for_several_files_is_refused(
+    parse: Parse, tmp_path: Path, char: str
+) -> None:
+    """Upstream's loader would read its neighbours too, or none."""
+    folder = tmp_path / f"a{char}b"
+    folder.mkdir()
+    with pytest.raises(ValueError, match="for a pattern of several files"):
+        check_data(parse(*data_flags(folder, [{"input": "q", "label": "1"}])))
+
+
 def test_ray_starts_with_openrlhfs_variables_and_our_shims(parse: Parse) -> None:
     upstream = {"NCCL_DEBUG": "INFO"}
     options = ray_options(parse(), upstream)

@@ -69,6 +69,7 @@ def settle(args: SimpleNamespace) -> SimpleNamespace:
         if not args.alp.dry_run:
             require_keys(API_KEY_VARIABLE, ADMIN_KEY_VARIABLE, service="rollout")
     _check_batches(args)
+    _check_lengths(args)
     _check_transport(args)
     _check_staleness(args.rollout_service)
     _check_preflight(args)
@@ -209,6 +210,23 @@ def _check_batches(args: SimpleNamespace) -> None:
             f"{asked} in forwards of --rollout.micro_batch_size {shape.rollout_micro_batch_size} "
             f"leave some of {ranks} ranks without one. Set --rollout.micro_batch_size to at most "
             f"{num_samples // ranks}."
+        )
+
+
+def _check_lengths(args: SimpleNamespace) -> None:
+    """OpenRLHF would cut prompts to nothing, or stop after the first rollout."""
+    most = args.rollout.max_new_tokens
+    if most is None:
+        return
+    if not args.rollout_service.urls and most >= args.data.max_len:
+        raise ValueError(
+            f"--rollout.max_new_tokens {most} leaves no token of --data.max_len "
+            f"{args.data.max_len} for the prompt. Lower the former or raise the latter."
+        )
+    if (args.reward.overlong_buffer_len or 0) > most:
+        raise ValueError(
+            f"--reward.overlong_buffer_len {args.reward.overlong_buffer_len:g} is more than "
+            f"--rollout.max_new_tokens {most}, the end of which it is. Lower it."
         )
 
 

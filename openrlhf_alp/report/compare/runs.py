@@ -39,8 +39,6 @@ NO_METHOD = "openrlhf"
 _AT_STEP = "step-"
 _MAX_DEPTH = 3
 """Folders below the one that was named in which runs are looked for."""
-_MOST_NAMED = 4
-"""Runs that a note names when more share it."""
 _LIVE_S = 600.0
 """A file that was written to within this time, or five steps, may belong to a run that goes on."""
 _OF_SERVICES = ("port", "urls", "max_restarts", "ready_timeout_s")
@@ -191,7 +189,7 @@ def notes_of(runs: Sequence[Run]) -> list[str]:
     for run in runs:
         for note in run.notes:
             named.setdefault(visible(note), []).append(run.name)
-    notes = [f"{_shortened(names)}: {note}" for note, names in named.items()]
+    notes = [f"{', '.join(names)}: {note}" for note, names in named.items()]
     tasks = dict.fromkeys(run.task for run in runs if run.task)
     if len(tasks) > 1:
         notes.append(f"Runs of different tasks ({', '.join(tasks)}): rewards are not comparable.")
@@ -199,12 +197,6 @@ def notes_of(runs: Sequence[Run]) -> list[str]:
     if len(commits) > 1:
         notes.append(f"Runs of different commits: {', '.join(commits)}.")
     return notes
-
-
-def _shortened(names: Sequence[str]) -> str:
-    if len(names) <= _MOST_NAMED:
-        return ", ".join(names)
-    return f"{', '.join(names[:_MOST_NAMED])} and {len(names) - _MOST_NAMED} more"
 
 
 def _run_folders(folder: Path, depth: int) -> Iterator[Path]:
@@ -334,7 +326,9 @@ def _dotted(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, A
         if isinstance(value, dict):
             yield from _dotted(value, f"{prefix}{key}.")
         else:
-            yield f"{prefix}{key}", value
+            # Python writes no more than 4,300 digits.
+            too_long = isinstance(value, int) and value.bit_length() > 64
+            yield f"{prefix}{key}", hex(value) if too_long else value
 
 
 def _differing(compared: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -171,7 +171,7 @@ def test_a_note_that_many_runs_share_is_said_once(make_run):
     for folder in folders:
         (folder / "environment.json").unlink()
     assert notes_of(read_runs(folders)) == [
-        "a, b, c, d and 2 more: there is no environment.json: commit and versions are unknown."
+        "a, b, c, d, e, f: there is no environment.json: commit and versions are unknown."
     ]
 
 
