@@ -101,7 +101,7 @@ def cells_of(
     for key, choices in (recipe.values if recipe else {}).items():
         axes[key] = [as_setting(choice) for choice in choices]
     axes |= asked
-    known = {as_setting(name): settings for name, settings in conditions.items()}
+    known = {as_setting(name): more for name, more in conditions.items()}
     if conditions and (unknown := [c for c in axes[_CONDITION] if c not in known]):
         raise RecipeError(f"--sweep {_CONDITION}={unknown[0]}: the recipe has {', '.join(known)}")
     ordered = sorted(axes, key=lambda key: (key != _SEED, key != _CONDITION))
