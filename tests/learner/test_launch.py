@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,6 +15,8 @@ import pytest
 import torch
 
 from openrlhf_alp.clients.errors import ContractMismatch, ServiceError, Unauthorized
+from openrlhf_alp.learner import launch as launch_module
+from openrlhf_alp.learner.flags.settle import settle
 from openrlhf_alp.learner.launch import (
     LOGICAL_DEVICES,
     check_data,
@@ -178,6 +181,18 @@ def test_a_path_that_stands_for_several_files_is_refused(
     folder.mkdir()
     with pytest.raises(ValueError, match="for a pattern of several files"):
         check_data(parse(*data_flags(folder, [{"input": "q", "label": "1"}])))
+
+
+def test_what_openrlhf_asserts_of_its_flags_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its own validation, on flags that ours has nothing against."""
+    flags = ["--algo.advantage.estimator", "group_norm", "--rollout.n_samples_per_prompt", "1"]
+    monkeypatch.setattr(launch_module, "_settle_and_check", settle)
+    monkeypatch.setattr(sys, "argv", ["train", *flags, "--rollout.batch_size", "128"])
+    assert launch_module.launch() == 2
+    shown = capsys.readouterr().err.splitlines()
+    assert shown[-1].startswith("error: OpenRLHF does not take these flags: group_norm requires")
 
 
 def test_ray_starts_with_openrlhfs_variables_and_our_shims(parse: Parse) -> None:
