@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+PATTERN_CHARS = "[]*?"
+"""In a path, `datasets` takes these for a pattern of several files."""
 LOCAL_SUFFIXES = (".jsonl", ".json", ".parquet")
 
 _PARQUET_BATCH_ROWS = 1024

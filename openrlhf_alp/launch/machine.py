@@ -130,14 +130,14 @@ def _visible(gpus: Sequence[Gpu], variable: str | None) -> Sequence[Gpu]:
         return gpus
     if SLICE in variable:
         gpus = [*gpus, *_slices()]
-    chosen: list[Gpu] = []
+    chosen: dict[Gpu, None] = {}
     for name in (part.strip() for part in variable.split(",")):
         found = [gpu for gpu in gpus if _names(name, gpu)]
         # As CUDA does: what stands after a name that is none, or of several GPUs, is not visible.
         if len(found) != 1:
             break
-        chosen += [gpu for gpu in found if gpu not in chosen]
-    return chosen
+        chosen[found[0]] = None
+    return tuple(chosen)
 
 
 def _names(name: str, gpu: Gpu) -> bool:

@@ -23,6 +23,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 
 from openrlhf_alp.data.output import replace_file
+from openrlhf_alp.data.sources import PATTERN_CHARS
 from openrlhf_alp.launch.machine import environment
 from openrlhf_alp.launch.recipe import (
     SMOLLM2,
@@ -39,8 +40,8 @@ _LATEST = Path("checkpoints", "_actor", "latest")
 _TAG = "global_step"
 
 Say = Callable[[str], None]
-SPECIAL = ",[]*?"
-"""What OpenRLHF, and `datasets` below it, do not read as part of a path."""
+SPECIAL = f",{PATTERN_CHARS}"
+"""What does not stay part of a path: OpenRLHF splits it at commas, and the rest is a pattern."""
 
 
 def check_run_folder(path: Path, *, recipe: Recipe, overwrite: bool) -> None:

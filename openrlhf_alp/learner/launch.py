@@ -11,7 +11,6 @@ import dataclasses
 import json
 import logging
 import os
-import re
 import sys
 import traceback
 from collections.abc import Mapping
@@ -32,6 +31,7 @@ from openrlhf_alp.clients.contract import (
 from openrlhf_alp.clients.control import ControlClient
 from openrlhf_alp.clients.errors import ServiceError, WeightUpdateFailed
 from openrlhf_alp.clients.weights.carry import require_fit
+from openrlhf_alp.data.sources import PATTERN_CHARS
 from openrlhf_alp.episodes.observation import chat_template
 from openrlhf_alp.episodes.records import EpisodeError
 from openrlhf_alp.learner import seams
@@ -202,7 +202,7 @@ def check_data(args: SimpleNamespace) -> None:
             "--reward.remote_url math-verify compares answers with a label: name its field with "
             "--data.label_key."
         )
-    if is_file and re.search(r"[][*?]", dataset):
+    if is_file and {*PATTERN_CHARS} & {*dataset}:
         raise ValueError(
             f"--data.prompt_dataset {dataset}: `datasets` takes brackets, * and ? in a path for a "
             "pattern of several files. Rename the file or its folder."

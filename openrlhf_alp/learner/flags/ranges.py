@@ -1,4 +1,4 @@
-"""Ranges of numbers that OpenRLHF takes at any value, though no run can have or learn from them."""
+"""Ranges of numeric flags that no parser checks: a wrong value would surface late, or never."""
 
 from __future__ import annotations
 

@@ -5,6 +5,7 @@ Large parts travel as base64 of gzip, which the browser unpacks.
 """
 
 import base64
+import functools
 import gzip
 import json
 from pathlib import Path
@@ -39,6 +40,7 @@ def script_json(value: Any) -> Markup:
     return Markup(text)
 
 
+@functools.cache
 def _environment() -> Environment:
     environment = Environment(
         loader=FileSystemLoader(_TEMPLATES),
